@@ -1,0 +1,55 @@
+"""Where a checkpoint lies: a folder, ``pkg://`` package data, or a model on the hub.
+
+``pkg://ldistill.tiny/pair/student`` is the folder ``pair/student`` inside the package
+``ldistill.tiny``. Anything that is not a folder on disk and not ``pkg://`` is taken as a hub id.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+
+PACKAGE_SCHEME = "pkg://"
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """Folder of a checkpoint, fetched from the hub when it is a hub id.
+
+    Raises:
+        FileNotFoundError: neither a folder nor something the hub (or its local cache) has.
+    """
+    text = str(name)
+    if text.startswith(PACKAGE_SCHEME):
+        return _package_folder(text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
+    return _hub_folder(text)
+
+
+def _package_folder(text: str) -> Path:
+    package, _, inner = text.removeprefix(PACKAGE_SCHEME).partition("/")
+    try:
+        folder = Path(str(importlib.resources.files(package))) / inner
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(f"{text!r}: no package {package!r} is installed.") from error
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{text!r}: the package {package!r} has no folder {inner!r}.")
+    return folder
+
+
+def _hub_folder(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder here nor a model the hub gave us "
+            f"({type(error).__name__}). Check the name, the network, or give a local folder."
+        ) from error

@@ -1,0 +1,1 @@
+"""Students: the VLMs that train, each with its own checkpoint format."""

@@ -1,0 +1,175 @@
+"""nanoVLM student: SigLIP vision tower → pixel shuffle and one Linear → Llama decoder.
+
+Built from transformers' own SigLIP and Llama modules, so that attention interfaces, generation and
+gradient checkpointing come for free. `nanovlm_format` reads and writes the nanoVLM checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ldistill.students.head import LMHead
+from ldistill.students.nanovlm_config import NanoVLMConfig
+
+
+class Float32Rotary(LlamaRotaryEmbedding):
+    """Rotary embedding whose frequencies stay float32 when the model is cast to bf16.
+
+    DeepSpeed casts the whole module, buffers included; bf16 frequencies are off by 0.4%, which at
+    position 1000 is several radians.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = kept.to(device=self.inv_freq.device)
+        self.original_inv_freq = self.inv_freq.clone()
+        return self
+
+
+class Projector(nn.Module):
+    """Pixel shuffle and one Linear: s×s neighbouring patches become one image token."""
+
+    def __init__(self, vision_size: int, hidden_size: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.proj = nn.Linear(vision_size * factor**2, hidden_size, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[tiles, side², vision] → [tiles, (side/s)², hidden]."""
+        tiles, count, width = patches.shape
+        side, s = int(count**0.5), self.factor
+        x = patches.view(tiles, side // s, s, side // s, s, width)
+        x = x.permute(0, 1, 3, 2, 4, 5).reshape(tiles, (side // s) ** 2, s * s * width)
+        return self.proj(x)
+
+
+class NanoVLM(nn.Module):
+    """The student. ``forward`` gives hidden states: the objective applies the head itself."""
+
+    def __init__(self, config: NanoVLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = SiglipVisionModel(vision_config(config))
+        self.projector = Projector(
+            config.vit_hidden_dim, config.lm_hidden_dim, config.mp_pixel_shuffle_factor
+        )
+        self.decoder = build_decoder(config)
+        self.image_token_id = config.image_token_id
+
+    @property
+    def lm_head(self) -> LMHead:
+        """Head of the decoder: call it, never read its weight (ZeRO-3 gathers on call)."""
+        return self.decoder.lm_head
+
+    def project(self, pixel_values: Tensor) -> Tensor:
+        """[tiles, 3, H, W] in [0, 1] → [tiles × tokens per tile, hidden]; vision is frozen."""
+        with torch.no_grad():
+            patches = self.vision(
+                pixel_values.to(self.vision.embeddings.patch_embedding.weight.dtype)
+            ).last_hidden_state
+        return self.projector(patches).flatten(0, 1)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Token embeddings with the image tokens' places filled by the projector, in order.
+
+        Args:
+            input_ids: int64 [batch, seq].
+            pixel_values: [tiles, 3, H, W], or None or no tiles for text alone.
+
+        Returns:
+            [batch, seq, hidden].
+        """
+        embeds = self.decoder.get_input_embeddings()(input_ids)
+        if pixel_values is None or pixel_values.shape[0] == 0:
+            return embeds
+        image = self.project(pixel_values).to(embeds.dtype)
+        mask = (input_ids == self.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(mask, image)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [batch, seq, hidden].
+
+        Position ids that restart at 0 mark the documents of a packed row: transformers builds the
+        block-diagonal mask from them when no attention mask is given.
+        """
+        output = self.decoder.model(
+            inputs_embeds=self.embed(input_ids, pixel_values),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        """New tokens [batch, new] after left-padded prompts; options as in ``generate``."""
+        embeds = self.embed(input_ids, pixel_values)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.decoder.generate(
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
+        )
+
+
+def vision_config(config: NanoVLMConfig) -> SiglipVisionConfig:
+    """transformers' configuration of the vision tower."""
+    if config.vit_cls_flag:
+        raise ValueError("vit_cls_flag is true: vision towers with a class token don't fit SigLIP.")
+    return SiglipVisionConfig(
+        hidden_size=config.vit_hidden_dim,
+        intermediate_size=config.vit_inter_dim,
+        num_hidden_layers=config.vit_n_blocks,
+        num_attention_heads=config.vit_n_heads,
+        image_size=config.vit_img_size,
+        patch_size=config.vit_patch_size,
+        layer_norm_eps=config.vit_ln_eps,
+        attention_dropout=config.vit_dropout,
+        hidden_act="gelu_pytorch_tanh",
+        vision_use_head=False,
+    )
+
+
+def decoder_config(config: NanoVLMConfig) -> LlamaConfig:
+    """transformers' configuration of the decoder."""
+    return LlamaConfig(
+        vocab_size=config.lm_vocab_size,
+        hidden_size=config.lm_hidden_dim,
+        intermediate_size=config.lm_inter_dim,
+        num_hidden_layers=config.lm_n_blocks,
+        num_attention_heads=config.lm_n_heads,
+        num_key_value_heads=config.lm_n_kv_heads,
+        rms_norm_eps=config.lm_rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config.lm_re_base)},
+        max_position_embeddings=config.lm_max_position_embeddings,
+        attention_dropout=config.lm_dropout,
+        tie_word_embeddings=config.lm_tie_weights,
+        hidden_act="silu",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def build_decoder(config: NanoVLMConfig) -> LlamaForCausalLM:
+    """Llama decoder with a callable head and frequencies that survive a cast."""
+    decoder = LlamaForCausalLM(decoder_config(config))
+    decoder.lm_head = LMHead.wrap(decoder.lm_head)
+    rotary = Float32Rotary(decoder.config)
+    rotary.attention_scaling = config.lm_attn_scaling
+    decoder.model.rotary_emb = rotary
+    return decoder
