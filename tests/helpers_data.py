@@ -1,0 +1,81 @@
+"""What the data tests share: a small tokenizer with a chat template, pictures, samples, shards."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ldistill.data.processor import ImageSettings, ImageTokens, Processor
+from ldistill.data.samples import Sample, Turn
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"
+    " + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+CORPUS = [
+    "What is the total amount on the receipt? The total is 42.50 euros.",
+    "Which company issued this invoice, and on what date was it issued?",
+    "a b c d e f g h i j k l m n o p q r s t u v w x y z 0 1 2 3 4 5 6 7 8 9",
+    "user\nassistant\nsystem\nThe quick brown fox jumps over the lazy dog.\n\n",
+]
+
+
+@cache
+def _backend() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+def make_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 400 tokens with ChatML marks and nanoVLM's image tokens."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_backend()),
+        pad_token="<|im_end|>",
+        eos_token="<|im_end|>",
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ImageTokens().all()})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_processor(**settings: object) -> Processor:
+    """A processor with 32-pixel tiles of 4 tokens, unless `settings` say otherwise."""
+    small = {"tile_size": 32, "tokens_per_tile": 4, "max_side": 128}
+    return Processor(make_tokenizer(), ImageSettings(**{**small, **settings}))
+
+
+def picture(width: int = 40, height: int = 30, kind: str = "PNG", seed: int = 0) -> bytes:
+    """An encoded picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_samples(source: str, count: int, images: int = 1, seed: int = 0) -> list[Sample]:
+    """Samples with pictures and answers of various lengths."""
+    rng = np.random.default_rng([seed, len(source), count])
+    samples = []
+    for number in range(count):
+        answer = " ".join(rng.choice(list("abcdefghij"), size=int(rng.integers(1, 30))))
+        turns = (Turn(f"What is {number}?", answer), Turn("And on what date?", str(number)))
+        kinds = ["JPEG", "PNG"]
+        files = tuple(picture(40, 30, kinds[i % 2], number * 7 + i) for i in range(images))
+        samples.append(Sample(f"{source}-{number}", source, turns[: 1 + number % 2], files))
+    return samples
