@@ -1,0 +1,11 @@
+"""GPU kernels of LinguDistill, each with a plain PyTorch reference that runs anywhere.
+
+    from ldistill_kernels import shared_kv_attention
+
+One operation is one folder: `api.py` (checks, dispatch), `reference.py` (plain PyTorch) and the
+Triton files. Triton is imported when a kernel first runs, so this package imports without it.
+"""
+
+from ldistill_kernels.shared_kv_attention import shared_kv_attention
+
+__all__ = ["shared_kv_attention"]

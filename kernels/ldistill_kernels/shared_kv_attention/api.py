@@ -1,0 +1,109 @@
+"""Public function of the operation: checks what it is given, then calls the registered op.
+
+    out = shared_kv_attention(q, k, v, batch, start, position)
+
+The teacher asks with its own queries and reads the student's keys and values in place. Only rows
+that need an answer are passed, packed one after another; three integer arrays say what each sees.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from ldistill_kernels.shared_kv_attention.checks import check_arguments
+from ldistill_kernels.shared_kv_attention.ops import attention_op
+
+KERNELS = ("auto", "triton", "reference")
+
+
+def shared_kv_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Tensor,
+    start: Tensor,
+    position: Tensor,
+    *,
+    visible: Tensor | None = None,
+    k2: Tensor | None = None,
+    v2: Tensor | None = None,
+    start2: Tensor | None = None,
+    end2: Tensor | None = None,
+    scale: float | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    grad_k: Tensor | None = None,
+    grad_v: Tensor | None = None,
+    kernels: str = "auto",
+    check: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend with packed query rows over a memory that stays where it is.
+
+    Row i sees the memory positions (batch[i], j) with start[i] <= j <= position[i], and the rows
+    [start2[i], end2[i]) of the second segment, under one softmax. Query head h reads key/value
+    head h // (q_heads // kv_heads). A row that sees nothing (position = start - 1, or everything
+    invisible) gets output 0, log-sum-exp -inf and gradient 0.
+
+    Args:
+        q: [rows, q_heads, head_dim], fp16, bf16 or fp32 (fp64 too with the reference).
+        k, v: [batch, kv_heads, seq, head_dim] for layout "bhsd", [batch, seq, kv_heads, head_dim]
+            for "bshd". Any strides, the last one 1. Never copied.
+        batch, start, position: int32 or int64 [rows], sorted by (batch, start, position). The
+            ranges of two documents of one batch row do not overlap.
+        visible: bool [batch, seq]; memory positions marked False are read by nobody.
+        k2, v2: [rows2, kv_heads, head_dim], the second segment, packed.
+        start2, end2: int32 or int64 [rows], non-decreasing; start2 == end2 sees nothing there.
+        scale: factor on q.k before the softmax; head_dim ** -0.5 unless given. Positive.
+        return_lse: also return the natural log-sum-exp, fp32 [rows, q_heads] (fp64 for fp64).
+        grad_k, grad_v: shaped and laid out like k and v, any float type. The backward adds dK and
+            dV into them and autograd returns none for k and v. k and v must still require grad.
+        kernels: "auto" takes Triton for CUDA tensors and the reference for others; "triton"
+            also runs on CPU tensors under TRITON_INTERPRET=1; "reference" is plain PyTorch.
+        check: look at the values of the integer arrays, which synchronises with the GPU. None
+            means yes on CPU tensors, and on CUDA tensors only under LDISTILL_DEBUG=1.
+
+    Returns:
+        out [rows, q_heads, head_dim] in q's dtype, or (out, lse).
+
+    Raises:
+        ValueError: names the argument that does not fit and what it got.
+    """
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', got {layout!r}")
+    if layout == "bshd":
+        k, v, grad_k, grad_v = (_heads_first(t) for t in (k, v, grad_k, grad_v))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_arguments(
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v, scale
+    )
+    triton = _use_triton(kernels, q)
+    if check is None:
+        check = not q.is_cuda or os.environ.get("LDISTILL_DEBUG") == "1"
+    out, lse = attention_op(
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v,
+        scale, triton, check,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _heads_first(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.dim() != 4 else tensor.transpose(1, 2)
+
+
+def _use_triton(kernels: str, q: Tensor) -> bool:
+    """Which of the two implementations runs; ValueError when the wanted one cannot."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
+    if kernels == "reference" or (kernels == "auto" and not q.is_cuda):
+        return False
+    if not q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"kernels='triton' needs CUDA tensors, got q on {q.device}; set TRITON_INTERPRET=1 "
+            "before Triton is imported to run the kernels in its interpreter"
+        )
+    if q.dtype == torch.float64:
+        raise ValueError("q is float64, which only kernels='reference' supports")
+    if q.shape[-1] > 256:
+        raise ValueError(f"q has head dim {q.shape[-1]}; the Triton kernels take up to 256")
+    return True

@@ -1,0 +1,171 @@
+"""Plain PyTorch version of the operation: the meaning of the kernel, and what CPU training runs.
+
+Works in fp64 and on any device, and autograd goes through it. Rows are taken document by document
+(neighbouring small documents of a batch row together), so the cost follows the visible pairs and
+no mask over the whole batch exists. Heads are never repeated: the query heads of a group become
+rows of one matmul. `reference_backward` writes the same gradients out, which saves keeping the
+probabilities; the tests hold it against autograd.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MERGE_PAIRS = 1 << 14  # below this many (row, position) pairs a Python step costs more than the sum
+MAX_ROWS = 512  # rows of one step: bounds the score block to heads x 512 x document
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows [first, last) of one batch row and the memory [low, high), [low2, high2) they see."""
+
+    first: int
+    last: int
+    batch: int
+    low: int
+    high: int
+    low2: int
+    high2: int
+
+
+def reference_forward(
+    q, k, v, batch, start, position, visible=None, k2=None, v2=None, start2=None, end2=None,
+    scale=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention as `shared_kv_attention` defines it, differentiable by autograd.
+
+    Args: as there, with k and v [batch, kv_heads, seq, head_dim].
+    Returns: (out [rows, q_heads, head_dim] in q's dtype, lse [rows, q_heads] fp32 or fp64).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs, lses = [], []
+    for group in row_groups(batch, start, position, start2, end2):
+        mask = _mask(group, start, position, visible, start2, end2)
+        keys, values = _memory(group, mask, k, v, k2, v2)
+        scores = _scores(_pack(q, group, k.shape[1]), keys, mask, scale)
+        peak = _peak(scores.detach())
+        weights = torch.exp(scores - peak)
+        total = weights.sum(-1, keepdim=True)
+        outs.append(_unpack(weights @ values / total.clamp_min(1e-30), group).to(q.dtype))
+        lses.append(_unpack(torch.log(total) + peak, group).squeeze(-1))
+    if not outs:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_compute_dtype(q))
+    return torch.cat(outs), torch.cat(lses)
+
+
+def reference_backward(
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+    scale,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v, k2 and v2, in fp32 (fp64 for fp64), from what the forward returned."""
+    grads = [None if x is None else torch.zeros(x.shape, dtype=_compute_dtype(q), device=q.device)
+             for x in (q, k, v, k2, v2)]  # fmt: skip
+    for group in row_groups(batch, start, position, start2, end2):
+        mask = _mask(group, start, position, visible, start2, end2)
+        keys, values = _memory(group, mask, k, v, k2, v2)
+        rows, lse_rows = _pack(q, group, k.shape[1]), _pack(lse[..., None], group, k.shape[1])
+        grad, outs = (_pack(x, group, k.shape[1]) for x in (grad_out, out))
+        scores = _scores(rows, keys, mask, scale)
+        weights = torch.exp(scores - lse_rows.masked_fill(lse_rows == -torch.inf, 0.0))
+        delta = (grad * outs).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - _pack(grad_lse[..., None], group, k.shape[1])
+        grad_scores = weights * (grad @ values.mT - delta) * scale
+        grads[0][group.first : group.last] = _unpack(grad_scores @ keys, group)
+        _add(grads[1], grads[3], grad_scores.mT @ rows, group)
+        _add(grads[2], grads[4], weights.mT @ grad, group)
+    return tuple(grads)
+
+
+def row_groups(batch, start, position, start2=None, end2=None) -> Iterator[Group]:
+    """Cut the rows into steps: whole documents, small neighbours merged, long ones cut."""
+    columns = [batch, start, position] + ([] if start2 is None else [start2, end2])
+    table = torch.stack([x.long() for x in columns]).cpu()
+    rows = table.shape[1]
+    if rows == 0:
+        return
+    changes = (table[:2, 1:] != table[:2, :-1]).any(0).nonzero().flatten() + 1
+    edges = [0, *changes.tolist(), rows]
+    host, first = table.tolist(), 0
+    for end, after in zip(edges[1:], [*edges[2:], None], strict=True):
+        if after is not None and host[0][end] == host[0][first]:
+            span = host[2][after - 1] + 1 - host[1][first]
+            if (after - first) * span <= MERGE_PAIRS:
+                continue
+        yield from _cut(host, first, end)
+        first = end
+
+
+def _cut(host: list[list[int]], first: int, last: int) -> Iterator[Group]:
+    for begin in range(first, last, MAX_ROWS):
+        end = min(begin + MAX_ROWS, last)
+        low, high = min(host[1][begin:end]), max(host[2][begin:end]) + 1
+        low2, high2 = (min(host[3][begin:end]), max(host[4][begin:end])) if host[3:] else (0, 0)
+        yield Group(begin, end, host[0][begin], low, max(low, high), low2, max(low2, high2))
+
+
+def _mask(group: Group, start, position, visible, start2, end2) -> Tensor:
+    """bool [rows, positions of both segments]: what each row of the group sees."""
+    rows = slice(group.first, group.last)
+    columns = torch.arange(group.low, group.high, device=start.device)
+    mask = (columns >= start[rows, None]) & (columns <= position[rows, None])
+    if visible is not None:
+        mask = mask & visible[group.batch, group.low : group.high]
+    if start2 is None:
+        return mask
+    columns = torch.arange(group.low2, group.high2, device=start.device)
+    second = (columns >= start2[rows, None]) & (columns < end2[rows, None])
+    return torch.cat([mask, second], dim=1)
+
+
+def _memory(group: Group, mask: Tensor, k, v, k2, v2) -> tuple[Tensor, Tensor]:
+    """Keys and values the group may see, [kv_heads, positions, head_dim], unseen ones zeroed."""
+    unseen = ~mask.any(0)
+    parts = []
+    for first, second in ((k, k2), (v, v2)):
+        part = first[group.batch, :, group.low : group.high]
+        if second is not None:
+            part = torch.cat([part, second[group.low2 : group.high2].transpose(0, 1)], dim=1)
+        if bool(unseen.any()):  # what nobody reads may hold anything, NaN too
+            part = part.masked_fill(unseen[:, None], 0.0)
+        parts.append(part.to(_compute_dtype(k)))
+    return parts[0], parts[1]
+
+
+def _pack(x: Tensor, group: Group, kv_heads: int) -> Tensor:
+    """[rows, q_heads, d] -> [kv_heads, rows * group heads, d]."""
+    x = x[group.first : group.last].to(_compute_dtype(x))
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _unpack(x: Tensor, group: Group) -> Tensor:
+    """[kv_heads, rows * group heads, d] -> [rows, q_heads, d]."""
+    return x.unflatten(1, (group.last - group.first, -1)).transpose(0, 1).flatten(1, 2)
+
+
+def _scores(rows: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+    heads = rows.shape[1] // mask.shape[0]
+    hidden = ~mask.repeat_interleave(heads, dim=0)
+    return (rows @ keys.mT * scale).masked_fill(hidden, -torch.inf)
+
+
+def _peak(scores: Tensor) -> Tensor:
+    """Largest score of each row, 0 for a row that sees nothing."""
+    if scores.shape[-1] == 0:
+        return scores.new_zeros(*scores.shape[:-1], 1)
+    peak = scores.amax(-1, keepdim=True)
+    return peak.masked_fill(peak == -torch.inf, 0.0)
+
+
+def _add(first: Tensor, second: Tensor | None, grad: Tensor, group: Group) -> None:
+    """Add a group's [kv_heads, positions, d] to the gradients of the two segments."""
+    length = group.high - group.low
+    first[group.batch, :, group.low : group.high] += grad[:, :length]
+    if second is not None:
+        second[group.low2 : group.high2] += grad[:, length:].transpose(0, 1)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
