@@ -9,25 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ldistill.students.head import LMHead
 from ldistill.students.nanovlm_config import NanoVLMConfig
-
-
-class Float32Rotary(LlamaRotaryEmbedding):
-    """Rotary embedding whose frequencies stay float32 when the model is cast to bf16.
-
-    DeepSpeed casts the whole module, buffers included; bf16 frequencies are off by 0.4%, which at
-    position 1000 is several radians.
-    """
-
-    def _apply(self, fn, recurse: bool = True):
-        kept = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = kept.to(device=self.inv_freq.device)
-        self.original_inv_freq = self.inv_freq.clone()
-        return self
+from ldistill.students.rotary import keep_float32
 
 
 class Projector(nn.Module):
@@ -85,10 +70,20 @@ class NanoVLM(nn.Module):
         """
         embeds = self.decoder.get_input_embeddings()(input_ids)
         if pixel_values is None or pixel_values.shape[0] == 0:
-            return embeds
+            return embeds + self._unused_image(embeds) if self.training else embeds
         image = self.project(pixel_values).to(embeds.dtype)
         mask = (input_ids == self.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, image)
+
+    def _unused_image(self, like: Tensor) -> Tensor:
+        """0, by way of vision tower and projector: every rank must run the same modules.
+
+        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
+        projector would have no gradient to reduce.
+        """
+        size = self.config.vit_img_size
+        blank = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
+        return self.project(blank).sum().to(like.dtype) * 0
 
     def forward(
         self,
@@ -96,6 +91,7 @@ class NanoVLM(nn.Module):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        **attention: Tensor | int,
     ) -> Tensor:
         """Hidden states after the final norm, [batch, seq, hidden].
 
@@ -107,6 +103,7 @@ class NanoVLM(nn.Module):
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=False,
+            **attention,
         )
         return output.last_hidden_state
 
@@ -169,7 +166,6 @@ def build_decoder(config: NanoVLMConfig) -> LlamaForCausalLM:
     """Llama decoder with a callable head and frequencies that survive a cast."""
     decoder = LlamaForCausalLM(decoder_config(config))
     decoder.lm_head = LMHead.wrap(decoder.lm_head)
-    rotary = Float32Rotary(decoder.config)
+    rotary = keep_float32(decoder.model.rotary_emb)
     rotary.attention_scaling = config.lm_attn_scaling
-    decoder.model.rotary_emb = rotary
     return decoder

@@ -1,0 +1,287 @@
+"""What a run is made of: dataclasses with a line for every field, YAML recipes, overrides.
+
+Values come, each overriding the one before, from: the dataclasses' defaults, ``recipes/_shared.yaml``,
+the recipe, the command line. Every field below and every flag of transformers' ``TrainingArguments``
+is a command-line flag of ``train.py``. A recipe is a YAML file of such fields; ``--recipe`` takes the
+name of a shipped one or a path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+DEFAULT_RECIPE = "tiny"
+SHARED = "_shared"
+
+
+def _doc(text: str, default: Any = None, **kwargs: Any) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text}, **kwargs)
+    return field(default=default, metadata={"help": text}, **kwargs)
+
+
+@dataclass
+class PairArguments:
+    """Student and teacher."""
+
+    student: str = _doc("Student checkpoint: folder or hub id.", "lusxvr/nanoVLM-460M-8k")
+    teacher: str = _doc(
+        "The LM the student was built on: folder or hub id.", "HuggingFaceTB/SmolLM2-360M-Instruct"
+    )
+    tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
+    teacher_engine: str = _doc(
+        "auto | replicated | zero3 | deepspeed-inference; auto: zero3 with ZeRO-3, else replicated.",
+        "auto",
+    )
+    teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
+    attention: str = _doc("Student attention: sdpa | flash_attention_2 | eager.", "sdpa")
+    kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
+    compile_blocks: bool = _doc("torch.compile every decoder block of the student.", False)
+
+
+@dataclass
+class DataArguments:
+    """Shards, order and packing."""
+
+    shards: str | None = _doc("Folder of shards made by `ldistill shards build`.")
+    sources: str = _doc("full (17 sources), lang (the 8) or names separated by commas.", "full")
+    extra_sources: list[str] = _doc("Own sources: name=language or name=document.", [])
+    max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
+    packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
+    on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
+    on_bad_sample: str = _doc("Sample that cannot be read: error | drop (counted).", "error")
+    tiling: bool = _doc("Cut large images into tiles; false: one tile an image.", False)
+    max_images: int = _doc("Images of a sample that are used.", 1)
+    shuffle_window: int = _doc("Shards whose samples are shuffled together.", 32)
+    prepare: str | None = _doc(
+        "package.module:function that makes shards before the run and returns their folders.", None
+    )
+
+
+@dataclass
+class DistilArguments:
+    """The objective (method and defaults: the paper's section 3 and Table 2)."""
+
+    distil: str = _doc("Sources that distil: none | language | all | names by commas.", "language")
+    alpha: float = _doc("Weight of the KD term on distilling sources.", 0.7)
+    temperature: float = _doc("Softmax temperature of the KD term.", 4.0)
+    mix: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
+    t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
+    kl: str = _doc("forward | reverse | jsd.", "forward")
+    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual.", "full")
+    kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
+
+
+@dataclass
+class RunArguments:
+    """The run around the training loop."""
+
+    recipe: str | None = _doc("Name of a shipped recipe or path of a YAML file.")
+    global_batch_size: int | None = _doc(
+        "Packed rows per step over all ranks; sets gradient accumulation.", 128
+    )
+    projector_lr: float | None = _doc("Learning rate of the projector; default --learning_rate.")
+    decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
+    health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
+    eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
+    overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
+
+
+OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
+
+
+@dataclass
+class Recipe:
+    """A resolved run: our four groups and transformers' ``TrainingArguments``."""
+
+    pair: PairArguments
+    data: DataArguments
+    distil: DistilArguments
+    run: RunArguments
+    training: TrainingArguments
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every own field, and the training flags that the recipe or the command line set."""
+        own: dict[str, Any] = {}
+        for group in (self.pair, self.data, self.distil, self.run):
+            own |= dataclasses.asdict(group)
+        own |= {k: getattr(self.training, k) for k in sorted(self.given) if k not in own}
+        return own
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """``{name: file}`` of the recipes in the package."""
+    folder = Path(str(importlib.resources.files("ldistill"))) / "recipes"
+    return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem != SHARED}
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Fields of a recipe over the shared ones.
+
+    Raises:
+        ValueError: no such recipe, not a mapping, or a field that no dataclass has.
+    """
+    shipped = shipped_recipes()
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        close = difflib.get_close_matches(name, shipped, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"no recipe {name!r}.{hint} Shipped: {', '.join(shipped)}; or give a YAML file's path."
+        )
+    shared = path.parent / f"{SHARED}.yaml" if name in shipped else None
+    values = _read_yaml(shared) if shared else {}
+    values |= _read_yaml(path)
+    known = _known_fields()
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
+    return values
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path} must be a mapping of fields to values.")
+    return values
+
+
+def _known_fields() -> set[str]:
+    return {f.name for cls in (*OWN, TrainingArguments) for f in dataclasses.fields(cls)}
+
+
+def parse(argv: list[str]) -> Recipe:
+    """Recipe of a command line.
+
+    Args:
+        argv: without the program's name; ``--local_rank`` of a launcher is ignored.
+
+    Raises:
+        ValueError: unknown recipe, field or flag, or values that contradict each other.
+    """
+    argv = [a for a in argv if not a.startswith("--local_rank=")]
+    name = _recipe_name(argv)
+    values = load_recipe(name)
+    values["recipe"] = name
+    if not torch.cuda.is_available() and "--use_cpu" not in argv:
+        values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
+    parser = HfArgumentParser([*OWN, TrainingArguments], add_help=False, allow_abbrev=False)
+    parser.set_defaults(**values)
+    given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
+    _check_flags(given)
+    pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
+    recipe = Recipe(pair, data, distil, run, training, {k: None for k in given | set(values)})
+    _check(recipe)
+    _settle_batch(recipe, given)
+    return recipe
+
+
+def _recipe_name(argv: list[str]) -> str:
+    for index, arg in enumerate(argv):
+        if arg == "--recipe" and index + 1 < len(argv):
+            return argv[index + 1]
+        if arg.startswith("--recipe="):
+            return arg.removeprefix("--recipe=")
+    return DEFAULT_RECIPE
+
+
+def _check_flags(given: set[str]) -> None:
+    known = _known_fields()
+    for flag in sorted(given - known - {f"no_{k}" for k in known}):
+        close = difflib.get_close_matches(flag, known, n=1)
+        hint = f" Did you mean --{close[0]}?" if close else ""
+        raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
+
+
+def _check(recipe: Recipe) -> None:
+    from ldistill.memory import BACKENDS
+    from ldistill.rows import SCOPES
+    from ldistill.teacher import ENGINES
+
+    choices = {
+        "attention": (recipe.pair.attention, BACKENDS),
+        "teacher_engine": (recipe.pair.teacher_engine, ENGINES),
+        "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
+        "kv_scope": (recipe.distil.kv_scope, SCOPES),
+        "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
+        "mix": (recipe.distil.mix, ("convex", "additive")),
+        "kl": (recipe.distil.kl, ("forward", "reverse", "jsd")),
+        "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
+        "on_bad_sample": (recipe.data.on_bad_sample, ("error", "drop")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if recipe.data.max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
+    if recipe.distil.kv_grad == "through" and recipe.training.gradient_checkpointing:
+        raise ValueError(
+            "kv_grad through needs the graph that gradient checkpointing drops: choose "
+            "--kv_grad detached or leave out --gradient_checkpointing."
+        )
+    if recipe.training.max_steps <= 0 and recipe.training.num_train_epochs <= 0:
+        raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+
+
+def _settle_batch(recipe: Recipe, given: set[str]) -> None:
+    """Gradient accumulation from the global batch, unless accumulation was given itself."""
+    args, run = recipe.training, recipe.run
+    per_pass = args.per_device_train_batch_size * world_size()
+    if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
+        run.global_batch_size = per_pass * args.gradient_accumulation_steps
+    if run.global_batch_size is None:
+        run.global_batch_size = per_pass * args.gradient_accumulation_steps
+    steps, rest = divmod(run.global_batch_size, per_pass)
+    if rest or not steps:
+        raise ValueError(
+            f"global_batch_size {run.global_batch_size} is no multiple of "
+            f"{args.per_device_train_batch_size} rows × {world_size()} ranks: change "
+            "--per_device_train_batch_size or --global_batch_size."
+        )
+    args.gradient_accumulation_steps = steps
+
+
+def world_size() -> int:
+    """Ranks of this run, as the launcher's environment says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def print_help() -> None:
+    """Own flags with their defaults, in groups; transformers' flags by reference."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout)
+    console.print("deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe NAME ...")
+    console.print(f"Recipes: {', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}.\n")
+    for cls in OWN:
+        table = Table(title=cls.__doc__, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for column in ("flag", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for f in dataclasses.fields(cls):
+            default = [] if f.default is dataclasses.MISSING else f.default
+            table.add_row(f"--{f.name}", str(default), f.metadata["help"])
+        console.print(table)
+        console.print()
+    console.print(
+        "Every flag of transformers' TrainingArguments works too and overrides the recipe, such as "
+        "--max_steps, --learning_rate, --per_device_train_batch_size, --save_steps, --report_to, "
+        "--gradient_checkpointing. --help_all lists them."
+    )
