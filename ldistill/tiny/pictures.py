@@ -1,0 +1,95 @@
+"""Small pictures of the tiny world: marks, writing, bars, all drawn with PIL at 64 x 64.
+
+Writing uses Pillow's built-in bitmap font in cells of 8 x 16 pixels, so that a line holds eight
+characters and a picture four lines. Place, size, paper and ink vary from picture to picture.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ldistill.tiny.world import COLOURS
+
+SIZE = 64
+CELL = (8, 16)  # width and height of a character
+LINES, COLUMNS = SIZE // CELL[1], SIZE // CELL[0]
+_POLYGONS = {
+    "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
+    "triangle": [(0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
+    "diamond": [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)],
+    "cross": [(-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3),
+              (0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)],
+    "arrow": [(-1, -0.35), (0.1, -0.35), (0.1, -0.9), (1, 0), (0.1, 0.9), (0.1, 0.35), (-1, 0.35)],
+    "star": [(math.sin(i * math.pi / 5) * (1, 0.42)[i % 2],
+              -math.cos(i * math.pi / 5) * (1, 0.42)[i % 2]) for i in range(10)],
+}  # fmt: skip
+
+
+@cache
+def _glyph(character: str) -> Image.Image:
+    """A character as an 8-bit mask the size of a cell."""
+    mask = Image.new("L", CELL, 0)
+    font = ImageFont.load_default_imagefont()
+    ImageDraw.Draw(mask).text((1, 2), character, fill=255, font=font)
+    return mask
+
+
+class Canvas:
+    """A picture in the making.
+
+    Args:
+        rng: chooses paper and ink; the caller's other choices come from it too.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.paper = tuple(rng.randint(225, 255) for _ in range(3))
+        self.ink = tuple(rng.randint(0, 70) for _ in range(3))
+        self.image = Image.new("RGB", (SIZE, SIZE), self.paper)
+        self.draw = ImageDraw.Draw(self.image)
+
+    def mark(self, mark: str, colour: str, x: float, y: float, radius: float) -> None:
+        """A mark in a colour around (x, y)."""
+        fill = tuple(max(0, min(255, c + self.rng.randint(-8, 8))) for c in COLOURS[colour])
+        box = [x - radius, y - radius, x + radius, y + radius]
+        if mark == "circle":
+            self.draw.ellipse(box, fill=fill)
+        elif mark == "ring":
+            self.draw.ellipse(box, outline=fill, width=max(2, round(radius * 0.35)))
+        elif mark == "moon":
+            self.draw.ellipse(box, fill=fill)
+            shift = 0.55 * radius
+            self.draw.ellipse([box[0] + shift, box[1], box[2] + shift, box[3]], fill=self.paper)
+        elif mark == "heart":
+            half = radius * 0.55
+            for side in (-half, half):
+                left, right = x + side - half, x + side + half
+                self.draw.ellipse([left, y - radius, right, y + half - half], fill=fill)
+            low = [(x - radius, y - 0.35 * radius), (x + radius, y - 0.35 * radius), (x, y + radius)]
+            self.draw.polygon(low, fill=fill)
+        else:
+            points = [(x + px * radius, y + py * radius) for px, py in _POLYGONS[mark]]
+            self.draw.polygon(points, fill=fill)
+
+    def write(self, text: str, column: float = 0, line: float = 0, jitter: int = 1) -> None:
+        """A line of characters from a cell on, moved by up to `jitter` pixels."""
+        dx, dy = (self.rng.randint(-jitter, jitter) for _ in range(2))
+        x, y = round(column * CELL[0]) + dx, round(line * CELL[1]) + dy
+        for offset, character in enumerate(text):
+            where = (x + offset * CELL[0], y)
+            self.image.paste(self.ink, where, _glyph(character))
+
+    def bar(self, colour: str, left: float, height: float, width: float = 10, foot: int = 62) -> None:
+        """A bar of a chart, standing on `foot`."""
+        self.draw.rectangle([left, foot - height, left + width, foot], fill=COLOURS[colour])
+
+    def png(self) -> bytes:
+        """The picture as PNG bytes."""
+        out = io.BytesIO()
+        self.image.save(out, "PNG", compress_level=6)
+        return out.getvalue()

@@ -1,0 +1,180 @@
+"""The tiny world: invented creatures with facts, and which of those facts are held out.
+
+A creature has a look (a colour and a mark, unique to it) and six facts that no picture shows.
+Its facts are told in text, asked in text and asked about pictures; three disjoint rules decide
+what no training data ever contains, so that the benchmark measures what was learnt otherwise:
+
+* `asked`: (creature, attribute) pairs that are stated in text, never asked anywhere;
+* `pictured`: pairs that are stated and asked in text, never asked about a picture;
+* `held_out(string)`: words and codes that are never spelt in text and never shown in pictures.
+
+Everything follows from the seed. Try `python -m ldistill.tiny.world` for a look at it.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+WORLD_VERSION = 1
+DEFAULT_SEED = 7
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "blue": (40, 80, 210),
+    "green": (30, 140, 50),
+    "yellow": (235, 195, 0),
+    "purple": (130, 50, 170),
+    "orange": (245, 125, 20),
+    "pink": (250, 130, 185),
+    "brown": (115, 70, 35),
+    "black": (20, 20, 20),
+    "cyan": (30, 185, 205),
+}
+MARKS = (
+    "circle", "square", "triangle", "diamond", "star",
+    "cross", "ring", "moon", "arrow", "heart",
+)  # fmt: skip
+ATTRIBUTES = {
+    "colour": tuple(COLOURS),
+    "mark": MARKS,
+    "home": ("cave", "river", "forest", "desert", "island", "swamp", "meadow", "tower"),
+    "food": ("moss", "fish", "honey", "nuts", "roots", "berries", "snails", "bread"),
+    "drink": ("milk", "rain", "juice", "tea", "sap", "dew", "cider", "broth"),
+    "fear": ("fire", "wind", "thunder", "dogs", "mirrors", "ghosts", "snow", "bells"),
+    "craft": ("ropes", "pots", "songs", "clocks", "soap", "masks", "boats", "kites"),
+    "hour": ("dawn", "noon", "dusk", "night", "spring", "summer", "autumn", "winter"),
+}
+LOOKS = ("colour", "mark")
+KNOWLEDGE = tuple(name for name in ATTRIBUTES if name not in LOOKS)
+
+_ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
+_VOWELS = ("a", "e", "i", "o", "u")
+_CODAS = ("", "l", "n", "r", "s", "t")
+_CODE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+HELD_OUT_SHARE = 8  # one string in eight
+
+
+def held_out(text: str) -> bool:
+    """Whether a word or code is kept for the benchmark: a fixed eighth of all strings."""
+    return zlib.crc32(text.encode()) % HELD_OUT_SHARE == 0
+
+
+def stream(seed: int, *names: object) -> random.Random:
+    """An independent random stream for every (seed, name, ...)."""
+    return random.Random("/".join(map(str, (seed, *names))))
+
+
+@dataclass(frozen=True)
+class Creature:
+    """One invented creature: `facts` maps each of ATTRIBUTES to its value."""
+
+    name: str
+    facts: dict[str, str]
+
+    @property
+    def colour(self) -> str:
+        return self.facts["colour"]
+
+    @property
+    def mark(self) -> str:
+        return self.facts["mark"]
+
+
+class World:
+    """Creatures, words and held-out pairs, all a function of the seed.
+
+    Args:
+        seed: any integer; another seed gives other names, facts and splits.
+    """
+
+    def __init__(self, seed: int = DEFAULT_SEED) -> None:
+        self.seed = seed
+        rng = stream(seed, "world")
+        self.words = self._invent_words(rng, 400)
+        looks = [(colour, mark) for colour in COLOURS for mark in MARKS]
+        names = self._invent_names(rng, len(looks))
+        self.creatures = tuple(
+            self._creature(rng, name, look) for name, look in zip(names, looks, strict=True)
+        )
+        pairs = [(c.name, a) for c in self.creatures for a in KNOWLEDGE]
+        rng.shuffle(pairs)
+        third = len(pairs) // 4
+        self.never_asked = frozenset(pairs[:third])
+        self.never_pictured = frozenset(pairs[third : 2 * third])
+        self.unsaid_phrase = {pair: rng.randrange(4) for pair in sorted(pairs)}
+
+    @staticmethod
+    def _invent_words(rng: random.Random, count: int) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        while len(found) < count:
+            found[invent_word(rng)] = None
+        return tuple(found)
+
+    @staticmethod
+    def _invent_names(rng: random.Random, count: int) -> tuple[str, ...]:
+        found: dict[str, None] = {}
+        while len(found) < count:
+            name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2))
+            found[name + rng.choice(_CODAS[1:])] = None
+        return tuple(found)
+
+    @staticmethod
+    def _creature(rng: random.Random, name: str, look: tuple[str, str]) -> Creature:
+        facts = dict(zip(LOOKS, look, strict=True))
+        facts.update({attribute: rng.choice(ATTRIBUTES[attribute]) for attribute in KNOWLEDGE})
+        return Creature(name, facts)
+
+    @cached_property
+    def shown_words(self) -> tuple[str, ...]:
+        """Words that pictures of the training data may show."""
+        return tuple(word for word in self.words if not held_out(word))
+
+    @cached_property
+    def hidden_words(self) -> tuple[str, ...]:
+        """Words of the language that only the benchmark shows."""
+        return tuple(word for word in self.words if held_out(word))
+
+    def askable(self, creature: Creature, attribute: str) -> bool:
+        """Whether training text may ask for this fact."""
+        return (creature.name, attribute) not in self.never_asked
+
+    def picturable(self, creature: Creature, attribute: str) -> bool:
+        """Whether training data may ask for this fact about a picture."""
+        pair = (creature.name, attribute)
+        return pair not in self.never_asked and pair not in self.never_pictured
+
+    def code(self, rng: random.Random, hidden: bool = False) -> str:
+        """A string that is no word: random letters, or a word with one letter changed."""
+        while True:
+            if rng.random() < 0.5:
+                text = "".join(rng.choice(_CODE_LETTERS) for _ in range(rng.randint(3, 5)))
+            else:
+                letters = list(rng.choice(self.words))
+                letters[rng.randrange(len(letters))] = rng.choice(_CODE_LETTERS)
+                text = "".join(letters)
+            if text not in self.words and held_out(text) == hidden:
+                return text
+
+    def word(self, rng: random.Random, hidden: bool = False) -> str:
+        """A word of the language, shown in training pictures or (`hidden`) in none."""
+        return rng.choice(self.hidden_words if hidden else self.shown_words)
+
+    def writing(self, rng: random.Random) -> str:
+        """What a training picture may show: a word or a code."""
+        return self.word(rng) if rng.random() < 0.5 else self.code(rng)
+
+
+def invent_word(rng: random.Random) -> str:
+    """A pronounceable word of three to five letters."""
+    word = rng.choice(_ONSETS) + rng.choice(_VOWELS)
+    if rng.random() < 0.7:
+        word += rng.choice(_ONSETS) + rng.choice(_VOWELS)
+    return word + rng.choice(_CODAS[1:] if len(word) == 2 else _CODAS)
+
+
+if __name__ == "__main__":
+    for creature in World().creatures[::20]:
+        print(creature.name, *creature.facts.values())
