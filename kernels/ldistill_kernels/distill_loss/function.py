@@ -1,0 +1,147 @@
+"""Registration with PyTorch: the operator, its fake twin for tracing, and the autograd function.
+
+The operator computes the loss *and* its gradients; the autograd function only scales the latter.
+So the backward never reads the heads: a head gathered for the forward alone (ZeRO-3) is enough.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ldistill_kernels.distill_loss import chunked, reference
+from ldistill_kernels.distill_loss.matmul import compute_dtype
+from ldistill_kernels.distill_loss.rows import RowSettings
+
+OP = "ldistill_kernels::distill_loss"
+
+torch.library.define(
+    OP,
+    "(Tensor h_s, Tensor w_s, Tensor? h_t, Tensor? w_t, Tensor labels, Tensor ce_weight, "
+    "Tensor kd_weight, Tensor temperature, Tensor? kd_rows, int vocab, str kl, float beta, "
+    "bool t_squared, int ignore_index, int chunk_rows, bool triton, "
+    "bool grad_h_s, bool grad_w_s, bool grad_h_t) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl(OP, ("cpu", "cuda"))
+def _distill_loss(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor | None,
+    w_t: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kd_weight: Tensor,
+    temperature: Tensor,
+    kd_rows: Tensor | None,
+    vocab: int,
+    kl: str,
+    beta: float,
+    t_squared: bool,
+    ignore_index: int,
+    chunk_rows: int,
+    triton: bool,
+    grad_h_s: bool,
+    grad_w_s: bool,
+    grad_h_t: bool,
+) -> tuple[Tensor, ...]:
+    problem = chunked.Problem(
+        h_s, w_s, h_t, None if w_t is None else w_t[:vocab], labels, ce_weight, kd_weight,
+        temperature, kd_rows, t_squared, ignore_index, chunk_rows, grad_h_s, grad_w_s,
+    )  # fmt: skip
+    wide = compute_dtype(h_s.dtype)
+    settings = RowSettings(
+        vocab=vocab,
+        kl=kl,
+        beta=beta,
+        grad_student=grad_h_s or grad_w_s,
+        grad_teacher=grad_h_t,
+        grad_dtype=h_s.dtype if triton else wide,
+    )
+    solution = chunked.solve(problem, settings, _row_step(triton))
+    return (
+        solution.loss, *solution.rows, solution.grad_h_s, solution.grad_w_s, solution.grad_h_t
+    )  # fmt: skip
+
+
+def _row_step(triton: bool) -> chunked.RowStep:
+    if not triton:
+        return reference.row_step
+    from ldistill_kernels.distill_loss import triton_rows  # only where Triton is wanted
+
+    return triton_rows.row_step
+
+
+@torch.library.register_fake(OP)
+def _fake(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor | None,
+    w_t: Tensor | None,
+    labels: Tensor,
+    ce_weight: Tensor,
+    kd_weight: Tensor,
+    temperature: Tensor,
+    kd_rows: Tensor | None,
+    vocab: int,
+    kl: str,
+    beta: float,
+    t_squared: bool,
+    ignore_index: int,
+    chunk_rows: int,
+    triton: bool,
+    grad_h_s: bool,
+    grad_w_s: bool,
+    grad_h_t: bool,
+) -> tuple[Tensor, ...]:
+    wide = compute_dtype(h_s.dtype)
+    rows, paired = h_s.shape[0], 0 if h_t is None else h_t.shape[0]
+    return (
+        h_s.new_empty((), dtype=wide),
+        h_s.new_empty(rows, dtype=wide),
+        h_s.new_empty(paired, dtype=wide),
+        h_s.new_empty(paired, dtype=torch.bool),
+        h_s.new_empty(paired, dtype=torch.bool),
+        h_s.new_empty(rows, dtype=torch.bool),
+        h_s.new_empty(rows, dtype=wide),
+        chunked.grad_buffer(h_s, grad_h_s),
+        h_s.new_empty(w_s.shape if grad_w_s else (0,), dtype=wide),
+        chunked.grad_buffer(h_s if h_t is None else h_t, grad_h_t),
+    )
+
+
+class DistillLossFunction(torch.autograd.Function):
+    """Arguments as the operator's; returns the loss and the six detached per-row results."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        loss, *rest = torch.ops.ldistill_kernels.distill_loss(*args)
+        rows, grads = rest[:6], rest[6:]
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = tuple(None if arg is None else arg.dtype for arg in args[:3])
+        ctx.wanted = args[-3:]
+        ctx.count = len(args)
+        ctx.mark_non_differentiable(*rows)
+        return loss, *rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grads = [
+            _scaled(grad, grad_loss, dtype) if wanted else None
+            for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+        ]
+        return *grads, *(None for _ in range(ctx.count - 3))
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor rounded once to `dtype`, without a wide copy of a head's gradient."""
+    if grad.dtype == dtype == factor.dtype:
+        return grad * factor
+    # One element, not a 0-d scalar: a scalar would first be rounded to the gradient's dtype.
+    return torch.mul(grad, factor.reshape(1), out=torch.empty_like(grad, dtype=dtype))

@@ -1,0 +1,64 @@
+"""The four matrix products of the loss: fp32 results and sums from operands of any float dtype.
+
+CUDA devices multiply 16-bit operands on tensor cores and keep the fp32 accumulator as the result
+(`out_dtype`). CPUs have no such product and are slow in 16 bits, so there a block of the
+head at a time is widened to fp32: exact, and the extra memory does not grow with the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 4 << 20  # 16 MiB of widened head
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _on_tensor_cores(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.float16, torch.bfloat16)
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the rows of `weight` with their values in `dtype`."""
+    rows, width = weight.shape
+    step = rows if weight.dtype == dtype else max(256, BLOCK_ELEMENTS // max(width, 1))
+    for lo in range(0, rows, max(step, 1)):
+        span = slice(lo, min(lo + step, rows))
+        yield span, weight[span].to(dtype)
+
+
+def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out `[c, vocab]` = hidden `[c, width]` @ weight `[vocab, width]`^T."""
+    if _on_tensor_cores(hidden, weight):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+        return
+    hidden = hidden.to(out.dtype)
+    for span, block in _blocks(weight, out.dtype):
+        torch.mm(hidden, block.t(), out=out[:, span])
+
+
+def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad `[c, vocab]` @ weight `[vocab, width]`, summed in fp32 and rounded once to `dtype`."""
+    if _on_tensor_cores(grad, weight):
+        same = dtype == grad.dtype
+        return torch.mm(grad, weight) if same else torch.mm(grad, weight, out_dtype=dtype)
+    wide = compute_dtype(dtype)
+    grad = grad.to(wide)
+    out = grad.new_zeros(grad.shape[0], weight.shape[1])
+    for span, block in _blocks(weight, wide):
+        out.addmm_(grad[:, span], block)
+    return out.to(dtype)
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """total `[vocab, width]` += grad `[c, vocab]`^T @ hidden `[c, width]`, summed in fp32."""
+    if _on_tensor_cores(grad, hidden):
+        torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(grad.to(total.dtype).t(), hidden.to(total.dtype))

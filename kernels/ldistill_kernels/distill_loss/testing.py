@@ -1,0 +1,104 @@
+"""An independent, plain PyTorch twin of `distill_loss`, and inputs to try both on.
+
+The twin holds all logits and leaves the gradients to autograd: the reference of the tests (in
+fp64) and the baseline of the benchmark.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def plain_distill_loss(
+    h_s: Tensor,
+    w_s: Tensor,
+    h_t: Tensor | None,
+    w_t: Tensor | None,
+    labels: Tensor,
+    *,
+    ce_weight: Tensor | float,
+    kd_weight: Tensor | float | None = None,
+    temperature: Tensor | float = 1.0,
+    kd_rows: Tensor | None = None,
+    vocab: int | None = None,
+    kl: str = "forward",
+    beta: float = 0.5,
+    t_squared: bool = True,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce [rows], kl [rows_t]) with materialised logits; arguments as `distill_loss`."""
+    wide = torch.promote_types(h_s.dtype, torch.float32)
+    rows = torch.ones(h_s.shape[0], dtype=wide, device=h_s.device)
+    student = F.linear(h_s, w_s).to(wide)
+    ce = F.cross_entropy(student, labels, reduction="none", ignore_index=ignore_index)
+    loss = (rows * ce_weight * ce).sum()
+    if h_t is None:
+        return loss, ce, ce[:0]
+    pairs = torch.arange(h_t.shape[0], device=h_s.device) if kd_rows is None else kd_rows
+    vocab = w_t.shape[0] if vocab is None else vocab
+    tau = (rows * temperature)[pairs, None]
+    log_q = F.log_softmax(student[pairs, :vocab] / tau, -1)
+    log_p = F.log_softmax(F.linear(h_t, w_t[:vocab]).to(wide) / tau, -1)
+    divergence = _divergence(log_p, log_q, kl, beta)
+    divergence = divergence.masked_fill(labels[pairs] == ignore_index, 0.0)
+    weight = (rows * kd_weight)[pairs] * (tau.squeeze(1) ** 2 if t_squared else 1.0)
+    return loss + (weight * divergence).sum(), ce, divergence
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, kl: str, beta: float) -> Tensor:
+    def between(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
+
+    if kl == "forward":
+        return between(log_p, log_q)
+    if kl == "reverse":
+        return between(log_q, log_p)
+    mixture = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1.0 - beta))
+    return beta * between(log_p, mixture) + (1.0 - beta) * between(log_q, mixture)
+
+
+def make_inputs(
+    rows: int,
+    paired: int,
+    vocab_s: int,
+    vocab_t: int,
+    *,
+    hidden_s: int = 32,
+    hidden_t: int = 24,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    ignored: float = 0.1,
+    scale: float = 2.0,
+) -> dict[str, Any]:
+    """Random arguments of `distill_loss`: `paired` of the rows have a teacher, some are ignored.
+
+    `scale` is about the standard deviation of the logits.
+    """
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=gen, dtype=torch.float64) * std).to(device, dtype)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    labels = torch.randint(vocab_s, (rows,), generator=gen)
+    labels[torch.rand(rows, generator=gen) < ignored] = -100
+    chosen = torch.randperm(rows, generator=gen)[:paired].sort().values
+    kd_weight = torch.zeros(rows, dtype=wide)
+    kd_weight[chosen] = torch.rand(paired, generator=gen, dtype=wide)
+    return {
+        "h_s": normal(rows, hidden_s),
+        "w_s": normal(vocab_s, hidden_s, std=scale * hidden_s**-0.5),
+        "h_t": normal(paired, hidden_t) if paired else None,
+        "w_t": normal(vocab_t, hidden_t, std=scale * hidden_t**-0.5) if paired else None,
+        "labels": labels.to(device),
+        "ce_weight": torch.rand(rows, generator=gen, dtype=wide).to(device),
+        "kd_weight": kd_weight.to(device),
+        "temperature": (1.0 + 3.0 * torch.rand(rows, generator=gen, dtype=wide)).to(device),
+        "kd_rows": chosen.to(device) if paired else None,
+    }

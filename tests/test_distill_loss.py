@@ -1,0 +1,337 @@
+"""distill_loss in PyTorch on the CPU, against fp64 autograd with materialised logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers_distill_loss import assert_matches_fp64, fp64_gradients, gradients, leaves, relative
+
+from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss.testing import make_inputs
+
+CASES = [  # rows, rows with a teacher, vocab_s, vocab_t, chunk_rows
+    (13, 13, 1000, 1000, None),
+    (13, 5, 1000, 937, 4),
+    (9, 9, 257, 200, 2),
+    (6, 2, 49218, 49152, 5),
+    (4, 4, 32064, 32064, None),
+    (11, 0, 1000, 1000, 3),
+    (700, 300, 1000, 990, 128),
+    (1, 1, 50, 33, None),
+    (1, 0, 50, 33, None),
+]
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_fp64_autograd(case, kl):
+    rows, paired, vocab_s, vocab_t, chunk_rows = case
+    inputs = make_inputs(rows, paired, vocab_s, vocab_t, seed=rows)
+    run = {"chunk_rows": chunk_rows}
+    assert_matches_fp64(inputs, 2e-5, run, kl=kl, beta=0.3)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+def test_gradcheck(kl):
+    inputs = make_inputs(7, 4, 23, 19, hidden_s=6, hidden_t=5, dtype=torch.float64)
+
+    def loss(h_s, w_s, h_t):
+        changed = inputs | {"h_s": h_s, "w_s": w_s, "h_t": h_t}
+        return distill_loss(**changed, kl=kl, beta=0.2, chunk_rows=3).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs).values()))
+
+
+@pytest.mark.parametrize("t_squared", [True, False])
+def test_t_squared_scales_loss_and_gradient_alike(t_squared):
+    inputs = make_inputs(8, 6, 300, 300)
+    assert_matches_fp64(inputs, 2e-5, t_squared=t_squared)
+
+
+def test_shorter_vocab_cuts_both_softmaxes():
+    assert_matches_fp64(make_inputs(8, 6, 300, 290), 2e-5, vocab=120)
+    assert_matches_fp64(make_inputs(8, 6, 300, 320), 2e-5, vocab=300)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_inputs_keep_fp32_logits(dtype):
+    """The only rounding left is that of the returned gradients."""
+    inputs = make_inputs(300, 120, 1000, 990, dtype=dtype)
+    assert_matches_fp64(inputs, 1.01 * torch.finfo(dtype).eps, {"chunk_rows": 64})
+
+
+def test_narrow_heads_are_widened_block_by_block(monkeypatch):
+    from ldistill_kernels.distill_loss import matmul
+
+    monkeypatch.setattr(matmul, "BLOCK_ELEMENTS", 300 * 32)
+    inputs = make_inputs(20, 12, 1000, 990, dtype=torch.bfloat16)
+    assert_matches_fp64(inputs, 1.01 * 2**-8)
+
+
+def test_tied_head_adds_to_the_embeddings_gradient():
+    inputs = make_inputs(6, 3, 90, 80, dtype=torch.float64)
+    tokens = torch.arange(6) * 7
+    table = inputs.pop("w_s").requires_grad_()
+    mixer = torch.randn(32, 32, dtype=torch.float64) / 6
+    del inputs["h_s"]
+    out = distill_loss(table[tokens] @ mixer, table, **inputs)
+    (tied,) = torch.autograd.grad(out.loss, table)
+    a, b = table.detach().clone().requires_grad_(), table.detach().clone().requires_grad_()
+    out = distill_loss(a[tokens] @ mixer, b, **inputs)
+    torch.testing.assert_close(tied, sum(torch.autograd.grad(out.loss, (a, b))))
+
+
+def test_equal_student_and_teacher_give_exactly_nothing():
+    inputs = make_inputs(40, 40, 1000, 1000, hidden_t=32)
+    inputs |= {"h_t": inputs["h_s"].clone(), "w_t": inputs["w_s"].clone(), "ce_weight": 0.0}
+    for kl in ("forward", "reverse", "jsd"):
+        out, grads = gradients(inputs, kl=kl)
+        assert out.loss == 0
+        assert torch.count_nonzero(out.kl) == 0
+        assert all(grad.abs().max() <= 1e-6 for grad in grads.values())
+        assert out.teacher_student.all()
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+def test_gradient_of_a_student_close_to_its_teacher(kl):
+    """A difference of two nearly equal softmaxes: narrow logits would lose it."""
+    inputs = make_inputs(64, 64, 2000, 2000, hidden_t=32, dtype=torch.bfloat16, ignored=0)
+    near = inputs["w_s"] + 1e-2 * torch.randn(2000, 32) * inputs["w_s"].float().std()
+    inputs |= {"h_t": inputs["h_s"].clone(), "w_t": near.bfloat16(), "ce_weight": 0.0}
+    _, want = fp64_gradients(inputs, kl=kl)
+    _, got = gradients(inputs, kl=kl)
+    for name, grad in got.items():
+        error = (grad.double() - want[name]).norm() / want[name].norm()
+        assert error <= 0.005, name
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+def test_extreme_logits_stay_finite(kl):
+    inputs = make_inputs(12, 9, 500, 480, scale=1e4, ignored=0)
+    out, grads = gradients(inputs, kl=kl)
+    assert all(value.isfinite().all() for value in (*out, *grads.values()))
+    assert out.ce.max() > 1e3
+    assert_matches_fp64(inputs, 1e-3, kl=kl)
+
+
+@pytest.mark.parametrize("silence", ["weights", "labels"])
+def test_silent_rows_contribute_exactly_nothing(silence):
+    inputs = make_inputs(10, 6, 300, 290, ignored=0)
+    silent = torch.tensor([0, 3, 7, 9])
+    loud = make_inputs(10, 6, 300, 290, ignored=0)
+    for each in (inputs, loud):
+        if silence == "labels":
+            each["labels"][silent] = -100
+        else:
+            each["ce_weight"][silent] = each["kd_weight"][silent] = 0
+    loud["h_s"][silent] *= 50
+    (out, grads), (other, other_grads) = gradients(inputs), gradients(loud)
+    assert out.loss == other.loss
+    assert torch.count_nonzero(grads["h_s"][silent]) == 0
+    torch.testing.assert_close(grads["w_s"], other_grads["w_s"], rtol=0, atol=0)
+    if silence == "labels":
+        assert torch.count_nonzero(out.ce[silent]) == 0
+        assert not out.student_label[silent].any()
+
+
+def test_all_weights_zero():
+    inputs = make_inputs(6, 4, 90, 80) | {"ce_weight": 0.0, "kd_weight": 0.0}
+    out, grads = gradients(inputs)
+    assert out.loss == 0
+    assert out.kl.max() > 0
+    assert all(torch.count_nonzero(grad) == 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("paired", ["none", "empty"])
+def test_no_rows(paired):
+    inputs = make_inputs(5, 3, 90, 80)
+    inputs |= {name: inputs[name][:0] for name in ("h_s", "labels")}
+    inputs |= {"ce_weight": 1.0, "kd_weight": 0.0, "temperature": 2.0}
+    if paired == "none":
+        inputs |= {"h_t": None, "w_t": None, "kd_rows": None}
+    else:
+        inputs |= {"h_t": inputs["h_t"][:0], "kd_rows": inputs["kd_rows"][:0]}
+    inputs["h_s"].requires_grad_()
+    inputs["w_s"].requires_grad_()
+    out = distill_loss(**inputs)
+    out.loss.backward()
+    assert out.loss == 0
+    assert inputs["w_s"].grad.shape == (90, 32)
+    assert torch.count_nonzero(inputs["w_s"].grad) == 0
+    assert out.ce.shape == out.kl.shape == (0,)
+
+
+def test_rows_without_a_teacher_never_touch_its_head():
+    inputs = make_inputs(9, 4, 300, 290, ignored=0)
+    alone = {k: inputs[k] for k in ("h_s", "w_s", "labels", "ce_weight")}
+    want = distill_loss(**alone, h_t=None, w_t=None)
+    out = distill_loss(**inputs)
+    others = [row for row in range(9) if row not in inputs["kd_rows"].tolist()]
+    torch.testing.assert_close(out.ce[others], want.ce[others])
+    broken = inputs | {"h_t": torch.full_like(inputs["h_t"], float("nan"))}
+    _, grads = gradients(broken | {"ce_weight": 1.0})
+    assert grads["h_s"][others].isfinite().all()
+
+
+def test_diagnostics():
+    inputs = make_inputs(200, 120, 60, 50, ignored=0)
+    out = distill_loss(**inputs)
+    student = inputs["h_s"] @ inputs["w_s"].t()
+    teacher = inputs["h_t"] @ inputs["w_t"].t()
+    pairs, labels = inputs["kd_rows"], inputs["labels"]
+    assert torch.equal(out.student_label, student.argmax(-1) == labels)
+    agree = student[pairs, :50].argmax(-1) == teacher.argmax(-1)
+    assert torch.equal(out.teacher_student, agree)
+    assert torch.equal(out.teacher_label, teacher.argmax(-1) == labels[pairs])
+    torch.testing.assert_close(out.extra_mass, student.softmax(-1)[:, 50:].sum(-1))
+    for counted in (out.student_label, out.teacher_student, out.teacher_label):
+        assert counted.any()
+        assert not counted.all()
+
+
+def test_only_the_loss_is_differentiable():
+    inputs = make_inputs(6, 4, 90, 80)
+    leaves(inputs)
+    out = distill_loss(**inputs)
+    assert out.loss.requires_grad
+    assert not any(value.requires_grad for value in out[1:])
+
+
+@pytest.mark.parametrize("wanted", [("h_s",), ("w_s",), ("h_t",), ()])
+def test_only_wanted_gradients(wanted):
+    inputs, every = make_inputs(6, 4, 90, 80), make_inputs(6, 4, 90, 80)
+    _, full = gradients(every)
+    chosen = [inputs[name].requires_grad_() for name in wanted]
+    out = distill_loss(**inputs)
+    assert out.loss.requires_grad == bool(wanted)
+    if wanted:
+        (grad,) = torch.autograd.grad(out.loss, chosen)
+        torch.testing.assert_close(grad, full[wanted[0]])
+
+
+def test_under_no_grad_values_are_the_same():
+    inputs = make_inputs(6, 4, 90, 80)
+    leaves(inputs)
+    with torch.no_grad():
+        quiet = distill_loss(**inputs)
+    loud = distill_loss(**inputs)
+    assert not quiet.loss.requires_grad
+    for a, b in zip(quiet, loud, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backward_does_not_read_the_head():
+    """ZeRO-3 gathers the head for the forward and lets it go: its values are then garbage."""
+    inputs, kept = make_inputs(6, 4, 90, 80), make_inputs(6, 4, 90, 80)
+    _, want = gradients(kept)
+    head = torch.nn.Parameter(inputs["w_s"])
+    full, shard = head.data.clone(), torch.full((), float("nan"))
+    loss = distill_loss(**inputs | {"w_s": head}).loss
+    head.data = shard
+    head.data = torch.full_like(full, float("nan"))
+    loss.backward()
+    assert head.grad.shape == full.shape
+    torch.testing.assert_close(head.grad, want["w_s"])
+
+
+def test_upstream_gradient_scales_every_gradient():
+    inputs = make_inputs(6, 4, 90, 80, dtype=torch.bfloat16)
+    wanted = leaves(inputs)
+    loss = distill_loss(**inputs).loss
+    once = torch.autograd.grad(loss, wanted.values(), retain_graph=True)
+    third = torch.autograd.grad(loss / 3, wanted.values())
+    for a, b in zip(once, third, strict=True):
+        assert relative(b * 3, a) < 2**-7
+
+
+def test_fp16_gradients_survive_a_small_weight():
+    """Weights of 1e-6 put gradients below what fp16 can hold; a loss scale brings them back."""
+    inputs = make_inputs(20, 12, 300, 290, dtype=torch.float16, ignored=0)
+    (_, want), scale = fp64_gradients(inputs), 2.0**20
+    for name in ("ce_weight", "kd_weight"):
+        inputs[name] = inputs[name] / scale
+    wanted = leaves(inputs)
+    loss = distill_loss(**inputs).loss * scale
+    for name, grad in zip(wanted, torch.autograd.grad(loss, wanted.values()), strict=True):
+        assert relative(grad, want[name]) < 2e-3, name
+
+
+def test_loss_does_not_depend_on_the_chunks():
+    inputs = make_inputs(100, 61, 300, 290, dtype=torch.float64)
+    (a, grads), (b, other) = (gradients(inputs, chunk_rows=size) for size in (7, 1000))
+    torch.testing.assert_close(a.loss, b.loss)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, other[name])
+
+
+def test_numbers_for_weights_and_temperature():
+    inputs = make_inputs(10, 6, 90, 80)
+    scalars = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 4.0}
+    tensors = {name: torch.full((10,), value) for name, value in scalars.items()}
+    tensors["kd_weight"] = torch.zeros(10).index_fill(0, inputs["kd_rows"], 0.7)
+    a, b = distill_loss(**inputs | scalars), distill_loss(**inputs | tensors)
+    assert a.loss == b.loss
+    assert math.isfinite(a.loss)
+
+
+BAD = {
+    "h_s": ({"h_s": torch.zeros(6)}, "h_s must be a float matrix, got torch.float32 \\[6\\]"),
+    "w_s shape": ({"w_s": torch.zeros(90, 31)}, "w_s must be \\[vocab, 32\\]"),
+    "w_s gathered": ({"w_s": torch.zeros(0)}, "w_s must be a float matrix"),
+    "w_s dtype": ({"w_s": torch.zeros(90, 32).double()}, "w_s is torch.float64"),
+    "w_s device": ({"w_s": torch.zeros(90, 32, device="meta")}, "w_s is on meta"),
+    "h_t alone": ({"w_t": None}, "w_t is None but h_t is given"),
+    "w_t shape": ({"w_t": torch.zeros(80, 3)}, "w_t must be \\[vocab, 24\\]"),
+    "teacher too large": ({"w_t": torch.zeros(91, 24)}, "w_t has a vocabulary of 91, larger"),
+    "vocab": ({"vocab": 81}, "vocab must be between 1 and 80, the shorter head, got 81"),
+    "labels dtype": ({"labels": torch.zeros(6).int()}, "labels must be int64 \\[rows\\]"),
+    "labels shape": ({"labels": torch.zeros(5).long()}, "labels must be int64 \\[rows\\]"),
+    "labels range": ({"labels": torch.tensor([1, 2, 90, 0, 0, 0])}, "got 90 in row 2"),
+    "labels negative": ({"labels": torch.tensor([1, -1, 9, 0, 0, 0])}, "got -1 in row 1"),
+    "ce_weight": ({"ce_weight": -0.1}, "ce_weight must be at least 0 and finite, got -0.1"),
+    "ce_weight row": ({"ce_weight": torch.tensor([0, 0, 1, -2, 0, 0.0])}, "got -2.0 in row 3"),
+    "ce_weight shape": ({"ce_weight": torch.ones(5)}, "ce_weight must be a number or a float"),
+    "ce_weight int": ({"ce_weight": torch.ones(6).long()}, "ce_weight must be a number or a fl"),
+    "kd_weight nan": ({"kd_weight": float("nan")}, "kd_weight must be at least 0 and finite"),
+    "kd_weight missing": ({"kd_weight": None}, "kd_weight is None but h_t is given"),
+    "kd_weight uncovered": ({"kd_weight": torch.ones(6)}, "has no row in h_t"),
+    "no teacher": (
+        {"h_t": None, "w_t": None, "kd_rows": None, "kd_weight": 0.5},
+        "kd_weight is 0.5 but h_t is None",
+    ),
+    "temperature": ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+    "temperature row": ({"temperature": torch.tensor([1, 1, 1, 1, 0.0, 1])}, "0.0 in row 4"),
+    "kd_rows missing": ({"kd_rows": None}, "h_t has 4 rows and h_s 6: pass kd_rows"),
+    "kd_rows dtype": ({"kd_rows": torch.arange(4).int()}, "kd_rows must be int64 \\[4\\]"),
+    "kd_rows order": ({"kd_rows": torch.tensor([0, 2, 1, 3])}, "kd_rows must be sorted"),
+    "kd_rows twice": ({"kd_rows": torch.tensor([0, 1, 1, 3])}, "kd_rows must be sorted and uni"),
+    "kd_rows range": ({"kd_rows": torch.tensor([0, 1, 2, 6])}, "kd_rows must lie in \\[0, 6\\)"),
+    "kl": ({"kl": "sideways"}, "kl must be one of forward, reverse, jsd, got 'sideways'"),
+    "beta": ({"kl": "jsd", "beta": 1.0}, "beta must lie between 0 and 1"),
+    "chunk_rows": ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
+    "kernels": ({"kernels": "cuda"}, "kernels must be one of auto, triton, reference"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_named(bad):
+    changes, message = BAD[bad]
+    inputs = make_inputs(6, 4, 90, 80, ignored=0) | changes
+    with pytest.raises(ValueError, match=message):
+        distill_loss(**inputs)
+
+
+def test_teacher_without_student_rows_is_refused():
+    inputs = make_inputs(4, 4, 90, 80)
+    inputs["h_t"] = torch.cat((inputs["h_t"], inputs["h_t"]))
+    inputs["kd_rows"] = torch.arange(8)
+    with pytest.raises(ValueError, match="kd_rows must be unique rows of h_s"):
+        distill_loss(**inputs)
+
+
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="kernels='triton' needs CUDA tensors"):
+        distill_loss(**make_inputs(6, 4, 90, 80), kernels="triton")
