@@ -1,0 +1,188 @@
+"""One sample as a run of bytes inside a WebDataset tar: writing it, reading it back.
+
+A shard is a plain tar that stock `webdataset` reads. All members of a sample lie side by side, so
+one range read (`read_range`) fetches a sample whole, and its CRC-32 is checked before anything is
+parsed. Owner, mode and time are constants: the same sample always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldistill.data.samples import Sample, Turn
+
+BLOCK = tarfile.BLOCKSIZE
+END = bytes(2 * BLOCK)
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # number of the shard within its source
+        ("offset", "<u8"),  # where the sample's members start in the tar
+        ("size", "<u8"),  # bytes of the members, headers and padding included
+        ("crc32", "<u4"),  # over those bytes
+        ("row", "<u8"),  # row of the input; the key is {source}-{row:09d}
+        ("tokens", "<u4"),  # length of the document, image tokens included
+        ("supervised", "<u4"),  # rows that carry a label
+        ("prompt", "<u4"),  # rows before the first that carries a label
+        ("tiles", "<u2"),  # tiles of all pictures
+    ]
+)
+
+
+class BadSample(ValueError):
+    """A stored sample that cannot be used. `reason` is what drops are counted under."""
+
+    def __init__(self, reason: str, shard: str, key: str, detail: str = "") -> None:
+        super().__init__(f"sample {key} in {shard}: {reason}" + (f" ({detail})" if detail else ""))
+        self.reason, self.shard, self.key, self.detail = reason, shard, key, detail
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, self.shard, self.key, self.detail)
+
+
+def sample_key(source: str, row: int) -> str:
+    """Name shared by the members of a sample."""
+    return f"{source}-{row:09d}"
+
+
+def pack_sample(key: str, sample: Sample, described: list[dict[str, int | str]]) -> bytes:
+    """Tar members of a sample; `described` holds {width, height, format} of each picture."""
+    record: dict[str, object] = {"id": sample.id, "source": sample.source}
+    record["turns"] = [{"user": turn.user, "assistant": turn.assistant} for turn in sample.turns]
+    if len(described) == 1:
+        record["image"] = described[0]
+    elif described:
+        record["images"] = described
+    members = []
+    for number, (image, data) in enumerate(zip(described, sample.images, strict=True), start=1):
+        place = f"{number}." if len(described) > 1 else ""
+        members.append((f"{key}.{place}{image['format']}", data))
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+    members.append((f"{key}.json", text.encode()))
+    return b"".join(_member(name, data) for name, data in members)
+
+
+def _member(name: str, data: bytes) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(data), 0o644, 0
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return header + data + bytes(-len(data) % BLOCK)
+
+
+def unpack_sample(raw: bytes, shard: str, key: str) -> Sample:
+    """The sample of `pack_sample`'s bytes. Raises BadSample for anything unexpected in them."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+        record = json.loads(members[f"{key}.json"])
+        turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
+        described = record.get("images", [record["image"]] if "image" in record else [])
+        places = [f"{n}." if len(described) > 1 else "" for n in range(1, len(described) + 1)]
+    except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
+        raise BadSample("unreadable sample", shard, key, repr(error)) from error
+    names = [
+        f"{key}.{place}{image['format']}" for place, image in zip(places, described, strict=True)
+    ]
+    missing = [name for name in names if name not in members]
+    if missing:
+        raise BadSample("missing image", shard, key, ", ".join(missing))
+    return Sample(record["id"], record["source"], turns, tuple(members[name] for name in names))
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A finished shard as its source's index lists it; `url` is relative to the index."""
+
+    url: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Writes one tar beside its final name and renames it when it is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.samples = 0
+        self._sha = hashlib.sha256()
+        self._part = path.with_name(path.name + ".part")
+        self._file = open(self._part, "wb")
+
+    def add(self, block: bytes) -> tuple[int, int, int]:
+        """Append a sample's members; returns its (offset, size, crc32)."""
+        offset = self.size
+        self._write(block)
+        self.samples += 1
+        return offset, len(block), zlib.crc32(block)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha.update(data)
+        self.size += len(data)
+
+    def finish(self) -> ShardFile:
+        """Write the end mark, make the file durable and give it its name."""
+        self._write(END)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._part, self.path)
+        return ShardFile(self.path.name, self.samples, self.size, self._sha.hexdigest())
+
+    def abandon(self) -> None:
+        """Close and remove the unfinished file."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_OPEN_FILES = 64
+_descriptors: OrderedDict[str, int] = OrderedDict()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset`; fewer at its end. Raises OSError.
+
+    Positioned reads share no file position, so descriptors inherited by forked workers are safe.
+    Every read of shards passes here: the place where remote shards would fit.
+    """
+    descriptor = _descriptors.pop(path, None)
+    if descriptor is None:
+        descriptor = os.open(path, os.O_RDONLY)
+    _descriptors[path] = descriptor
+    if len(_descriptors) > _OPEN_FILES:
+        os.close(_descriptors.popitem(last=False)[1])
+    parts, end = [], offset + size
+    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def load_sample(path: str, record: np.void, key: str) -> Sample:
+    """Read one sample and check its CRC-32. Raises BadSample naming shard, key and reason."""
+    try:
+        raw = read_range(path, int(record["offset"]), int(record["size"]))
+    except OSError as error:
+        raise BadSample("unreadable shard", path, key, str(error)) from error
+    if len(raw) < record["size"]:
+        raise BadSample("truncated shard", path, key, f"{len(raw)} of {record['size']} bytes")
+    if zlib.crc32(raw) != record["crc32"]:
+        raise BadSample("corrupt sample", path, key, "its checksum is not the one in the index")
+    return unpack_sample(raw, path, key)

@@ -1,0 +1,154 @@
+"""What a run will read: which documents, in which packs, from which pack on.
+
+The stream of packs is endless: the packs of epoch 0, then those of epoch 1, and so on, so that no
+step at an epoch's end is short. Within an epoch every usable document appears exactly once. The
+position in the stream is one number, the count of packs already consumed by all ranks together.
+
+    plan = Plan(index, limit=1024, seed=0); print(plan.summary())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ldistill.data.index import ShardIndex
+from ldistill.data.packing import PACK_WINDOW, Packs, epoch_order, pack, single
+
+TOO_LONG = "longer than the limit"
+NO_ANSWER_LEFT = "no answer within the limit"
+OverLong = Literal["drop", "truncate", "error"]
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """The first epoch of a plan in numbers."""
+
+    samples: int
+    """Samples in the shards: `documents` + the sum of `drops`."""
+    documents: int
+    packs: int
+    tokens: int
+    """Tokens of the documents as trained, image tokens included."""
+    efficiency: float
+    """Real tokens over tokens with padding (packed rows; 1.0 for one document per row)."""
+    truncated: int
+    drops: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lost = ", ".join(f"{count} {reason}" for reason, count in self.drops.items()) or "none"
+        return (
+            f"{self.documents} of {self.samples} samples in {self.packs} packs per epoch, "
+            f"{self.efficiency:.1%} real tokens; dropped: {lost}; truncated: {self.truncated}"
+        )
+
+
+class Plan:
+    """Usable documents of an index and their packs, epoch by epoch.
+
+    `over_long` says what happens to documents above `limit` tokens: "drop" and "truncate" are
+    counted in the summary, "error" raises ValueError here. `shuffle_window` is in shards.
+    `packing=False` gives one document per pack.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        *,
+        limit: int,
+        seed: int = 0,
+        over_long: OverLong = "drop",
+        packing: bool = True,
+        shuffle_window: int = 64,
+        pack_window: int = PACK_WINDOW,
+    ) -> None:
+        if limit < 2:
+            raise ValueError(f"the length limit must be at least 2 tokens, got {limit}")
+        if over_long not in ("drop", "truncate", "error"):
+            raise ValueError(f"over_long must be drop, truncate or error, got {over_long!r}")
+        self.limit, self.seed, self.packing = limit, seed, packing
+        self._windows = (shuffle_window, pack_window)
+        self._shard_sizes = index.shard_sizes
+        self._lengths = np.minimum(index.lengths, limit)
+        self._long = int((index.lengths > limit).sum())
+        self.drops: dict[str, int] = {}
+        self._usable = self._select(index, over_long)
+        self._check_some_left(index)
+        self._cache: dict[int, Packs] = {}
+
+    def _select(self, index: ShardIndex, over_long: OverLong) -> np.ndarray:
+        """Mask of documents that take part; fills `drops`."""
+        too_long = index.lengths > self.limit
+        if over_long == "error" and self._long:
+            worst = int(index.lengths.argmax())
+            _, _, key = index.locate(worst)
+            raise ValueError(
+                f"{self._long} documents are longer than the limit of {self.limit} tokens (the "
+                f"longest is {key} with {index.lengths[worst]}): raise the limit, or say that "
+                "such documents are to be dropped or truncated"
+            )
+        # The last kept row's next token is cut away, so its label goes too.
+        hopeless = too_long & (index.column("prompt") >= self.limit - 1)
+        lost, reason = (too_long, TOO_LONG) if over_long == "drop" else (hopeless, NO_ANSWER_LEFT)
+        if lost.any():
+            self.drops[reason] = int(lost.sum())
+        self.truncated = 0 if over_long == "drop" else int((too_long & ~lost).sum())
+        return ~lost
+
+    def _check_some_left(self, index: ShardIndex) -> None:
+        for number, source in enumerate(index.sources):
+            first, last = index.source_starts[number : number + 2]
+            if not self._usable[first:last].any():
+                raise ValueError(
+                    f"no document of {source} fits the limit of {self.limit} tokens (the shortest "
+                    f"has {index.lengths[first:last].min()}): raise the limit or leave it out"
+                )
+
+    def epoch(self, number: int) -> Packs:
+        """The packs of one epoch; the last two asked for are kept."""
+        if number not in self._cache:
+            shuffle_window, pack_window = self._windows
+            order = epoch_order(self._shard_sizes, self.seed, number, shuffle_window)
+            order = order[self._usable[order]]
+            packs = single(order)
+            if self.packing:
+                packs = pack(self._lengths, order, self.limit, pack_window)
+            while len(self._cache) > 1:
+                self._cache.pop(next(iter(self._cache)))
+            self._cache[number] = packs
+        return self._cache[number]
+
+    def packs_from(self, start: int) -> Iterator[np.ndarray]:
+        """Document numbers (int64 [n]) of pack `start`, `start + 1`, ... without end."""
+        epoch = 0
+        while start >= len(self.epoch(epoch)):
+            start -= len(self.epoch(epoch))
+            epoch += 1
+        while True:
+            packs = self.epoch(epoch)
+            for number in range(start, len(packs)):
+                yield packs[number]
+            epoch, start = epoch + 1, 0
+
+    def summary(self) -> PlanSummary:
+        """Counts of the first epoch."""
+        packs = self.epoch(0)
+        tokens = int(self._lengths[packs.documents].sum())
+        efficiency = tokens / (len(packs) * self.limit) if self.packing else 1.0
+        return PlanSummary(
+            samples=len(self._usable),
+            documents=len(packs.documents),
+            packs=len(packs),
+            tokens=tokens,
+            efficiency=efficiency,
+            truncated=self.truncated,
+            drops=dict(self.drops),
+        )
+
+
+def plan_summary(index: ShardIndex, **options: object) -> PlanSummary:
+    """Summary of `Plan(index, **options)`."""
+    return Plan(index, **options).summary()  # type: ignore[arg-type]
