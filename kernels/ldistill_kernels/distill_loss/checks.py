@@ -119,7 +119,7 @@ def check_kd_weight(kd_weight: Tensor | float | None, paired: int, h_t: Tensor |
 
 
 def check_kd_coverage(
-    kd_weight: Tensor, labels: Tensor, kd_rows: Tensor | None, ignore: int
+    kd_weight: Tensor, labels: Tensor, kd_rows: Tensor | None, ignore_index: int
 ) -> None:
     """Every row with a positive kd_weight and a label has a teacher row."""
     if not checks_values(labels.device):
