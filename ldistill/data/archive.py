@@ -117,7 +117,7 @@ class ShardWriter:
         self.samples = 0
         self._sha = hashlib.sha256()
         self._part = path.with_name(path.name + ".part")
-        self._file = open(self._part, "wb")
+        self._file = self._part.open("wb")  # noqa: SIM115 - closed by finish or abandon
 
     def add(self, block: bytes) -> tuple[int, int, int]:
         """Append a sample's members; returns its (offset, size, crc32)."""
@@ -137,7 +137,7 @@ class ShardWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._part, self.path)
+        self._part.replace(self.path)
         return ShardFile(self.path.name, self.samples, self.size, self._sha.hexdigest())
 
     def abandon(self) -> None:
@@ -148,7 +148,7 @@ class ShardWriter:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -57,7 +57,7 @@ class ShardIndex:
     def _list_shards(self) -> list[Shard]:
         shards, start = [], 0
         for number, (source, entry) in enumerate(self.meta.items()):
-            for file in map(lambda values: ShardFile(**values), entry["shards"]):
+            for file in (ShardFile(**values) for values in entry["shards"]):
                 path = str(self.root / source / file.url)
                 shards.append(Shard(path, number, start, file.samples, file.bytes, file.sha256))
                 start += file.samples

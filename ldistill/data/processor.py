@@ -110,8 +110,8 @@ class Processor:
         grid = self.images.max_side // self.images.tile_size
         if self.images.tiling and grid > self.tokens.max_grid:
             raise ValueError(
-                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile tokens"
-                f" exist for {self.tokens.max_grid} x {self.tokens.max_grid}: lower max_side"
+                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
+                f"tokens exist for {self.tokens.max_grid} x {self.tokens.max_grid}: lower max_side"
             )
         whole_view = 1 + bool(self.tokens.whole)
         needed = self.tokens.all() if self.images.tiling else self.tokens.all()[:whole_view]

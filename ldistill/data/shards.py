@@ -3,20 +3,18 @@
     build_shards({"docvqa": samples}, "shards/", processor)
 
 Layout: `{out}/{source}/{source}-{split}-000000.tar`, ..., `samples.npy`, and last `index.json`,
-without which a source does not count as built. While a build runs, `{source}/.build/` records each
-finished shard; a build that was killed goes on after the last one whose bytes still have the
-recorded hash. The bytes depend on the input and the options, never on the number of workers.
+without which a source does not count as built. A build that was killed goes on after the last
+shard whose bytes still have the recorded hash (see `ledger`). The bytes depend on the input and
+the options, never on the number of workers.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import errno
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,14 +23,15 @@ from typing import Any
 import numpy as np
 
 from ldistill import sources as known_sources
-from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, ShardWriter, hash_file
+from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, ShardWriter
 from ldistill.data.index import FORMAT, INDEX_NAME, SAMPLES_NAME
+from ldistill.data.ledger import FinishedShard, Ledger, Progress, digest, is_whole, write_text
 from ldistill.data.prepare import Convert, Prepared, Workers, keep
 from ldistill.data.processor import Processor
 from ldistill.data.samples import Drop, Sample
 
-WORK_NAME = ".build"
 SHARD_BYTES = 256 * 1024 * 1024
+LEAST_ROOM = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ class SourceInput:
 
     `convert` turns a row into one Sample or Drop, plus drops of single turns; it runs in the
     workers and must be picklable. `identity` says, in JSON, what the rows are: a build resumes
-    only on the same identity. `length` is for the progress bar, `bytes` for the disk check.
+    only on the same, non-empty identity. `length` is for the progress bar, `bytes` for the check
+    of the disk.
     """
 
     source: str
@@ -70,32 +70,22 @@ class BuildOptions:
             raise ValueError(f"the split {self.split!r} must be letters, digits and underscores")
 
 
-@dataclass
+@dataclass(frozen=True)
 class SourceReport:
     """What a build did with a source: samples read = `samples` + the sum of `drops`."""
 
     source: str
+    category: str
     samples: int
-    shards: int
-    bytes: int
     drops: dict[str, int]
     turn_drops: dict[str, int]
+    shards: int
+    bytes: int
     kept_shards: int
     """Shards that an earlier build had finished."""
 
 
-@dataclass
-class Progress:
-    """Where a build stands; recorded with every finished shard."""
-
-    next_row: int = 0
-    samples: int = 0
-    drops: Counter[str] = field(default_factory=Counter)
-    turn_drops: Counter[str] = field(default_factory=Counter)
-
-    def count(self, drops: Iterable[Drop]) -> None:
-        for drop in drops:
-            (self.turn_drops if drop.unit == "turn" else self.drops)[drop.reason] += 1
+Advance = Callable[[SourceInput, int], None]
 
 
 def build_shards(
@@ -129,7 +119,7 @@ def build(
     out: str | Path,
     processor: Processor,
     options: BuildOptions,
-    advance: Callable[[SourceInput, int], None] = lambda source, rows: None,
+    advance: Advance = lambda source, rows: None,
 ) -> list[SourceReport]:
     """Build every source in turn. `advance(input, rows)` is called as rows are done.
 
@@ -139,8 +129,8 @@ def build(
     out, inputs = Path(out), list(inputs)
     for entry in inputs:
         _check_source_name(entry.source)
-    need = sum(entry.bytes for entry in inputs) if options.max_samples is None else 0
-    check_room(out, max(need, min(options.shard_bytes, 1 << 24)))
+    whole = sum(entry.bytes for entry in inputs) if options.max_samples is None else 0
+    check_room(out, max(whole, min(options.shard_bytes, LEAST_ROOM)))
     with Workers(processor, options.workers) as workers:
         return [SourceBuild(e, out, processor, options, workers, advance).run() for e in inputs]
 
@@ -155,16 +145,15 @@ class SourceBuild:
         processor: Processor,
         options: BuildOptions,
         workers: Workers,
-        advance: Callable[[SourceInput, int], None],
+        advance: Advance,
     ) -> None:
         self.entry, self.processor, self.options = entry, processor, options
         self.workers, self.advance = workers, advance
         self.folder = out / entry.source
-        self.work = self.folder / WORK_NAME
         self.plan = self._make_plan()
+        self.ledger = Ledger(self.folder, self.plan)
         self.progress = Progress()
-        self.files: list[ShardFile] = []
-        self.rows: list[np.ndarray] = []
+        self.shards: list[FinishedShard] = []
 
     def _make_plan(self) -> dict[str, Any]:
         """Everything the bytes depend on; two builds with the same plan are the same build."""
@@ -185,76 +174,50 @@ class SourceBuild:
             shutil.rmtree(self.folder)
         if (self.folder / INDEX_NAME).exists():
             return self._already_built()
-        self.work.mkdir(parents=True, exist_ok=True)
-        with _locked(self.work):
-            self._resume()
-            kept = len(self.files)
+        with self.ledger.open():
+            kept = self._resume()
             self._write_shards()
             self._finish()
-            return self._report(kept)
+        files = [shard.file for shard in self.shards]
+        return self._report(self.progress.counts(), files, kept)
 
     def _already_built(self) -> SourceReport:
         meta = json.loads((self.folder / INDEX_NAME).read_text())
-        if meta.get("plan") != _digest(self.plan):
+        if meta.get("plan") != digest(self.plan) or not self.entry.identity:
             raise FileExistsError(
                 f"{self.folder} holds shards of another input or other options: choose another "
                 "folder, or pass --overwrite to replace them"
             )
-        self.files = [ShardFile(**shard) for shard in meta["shards"]]
-        damaged = [file.url for file in self.files if not self._is_whole(file)]
+        files = [ShardFile(**shard) for shard in meta["shards"]]
+        damaged = [file.url for file in files if not is_whole(self.folder, file)]
         if damaged:
             raise ValueError(
                 f"{self.folder} is built, but {', '.join(damaged)} changed since: pass --overwrite"
             )
-        self.progress = Progress(0, meta["samples"], meta["drops"], meta["turn_drops"])
-        return self._report(len(self.files))
+        return self._report(meta, files, len(files))
 
-    def _report(self, kept: int) -> SourceReport:
-        state, size = self.progress, sum(file.bytes for file in self.files)
+    def _report(
+        self, counts: dict[str, Any], files: list[ShardFile], kept_shards: int
+    ) -> SourceReport:
         return SourceReport(
-            self.entry.source,
-            state.samples,
-            len(self.files),
-            size,
-            dict(state.drops),
-            dict(state.turn_drops),
-            kept,
+            source=self.entry.source,
+            category=self.entry.category,
+            samples=counts["samples"],
+            drops=counts["drops"],
+            turn_drops=counts["turn_drops"],
+            shards=len(files),
+            bytes=sum(file.bytes for file in files),
+            kept_shards=kept_shards,
         )
 
-    # resuming --------------------------------------------------------------------------------
-
-    def _resume(self) -> None:
-        plan_file = self.work / "plan.json"
-        if plan_file.exists() and json.loads(plan_file.read_text()) != _as_json(self.plan):
-            raise FileExistsError(
-                f"{self.folder} holds the unfinished build of another input or other options: "
-                "choose another folder, or pass --overwrite to start over"
-            )
-        if not plan_file.exists() or not self.entry.identity:
-            _write_text(plan_file, json.dumps(self.plan, indent=1))
-            return
-        while (record := self._load_record(len(self.files))) is not None:
-            self.progress, file, rows = record
-            self.files.append(file)
-            self.rows.append(rows)
-        self.advance(self.entry, self.progress.next_row)
-
-    def _load_record(self, number: int) -> tuple[Progress, ShardFile, np.ndarray] | None:
-        """The record of a finished shard, if its bytes are still those recorded."""
-        try:
-            record = json.loads((self.work / f"{number:06d}.json").read_text())
-            rows = np.load(self.work / f"{number:06d}.npy")
-            file, state = ShardFile(**record["shard"]), Progress(**record["progress"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        state.drops, state.turn_drops = Counter(state.drops), Counter(state.turn_drops)
-        return (state, file, rows) if self._is_whole(file) else None
-
-    def _is_whole(self, file: ShardFile) -> bool:
-        path = self.folder / file.url
-        return path.is_file() and hash_file(path) == file.sha256
-
-    # writing ---------------------------------------------------------------------------------
+    def _resume(self) -> int:
+        """Take over what an earlier build finished; the number of its shards."""
+        found = self.ledger.resume()
+        self.shards = found if self.entry.identity else []
+        if self.shards:
+            self.progress = deepcopy(self.shards[-1].progress)
+            self.advance(self.entry, self.progress.next_row)
+        return len(self.shards)
 
     def _write_shards(self) -> None:
         writer: ShardWriter | None = None
@@ -273,69 +236,70 @@ class SourceBuild:
                     rows.append(self._index_row(result, writer.add(block)))
             if writer:
                 self._close_shard(writer, rows)
-        except BaseException:
+        except BaseException as error:
             if writer:
                 writer.abandon()
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise OSError(
+                    f"no room left on the disk of {self.folder}: free some and run the same "
+                    "command again; finished shards are kept"
+                ) from error
             raise
 
     def _results(self) -> Iterator[Prepared]:
-        limit = self.options.max_samples
+        limit, done = self.options.max_samples, self.progress.next_row
         if limit is not None and self.progress.samples >= limit:
             return
-        first = self.progress.next_row
-        rows = self.entry.rows(first)
+        rows = self.entry.rows(done)
         for result in self.workers.map(rows, self.entry.convert, self.entry.source):
-            self.advance(self.entry, result.row + 1 - first)
-            first = result.row + 1
+            self.advance(self.entry, result.row + 1 - done)
+            done = result.row + 1
             yield result
             if limit is not None and self.progress.samples >= limit:
                 return
 
     def _open_shard(self) -> ShardWriter:
-        check_room(self.folder, min(self.options.shard_bytes, 1 << 30))
-        name = f"{self.entry.source}-{self.options.split}-{len(self.files):06d}.tar"
+        check_room(self.folder, min(self.options.shard_bytes, LEAST_ROOM))
+        name = f"{self.entry.source}-{self.options.split}-{len(self.shards):06d}.tar"
         return ShardWriter(self.folder / name)
 
     def _index_row(self, result: Prepared, place: tuple[int, int, int]) -> tuple[int, ...]:
         counts = (result.tokens, result.supervised, result.prompt, result.tiles)
-        return (len(self.files), *place, result.row, *counts)
+        return (len(self.shards), *place, result.row, *counts)
 
     def _close_shard(self, writer: ShardWriter, rows: list[tuple[int, ...]]) -> None:
         table = np.array(rows, dtype=SAMPLE_DTYPE)
-        file = writer.finish()
-        stem = self.work / f"{len(self.files):06d}"
-        np.save(stem.with_suffix(".npy"), table)
-        record = {"shard": asdict(file), "progress": asdict(self.progress)}
-        _write_text(stem.with_suffix(".json"), json.dumps(record))
-        self.files.append(file)
-        self.rows.append(table)
+        shard = FinishedShard(writer.finish(), table, deepcopy(self.progress))
+        self.ledger.record(len(self.shards), shard)
+        self.shards.append(shard)
 
     def _finish(self) -> None:
-        state = self.progress
-        if not state.samples:
-            lost = ", ".join(f"{n} {reason}" for reason, n in state.drops.items())
+        if not self.shards:
+            lost = ", ".join(f"{n} {reason}" for reason, n in self.progress.drops.items())
             shutil.rmtree(self.folder)
             raise ValueError(
-                f"no usable sample of {self.entry.source} (dropped: {lost or 'nothing read'})"
+                f"no usable sample of {self.entry.source} (dropped: {lost or 'nothing was read'})"
             )
+        names = {shard.file.url for shard in self.shards}
+        for stale in self.folder.glob("*.tar*"):  # of an interrupted build that did not resume
+            if stale.name not in names:
+                stale.unlink()
         part = self.folder / (SAMPLES_NAME + ".part")
-        with open(part, "wb") as file:
-            np.save(file, np.concatenate(self.rows))
+        with part.open("wb") as file:
+            np.save(file, np.concatenate([shard.rows for shard in self.shards]))
         part.replace(self.folder / SAMPLES_NAME)
-        _write_text(self.folder / INDEX_NAME, json.dumps(self._index(), indent=1) + "\n")
-        shutil.rmtree(self.work)
+        write_text(self.folder / INDEX_NAME, json.dumps(self._index(), indent=1) + "\n")
+        self.ledger.close()
 
     def _index(self) -> dict[str, Any]:
         return {
             **self.plan,
             "split": self.options.split,
-            "plan": _digest(self.plan),
+            "plan": digest(self.plan),
             "processor_parts": self.processor.parts,
             "image_settings": asdict(self.processor.images),
-            "samples": self.progress.samples,
-            "drops": dict(sorted(self.progress.drops.items())),
-            "turn_drops": dict(sorted(self.progress.turn_drops.items())),
-            "shards": [asdict(file) for file in self.files],
+            **self.progress.counts(),
+            "shards": [asdict(shard.file) for shard in self.shards],
         }
 
 
@@ -351,38 +315,9 @@ def check_room(folder: Path, need: int) -> None:
 
 
 def _check_source_name(name: str) -> None:
-    if (
-        name != known_sources.normalise(name)
-        or "." in name
-        or name.startswith("__")
-        or len(name) > 80
-    ):
+    good = name == known_sources.normalise(name) and "." not in name and not name.startswith("__")
+    if not good or not 0 < len(name) <= 80:
         raise ValueError(
             f"bad source id {name!r}: lower case without dots, blanks or slashes, at most 80 "
             "characters, not starting with __"
         )
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Keep a second build out; the lock goes with the process, so a kill leaves none behind."""
-    with open(work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FileExistsError(f"another build is writing {work.parent}") from error
-        yield
-
-
-def _write_text(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _as_json(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
