@@ -285,3 +285,8 @@ def print_help() -> None:
         "--max_steps, --learning_rate, --per_device_train_batch_size, --save_steps, --report_to, "
         "--gradient_checkpointing. --help_all lists them."
     )
+
+
+def print_all_flags() -> None:
+    """argparse's own listing of every flag, transformers' included."""
+    HfArgumentParser([*OWN, TrainingArguments], prog="ldistill/train.py").print_help()

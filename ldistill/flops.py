@@ -1,0 +1,152 @@
+"""Floating-point operations of a training step, counted as they are really run.
+
+A multiply-add is two operations. The student runs forward and backward (three times forward); the
+vision tower and the teacher run forward alone; the teacher runs on its own rows, without k and v
+projections where the scope is ``full``. Norms, activations and softmax are left out, as is usual.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Dense bf16 rates by the vendors' datasheets, FLOP/s.
+PEAKS: dict[str, float] = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "RTX PRO 6000": 504e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "A6000": 155e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a step ran, over one rank.
+
+    Args:
+        positions: [batch × seq] the decoder ran, padding included.
+        pairs: visible (query, key) pairs of the student's attention, one head.
+        tiles: images the vision tower ran.
+        rows: supervised rows (student head).
+        teacher_rows: rows the teacher ran.
+        teacher_pairs: (query, key) pairs those rows saw.
+        kd_rows: rows of the teacher's head.
+    """
+
+    positions: int
+    pairs: int
+    tiles: int
+    rows: int
+    teacher_rows: int = 0
+    teacher_pairs: int = 0
+    kd_rows: int = 0
+
+
+def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
+    """Weights of the matrix products in one decoder layer."""
+    hidden = config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q_and_o = 2 * hidden * config.num_attention_heads * head_dim
+    kv = 2 * hidden * config.num_key_value_heads * head_dim if with_kv else 0
+    return q_and_o + kv + 3 * hidden * config.intermediate_size
+
+
+def step_flops(
+    config: Any, counts: StepCounts, *, vision_flops_per_tile: float, projector_weights: int,
+    tokens_per_tile: int, kv_scope: str = "full",
+) -> float:
+    """FLOPs of one rank's step.
+
+    Args:
+        config: the decoder's transformers configuration.
+        counts: what was run.
+        vision_flops_per_tile: forward pass of the vision tower on one tile.
+        projector_weights: weights of the projector.
+        tokens_per_tile: image tokens of one tile.
+        kv_scope: ``full`` leaves out the teacher's k and v projections.
+    """
+    layers, hidden = config.num_hidden_layers, config.hidden_size
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    )
+    head = hidden * config.vocab_size
+    student = layers * (
+        2 * decoder_layer_weights(config) * counts.positions + 4 * width * counts.pairs
+    )
+    student += 2 * head * counts.rows + 2 * projector_weights * tokens_per_tile * counts.tiles
+    teacher = layers * (
+        2 * decoder_layer_weights(config, kv_scope != "full") * counts.teacher_rows
+        + 4 * width * counts.teacher_pairs
+    )
+    teacher += 2 * head * counts.kd_rows
+    return 3 * student + vision_flops_per_tile * counts.tiles + teacher
+
+
+def vision_flops(config: Any) -> float:
+    """Forward FLOPs of a SigLIP tower on one tile."""
+    hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+    layer = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
+    embed = 3 * config.patch_size**2 * hidden
+    attention = 4 * hidden * patches * patches
+    return config.num_hidden_layers * (2 * layer * patches + attention) + 2 * embed * patches
+
+
+def count_step(batch: dict[str, Tensor], plan: Any) -> StepCounts:
+    """Counts of a micro-batch, from tensors that still lie on the CPU."""
+    lengths = batch["doc_length"]
+    teacher = plan.teacher
+    # Scopes other than `full` see own positions instead of the student's, but as many.
+    return StepCounts(
+        positions=batch["input_ids"].numel(),
+        pairs=int((lengths * (lengths + 1) // 2).sum()),
+        tiles=batch["pixel_values"].shape[0],
+        rows=len(plan.supervised),
+        teacher_rows=len(teacher),
+        teacher_pairs=int((teacher.index - teacher.start + 1).sum()),
+        kd_rows=plan.supervised.kd_rows.numel(),
+    )
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak rate of a device and where the number comes from.
+
+    A GPU's datasheet where it is listed; otherwise a matrix product measured now.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, rate in PEAKS.items():
+            if key in name:
+                return rate, f"{name}, dense bf16 by datasheet"
+    return measured_flops(device, dtype), "matrix product measured at start"
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Best of five matrix products, FLOP/s."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ a
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

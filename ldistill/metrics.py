@@ -1,0 +1,167 @@
+"""What a run logs: sums by source on the device, reduced over ranks only when logged.
+
+One flat dict per logged step goes to ``metrics.jsonl`` and to whatever ``--report_to`` names:
+``loss``, ``ce``, ``kd`` and the agreements overall, by category (``language/ce``) and by source
+(``source/vqav2/ce``), throughput, packing, memory, samples and drops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldistill.flops import StepCounts
+from ldistill.objective import COLUMNS
+from ldistill.sources import CATEGORIES, SourceWeights
+
+# Metric name → (sum column, count column): means over rows.
+_MEANS = {
+    "loss": ("loss", "rows"),
+    "ce": ("ce", "rows"),
+    "student_label_accuracy": ("student_label", "rows"),
+    "extra_vocabulary_mass": ("extra_mass", "rows"),
+    "kd": ("kl", "kd_rows"),
+    "teacher_student_agreement": ("teacher_student", "kd_rows"),
+    "teacher_label_accuracy": ("teacher_label", "kd_rows"),
+}
+_COUNTS = ("tokens", "positions", "documents", "tiles", "teacher_rows", "flops")
+
+
+class Meter:
+    """Accumulates between two logged steps; ``flush`` reduces over ranks and starts anew.
+
+    Args:
+        weights: names and categories of the sources.
+        device: where the metrics matrix lies.
+        peak: FLOP/s of one device, for MFU.
+    """
+
+    def __init__(self, weights: SourceWeights, device: torch.device, peak: float) -> None:
+        self.weights, self.device, self.peak = weights, device, peak
+        self.drops: Counter[str] = Counter()
+        self.samples = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums = torch.zeros(len(self.weights.names), len(COLUMNS), device=self.device)
+        self.counts = dict.fromkeys(_COUNTS, 0.0)
+        self.health = torch.zeros(2, device=self.device)
+        self._new_drops: Counter[str] = Counter()
+        self._since = time.perf_counter()
+
+    def add_batch(self, batch: Mapping[str, Any], counts: StepCounts, flops: float) -> None:
+        """Count a micro-batch; its tensors still lie on the CPU."""
+        self.counts["tokens"] += int(batch["doc_length"].sum())
+        self.counts["positions"] += counts.positions
+        self.counts["documents"] += batch["doc_length"].numel()
+        self.counts["tiles"] += counts.tiles
+        self.counts["teacher_rows"] += counts.teacher_rows
+        self.counts["flops"] += flops
+        self._new_drops.update(batch.get("drops") or {})
+
+    def add_sums(self, sums: Tensor) -> None:
+        """Add a micro-batch's metrics matrix; no synchronisation."""
+        self.sums += sums
+
+    def flush(self) -> dict[str, float]:
+        """Metrics since the last call, over all ranks. Every rank must call it."""
+        seconds = time.perf_counter() - self._since
+        counts = torch.tensor([self.counts[k] for k in _COUNTS], dtype=torch.float64)
+        ranks = 1
+        sums, counts, health = self.sums, counts.to(self.device), self.health
+        if dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size()
+            for tensor in (sums, counts, health):
+                dist.all_reduce(tensor)
+        logs = self._rows(sums.double().cpu())
+        logs |= self._rates(dict(zip(_COUNTS, counts.tolist(), strict=True)), seconds, ranks)
+        right, judged = health.tolist()
+        if judged:
+            logs["teacher_alone_label_accuracy"] = right / judged
+        logs |= self._drop_counts()
+        if self.device.type == "cuda":
+            logs["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        self._reset()
+        return logs
+
+    def _rows(self, sums: Tensor) -> dict[str, float]:
+        logs = _means(sums.sum(0), "")
+        logs["rows"] = float(sums[:, 0].sum())
+        for category in CATEGORIES:
+            chosen = [i for i, c in enumerate(self.weights.categories) if c == category]
+            if chosen:
+                logs |= _means(sums[chosen].sum(0), f"{category}/")
+        for index, name in enumerate(self.weights.names):
+            logs |= _means(sums[index], f"source/{name}/")
+        return logs
+
+    def _rates(self, counts: dict[str, float], seconds: float, ranks: int) -> dict[str, float]:
+        self.samples += int(counts["documents"])
+        return {
+            "tokens_per_second": counts["tokens"] / seconds,
+            "mfu": counts["flops"] / seconds / ranks / self.peak,
+            "packing_efficiency": counts["tokens"] / max(counts["positions"], 1),
+            "teacher_rows": counts["teacher_rows"],
+            "tokens": counts["tokens"],
+            "images": counts["tiles"],
+            "samples": float(self.samples),
+        }
+
+    def _drop_counts(self) -> dict[str, float]:
+        gathered: list[Any] = [dict(self._new_drops)]
+        if dist.is_available() and dist.is_initialized():
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, dict(self._new_drops))
+        for drops in gathered:
+            self.drops.update(drops)
+        return {f"dropped/{reason}": float(n) for reason, n in sorted(self.drops.items())}
+
+
+def _means(columns: Tensor, prefix: str) -> dict[str, float]:
+    values = dict(zip(COLUMNS, columns.tolist(), strict=True))
+    return {
+        prefix + name: values[total] / values[count]
+        for name, (total, count) in _MEANS.items()
+        if values[count]
+    }
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a logged step; a resumed run continues where it left."""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    def write(self, step: int, logs: Mapping[str, float]) -> None:
+        record = {"step": step} | {k: v for k, v in logs.items() if _plain(v)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _plain(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Records of a ``metrics.jsonl``; an unfinished last line is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records

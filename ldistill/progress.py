@@ -1,0 +1,79 @@
+"""What the terminal and the run folder show while a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from ldistill.metrics import MetricsFile, read_metrics
+
+_SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("language/ce", "CE lang", ".3f"),
+    ("document/ce", "CE doc", ".3f"),
+    ("kd", "KD", ".3f"),
+    ("tokens_per_second", "tok/s", ",.0f"),
+)
+
+
+def short_line(step: int, logs: dict[str, float]) -> str:
+    """One line of a logged step: the few numbers one watches."""
+    parts = [f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs]
+    return f"step {step}: " + ", ".join(parts)
+
+
+class ShortProgress(ProgressCallback):
+    """The Trainer's bar, with one short line instead of all of a step's metrics."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.write(short_line(state.global_step, logs))
+
+
+class WriteMetrics(TrainerCallback):
+    """Logged steps to ``metrics.jsonl``."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self.path, self.resume_step = path, resume_step
+        self._file: MetricsFile | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._file = MetricsFile(self.path, self.resume_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self._file is not None and "loss" in (logs or {}):
+            self._file.write(state.global_step, logs)
+
+
+def plot_curves(metrics: Path, target: Path) -> bool:
+    """Picture of CE and KD by source category over steps; False when there is nothing to draw."""
+    records = [r for r in read_metrics(metrics) if "ce" in r]
+    if not records:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [("ce", "cross-entropy (nats)")]
+    if any("kd" in r for r in records):
+        panels.append(("kd", "KL to the teacher (nats, at the recipe's temperature)"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels, strict=True):
+        for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
+            points = [(r["step"], r[f"{category}/{key}"]) for r in records if f"{category}/{key}" in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, label=category)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, title="sources")
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    return True

@@ -1,0 +1,370 @@
+"""One run, from a resolved recipe to an exported, evaluated student.
+
+Everything that can be wrong is found before the first step; rank 0 prepares, evaluates and writes,
+the others wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from ldistill import run_folder
+from ldistill.data.index import ShardIndex
+from ldistill.data.plan import Plan
+from ldistill.data.stream import make_loader
+from ldistill.distiller import Distiller
+from ldistill.flops import peak_flops
+from ldistill.metrics import Meter
+from ldistill.objective import Objective
+from ldistill.pair import Pair, freeze_vision, load_pair
+from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
+from ldistill.recipe import Recipe
+from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.teacher import choose_engine, shard, zero3_config
+from ldistill.trainer import DistillTrainer, move_student
+
+
+@dataclass
+class Data:
+    """What a run reads: shards, their plan, and the weights of their sources."""
+
+    index: ShardIndex
+    plan: Plan
+    weights: SourceWeights
+
+
+def run(recipe: Recipe) -> Path:
+    """Train, export and evaluate; returns the run's folder."""
+    torch.manual_seed(recipe.training.seed)
+    device = recipe.training.device  # also starts torch.distributed
+    folder, resume = _claim_folder(recipe)
+    _prepare(recipe)
+    data = open_data(recipe)
+    pair = open_pair(recipe, data.weights)
+    data.index.check(pair.processor)
+    data.index.check_files()
+    _settle_steps(recipe, data.plan)
+    _check_disk(recipe, pair, folder)
+    say(f"data: {data.plan.summary()}")
+    before = _evaluate(recipe, pair.student_folder, "before training")
+    trainer = build_trainer(recipe, pair, data, folder, resume, device)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    _export(trainer, folder)
+    after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
+    if is_first():
+        _report(folder, before, after)
+    wait()
+    return folder
+
+
+# ---- before the first step ----
+
+
+def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
+    """Settle and claim the output folder; every rank gets the same one."""
+    args = recipe.training
+    asked = args.resume_from_checkpoint
+    if "output_dir" not in recipe.given:
+        is_path = asked and str(asked).lower() not in ("true", "auto", "false")
+        chosen = Path(asked).parent if is_path else None
+        args.output_dir = from_first(
+            lambda: str(chosen or run_folder.default_folder(recipe.run.recipe or "run"))
+        )
+    folder = Path(args.output_dir)
+    resume = run_folder.find_checkpoint(asked, folder)
+    from_first(
+        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite) or True
+    )
+    return folder, resume
+
+
+def _prepare(recipe: Recipe) -> None:
+    """Call the recipe's ``prepare`` function on rank 0; it names the shards and items it made."""
+    if recipe.data.prepare is None:
+        return
+    module_name, _, function = recipe.data.prepare.partition(":")
+    try:
+        prepare = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
+        ) from error
+    made = from_first(lambda: {k: str(v) for k, v in prepare().items()})
+    recipe.data.shards = recipe.data.shards or made.get("shards")
+    recipe.run.eval_items = recipe.run.eval_items or made.get("eval_items")
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Shards, plan and source weights of a recipe.
+
+    Raises:
+        ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
+    """
+    options = recipe.data
+    if options.shards is None:
+        raise ValueError(
+            "no shards: make some with `ldistill shards build` and name them with --shards."
+        )
+    everything = ShardIndex.load(options.shards)
+    declared = dict(zip(everything.sources, everything.categories, strict=True))
+    extra = {n: c for n, c in declared.items() if n not in known_sources()}
+    extra |= parse_extra(options.extra_sources)
+    names = resolve_sources(options.sources, extra)
+    index = ShardIndex.load(options.shards, names)
+    plan = Plan(
+        index,
+        limit=options.max_length,
+        seed=recipe.training.seed,
+        over_long=options.on_long,
+        packing=options.packing,
+        shuffle_window=options.shuffle_window,
+    )
+    weights = SourceWeights.build(
+        index.sources,
+        distil=recipe.distil.distil,
+        alpha=recipe.distil.alpha,
+        temperature=recipe.distil.temperature,
+        extra=extra,
+    )
+    return Data(index, plan, weights)
+
+
+def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
+    """Student, processor and, where the recipe distils, its teacher on the recipe's engine."""
+    options, args = recipe.pair, recipe.training
+    engine = choose_engine(options.teacher_engine, zero_stage(recipe))
+    dtype = compute_dtype(recipe)
+    zero_init = zero3_config(dtype, options.teacher_offload) if engine == "zero3" else None
+    pair = load_pair(
+        options.student,
+        options.teacher if weights.distils else None,
+        tokenizer=options.tokenizer,
+        kernels=options.kernels,
+        zero_init=zero_init,
+        tiling=recipe.data.tiling,
+        max_images=recipe.data.max_images,
+    )
+    freeze_vision(pair.student)
+    if pair.teacher is not None:
+        if engine == "replicated":
+            pair.teacher.place(args.device, dtype)
+        else:
+            shard(pair.teacher, engine, dtype, options.teacher_offload)
+    return pair
+
+
+def build_trainer(
+    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None, device: torch.device
+) -> DistillTrainer:
+    """Distiller and trainer of a recipe."""
+    args, distil = recipe.training, recipe.distil
+    distiller = Distiller(
+        pair.student,
+        pair.teacher,
+        data.weights,
+        Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels),
+        kv_scope=distil.kv_scope,
+        kv_grad=distil.kv_grad,
+        attention=recipe.pair.attention,
+    )
+    if recipe.pair.compile_blocks:
+        distiller.compile_blocks()
+    loader = partial(
+        _loader,
+        data=data,
+        pair=pair,
+        options=recipe.data,
+        args=args,
+    )
+    rate, source = peak_flops(device, compute_dtype(recipe))
+    say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
+    trainer = DistillTrainer(
+        distiller,
+        args,
+        pair=pair,
+        loader=loader,
+        meter=Meter(data.weights, device, rate),
+        rates=(
+            recipe.run.projector_lr or args.learning_rate,
+            recipe.run.decoder_lr or args.learning_rate,
+        ),
+        health_steps=recipe.run.health_steps,
+        resume=resume,
+    )
+    _use_own_progress(trainer, folder, resume)
+    return trainer
+
+
+def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
+    return make_loader(
+        data.index,
+        pair.processor,
+        limit=options.max_length,
+        batch_size=args.per_device_train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        start_pack=start_pack,
+        packing=options.packing,
+        on_bad_sample=options.on_bad_sample,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        plan=data.plan,
+    )
+
+
+def _use_own_progress(trainer: DistillTrainer, folder: Path, resume: Path | None) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(ShortProgress)
+    step = int(resume.name.rpartition("-")[2]) if resume else 0
+    trainer.add_callback(WriteMetrics(folder / run_folder.METRICS, step))
+
+
+def _settle_steps(recipe: Recipe, plan: Plan) -> None:
+    """The Trainer counts steps, since the stream of packs has no end; epochs become steps."""
+    args = recipe.training
+    if args.max_steps <= 0:
+        packs = len(plan.epoch(0)) * args.num_train_epochs
+        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
+
+
+def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
+    args = recipe.training
+    total = sum(p.numel() for p in pair.student.parameters())
+    trained = sum(p.numel() for p in pair.student.parameters() if p.requires_grad)
+    saves = args.save_strategy != "no"
+    run_folder.check_disk(folder, trained, total, (args.save_total_limit or 2) if saves else 0)
+
+
+# ---- after the last step ----
+
+
+def _export(trainer: DistillTrainer, folder: Path) -> None:
+    """The last state of the student, in the format it came in."""
+    last = folder / f"checkpoint-{trainer.state.global_step}"
+    if not last.is_dir():
+        last = folder / "final"
+        trainer.save_model(str(last))
+    if is_first():
+        move_student(last, folder / run_folder.STUDENT)
+    wait()
+
+
+def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, Any] | None:
+    """Scores of a student folder on the recipe's items, by rank 0 alone."""
+    if recipe.run.eval_items is None:
+        return None
+    return from_first(lambda: _evaluate_here(recipe, student, when))
+
+
+def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, Any]:
+    from ldistill.evaluation.items import evaluate, load_items
+    from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+
+    items = load_items(recipe.run.eval_items)
+    say(f"evaluating {when} on {len(items)} held-out items ...")
+    model = load_nanovlm(student).to(recipe.training.device)
+    processor = load_processor(student, recipe.pair.tokenizer)
+    return evaluate(model, processor, items)
+
+
+def _report(folder: Path, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
+    drawn = plot_curves(folder / run_folder.METRICS, folder / run_folder.CURVES)
+    console = Console()
+    if before and after:
+        result = json.dumps({"before": before, "after": after}, indent=2)
+        (folder / run_folder.EVALUATION).write_text(result, encoding="utf-8")
+        console.print(_table(before, after))
+    console.print(f"student   {folder / run_folder.STUDENT}", highlight=False)
+    console.print(f"metrics   {folder / run_folder.METRICS}", highlight=False)
+    if drawn:
+        console.print(f"curves    {folder / run_folder.CURVES}", highlight=False)
+
+
+def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+    table = Table(title="held-out items, accuracy", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    for group in before["groups"]:
+        table.add_row(
+            group, f"{before['groups'][group]:.3f}", f"{after['groups'][group]:.3f}", style="bold"
+        )
+        for task, score in before["tasks"].items():
+            if before["group_of"][task] == group:
+                table.add_row(f"  {task}", f"{score:.3f}", f"{after['tasks'][task]:.3f}")
+    return table
+
+
+# ---- ranks ----
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return not _distributed() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if is_first():
+        print(text, flush=True)
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if _distributed():
+        dist.barrier()
+
+
+def from_first(make: Any) -> Any:
+    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere."""
+    if not _distributed():
+        return make()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [(make(), None)]
+        except (ValueError, OSError) as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the student's DeepSpeed configuration; -1 without DeepSpeed."""
+    plugin = recipe.training.deepspeed_plugin
+    return -1 if plugin is None else int(plugin.zero_stage)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What the student's forward computes in."""
+    if recipe.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.training.fp16 else torch.float32
+
+
+def cache_folder() -> Path:
+    """Where prepared data is kept: ``$LDISTILL_CACHE`` or ``~/.cache/ldistill``."""
+    default = Path.home() / ".cache" / "ldistill"
+    return Path(os.environ.get("LDISTILL_CACHE", default))

@@ -1,0 +1,180 @@
+"""The folder of a run: what it holds, and when it may be written to.
+
+    recipe.yaml        the resolved recipe        environment.json   versions and git state
+    metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
+    checkpoint-N/      to resume from             student/           the exported student
+    evaluation.json    before and after           logs of --report_to, if any
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+CURVES = "loss_curves.png"
+EVALUATION = "evaluation.json"
+STUDENT = "student"
+
+# A run is resumed only with the recipe it began with; how long, how fast and how often may change.
+IDENTITY = (
+    "student",
+    "teacher",
+    "sources",
+    "max_length",
+    "packing",
+    "on_long",
+    "distil",
+    "alpha",
+    "temperature",
+    "mix",
+    "t_squared",
+    "kl",
+    "kv_scope",
+    "kv_grad",
+    "seed",
+)
+_PACKAGES = (
+    "ldistill",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "triton",
+    "accelerate",
+    "datasets",
+    "webdataset",
+)
+
+
+def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
+    """``runs/<recipe>``, or with a number behind it when that is taken."""
+    name = Path(recipe).stem
+    candidate, number = root / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = root / f"{name}-{number}"
+    return candidate
+
+
+def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
+    """Checkpoint to resume from: a path, or the newest of the folder for ``true`` and ``auto``.
+
+    Raises:
+        FileNotFoundError: asked for one, and there is none.
+    """
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if str(asked).lower() in ("true", "auto"):
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint-N folder.")
+        return Path(last)
+    if not Path(asked).is_dir():
+        raise FileNotFoundError(f"checkpoint {asked!r} does not exist.")
+    return Path(asked)
+
+
+def claim(folder: Path, recipe: dict[str, Any], resume: Path | None, overwrite: bool) -> None:
+    """Make the folder this run's, or say why it cannot be.
+
+    Raises:
+        ValueError: it holds another run, or the run to resume began with another recipe.
+    """
+    old = folder / RECIPE
+    if resume is not None:
+        _check_same_run(resume.parent / RECIPE, recipe)
+    elif old.exists() and not overwrite:
+        raise ValueError(
+            f"{folder} already holds a run: continue it with --resume_from_checkpoint true, "
+            "replace it with --overwrite, or choose another --output_dir."
+        )
+    elif old.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    old.write_text(yaml.safe_dump(plain(recipe), sort_keys=False), encoding="utf-8")
+    text = json.dumps(environment(), indent=2)
+    (folder / "environment.json").write_text(text, encoding="utf-8")
+
+
+def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")
+    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), plain(recipe)
+    differing = [
+        f"{k}: then {old.get(k)!r}, now {new.get(k)!r}"
+        for k in IDENTITY
+        if old.get(k) != new.get(k)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path.parent} is a run of another recipe; it can only go on as it began:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def plain(values: Any) -> Any:
+    """The same values in types that YAML and JSON have."""
+    if isinstance(values, dict):
+        return {str(k): plain(v) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(v) for v in values]
+    if isinstance(values, (str, int, float, bool)) or values is None:
+        return getattr(values, "value", values)
+    return str(getattr(values, "value", values))
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, and the state of the source tree."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"python": platform.python_version(), "packages": versions, "git": _git_state()}
+
+
+def _git_state() -> dict[str, Any] | None:
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None:
+    """Refuse a run whose checkpoints and export will not fit.
+
+    Args:
+        folder: the run's folder, made already.
+        trained: parameters that have an optimizer state.
+        total: parameters of the student.
+        checkpoints: how many are kept, one more while the next is written.
+
+    Raises:
+        OSError: not enough room.
+    """
+    # fp32 student, fp32 master weight and two moments, 16-bit weights
+    each = 4 * total + 14 * trained
+    needed = (checkpoints + 1) * each + 4 * total
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**30:.1f} GiB free; {checkpoints} checkpoints, the next one and "
+            f"the exported student need about {needed / 2**30:.1f} GiB. Make room, lower "
+            "--save_total_limit, or choose another --output_dir."
+        )

@@ -1,0 +1,54 @@
+"""Train a student: what `deepspeed` starts.
+
+    deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json
+    deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe lingudistill \
+        --shards shards/ --output_dir runs/lingudistill
+
+recipe → shards → pair → distiller → trainer → export → evaluation. Without a recipe it runs the
+embedded default, `tiny`, offline and on whatever machine this is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+# Started as a script, Python puts this folder first on its path, where our modules would shadow
+# installed ones.
+_HERE = str(Path(__file__).resolve().parent)
+sys.path[:] = [entry for entry in sys.path if entry != _HERE]
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
+    from ldistill.run import run
+
+    if {"--help", "-h"} & set(argv):
+        print_help()
+        return 0
+    if "--help_all" in argv:
+        from ldistill.recipe import print_all_flags
+
+        print_all_flags()
+        return 0
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe = parse(argv)
+        if first and not any(a.split("=")[0] == "--recipe" for a in argv):
+            print(f"No --recipe was given: running the embedded default, '{DEFAULT_RECIPE}'.")
+        run(recipe)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("LDISTILL_DEBUG") == "1":
+            raise
+        if first or isinstance(error, FloatingPointError):
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""transformers' Trainer around the distiller: global normalisation, metrics, exact resume.
+
+What differs from the stock Trainer: the loader is ours (order and position are one counter), a
+step's rows are counted over all ranks before it runs, the loss is divided by that count, metrics
+are kept by source, and what is saved is the student alone, in its own format.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from ldistill.distiller import Distiller
+from ldistill.flops import StepCounts, count_step, step_flops, vision_flops
+from ldistill.metrics import Meter
+from ldistill.pair import Pair, parameter_groups
+from ldistill.state import gather_trained
+from ldistill.students.nanovlm_format import export_like
+
+STUDENT = "student"
+DATA_STATE = "data.json"
+WEIGHTS = "trained.safetensors"
+
+
+class DistillTrainer(Trainer):
+    """Trains a :class:`Distiller`.
+
+    Args:
+        distiller: the module to train.
+        args: transformers' arguments; ``max_steps`` must be set.
+        pair: for export: where the student came from.
+        loader: ``start_pack -> DataLoader`` of this rank's micro-batches, without end.
+        meter: collects metrics.
+        rates: learning rates of projector and decoder.
+        health_steps: interval of the teacher's own-memory accuracy; 0 for never.
+        resume: checkpoint folder to continue from.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        args: TrainingArguments,
+        *,
+        pair: Pair,
+        loader: Any,
+        meter: Meter,
+        rates: tuple[float, float],
+        health_steps: int = 0,
+        resume: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args.ignore_data_skip = True  # the loader itself starts at the right pack
+        args.logging_nan_inf_filter = False  # it hides what must stop the run, and synchronises
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False
+        super().__init__(model=distiller, args=args, **kwargs)
+        # Our loss is already normalised over the global batch: never divide by accumulation again.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.distiller, self.pair, self.meter = distiller, pair, meter
+        self._make_loader, self._rates, self._health_steps = loader, rates, health_steps
+        self._resume = resume
+        self._first_pack, self._first_step = _read_data_state(resume)
+        self._finite = torch.ones((), device=args.device)
+
+    # ---- data ----
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of the global batch."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    @property
+    def packs_done(self) -> int:
+        """The data's whole state: packs consumed by all ranks since the run began."""
+        return self._first_pack + (self.state.global_step - self._first_step) * self.packs_per_step
+
+    def get_train_dataloader(self) -> Any:
+        """Micro-batches of this rank, from the pack where the run stands."""
+        return self._make_loader(self._first_pack)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """The step's micro-batches with their rows planned and counted over all ranks."""
+        if self._resume is not None:
+            self._load_rng_state(str(self._resume))
+            self._resume = None
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        plans = [self.distiller.plan(batch) for batch in batches]
+        total, run_teacher = self._agree(plans)
+        health = self._health_steps and self.state.global_step % self._health_steps == 0
+        samples = []
+        for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
+            counts = count_step(batch, plan)
+            self.meter.add_batch(batch, counts, self._flops(counts))
+            inputs = {
+                "batch": {k: v for k, v in batch.items() if isinstance(v, Tensor)},
+                "plan": plan,
+                "total_rows": total,
+                "run_teacher": run_teacher[index],
+            }
+            if health and index == 0 and run_teacher[index]:
+                inputs["own_rows"] = self.distiller.own_rows(batch, plan)
+            samples.append(inputs)
+        return samples, None
+
+    def _agree(self, plans: list[Any]) -> tuple[float, list[bool]]:
+        """One reduction a step: rows of the global batch, who teaches, and whether all is finite."""
+        own = [len(plan.teacher) for plan in plans]
+        counts = [sum(len(p.supervised) for p in plans), *own]
+        vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        vector = torch.cat([vector, 1 - self._finite.double()[None]])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(vector)
+        total, *teachers, broken = vector.tolist()
+        if broken:
+            self._stop_not_finite()
+        teacher = self.distiller.teacher
+        collective = teacher is not None and teacher.collective
+        return max(total, 1.0), [t > 0 for t in (teachers if collective else own)]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = self.args.device
+        batch = {k: v.to(device, non_blocking=True) for k, v in inputs["batch"].items()}
+        moved = inputs | {"batch": batch, "plan": inputs["plan"].to(device)}
+        if "own_rows" in inputs:
+            moved["own_rows"] = inputs["own_rows"].to(device)
+        return moved
+
+    # ---- loss ----
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """This micro-batch's share of the global loss, times the ranks that will average it."""
+        own = inputs.pop("own_rows", None)
+        if own is not None:
+            judged = self.distiller.teacher_alone(inputs["batch"], inputs["plan"], own)
+            self.meter.health += judged
+        outputs = model(**inputs)
+        self.meter.add_sums(outputs["metrics"])
+        self._finite *= torch.isfinite(outputs["loss"].detach()).float()
+        return outputs["loss"] * self.args.world_size
+
+    def _stop_not_finite(self) -> None:
+        names = self.distiller.weights.names
+        broken = (~torch.isfinite(self.meter.sums).all(1)).nonzero().flatten().tolist()
+        found: list[Any] = [[names[i] for i in broken]]
+        if dist.is_available() and dist.is_initialized():
+            found = [None] * dist.get_world_size()
+            dist.all_gather_object(found, [names[i] for i in broken])
+        sources = sorted({name for part in found for name in part})
+        raise FloatingPointError(
+            f"the loss of step {self.state.global_step} is not finite (sources: "
+            f"{', '.join(sources) or 'unknown'}). Nothing was saved since; the last checkpoint is "
+            "good. Lower the learning rate, or look at those sources with `ldistill shards stats`."
+        )
+
+    def _flops(self, counts: StepCounts) -> float:
+        student = self.distiller.student
+        return step_flops(
+            student.decoder.config,
+            counts,
+            vision_flops_per_tile=vision_flops(student.vision.config),
+            projector_weights=student.config.mp_pixel_shuffle_factor**2
+            * student.config.vit_hidden_dim
+            * student.config.lm_hidden_dim,
+            tokens_per_tile=student.config.mp_image_token_length,
+            kv_scope=self.distiller.kv_scope,
+        )
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Counted by the meter instead."""
+        return 0
+
+    # ---- optimizer, logs, checkpoints ----
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """``--optim`` with one rate for the projector and one for the decoder."""
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
+            self.optimizer = cls(groups, **kwargs)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the meter gathered to the logged loss."""
+        if "loss" in logs:
+            gathered = self.meter.flush()
+            gathered.pop("loss", None)  # the Trainer's own: the mean over steps of the global loss
+            logs = logs | gathered
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        broken = 1 - self._finite
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(broken)
+        if broken.item():
+            self._stop_not_finite()
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The student in its own format, the trained weights in full precision, the data's state."""
+        folder = Path(output_dir or self.args.output_dir)
+        trained = gather_trained(self.pair.student, keep=self.args.should_save)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            export_like(self.pair.student_folder, trained, folder / STUDENT)
+            if not self.is_deepspeed_enabled:
+                once = {id(tensor): name for name, tensor in trained.items()}  # a tied pair once
+                save_file({name: trained[name] for name in once.values()}, folder / WEIGHTS)
+            state = {"packs": self.packs_done, "step": self.state.global_step}
+            (folder / DATA_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        self.pair.student.load_state_dict(weights, strict=False)  # vision was never trained
+
+
+def _read_data_state(resume: Path | None) -> tuple[int, int]:
+    if resume is None:
+        return 0, 0
+    path = resume / DATA_STATE
+    if not path.is_file():
+        raise FileNotFoundError(f"{resume} holds no {DATA_STATE}: not a checkpoint of this program.")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    return state["packs"], state["step"]
+
+
+def move_student(checkpoint: Path, target: Path) -> None:
+    """Copy a checkpoint's student to where the run leaves its result."""
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(checkpoint / STUDENT, target)
