@@ -1,0 +1,192 @@
+"""Tile sizes: a fixed table instead of autotuning, so that ranks agree and first steps never stall.
+
+The key is what decides whether a configuration fits and is fast: how much shared memory a block
+may use (the device class), the head dim, the element size, and whether rows are dense. The table
+in force is the newest one made for a Triton not newer than the installed one, because the best
+choice moves between Triton versions. `override` swaps the choice for tests and for sweeps.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# KiB of shared memory one block may use -> the compute capabilities that have it.
+DEVICE_CLASSES = {99: (86, 89, 120), 163: (80,), 227: (90, 100)}
+INTERPRETER = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of one kernel: packed query rows x memory positions, warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tiles of the dQ programs and of the dK/dV programs, which share one launch."""
+
+    dq_m: int
+    dq_n: int
+    dkv_m: int
+    dkv_n: int
+    num_warps: int
+    num_stages: int
+
+
+_overrides: dict[str, Config | BackwardConfig] = {}
+
+
+@contextmanager
+def override(**configs: Config | BackwardConfig) -> Iterator[None]:
+    """Use `forward=Config(...)` or `backward=BackwardConfig(...)` whatever the table says."""
+    before = dict(_overrides)
+    _overrides.update(configs)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def forward_config(device: torch.device, head_dim: int, itemsize: int, dense: bool) -> Config:
+    """Tile of the forward; `dense` when most memory positions have a row of their own."""
+    if "forward" in _overrides:
+        return _overrides["forward"]
+    return forward_table()[device_class(device), dim_bucket(head_dim), itemsize, dense]
+
+
+def backward_config(device: torch.device, head_dim: int, itemsize: int) -> BackwardConfig:
+    """Tiles of the backward."""
+    if "backward" in _overrides:
+        return _overrides["backward"]
+    return backward_table()[device_class(device), dim_bucket(head_dim), itemsize]
+
+
+def is_dense(rows: int, batch: int, seq: int) -> bool:
+    """Whether rows are so many that a tile of 128 packed rows stays within one document.
+
+    Below that, wide tiles straddle documents, and every document pays for all rows of the tile.
+    """
+    return rows * 4 >= batch * seq
+
+
+def dim_bucket(head_dim: int) -> int:
+    return next(bound for bound in (64, 128, 256) if head_dim <= bound)
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """Two powers of two that cover the head dim with less padding than one: 80 -> 64 + 16."""
+    whole = max(16, 1 << (head_dim - 1).bit_length())
+    main = whole // 2
+    tail = max(16, 1 << (head_dim - main - 1).bit_length()) if head_dim > main else 0
+    return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
+
+
+@lru_cache
+def device_class(device: torch.device) -> int:
+    """KiB of shared memory one block may use, rounded down to a class; 0: the interpreter."""
+    if device.type != "cuda":
+        return INTERPRETER
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    fitting = [kib for kib in DEVICE_CLASSES if kib <= limit]
+    if not fitting:
+        raise ValueError(
+            f"{device} gives a block {limit} KiB of shared memory, the Triton kernels need "
+            f"{min(DEVICE_CLASSES)}; use kernels='reference'"
+        )
+    return max(fitting)
+
+
+@lru_cache
+def triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _newest(tables: dict) -> dict:
+    fitting = [version for version in tables if version <= triton_version()]
+    return tables[max(fitting, default=min(tables))]
+
+
+def forward_table() -> dict[tuple[int, int, int, bool], Config]:
+    """(device class, head dim bucket, element size, dense) -> Config."""
+    return _newest(_FORWARD)
+
+
+def backward_table() -> dict[tuple[int, int, int], BackwardConfig]:
+    """(device class, head dim bucket, element size) -> BackwardConfig."""
+    return _newest(_BACKWARD)
+
+
+def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
+    """What compile_check builds of a table entry: (head dim, with mask and second segment)."""
+    head_dims = {64: (64,), 128: (128, 96, 80, 72), 256: (256,)}[bucket]
+    return [(d, full) for d in head_dims for full in (False, True)] if kib else []
+
+
+_FORWARD = {
+    (3, 6): {
+        (227, 64, 2, True): Config(128, 64, 4, 3),
+        (227, 64, 2, False): Config(64, 64, 4, 3),
+        (227, 128, 2, True): Config(128, 64, 8, 3),
+        (227, 128, 2, False): Config(64, 64, 4, 3),
+        (227, 256, 2, True): Config(128, 64, 8, 2),
+        (227, 256, 2, False): Config(64, 32, 4, 2),
+        (163, 64, 2, True): Config(128, 64, 4, 3),
+        (163, 64, 2, False): Config(64, 64, 4, 3),
+        (163, 128, 2, True): Config(128, 64, 8, 3),
+        (163, 128, 2, False): Config(64, 64, 4, 2),
+        (163, 256, 2, True): Config(64, 64, 8, 2),
+        (163, 256, 2, False): Config(64, 32, 8, 2),
+        (99, 64, 2, True): Config(128, 64, 4, 2),
+        (99, 64, 2, False): Config(64, 64, 4, 2),
+        (99, 128, 2, True): Config(128, 32, 8, 2),
+        (99, 128, 2, False): Config(64, 32, 4, 2),
+        (99, 256, 2, True): Config(64, 32, 8, 2),
+        (99, 256, 2, False): Config(32, 32, 8, 2),
+        **{
+            (kib, dim, 4, dense): Config(32, 32, 8 if dim > 64 else 4, 1)
+            for kib in DEVICE_CLASSES
+            for dim in (64, 128, 256)
+            for dense in (False, True)
+        },
+        **{
+            (INTERPRETER, dim, size, dense): Config(64, 64, 4, 1)
+            for dim in (64, 128, 256)
+            for size in (2, 4)
+            for dense in (False, True)
+        },
+    }
+}
+_BACKWARD = {
+    (3, 6): {
+        (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
+        (227, 128, 2): BackwardConfig(64, 64, 64, 64, 8, 2),
+        (227, 256, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
+        (163, 64, 2): BackwardConfig(64, 64, 64, 64, 4, 2),
+        (163, 128, 2): BackwardConfig(64, 64, 64, 64, 8, 2),
+        (163, 256, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
+        (99, 64, 2): BackwardConfig(64, 64, 64, 64, 4, 2),
+        (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
+        (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
+        **{
+            (kib, dim, 4): BackwardConfig(32, 32, 32, 32, 8, 1)
+            for kib in DEVICE_CLASSES
+            for dim in (64, 128, 256)
+        },
+        **{
+            (INTERPRETER, dim, size): BackwardConfig(64, 64, 64, 64, 4, 1)
+            for dim in (64, 128, 256)
+            for size in (2, 4)
+        },
+    }
+}

@@ -1,0 +1,139 @@
+"""Triton pieces that the forward and the backward share: spans of rows, loads, products.
+
+A memory position has one flat number, batch row x seq + position, so what a row sees is a
+half-open interval [low, high) of one line. Rows are sorted, hence the intervals of a tile form
+one run per document; `next_run` walks from run to run with scalars only, and the columns of a run
+are read in an inner loop that Triton can pipeline. Every column of a run is seen by some row.
+
+A head dim is held as two tiles, the second absent (`D2 == 0`) when the first covers it.
+"""
+
+import triton
+import triton.language as tl
+
+NOTHING = tl.constexpr(2**31 - 1)  # low = high = NOTHING: a row that sees nothing
+
+
+@triton.jit
+def memory_spans(row, batch, start, position, batches, seq):
+    """[low, high) of each row in the flat memory; never outside it, whatever the arrays hold."""
+    b = tl.load(batch + row).to(tl.int32)
+    low = tl.maximum(tl.load(start + row).to(tl.int32), 0)
+    high = tl.minimum(tl.load(position + row).to(tl.int32), seq - 1) + 1
+    sees = (b >= 0) & (b < batches) & (high > low)
+    return tl.where(sees, b * seq + low, NOTHING), tl.where(sees, b * seq + high, NOTHING)
+
+
+@triton.jit
+def second_spans(row, start2, end2, rows2):
+    """[low, high) of each row in the second segment."""
+    low = tl.maximum(tl.load(start2 + row).to(tl.int32), 0)
+    high = tl.minimum(tl.load(end2 + row).to(tl.int32), rows2)
+    return tl.where(high > low, low, NOTHING), tl.where(high > low, high, NOTHING)
+
+
+@triton.jit
+def run_at(first, low, high):
+    """End of the run that starts at `first`, and the end of its part that all rows see."""
+    inside = low <= first
+    full_end = tl.maximum(tl.min(tl.where(inside, high, first), 0), first)
+    return tl.max(tl.where(inside, high, 0), 0), full_end
+
+
+@triton.jit
+def next_run(end, low, high):
+    """First column at or after `end` that some row sees, NOTHING when there is none."""
+    return tl.min(tl.where(high > end, tl.maximum(low, end), NOTHING), 0)
+
+
+@triton.jit
+def load_tile(
+    base, offsets, keep, D0: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """[len(offsets), D] elements from column D0 on; zeros where not kept or beyond the head dim."""
+    d = D0 + tl.arange(0, D)
+    pointers = base + offsets[:, None] + d[None, :]
+    if D0 + D > HEAD_DIM:
+        inside = d[None, :] < HEAD_DIM
+        if MASKED:
+            inside = inside & keep[:, None]
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    elif MASKED:
+        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def load_pair(
+    base, offsets, keep, D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Both tiles of a head dim; the second repeats the first when there is none."""
+    first = load_tile(base, offsets, keep, 0, D1, HEAD_DIM, MASKED)
+    second = first
+    if D2 > 0:
+        second = load_tile(base, offsets, keep, D1, D2, HEAD_DIM, MASKED)
+    return first, second
+
+
+@triton.jit
+def store_tile(
+    base, offsets, keep, tile, D0: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write [len(offsets), D] elements from column D0 on, or add them to what is there."""
+    d = D0 + tl.arange(0, D)
+    pointers = base + offsets[:, None] + d[None, :]
+    mask = keep[:, None] & (d[None, :] < HEAD_DIM)
+    if ACCUMULATE:
+        tile += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_pair(
+    base, offsets, keep, first, second, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    store_tile(base, offsets, keep, first, 0, D1, HEAD_DIM, ACCUMULATE)
+    if D2 > 0:
+        store_tile(base, offsets, keep, second, D1, D2, HEAD_DIM, ACCUMULATE)
+
+
+@triton.jit
+def product(a1, a2, b1, b2, D2: tl.constexpr):
+    """a @ b^T over the head dim, in fp32: [rows of a, rows of b]."""
+    total = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+    if D2 > 0:
+        total = tl.dot(a2, tl.trans(b2), acc=total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def add_product(acc1, acc2, a, b1, b2, D2: tl.constexpr):
+    """acc + a @ b for both tiles of the head dim of b."""
+    acc1 = tl.dot(a, b1, acc=acc1, input_precision="ieee")
+    if D2 > 0:
+        acc2 = tl.dot(a, b2, acc=acc2, input_precision="ieee")
+    return acc1, acc2
+
+
+@triton.jit
+def zero_pair(M: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    first = tl.zeros([M, D1], tl.float32)
+    second = first
+    if D2 > 0:
+        second = tl.zeros([M, D2], tl.float32)
+    return first, second
+
+
+@triton.jit
+def column_mask(columns, end, offsets, visible, MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr):
+    """Columns of a tile that may be read at all: before the end of the run, and visible."""
+    keep = columns < end
+    if HAS_VISIBLE:
+        keep = keep & (tl.load(visible + offsets, mask=keep, other=0) != 0)
+    return keep
