@@ -117,7 +117,7 @@ class ShardWriter:
         self.samples = 0
         self._sha = hashlib.sha256()
         self._part = path.with_name(path.name + ".part")
-        self._file = self._part.open("wb")  # noqa: SIM115 - closed by finish or abandon
+        self._file = self._part.open("wb")
 
     def add(self, block: bytes) -> tuple[int, int, int]:
         """Append a sample's members; returns its (offset, size, crc32)."""

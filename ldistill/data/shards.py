@@ -216,7 +216,7 @@ class SourceBuild:
         self.shards = found if self.entry.identity else []
         if self.shards:
             self.progress = deepcopy(self.shards[-1].progress)
-            self.advance(self.entry, self.progress.next_row)
+            self.advance(self.entry, self.progress.samples + self.progress.drops.total())
         return len(self.shards)
 
     def _write_shards(self) -> None:
@@ -247,13 +247,12 @@ class SourceBuild:
             raise
 
     def _results(self) -> Iterator[Prepared]:
-        limit, done = self.options.max_samples, self.progress.next_row
+        limit = self.options.max_samples
         if limit is not None and self.progress.samples >= limit:
             return
-        rows = self.entry.rows(done)
+        rows = self.entry.rows(self.progress.next_row)
         for result in self.workers.map(rows, self.entry.convert, self.entry.source):
-            self.advance(self.entry, result.row + 1 - done)
-            done = result.row + 1
+            self.advance(self.entry, 1)
             yield result
             if limit is not None and self.progress.samples >= limit:
                 return
