@@ -129,5 +129,5 @@ class Objective:
             ]
             source = rows.source[kd]
             sums[:, 5:].index_add_(0, source, torch.stack([c.float() for c in by_kd], dim=1))
-            sums[:, 1].index_add_(0, source, kd_w[kd] * scale * result.kl)
+            sums[:, 1].index_add_(0, source, (kd_w[kd] * scale * result.kl).float())
         return sums

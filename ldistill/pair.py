@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ldistill.checkpoints import resolve
 from ldistill.data.processor import Processor
@@ -74,19 +74,17 @@ def load_pair(
     if teacher is None:
         return Pair(model, processor, None, student_folder, None)
     teacher_folder = resolve(teacher)
-    config = PretrainedConfig.from_pretrained(teacher_folder)
-    lm_config = _lm_config(teacher_folder, config)
+    lm_config = _lm_config(teacher_folder)
     check_pair(model.decoder.config, lm_config, model.config.lm_base_vocab_size)
     lm = load_lm(teacher_folder, zero_init)
     return Pair(model, processor, Teacher(lm, kernels), student_folder, teacher_folder)
 
 
-def _lm_config(folder: Path, generic: PretrainedConfig) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    if generic.model_type != "llama":
+def _lm_config(folder: Path) -> PretrainedConfig:
+    values, _ = PretrainedConfig.get_config_dict(folder)
+    if values.get("model_type") != "llama":
         raise ValueError(
-            f"teacher {str(folder)!r} is a {generic.model_type!r} model; a nanoVLM student's "
+            f"teacher {str(folder)!r} is a {values.get('model_type')!r} model; a nanoVLM student's "
             "teacher must be a Llama-kind LM."
         )
     return AutoConfig.from_pretrained(folder)

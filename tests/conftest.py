@@ -1,0 +1,43 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidia0").exists() else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def pair_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pair whose student and teacher differ: ``student/`` and ``teacher/``."""
+    from pairs import write_pair
+
+    root = tmp_path_factory.mktemp("pair")
+    write_pair(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def same_pair_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small pair whose teacher has the student decoder's weights."""
+    from pairs import write_pair
+
+    root = tmp_path_factory.mktemp("same_pair")
+    write_pair(root, same_weights=True)
+    return root
