@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ldistill.data.processor import ImageSettings, ImageTokens, Processor
 from ldistill.data.samples import Sample, Turn
+from ldistill.students.nanovlm_config import NanoVLMConfig
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"
@@ -42,14 +43,17 @@ def _backend() -> str:
     return tokenizer.to_str()
 
 
-def make_tokenizer(template: str = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str = CHATML, with_image_tokens: bool = True
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 400 tokens with ChatML marks and nanoVLM's image tokens."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_backend()),
         pad_token="<|im_end|>",
         eos_token="<|im_end|>",
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": ImageTokens().all()})
+    if with_image_tokens:
+        tokenizer.add_special_tokens({"additional_special_tokens": ImageTokens().all()})
     tokenizer.chat_template = template
     return tokenizer
 
@@ -79,3 +83,21 @@ def make_samples(source: str, count: int, images: int = 1, seed: int = 0) -> lis
         files = tuple(picture(40, 30, kinds[i % 2], number * 7 + i) for i in range(images))
         samples.append(Sample(f"{source}-{number}", source, turns[: 1 + number % 2], files))
     return samples
+
+
+def make_student(folder: Path) -> Path:
+    """A folder with what a build needs of a student: its config.json and a tokenizer."""
+    tokenizer = make_tokenizer(with_image_tokens=False)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    config = NanoVLMConfig(
+        vit_img_size=32,
+        vit_patch_size=8,
+        mp_pixel_shuffle_factor=2,
+        mp_image_token_length=4,
+        max_img_size=128,
+        lm_base_vocab_size=len(tokenizer),
+        lm_vocab_size=len(tokenizer) + 66,
+        lm_tokenizer=str(folder / "tokenizer"),
+    )
+    (folder / "config.json").write_text(config.to_json())
+    return folder

@@ -69,6 +69,7 @@ def build(
         from ldistill.data.input_options import InputOptions
         from ldistill.data.inputs import open_inputs
         from ldistill.data.shards import BuildOptions
+        from ldistill.students.nanovlm_format import load_processor
 
         extra = known_sources.parse_extra(extra_sources or [])
         wanted = tuple(known_sources.resolve_sources(sources, extra)) if sources else None
@@ -88,7 +89,7 @@ def build(
             overwrite=overwrite,
         )
         inputs = open_inputs(dataset, options)
-        processor = _processor(student, tokenizer, tiling, max_images)
+        processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
         _print_reports(_build_with_bar(inputs, out, processor, cutting), out)
 
 
@@ -188,18 +189,6 @@ def cpu_count() -> int:
 
 def _chosen(sources: str | None) -> list[str] | None:
     return [part.strip() for part in sources.split(",") if part.strip()] if sources else None
-
-
-def _processor(student: str, tokenizer: str | None, tiling: bool, max_images: int) -> Processor:
-    """The student's processor with the image settings of this build."""
-    from dataclasses import replace
-
-    from ldistill.data.processor import Processor
-    from ldistill.students.nanovlm import load_processor
-
-    base = load_processor(student, tokenizer=tokenizer)
-    settings = replace(base.images, tiling=tiling, max_images=max_images)
-    return Processor(base.tokenizer, settings, base.tokens)
 
 
 def _build_with_bar(inputs, out: Path, processor: Processor, options) -> list[SourceReport]:
