@@ -47,16 +47,19 @@ class Meter:
 
     def __init__(self, weights: SourceWeights, device: torch.device, peak: float) -> None:
         self.weights, self.device, self.peak = weights, device, peak
-        self.drops: Counter[str] = Counter()
-        self.samples = 0
         self._reset()
 
     def _reset(self) -> None:
+        """Start a new interval, now."""
         self.sums = torch.zeros(len(self.weights.names), len(COLUMNS), device=self.device)
         self.counts = dict.fromkeys(_COUNTS, 0.0)
         self.health = torch.zeros(2, device=self.device)
-        self._new_drops: Counter[str] = Counter()
+        self._drops: Counter[str] = Counter()
         self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to measure: what came before (setting up) does not count."""
+        self._reset()
 
     def add_batch(self, batch: Mapping[str, Any], counts: StepCounts, flops: float) -> None:
         """Count a micro-batch; its tensors still lie on the CPU."""
@@ -66,7 +69,7 @@ class Meter:
         self.counts["tiles"] += counts.tiles
         self.counts["teacher_rows"] += counts.teacher_rows
         self.counts["flops"] += flops
-        self._new_drops.update(batch.get("drops") or {})
+        self._drops.update(batch.get("drops") or {})
 
     def add_sums(self, sums: Tensor) -> None:
         """Add a micro-batch's metrics matrix; no synchronisation."""
@@ -105,7 +108,6 @@ class Meter:
         return logs
 
     def _rates(self, counts: dict[str, float], seconds: float, ranks: int) -> dict[str, float]:
-        self.samples += int(counts["documents"])
         return {
             "tokens_per_second": counts["tokens"] / seconds,
             "mfu": counts["flops"] / seconds / ranks / self.peak,
@@ -113,17 +115,18 @@ class Meter:
             "teacher_rows": counts["teacher_rows"],
             "tokens": counts["tokens"],
             "images": counts["tiles"],
-            "samples": float(self.samples),
+            "documents": counts["documents"],
         }
 
     def _drop_counts(self) -> dict[str, float]:
-        gathered: list[Any] = [dict(self._new_drops)]
+        gathered: list[Any] = [dict(self._drops)]
         if dist.is_available() and dist.is_initialized():
             gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, dict(self._new_drops))
+            dist.all_gather_object(gathered, dict(self._drops))
+        total: Counter[str] = Counter()
         for drops in gathered:
-            self.drops.update(drops)
-        return {f"dropped/{reason}": float(n) for reason, n in sorted(self.drops.items())}
+            total.update(drops)
+        return {f"dropped/{reason}": float(n) for reason, n in sorted(total.items())}
 
 
 def _means(columns: Tensor, prefix: str) -> dict[str, float]:

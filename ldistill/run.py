@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,7 +63,7 @@ def run(recipe: Recipe) -> Path:
     _export(trainer, folder)
     after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
-        _report(folder, before, after)
+        _report(recipe, folder, before, after)
     wait()
     return folder
 
@@ -91,7 +90,7 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
 
 
 def _prepare(recipe: Recipe) -> None:
-    """Call the recipe's ``prepare`` function on rank 0; it names the shards and items it made."""
+    """Call the recipe's ``prepare`` function on rank 0; its result has ``shards`` and ``items``."""
     if recipe.data.prepare is None:
         return
     module_name, _, function = recipe.data.prepare.partition(":")
@@ -101,9 +100,9 @@ def _prepare(recipe: Recipe) -> None:
         raise ValueError(
             f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
         ) from error
-    made = from_first(lambda: {k: str(v) for k, v in prepare().items()})
-    recipe.data.shards = recipe.data.shards or made.get("shards")
-    recipe.run.eval_items = recipe.run.eval_items or made.get("eval_items")
+    made = from_first(prepare)
+    recipe.data.shards = recipe.data.shards or str(made.shards)
+    recipe.run.eval_items = recipe.run.eval_items or str(made.items)
 
 
 def open_data(recipe: Recipe) -> Data:
@@ -265,14 +264,14 @@ def _export(trainer: DistillTrainer, folder: Path) -> None:
     wait()
 
 
-def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, Any] | None:
+def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
     """Scores of a student folder on the recipe's items, by rank 0 alone."""
     if recipe.run.eval_items is None:
         return None
     return from_first(lambda: _evaluate_here(recipe, student, when))
 
 
-def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, Any]:
+def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
     from ldistill.evaluation.items import evaluate, load_items
     from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
@@ -283,30 +282,35 @@ def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, Any]:
     return evaluate(model, processor, items)
 
 
-def _report(folder: Path, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
+def _report(
+    recipe: Recipe,
+    folder: Path,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+) -> None:
     drawn = plot_curves(folder / run_folder.METRICS, folder / run_folder.CURVES)
     console = Console()
     if before and after:
         result = json.dumps({"before": before, "after": after}, indent=2)
         (folder / run_folder.EVALUATION).write_text(result, encoding="utf-8")
-        console.print(_table(before, after))
+        console.print(_table(recipe, before, after))
     console.print(f"student   {folder / run_folder.STUDENT}", highlight=False)
     console.print(f"metrics   {folder / run_folder.METRICS}", highlight=False)
     if drawn:
         console.print(f"curves    {folder / run_folder.CURVES}", highlight=False)
 
 
-def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
+def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:
+    from ldistill.evaluation.items import load_items
+
     table = Table(title="held-out items, accuracy", title_justify="left")
     for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
-    for group in before["groups"]:
-        table.add_row(
-            group, f"{before['groups'][group]:.3f}", f"{after['groups'][group]:.3f}", style="bold"
-        )
-        for task, score in before["tasks"].items():
-            if before["group_of"][task] == group:
-                table.add_row(f"  {task}", f"{score:.3f}", f"{after['tasks'][task]:.3f}")
+        table.add_column(column, justify="right" if column else "left")
+    group_of = {item.task: item.group for item in load_items(recipe.run.eval_items)}
+    for group in dict.fromkeys(group_of.values()):
+        table.add_row(group, f"{before[group]:.3f}", f"{after[group]:.3f}", style="bold")
+        for task in (task for task, of in group_of.items() if of == group):
+            table.add_row(f"  {task}", f"{before[task]:.3f}", f"{after[task]:.3f}")
     return table
 
 
@@ -362,9 +366,3 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.training.bf16:
         return torch.bfloat16
     return torch.float16 if recipe.training.fp16 else torch.float32
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept: ``$LDISTILL_CACHE`` or ``~/.cache/ldistill``."""
-    default = Path.home() / ".cache" / "ldistill"
-    return Path(os.environ.get("LDISTILL_CACHE", default))

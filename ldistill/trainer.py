@@ -68,7 +68,7 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.distiller, self.pair, self.meter = distiller, pair, meter
         self._make_loader, self._rates, self._health_steps = loader, rates, health_steps
-        self._resume = resume
+        self._resume, self._began = resume, False
         self._first_pack, self._first_step = _read_data_state(resume)
         self._finite = torch.ones((), device=args.device)
 
@@ -93,9 +93,11 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], int | None]:
         """The step's micro-batches with their rows planned and counted over all ranks."""
-        if self._resume is not None:
-            self._load_rng_state(str(self._resume))
-            self._resume = None
+        if not self._began:
+            self._began = True
+            self.meter.start()
+            if self._resume is not None:  # the Trainer restores it only when it skips batches itself
+                self._load_rng_state(str(self._resume))
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         plans = [self.distiller.plan(batch) for batch in batches]
         total, run_teacher = self._agree(plans)

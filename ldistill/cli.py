@@ -1,0 +1,117 @@
+"""The `ldistill` command.
+
+Training itself is started by DeepSpeed's launcher (`deepspeed ldistill/train.py ...`); this command
+holds everything around it. Imports are inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldistill import __version__
+from ldistill.bench_commands import app as bench_app
+from ldistill.data.commands import app as shards_app
+from ldistill.tiny.commands import app as tiny_app
+
+app = typer.Typer(
+    help="Give a vision-language model its language back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(shards_app, name="shards")
+app.add_typer(bench_app, name="bench")
+app.add_typer(tiny_app, name="tiny")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def recipes() -> None:
+    """The shipped recipes and what each one is."""
+    from ldistill.recipe import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comment = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+        typer.echo(f"{name:22} {comment}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="Where to write.")],
+    decoder_only: Annotated[
+        bool, typer.Option(help="Also write the decoder as a transformers Llama: OUT/decoder.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+) -> None:
+    """Write the student of a run as the nanoVLM checkpoint it came from."""
+    from ldistill.export import export_decoder, export_student
+
+    source = export_student(run, out)
+    typer.echo(f"student  {out}  (from {source})")
+    if decoder_only:
+        export_decoder(out, out / "decoder", tokenizer)
+        typer.echo(f"decoder  {out / 'decoder'}")
+
+
+@app.command()
+def generate(
+    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="Picture; may be repeated.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
+) -> None:
+    """Ask a student something about a picture, or just something."""
+    from ldistill.generate import answer
+
+    text = answer(
+        student,
+        prompt,
+        image or [],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        tokenizer=tokenizer,
+        tiling=tiling,
+    )
+    typer.echo(text)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, GPU, compilers, disk; one line of advice per problem."""
+    from ldistill.doctor import run
+
+    raise typer.Exit(run())
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a sentence and exit status 2, not a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("LDISTILL_DEBUG") == "1":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""From a run to what others load: the nanoVLM checkpoint, and its decoder as a plain Llama."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from ldistill import run_folder
+from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+from ldistill.trainer import STUDENT
+
+_FILES = ("config.json", "model.safetensors")
+
+
+def find_student(run: Path) -> Path:
+    """Folder of the newest student of a run: its result, else its newest checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing trained in it.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run folder {run} does not exist.")
+    candidates = [run / run_folder.STUDENT, run / STUDENT]
+    if last := get_last_checkpoint(str(run)):
+        candidates.append(Path(last) / STUDENT)
+    for candidate in candidates:
+        if all((candidate / name).is_file() for name in _FILES):
+            return candidate
+    raise FileNotFoundError(f"{run} holds no trained student yet: neither a result nor checkpoints.")
+
+
+def export_student(run: Path, out: Path) -> Path:
+    """Copy the newest student of a run to ``out``; returns where it came from.
+
+    Raises:
+        ValueError: ``out`` holds other files.
+    """
+    source = find_student(run)
+    others = [p.name for p in out.iterdir() if p.name not in _FILES] if out.is_dir() else []
+    if others:
+        raise ValueError(f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another.")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        shutil.copyfile(source / name, out / name)
+    return source
+
+
+def export_decoder(student: Path, out: Path, tokenizer: str | None = None) -> None:
+    """Write a student's decoder and tokenizer as a folder ``AutoModelForCausalLM`` loads.
+
+    The image tokens stay in the vocabulary: the embedding keeps its shape.
+    """
+    model = load_nanovlm(student)
+    processor = load_processor(student, tokenizer)
+    config = model.decoder.config
+    config.bos_token_id = processor.tokenizer.bos_token_id
+    config.eos_token_id = processor.tokenizer.eos_token_id
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.architectures = ["LlamaForCausalLM"]
+    config._attn_implementation = "sdpa"
+    model.decoder.generation_config.bos_token_id = config.bos_token_id
+    model.decoder.generation_config.eos_token_id = config.eos_token_id
+    model.decoder.generation_config.pad_token_id = config.pad_token_id
+    model.decoder.save_pretrained(out)
+    processor.tokenizer.save_pretrained(out)
