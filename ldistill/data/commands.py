@@ -50,7 +50,11 @@ def build(
     ] = None,
     extra_sources: Annotated[
         list[str] | None,
-        typer.Option(help="Declare a source beyond the 17: name=language or name=document."),
+        typer.Option(
+            "--extra-sources",
+            "--extra_sources",
+            help="Declare a source beyond the 17: name=language or name=document.",
+        ),
     ] = None,
     min_rating: Annotated[
         list[str] | None,

@@ -45,10 +45,17 @@ class Table:
 
     def rows(self, start: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(number, record) from row `start` on; pictures undecoded."""
-        stream = self.open().decode(False)
-        for number, record in enumerate(stream.skip(start) if start else stream, start):
-            if self.only is None or known_sources.normalise(str(record["source"])) == self.only:
-                yield number, record
+        number = start
+        try:
+            stream = self.open().decode(False)
+            for number, record in enumerate(stream.skip(start) if start else stream, start):
+                if self.only is None or known_sources.normalise(str(record["source"])) == self.only:
+                    yield number, record
+        except Exception as error:  # of the network or the file format, each library with its own
+            raise OSError(
+                f"reading {self.identity} failed near row {number} ({error}): run the same command "
+                "again to go on; finished shards are kept"
+            ) from error
 
     def columns(self) -> list[str]:
         """Column names."""
@@ -73,9 +80,10 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
 
 
 def _table_input(source: str, table: Table, options: InputOptions) -> SourceInput:
-    kind = options.format if options.format != "auto" else detect_format(table.columns())
+    columns = table.columns()
+    kind = options.format if options.format != "auto" else detect_format(columns)
     if options.min_ratings:
-        absent = {f"{name}_ratings" for name in options.min_ratings} - set(table.columns())
+        absent = {f"{name}_ratings" for name in options.min_ratings} - set(columns)
         if kind != "finevision" or absent:
             raise ValueError(f"{source} carries no {', '.join(absent)}: leave --min-rating out")
     reader = Cauldron(source)
@@ -97,9 +105,9 @@ def _table_input(source: str, table: Table, options: InputOptions) -> SourceInpu
 
 def _tables(dataset: str, path: Path, options: InputOptions) -> dict[str, Table]:
     if path.is_file() and path.suffix == ".parquet":
-        return _parquet({path.stem: [path]}, options.split)
+        return _parquet({_group_name(path.parent, path, options.split): [path]}, options.split)
     if path.is_dir():
-        return _folder(path, options.split)
+        return _folder(path, options)
     if path.exists() or dataset.count("/") != 1 or dataset[0] in "./~":
         raise FileNotFoundError(
             f"no data set at {dataset}: give a hub id, a parquet file or folder, a saved data set "
@@ -108,9 +116,10 @@ def _tables(dataset: str, path: Path, options: InputOptions) -> dict[str, Table]
     return _repository(dataset, options)
 
 
-def _folder(path: Path, split: str) -> dict[str, Table]:
+def _folder(path: Path, options: InputOptions) -> dict[str, Table]:
     if _lists_configs(path):
-        return _repository(str(path), InputOptions(split=split))
+        return _repository(str(path), options)
+    split = options.split
     folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
     saved = {folder.name: folder for folder in folders if _is_saved(folder)}
     if saved:
@@ -246,11 +255,10 @@ def _config_table(name: str, config: str, revision: str | None, split: str) -> T
 def _hub_revision(name: str) -> str:
     """The commit a hub data set is at: a build that goes on later reads the same rows."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         return str(HfApi().dataset_info(name).sha)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # network libraries raise their own, not all of them OSError
         raise FileNotFoundError(
             f"no data set at {name}: it is no local path, and the hub does not give it ({error})"
         ) from error
