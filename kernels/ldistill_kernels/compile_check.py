@@ -84,7 +84,9 @@ class Result:
         if self.spilled:
             return f"spills {self.spilled} bytes"
         if self.shared > SHARED_MEMORY[self.arch]:
-            return f"needs more than the {SHARED_MEMORY[self.arch]} bytes of shared memory there are"
+            return (
+                f"needs more than the {SHARED_MEMORY[self.arch]} bytes of shared memory there are"
+            )
         return ""
 
 

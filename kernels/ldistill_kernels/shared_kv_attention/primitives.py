@@ -8,9 +8,14 @@ are read in an inner loop that Triton can pipeline. Every column of a run is see
 A head dim is held as two tiles, the second absent (`D2 == 0`) when the first covers it.
 """
 
+import math
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2.0))
 NOTHING = tl.constexpr(2**31 - 1)  # low = high = NOTHING: a row that sees nothing
 
 
@@ -137,3 +142,13 @@ def column_mask(columns, end, offsets, visible, MASKED: tl.constexpr, HAS_VISIBL
     if HAS_VISIBLE:
         keep = keep & (tl.load(visible + offsets, mask=keep, other=0) != 0)
     return keep
+
+
+def alignment(*tensors: Tensor | None) -> int:
+    """Power of two up to 16 that divides every stride but the last, in elements."""
+    return math.gcd(16, *(s for t in tensors if t is not None for s in t.stride()[:-1]))
+
+
+def strides(tensor: Tensor | None, count: int = 2) -> tuple[int, ...]:
+    """The leading strides of an optional tensor."""
+    return (0,) * count if tensor is None else tensor.stride()[:count]

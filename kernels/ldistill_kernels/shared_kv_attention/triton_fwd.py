@@ -5,8 +5,6 @@ fills 128 rows without a gap and each key is loaded once for the whole group. So
 in base 2. Tiles of columns that every row sees skip the mask.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -23,8 +21,11 @@ from ldistill_kernels.shared_kv_attention.configs import (
     split_head_dim,
 )
 from ldistill_kernels.shared_kv_attention.primitives import (
+    LN2,
+    LOG2E,
     NOTHING,
     add_product,
+    alignment,
     column_mask,
     load_pair,
     memory_spans,
@@ -33,11 +34,9 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     run_at,
     second_spans,
     store_pair,
+    strides,
     zero_pair,
 )
-
-LOG2E = math.log2(math.e)
-LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
@@ -188,7 +187,7 @@ def attention_forward(
     grid = (triton.cdiv(rows * group, config.block_m) * kv_heads,)
     forward_kernel[grid](
         q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-        rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * LOG2E,
+        rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * LOG2E.value,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
         *strides(v2),
         ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
@@ -196,16 +195,6 @@ def attention_forward(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def alignment(*tensors: Tensor | None) -> int:
-    """Power of two up to 16 that divides every stride but the last, in elements."""
-    return math.gcd(16, *(s for t in tensors if t is not None for s in t.stride()[:-1]))
-
-
-def strides(tensor: Tensor | None) -> tuple[int, int]:
-    """The two leading strides of an optional tensor."""
-    return (0, 0) if tensor is None else tensor.stride()[:2]
 
 
 def compile_cases() -> list[CompileCase]:
@@ -216,8 +205,8 @@ def compile_cases() -> list[CompileCase]:
             element = "bf16" if size == 2 else "fp32"
             cases.append(
                 CompileCase(
-                    f"attention forward {element} D{head_dim} {'dense' if dense else 'sparse'} "
-                    f"{'two segments' if full else 'plain'} {config.block_m}x{config.block_n}",
+                    f"attention forward {element} D{head_dim} {'two segments' if full else 'plain'}"
+                    f" {'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}",
                     module=__name__,
                     kernel="forward_kernel",
                     types=_types(element, full),

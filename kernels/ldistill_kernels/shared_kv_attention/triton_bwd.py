@@ -1,0 +1,542 @@
+"""Triton backward: a small preparation, then all gradients in one launch, without atomics.
+
+`prepare_kernel` computes delta = rowsum(out * grad_out) for every (row, head), and for every tile
+of memory positions which rows see it: rows are sorted, so four binary searches tell the rows that
+see some of the tile and those that see all of it. In `backward_kernel` the first programs own a
+tile of keys and values each and walk over its rows and the heads of the group; the others own a
+tile of rows and walk over its memory like the forward. Every gradient element has one owner that
+adds in a fixed order, so results are bit-identical from run to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldistill_kernels.compile_check import CompileCase
+from ldistill_kernels.shared_kv_attention.configs import (
+    DEVICE_CLASSES,
+    BackwardConfig,
+    backward_config,
+    backward_table,
+    case_shapes,
+    split_head_dim,
+)
+from ldistill_kernels.shared_kv_attention.primitives import (
+    LOG2E,
+    NOTHING,
+    add_product,
+    alignment,
+    column_mask,
+    load_pair,
+    memory_spans,
+    next_run,
+    product,
+    run_at,
+    second_spans,
+    store_pair,
+    strides,
+    zero_pair,
+)
+
+PREPARE_ROWS = 64  # (row, head) pairs of one program
+PREPARE_TILES = 128  # tiles of memory positions of one program
+
+
+@triton.jit
+def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.constexpr):
+    """For each target: how many rows have outer[row] * seq + inner[row] + shift < target."""
+    low = tl.zeros_like(target)
+    high = low + rows
+    for _ in range(steps):
+        active = low < high
+        middle = (low + high) // 2
+        key = tl.load(inner + middle, mask=active, other=0).to(tl.int32) + shift
+        if HAS_OUTER:
+            key += tl.load(outer + middle, mask=active, other=0).to(tl.int32) * seq
+        below = active & (key < target)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(active & (key >= target), middle, high)
+    return low
+
+
+@triton.jit
+def _write_ranges(
+    ranges, tile, count, first, last, low_outer, low, high_outer, high, seq, shift, rows, steps,
+    HAS_OUTER: tl.constexpr,
+):  # fmt: skip
+    """Rows that see some of [first, last): 0..3; rows between 1 and 2 see all of it."""
+    inside = tile < count
+    for i in tl.static_range(4):
+        if i == 0:
+            row = _rows_below(first + 1, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
+        elif i == 1:
+            row = _rows_below(last, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
+        elif i == 2:
+            row = _rows_below(first + 1, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
+        else:
+            row = _rows_below(last, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
+        tl.store(ranges + tile * 4 + i, row, mask=inside)
+
+
+PREPARE_INTEGERS = (
+    "rows", "q_heads", "seq", "rows2", "row_tiles", "tiles1", "tiles2", "steps",
+    "stride_gr", "stride_gh", "stride_lr", "stride_lh",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PREPARE_INTEGERS)
+def prepare_kernel(
+    out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
+    rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, steps,
+    stride_gr, stride_gh, stride_lr, stride_lh,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.cdiv(rows * q_heads, BLOCK_M)
+    if pid < programs:
+        pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = pair < rows * q_heads
+        row, head = pair // q_heads, pair % q_heads
+        out1, out2 = load_pair(out, pair * HEAD_DIM, inside, D1, D2, HEAD_DIM, True)
+        offsets = tl.multiple_of(row * stride_gr + head * stride_gh, ALIGN)
+        grad1, grad2 = load_pair(grad_out, offsets, inside, D1, D2, HEAD_DIM, True)
+        total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
+        if D2 > 0:
+            total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
+        if HAS_GRAD_LSE:
+            total -= tl.load(grad_lse + row * stride_lr + head * stride_lh, mask=inside, other=0.0)
+        tl.store(delta + pair, total, mask=inside)
+    else:
+        tile = (pid - programs) * TILES + tl.arange(0, TILES)
+        first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
+        last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
+        _write_ranges(
+            ranges, tile, tiles1, first, last, batch, start, batch, position, seq, 1, rows, steps,
+            True,
+        )  # fmt: skip
+        if HAS_SECOND:
+            first = tile * BLOCK_N
+            last = tl.minimum(first + BLOCK_N, rows2)
+            _write_ranges(
+                ranges + tiles1 * 4, tile, tiles2, first, last, start2, start2, end2, end2, seq, 0,
+                rows, steps, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _row_inputs(
+    q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr, stride_gh,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Queries, output gradients, log-sum-exp in base 2 and delta of packed rows."""
+    row, q_head = (packed // GROUP).to(tl.int64), head * GROUP + packed % GROUP
+    q_offsets = tl.multiple_of(row * stride_qr + q_head.to(tl.int64) * stride_qh, ALIGN)
+    q1, q2 = load_pair(q, q_offsets, row >= 0, D1, D2, HEAD_DIM, False)
+    grad_offsets = tl.multiple_of(row * stride_gr + q_head.to(tl.int64) * stride_gh, ALIGN)
+    grad1, grad2 = load_pair(grad_out, grad_offsets, row >= 0, D1, D2, HEAD_DIM, False)
+    place = row * heads + q_head
+    base = tl.load(lse + place)
+    base = tl.where(base == float("-inf"), 0.0, base * LOG2E)  # such rows are masked everywhere
+    return q1, q2, grad1, grad2, base, tl.load(delta + place)
+
+
+@triton.jit
+def _add_rows(
+    dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
+    batch, start, position, batches, seq, packed_first, packed_last, head, heads,
+    scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, SECOND: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Add what BLOCK_M packed rows give to the gradients of a tile of keys and values."""
+    packed = packed_first + tl.arange(0, BLOCK_M)
+    inside = packed < packed_last
+    packed = tl.minimum(packed, packed_last - 1)
+    q1, q2, grad1, grad2, base, row_delta = _row_inputs(
+        q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr, stride_gh,
+        ALIGN, GROUP, D1, D2, HEAD_DIM,
+    )  # fmt: skip
+    scores = product(k1, k2, q1, q2, D2)
+    weights = tl.exp2(scores * scale2 - base[None, :])
+    if MASKED:
+        row = packed // GROUP
+        if SECOND:
+            low, high = second_spans(row, start, position, seq)
+        else:
+            low, high = memory_spans(row, batch, start, position, batches, seq)
+        seen = (columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :])
+        weights = tl.where(seen & inside[None, :], weights, 0.0)
+    if DV:
+        dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, D2)
+    if DK:
+        grad_weights = product(v1, v2, grad1, grad2, D2) - row_delta[None, :]
+        grad_scores = (weights * grad_weights).to(q1.dtype)
+        dk1, dk2 = add_product(dk1, dk2, grad_scores, q1, q2, D2)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit
+def _memory_gradients(
+    q, k, v, batch, start, position, visible, grad_out, lse, delta, ranges, dk, dv,
+    column, origin, end, base_k, base_v, base_dk, base_dv, batches, seq, head, heads, scale,
+    scale2, stride_qr, stride_qh, stride_gr, stride_gh, stride_k, stride_v, stride_dk, stride_dv,
+    stride_visible,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    SECOND: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ADD_K: tl.constexpr,
+    ADD_V: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of the columns [column, column + BLOCK_N) of one head; `ranges` at their entry."""
+    columns = column + tl.arange(0, BLOCK_N)
+    place = (columns - origin).to(tl.int64)
+    keep = column_mask(columns, end, place * stride_visible, visible, True, HAS_VISIBLE)
+    k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
+    v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
+    k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, True)
+    v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, True)
+    dk1, dk2 = zero_pair(BLOCK_N, D1, D2)
+    dv1, dv2 = zero_pair(BLOCK_N, D1, D2)
+    first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
+    full_last, last = tl.load(ranges + 2) * GROUP, tl.load(ranges + 3) * GROUP
+    before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with rows that see a part only
+    full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
+    for i in tl.range(before, before + full):
+        dk1, dk2, dv1, dv2 = _add_rows(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
+            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, heads,
+            scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+            ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, False, SECOND, DK, DV,
+        )  # fmt: skip
+    for i in tl.range(0, tl.cdiv(last - first, BLOCK_M) - full):
+        i = tl.where(i < before, i, i + full)
+        dk1, dk2, dv1, dv2 = _add_rows(
+            dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
+            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, heads,
+            scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+            ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, True, SECOND, DK, DV,
+        )  # fmt: skip
+    exists = columns < end
+    if DK:
+        dk1, dk2 = _finish(dk1, dk2, keep, scale, D2)
+        offsets = tl.multiple_of(base_dk + place * stride_dk, ALIGN)
+        store_pair(dk, offsets, exists, dk1, dk2, D1, D2, HEAD_DIM, ADD_K)
+    if DV:
+        dv1, dv2 = _finish(dv1, dv2, keep, 1.0, D2)
+        offsets = tl.multiple_of(base_dv + place * stride_dv, ALIGN)
+        store_pair(dv, offsets, exists, dv1, dv2, D1, D2, HEAD_DIM, ADD_V)
+
+
+@triton.jit
+def _finish(first, second, keep, scale, D2: tl.constexpr):
+    """Scaled gradients, zero where nobody may read (unmasked rows wrote rubbish there)."""
+    first = tl.where(keep[:, None], first * scale, 0.0)
+    if D2 > 0:
+        second = tl.where(keep[:, None], second * scale, 0.0)
+    return first, second
+
+
+@triton.jit
+def _add_columns(
+    dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible, base_k, base_v,
+    stride_k, stride_v, stride_visible, column, origin, end, scale2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """Add what BLOCK_N columns give to the gradients of a tile of rows."""
+    columns = column + tl.arange(0, BLOCK_N)
+    place = (columns - origin).to(tl.int64)
+    keep = column_mask(columns, end, place * stride_visible, visible, MASKED, HAS_VISIBLE)
+    k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
+    v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
+    k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, MASKED or HAS_VISIBLE)
+    v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, MASKED or HAS_VISIBLE)
+    weights = tl.exp2(product(q1, q2, k1, k2, D2) * scale2 - base[:, None])
+    if MASKED:
+        seen = (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
+        if HAS_VISIBLE:
+            seen = seen & keep[None, :]
+        weights = tl.where(seen, weights, 0.0)
+    elif HAS_VISIBLE:
+        weights = tl.where(keep[None, :], weights, 0.0)
+    grad_weights = product(grad1, grad2, v1, v2, D2) - row_delta[:, None]
+    return add_product(dq1, dq2, (weights * grad_weights).to(k1.dtype), k1, k2, D2)
+
+
+@triton.jit
+def _query_segment(
+    dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible, base_k, base_v, seq,
+    stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """All runs of one segment, as in the forward."""
+    first = tl.min(low, 0)
+    while first < NOTHING:
+        end, full_end = run_at(first, low, high)
+        b = first // seq
+        origin = b * seq
+        row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
+        visible_row = visible
+        if HAS_VISIBLE:
+            visible_row = visible + b.to(tl.int64) * stride_visible_b
+        limit = tl.minimum(high, end)
+        middle = first + (full_end - first) // BLOCK_N * BLOCK_N
+        for column in tl.range(first, middle, BLOCK_N):
+            dq1, dq2 = _add_columns(
+                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, limit, k, v, visible_row,
+                row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
+                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
+            )  # fmt: skip
+        for column in tl.range(middle, end, BLOCK_N):
+            dq1, dq2 = _add_columns(
+                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, limit, k, v, visible_row,
+                row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
+                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
+            )  # fmt: skip
+        first = next_run(end, low, high)
+    return dq1, dq2
+
+
+INTEGERS = (
+    "rows", "batches", "seq", "rows2", "kv_heads", "row_tiles", "tiles1", "tiles2",
+    "stride_qr", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+    "stride_vn", "stride_visible_b", "stride_visible_n", "stride_k2n", "stride_k2h", "stride_v2n",
+    "stride_v2h", "stride_gr", "stride_gh", "stride_dqr", "stride_dqh", "stride_dkb", "stride_dkh",
+    "stride_dkn", "stride_dvb", "stride_dvh", "stride_dvn", "stride_dk2n", "stride_dk2h",
+    "stride_dv2n", "stride_dv2h",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def backward_kernel(
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta, ranges,
+    dq, dk, dv, dk2, dv2, rows, batches, seq, rows2, kv_heads, row_tiles, tiles1, tiles2,
+    scale, scale2,
+    stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
+    stride_gr, stride_gh, stride_dqr, stride_dqh, stride_dkb, stride_dkh, stride_dkn,
+    stride_dvb, stride_dvh, stride_dvn, stride_dk2n, stride_dk2h, stride_dv2n, stride_dv2h,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, DQ_M: tl.constexpr, DQ_N: tl.constexpr, DKV_M: tl.constexpr,
+    DKV_N: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
+    ADD_K: tl.constexpr, ADD_V: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0) // kv_heads
+    head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    heads = kv_heads * GROUP
+    if tile < tiles1:
+        if DK or DV:
+            b = (tile // row_tiles).to(tl.int64)
+            origin = (tile // row_tiles) * seq
+            visible_row = visible
+            if HAS_VISIBLE:
+                visible_row = visible + b * stride_visible_b
+            _memory_gradients(
+                q, k, v, batch, start, position, visible_row, grad_out, lse, delta,
+                ranges + tile * 4, dk, dv, origin + tile % row_tiles * DKV_N, origin, origin + seq,
+                b * stride_kb + head * stride_kh, b * stride_vb + head * stride_vh,
+                b * stride_dkb + head * stride_dkh, b * stride_dvb + head * stride_dvh,
+                batches, seq, head, heads, scale, scale2, stride_qr, stride_qh, stride_gr,
+                stride_gh, stride_kn, stride_vn, stride_dkn, stride_dvn, stride_visible_n,
+                ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, HAS_VISIBLE, False, DK, DV,
+                ADD_K, ADD_V,
+            )  # fmt: skip
+    elif tile < tiles1 + tiles2:
+        if DK2 or DV2:
+            _memory_gradients(
+                q, k2, v2, batch, start2, end2, visible, grad_out, lse, delta,
+                ranges + tile * 4, dk2, dv2, (tile - tiles1) * DKV_N, 0, rows2,
+                head * stride_k2h, head * stride_v2h, head * stride_dk2h, head * stride_dv2h,
+                batches, rows2, head, heads, scale, scale2, stride_qr, stride_qh, stride_gr,
+                stride_gh, stride_k2n, stride_v2n, stride_dk2n, stride_dv2n, 0,
+                ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, False, True, DK2, DV2,
+                False, False,
+            )  # fmt: skip
+    elif DQ:
+        # Late rows (long spans) first, as in the forward.
+        tile = tl.num_programs(0) // kv_heads - 1 - (tile - tiles1 - tiles2) - tiles1 - tiles2
+        packed = tile * DQ_M + tl.arange(0, DQ_M)
+        inside = packed < rows * GROUP
+        packed = tl.minimum(packed, rows * GROUP - 1)
+        row = packed // GROUP
+        low, high = memory_spans(row, batch, start, position, batches, seq)
+        q1, q2, grad1, grad2, base, row_delta = _row_inputs(
+            q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr,
+            stride_gh, ALIGN, GROUP, D1, D2, HEAD_DIM,
+        )  # fmt: skip
+        dq1, dq2 = zero_pair(DQ_M, D1, D2)
+        dq1, dq2 = _query_segment(
+            dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible,
+            head * stride_kh, head * stride_vh, seq, stride_kb, stride_kn, stride_vb, stride_vn,
+            stride_visible_b, stride_visible_n, scale2, ALIGN, DQ_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+        )  # fmt: skip
+        if HAS_SECOND:
+            low, high = second_spans(row, start2, end2, rows2)
+            dq1, dq2 = _query_segment(
+                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k2, v2, visible,
+                head * stride_k2h, head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0,
+                scale2, ALIGN, DQ_N, D1, D2, HEAD_DIM, False,
+            )  # fmt: skip
+        dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)
+        offsets = row.to(tl.int64) * stride_dqr
+        offsets = tl.multiple_of(offsets + (head * GROUP + packed % GROUP) * stride_dqh, ALIGN)
+        store_pair(dq, offsets, inside, dq1, dq2, D1, D2, HEAD_DIM, False)
+
+
+def attention_backward(
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k,
+    grad_v, out, lse, needs, scale,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward.
+
+    Args:
+        needs: which of dq, dk, dv, dk2, dv2 are wanted.
+        grad_k, grad_v: buffers that dK and dV are added to instead of being returned.
+    Returns: dq, dk, dv, dk2, dv2, an empty tensor for each that is not wanted or was added.
+    """
+    nothing = q.new_empty(0)
+    grads = [
+        torch.empty_like(x) if need else nothing
+        for x, need in zip((q, k, v, k2, v2), needs, strict=True)
+    ]
+    targets = [*grads]
+    for i, buffer in ((1, grad_k), (2, grad_v)):
+        if buffer is not None:
+            grads[i], targets[i] = nothing, buffer
+    if q.shape[0] == 0:
+        return tuple(grad.zero_() for grad in grads)
+    wanted = [needs[0], needs[1] or grad_k is not None, needs[2] or grad_v is not None, *needs[3:]]
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    _launch(
+        grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out,
+        lse, targets, wanted, (grad_k is not None, grad_v is not None), scale,
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _launch(
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+    targets, wanted, added, scale,
+) -> None:  # fmt: skip
+    rows, q_heads, head_dim = q.shape
+    batches, kv_heads, seq = k.shape[:3]
+    rows2 = 0 if k2 is None else k2.shape[0]
+    config = backward_config(q.device, head_dim, q.element_size())
+    row_tiles = triton.cdiv(seq, config.dkv_n)
+    tiles1 = batches * row_tiles if wanted[1] or wanted[2] else 0
+    tiles2 = triton.cdiv(rows2, config.dkv_n) if wanted[3] or wanted[4] else 0
+    delta = torch.empty(rows, q_heads, dtype=torch.float32, device=q.device)
+    ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=q.device)
+    dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
+    align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
+    d1, d2 = split_head_dim(head_dim)
+    head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
+    grid = triton.cdiv(rows * q_heads, PREPARE_ROWS) + triton.cdiv(
+        max(tiles1, tiles2), PREPARE_TILES
+    )
+    prepare_kernel[(grid,)](
+        out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
+        rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, rows.bit_length(),
+        *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
+        BLOCK_M=PREPARE_ROWS, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
+        HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=k2 is not None, num_warps=4,
+    )  # fmt: skip
+    dq_tiles = triton.cdiv(rows * (q_heads // kv_heads), config.dq_m) if wanted[0] else 0
+    grid = (tiles1 + tiles2 + dq_tiles) * kv_heads
+    if grid == 0:
+        return
+    backward_kernel[(grid,)](
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta,
+        ranges, dq, dk, dv, dk2, dv2, rows, batches, seq, rows2, kv_heads, row_tiles, tiles1,
+        tiles2, scale, scale * LOG2E.value,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
+        *strides(v2), *grad_out.stride()[:2], *strides(dq), *strides(dk, 3), *strides(dv, 3),
+        *strides(dk2), *strides(dv2),
+        **head_dims, GROUP=q_heads // kv_heads, DQ_M=config.dq_m, DQ_N=config.dq_n,
+        DKV_M=config.dkv_m, DKV_N=config.dkv_n, HAS_VISIBLE=visible is not None,
+        HAS_SECOND=k2 is not None, DQ=wanted[0], DK=wanted[1], DV=wanted[2], DK2=wanted[3],
+        DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every shipped configuration of the backward, bare and with everything switched on."""
+    cases = []
+    for (kib, bucket, size), config in backward_table().items():
+        for head_dim, full in case_shapes(bucket, kib):
+            element = "bf16" if size == 2 else "fp32"
+            label = f"{element} D{head_dim} {'two segments' if full else 'plain'}"
+            cases.append(
+                CompileCase(
+                    f"attention backward {label} dq {config.dq_m}x{config.dq_n} "
+                    f"dkv {config.dkv_m}x{config.dkv_n}",
+                    module=__name__,
+                    kernel="backward_kernel",
+                    types=_types(element, full),
+                    constants=_constants(head_dim, full, config),
+                    num_warps=config.num_warps,
+                    num_stages=config.num_stages,
+                    archs=DEVICE_CLASSES[kib],
+                )
+            )
+            cases.append(
+                CompileCase(
+                    f"attention prepare {label} tiles of {config.dkv_n}",
+                    module=__name__,
+                    kernel="prepare_kernel",
+                    types=_prepare_types(element, full),
+                    constants=_prepare_constants(head_dim, full, config),
+                    archs=DEVICE_CLASSES[kib],
+                )
+            )
+    return cases
+
+
+_SECOND = ("start2", "end2")
+_OPTIONAL = ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
+
+
+def _types(element: str, full: bool) -> dict[str, str]:
+    types = dict.fromkeys(("q", "k", "v", "grad_out", "dq", "dk", "dv"), f"*{element}")
+    types |= dict.fromkeys(("batch", "start", "position", "ranges"), "*i32")
+    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("scale", "scale2"), "fp32")
+    types |= dict.fromkeys(INTEGERS, "i32")
+    if full:
+        types |= dict.fromkeys(("k2", "v2", "dk2", "dv2"), f"*{element}") | {"visible": "*i1"}
+        types |= dict.fromkeys(_SECOND, "*i32") | dict.fromkeys(("dk", "dv"), "*fp32")
+    return types
+
+
+def _constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
+    d1, d2 = split_head_dim(head_dim)
+    constants = {
+        "ALIGN": 8, "GROUP": 3, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "HAS_VISIBLE": full,
+        "HAS_SECOND": full, "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m,
+        "DKV_N": config.dkv_n, "ADD_K": full, "ADD_V": full, "DK2": full, "DV2": full,
+    }  # fmt: skip
+    constants |= dict.fromkeys(("DQ", "DK", "DV"), True)
+    return constants | ({} if full else dict.fromkeys(_OPTIONAL))
+
+
+def _prepare_types(element: str, full: bool) -> dict[str, str]:
+    types = dict.fromkeys(("out", "grad_out"), f"*{element}") | {"delta": "*fp32"}
+    types |= dict.fromkeys(("batch", "start", "position", "ranges"), "*i32")
+    types |= dict.fromkeys(PREPARE_INTEGERS, "i32")
+    return types | (dict.fromkeys(_SECOND, "*i32") | {"grad_lse": "*fp32"} if full else {})
+
+
+def _prepare_constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
+    d1, d2 = split_head_dim(head_dim)
+    constants = {
+        "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": PREPARE_ROWS,
+        "BLOCK_N": config.dkv_n, "TILES": PREPARE_TILES, "HAS_GRAD_LSE": full, "HAS_SECOND": full,
+    }  # fmt: skip
+    return constants | ({} if full else dict.fromkeys((*_SECOND, "grad_lse")))
