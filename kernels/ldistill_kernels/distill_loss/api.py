@@ -93,10 +93,8 @@ def distill_loss(
     ce_weights = checks.per_row("ce_weight", ce_weight, h_s, positive=False)
     temperatures = checks.per_row("temperature", temperature, h_s, positive=True)
     kd_weights = _kd_weights(kd_weight, h_s, h_t, labels, kd_rows, ignore_index)
-    if paired == 0:
-        h_t = w_t = kd_rows = None
-    elif paired == h_s.shape[0]:
-        kd_rows = None
+    if paired == h_s.shape[0]:
+        kd_rows = None  # sorted and unique: every row in order
     if chunk_rows is None:
         compared = vocab if paired else 0
         chunk_rows = default_chunk_rows(h_s.device.type, w_s.shape[0], compared)

@@ -16,7 +16,7 @@ from ldistill_kernels.distill_loss import chunked, reference
 from ldistill_kernels.distill_loss.matmul import compute_dtype
 from ldistill_kernels.distill_loss.rows import RowSettings
 
-OP = "ldistill_kernels::distill_loss"
+OP = "ldistill::distill_loss"
 
 torch.library.define(
     OP,
@@ -25,6 +25,7 @@ torch.library.define(
     "bool t_squared, int ignore_index, int chunk_rows, bool triton, "
     "bool grad_h_s, bool grad_w_s, bool grad_h_t) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
 )
 
 
@@ -63,7 +64,9 @@ def _distill_loss(
         grad_teacher=grad_h_t,
         grad_dtype=h_s.dtype if triton else wide,
     )
-    solution = chunked.solve(problem, settings, _row_step(triton))
+    # Every product below states its precision; autocast would narrow those that have no out=.
+    with torch.autocast(h_s.device.type, enabled=False):
+        solution = chunked.solve(problem, settings, _row_step(triton))
     return (
         solution.loss, *solution.rows, solution.grad_h_s, solution.grad_w_s, solution.grad_h_t
     )  # fmt: skip
@@ -72,9 +75,9 @@ def _distill_loss(
 def _row_step(triton: bool) -> chunked.RowStep:
     if not triton:
         return reference.row_step
-    from ldistill_kernels.distill_loss import triton_rows  # only where Triton is wanted
+    from ldistill_kernels.distill_loss import triton as step  # only where Triton is wanted
 
-    return triton_rows.row_step
+    return step.row_step
 
 
 @torch.library.register_fake(OP)
@@ -120,7 +123,7 @@ class DistillLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        loss, *rest = torch.ops.ldistill_kernels.distill_loss(*args)
+        loss, *rest = torch.ops.ldistill.distill_loss(*args)
         rows, grads = rest[:6], rest[6:]
         ctx.save_for_backward(*grads)
         ctx.dtypes = tuple(None if arg is None else arg.dtype for arg in args[:3])

@@ -1,7 +1,7 @@
 """What one row of the loss needs and gives: the contract between the chunk loop and its row steps.
 
 A row step receives the fp32 logits of a chunk of rows, writes the per-row results and replaces
-the logits by their gradients. `reference.py` is the step in PyTorch, `triton_rows.py` in Triton.
+the logits by their gradients. `reference.py` is the step in PyTorch, `triton.py` in Triton.
 """
 
 from __future__ import annotations
