@@ -105,7 +105,7 @@ def _table_input(source: str, table: Table, options: InputOptions) -> SourceInpu
 
 def _tables(dataset: str, path: Path, options: InputOptions) -> dict[str, Table]:
     if path.is_file() and path.suffix == ".parquet":
-        return _parquet({_group_name(path.parent, path, options.split): [path]}, options.split)
+        return _parquet({_group_name(path.parent, path, options.split): [path]})
     if path.is_dir():
         return _folder(path, options)
     if path.exists() or dataset.count("/") != 1 or dataset[0] in "./~":
@@ -126,10 +126,13 @@ def _folder(path: Path, options: InputOptions) -> dict[str, Table]:
         return {known_sources.normalise(n): _saved(folder, split) for n, folder in saved.items()}
     groups: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
-        groups.setdefault(_group_name(path, file, split), []).append(file)
+        if _of_split(file, split):
+            groups.setdefault(_group_name(path, file, split), []).append(file)
     if not groups:
-        raise FileNotFoundError(f"{path} holds neither parquet files nor a saved data set")
-    return _parquet(groups, split)
+        raise FileNotFoundError(
+            f"{path} holds neither parquet files of the split {split} nor a saved data set"
+        )
+    return _parquet(groups)
 
 
 def _group_name(root: Path, file: Path, split: str) -> str:
@@ -140,21 +143,16 @@ def _group_name(root: Path, file: Path, split: str) -> str:
     return root.name if file.stem.split("-")[0] == split or len(parts) > 1 else file.stem
 
 
-def _of_split(files: list[Path], split: str) -> list[Path]:
-    """The files of a split where names tell, as in `train-00000-of-00002.parquet`."""
-    if all("-of-" not in file.stem for file in files):
-        return files
-    return [file for file in files if file.stem.split("-")[0] == split]
+def _of_split(file: Path, split: str) -> bool:
+    """Whether a file belongs to a split, where names tell: `train-00000-of-00002.parquet`."""
+    return "-of-" not in file.stem or file.stem.split("-")[0] == split
 
 
-def _parquet(groups: dict[str, list[Path]], split: str) -> dict[str, Table]:
+def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
     import pyarrow.parquet as parquet
 
     tables: dict[str, Table] = {}
     for name, files in groups.items():
-        files = _of_split(files, split)
-        if not files:
-            raise ValueError(f"no parquet file of the split {split} for {name}")
         length = sum(parquet.read_metadata(file).num_rows for file in files)
         size = sum(file.stat().st_size for file in files)
         values = _source_values(files)
