@@ -59,19 +59,10 @@ class Canvas:
         box = [x - radius, y - radius, x + radius, y + radius]
         if mark == "circle":
             self.draw.ellipse(box, fill=fill)
-        elif mark == "ring":
-            self.draw.ellipse(box, outline=fill, width=max(2, round(radius * 0.35)))
         elif mark == "moon":
             self.draw.ellipse(box, fill=fill)
             shift = 0.55 * radius
             self.draw.ellipse([box[0] + shift, box[1], box[2] + shift, box[3]], fill=self.paper)
-        elif mark == "heart":
-            half = radius * 0.55
-            for side in (-half, half):
-                left, right = x + side - half, x + side + half
-                self.draw.ellipse([left, y - radius, right, y + half - half], fill=fill)
-            low = [(x - radius, y - 0.35 * radius), (x + radius, y - 0.35 * radius), (x, y + radius)]
-            self.draw.polygon(low, fill=fill)
         else:
             points = [(x + px * radius, y + py * radius) for px, py in _POLYGONS[mark]]
             self.draw.polygon(points, fill=fill)
@@ -84,7 +75,9 @@ class Canvas:
             where = (x + offset * CELL[0], y)
             self.image.paste(self.ink, where, _glyph(character))
 
-    def bar(self, colour: str, left: float, height: float, width: float = 10, foot: int = 62) -> None:
+    def bar(
+        self, colour: str, left: float, height: float, width: float = 10, foot: int = 62
+    ) -> None:
         """A bar of a chart, standing on `foot`."""
         self.draw.rectangle([left, foot - height, left + width, foot], fill=COLOURS[colour])
 

@@ -3,19 +3,33 @@
 Language-heavy sources ask what a picture means (creatures, counts, places, who is higher);
 document sources ask what is written in it. `sample(world, source, index)` depends on the seed,
 the source and the index alone, and never uses a string or a fact that the benchmark holds out.
+
+Every scene can also be told in words. That is how the language model meets the same questions
+without a picture, as real language models do: it can read a table long before it can see one.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from ldistill.data.samples import Sample, Turn
 from ldistill.tiny.pictures import COLUMNS, Canvas
-from ldistill.tiny.text import KEYS, lettered, question
-from ldistill.tiny.world import COLOURS, KNOWLEDGE, MARKS, Creature, World, stream
+from ldistill.tiny.text import lettered, question
+from ldistill.tiny.world import COLOURS, KNOWLEDGE, MARKS, WAYS_TO_ASK, Creature, World, stream
 
-Scene = tuple[Canvas, list[Turn]]
+
+@dataclass
+class Scene:
+    """A picture, the same thing in words, and questions about it."""
+
+    canvas: Canvas
+    told: str
+    turns: list[Turn]
+
+
+KEYS = ("to", "id", "by", "no")
 NAMING = ("What is the name of this one?", "Who is this?")
 
 
@@ -32,33 +46,35 @@ def portrait(creature: Creature, rng: random.Random) -> Canvas:
     return canvas
 
 
-def _known(world: World, rng: random.Random) -> tuple[Creature, str]:
-    """A creature and a fact that pictures may be asked about."""
+def _known(world: World, rng: random.Random, shown: bool) -> tuple[Creature, str]:
+    """A creature and a fact that may be asked about it."""
     while True:
         creature, attribute = rng.choice(world.creatures), rng.choice(KNOWLEDGE)
-        if world.picturable(creature, attribute):
+        if not shown or world.picturable(creature, attribute):
             return creature, attribute
 
 
-def _some_turns(rng: random.Random, turns: Sequence[Turn], most: int = 3) -> list[Turn]:
+def _some(rng: random.Random, turns: Sequence[Turn], most: int = 3) -> list[Turn]:
     return rng.sample(list(turns), min(len(turns), rng.randint(1, most)))
 
 
-def aokvqa(world: World, rng: random.Random) -> Scene:
-    creature, attribute = _known(world, rng)
-    turns = [Turn(question(creature, attribute, rng.randrange(2), True), creature.facts[attribute])]
+def aokvqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    creature, attribute = _known(world, rng, shown)
+    asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
+    turns = [Turn(asked, creature.facts[attribute])]
     if rng.random() < 0.5:
         turns.insert(0, Turn(rng.choice(NAMING), creature.name))
-    return portrait(creature, rng), turns
+    return Scene(portrait(creature, rng), look(creature), turns)
 
 
-def scienceqa(world: World, rng: random.Random) -> Scene:
-    creature, attribute = _known(world, rng)
-    asked = question(creature, attribute, rng.randrange(2), True)
-    return portrait(creature, rng), [lettered(rng, asked, attribute, creature.facts[attribute])]
+def scienceqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    creature, attribute = _known(world, rng, shown)
+    asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
+    turn = lettered(rng, asked, attribute, creature.facts[attribute])
+    return Scene(portrait(creature, rng), look(creature), [turn])
 
 
-def vqav2(world: World, rng: random.Random) -> Scene:
+def vqav2(world: World, rng: random.Random, shown: bool) -> Scene:
     creature = rng.choice(world.creatures)
     guess = rng.choice((creature.colour, rng.choice(tuple(COLOURS))))
     turns = [
@@ -68,57 +84,72 @@ def vqav2(world: World, rng: random.Random) -> Scene:
         Turn(f"Is it {guess}?", "yes" if guess == creature.colour else "no"),
         Turn("What does it look like?", f"a {look(creature)}"),
     ]
-    return portrait(creature, rng), _some_turns(rng, turns)
+    return Scene(portrait(creature, rng), look(creature), _some(rng, turns))
 
 
-def _two(world: World, rng: random.Random) -> tuple[Canvas, Creature, Creature, str, str]:
-    """Two creatures side by side or one above the other: (canvas, first, second, places)."""
+@dataclass
+class _Pair:
+    """Two creatures side by side or one above the other."""
+
+    canvas: Canvas
+    first: Creature
+    second: Creature
+    here: str
+    there: str
+
+    @property
+    def told(self) -> str:
+        return f"{look(self.first)} {self.here}, {look(self.second)} {self.there}"
+
+
+def _two(world: World, rng: random.Random) -> _Pair:
     first, second = rng.sample(world.creatures, 2)
     canvas, aside = Canvas(rng), rng.random() < 0.5
     for creature, middle in ((first, 16), (second, 48)):
         along, across = middle + rng.uniform(-3, 3), 32 + rng.uniform(-14, 14)
         x, y = (along, across) if aside else (across, along)
         canvas.mark(creature.mark, creature.colour, x, y, rng.uniform(8, 11))
-    return canvas, first, second, *(("on the left", "on the right") if aside else ("above", "below"))
+    places = ("on the left", "on the right") if aside else ("above", "below")
+    return _Pair(canvas, first, second, *places)
 
 
-def visual7w(world: World, rng: random.Random) -> Scene:
-    canvas, first, second, here, there = _two(world, rng)
+def visual7w(world: World, rng: random.Random, shown: bool) -> Scene:
+    pair = _two(world, rng)
     turns = [
-        Turn(f"What is {here}?", look(first)),
-        Turn(f"What is {there}?", look(second)),
-        Turn(f"Where is the {look(first)}?", here),
-        Turn(f"Who is {there}?", second.name),
+        Turn(f"What is {pair.here}?", look(pair.first)),
+        Turn(f"What is {pair.there}?", look(pair.second)),
+        Turn(f"Where is the {look(pair.first)}?", pair.here),
+        Turn(f"Who is {pair.there}?", pair.second.name),
     ]
-    return canvas, _some_turns(rng, turns)
+    return Scene(pair.canvas, pair.told, _some(rng, turns))
 
 
-def vsr(world: World, rng: random.Random) -> Scene:
-    canvas, first, second, here, there = _two(world, rng)
+def vsr(world: World, rng: random.Random, shown: bool) -> Scene:
+    pair = _two(world, rng)
     turns = []
-    for creature in rng.sample((first, second), rng.randint(1, 2)):
-        claimed = rng.choice((here, there))
-        true = claimed == (here if creature is first else there)
+    for creature in rng.sample((pair.first, pair.second), rng.randint(1, 2)):
+        claimed = rng.choice((pair.here, pair.there))
+        true = claimed == (pair.here if creature is pair.first else pair.there)
         turns.append(Turn(f"The {look(creature)} is {claimed}.", "true" if true else "false"))
-    return canvas, turns
+    return Scene(pair.canvas, pair.told, turns)
 
 
-def iconqa(world: World, rng: random.Random) -> Scene:
-    canvas = Canvas(rng)
-    one, other = rng.sample(MARKS, 2)
-    counts = {one: rng.randint(1, 4), other: rng.randint(1, 4)}
+def iconqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, told = Canvas(rng), []
+    counts = {mark: rng.randint(1, 3) for mark in rng.sample(MARKS, 2)}
     places = rng.sample([(x, y) for x in range(4) for y in range(4)], sum(counts.values()))
-    for mark in (one, other):
+    for mark, count in counts.items():
         colour = rng.choice(tuple(COLOURS))
-        for _ in range(counts[mark]):
+        for _ in range(count):
             column, row = places.pop()
             canvas.mark(mark, colour, 8 + 16 * column, 8 + 16 * row, rng.uniform(6, 7))
-    asked = [Turn(f"How often is there a {mark}?", str(counts[mark])) for mark in (one, other)]
-    asked.append(Turn("How many things are there?", str(sum(counts.values()))))
-    return canvas, _some_turns(rng, asked)
+            told.append(mark)
+    turns = [Turn(f"How often is there a {mark}?", str(count)) for mark, count in counts.items()]
+    turns.append(Turn("How many things are there?", str(len(told))))
+    return Scene(canvas, " ".join(told), _some(rng, turns))
 
 
-def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, dict[str, int]]:
+def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, str, dict[str, int]]:
     """Three bars of different colours; labelled ones carry their value."""
     canvas = Canvas(rng)
     values = dict(zip(rng.sample(tuple(COLOURS), 3), rng.sample(range(1, 10), 3), strict=True))
@@ -127,51 +158,52 @@ def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, dict[str, int]]:
         canvas.bar(colour, left, height)
         if labelled:
             canvas.write(str(value), (left + 1) / 8, (62 - height - 16) / 16, jitter=0)
-    return canvas, values
+    return canvas, ", ".join(f"{name} {value}" for name, value in values.items()), values
 
 
-def figureqa(world: World, rng: random.Random) -> Scene:
-    canvas, values = _bars(rng, labelled=False)
+def figureqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, told, values = _bars(rng, labelled=False)
     one, other = rng.sample(tuple(values), 2)
     turns = [
         Turn(f"Is {one} higher than {other}?", "yes" if values[one] > values[other] else "no"),
         Turn("Which one is highest?", max(values, key=values.__getitem__)),
         Turn("Which one is lowest?", min(values, key=values.__getitem__)),
     ]
-    return canvas, _some_turns(rng, turns)
+    return Scene(canvas, told, _some(rng, turns))
 
 
-def chartqa(world: World, rng: random.Random) -> Scene:
-    canvas, values = _bars(rng, labelled=True)
+def chartqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, told, values = _bars(rng, labelled=True)
     turns = [Turn(f"What is the value of {name}?", str(value)) for name, value in values.items()]
-    return canvas, _some_turns(rng, turns)
+    return Scene(canvas, told, _some(rng, turns))
 
 
-def chart2text(world: World, rng: random.Random) -> Scene:
-    canvas, values = _bars(rng, labelled=True)
-    told = ", ".join(f"{name} {value}" for name, value in values.items())
-    return canvas, [Turn("Write down the chart.", told)]
+def chart2text(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, told, _ = _bars(rng, labelled=True)
+    return Scene(canvas, told, [Turn("Write down the chart.", told)])
 
 
-def vistext(world: World, rng: random.Random) -> Scene:
-    canvas, values = _bars(rng, labelled=True)
+def vistext(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, told, values = _bars(rng, labelled=True)
     high, low = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
-    told = f"The highest is {high} with {values[high]}, the lowest is {low} with {values[low]}."
-    return canvas, [Turn("Describe the chart.", told)]
+    caption = f"The highest is {high} with {values[high]}, the lowest is {low} with {values[low]}."
+    return Scene(canvas, told, [Turn("Describe the chart.", caption)])
 
 
-def robut_sqa(world: World, rng: random.Random) -> Scene:
+def robut_sqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """A table of words and numbers."""
     canvas = Canvas(rng)
-    rows = dict(zip(rng.sample(world.shown_words, 3), rng.sample(range(1, 10), 3), strict=True))
+    words = rng.sample(world.shown_words if shown else world.words, 3)
+    rows = dict(zip(words, rng.sample(range(1, 10), 3), strict=True))
     for line, (word, value) in enumerate(rows.items()):
         canvas.write(word.ljust(6) + str(value), 0.4, 0.4 + line * 1.1)
-    word = rng.choice(tuple(rows))
+    word = rng.choice(words)
     turns = [
         Turn(f"What is the value of {word}?", str(rows[word])),
         Turn("Which one is highest?", max(rows, key=rows.__getitem__)),
     ]
-    return canvas, _some_turns(rng, turns, 2)
+    told = "\n".join(f"{word} {value}" for word, value in rows.items())
+    return Scene(canvas, told, _some(rng, turns, 2))
 
 
 def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
@@ -183,28 +215,29 @@ def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
     return canvas, colour, mark
 
 
-def textvqa(world: World, rng: random.Random) -> Scene:
-    text = world.writing(rng)
-    canvas, colour, _ = sign(rng, text)
+def textvqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    text = world.writing(rng, shown)
+    canvas, colour, mark = sign(rng, text)
     turns = [Turn(rng.choice(("What does the sign say?", "What is written here?")), text)]
     if rng.random() < 0.3:
         turns.append(Turn("What colour is it?", colour))
-    return canvas, turns
+    return Scene(canvas, f"{colour} {mark}, {text}", turns)
 
 
-def textcaps(world: World, rng: random.Random) -> Scene:
-    text = world.writing(rng)
+def textcaps(world: World, rng: random.Random, shown: bool) -> Scene:
+    text = world.writing(rng, shown)
     canvas, colour, mark = sign(rng, text)
-    return canvas, [Turn("Describe the picture.", f"A {colour} {mark} with the text {text}.")]
+    turn = Turn("Describe the picture.", f"A {colour} {mark} with the text {text}.")
+    return Scene(canvas, f"{colour} {mark}, {text}", [turn])
 
 
-def ocrvqa(world: World, rng: random.Random) -> Scene:
+def ocrvqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """A cover: title above, author below."""
-    canvas, title, author = Canvas(rng), world.writing(rng), world.writing(rng)
+    canvas, title, author = Canvas(rng), world.writing(rng, shown), world.writing(rng, shown)
     canvas.write(title, rng.uniform(0.2, COLUMNS - len(title) - 0.2), rng.uniform(0.1, 0.8))
     canvas.write(author, rng.uniform(0.2, COLUMNS - len(author) - 0.2), rng.uniform(2.2, 2.8))
     turns = [Turn("What is the title?", title), Turn("Who wrote it?", author)]
-    return canvas, _some_turns(rng, turns, 2)
+    return Scene(canvas, f"{title}\n{author}", _some(rng, turns, 2))
 
 
 def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, str]]:
@@ -216,27 +249,29 @@ def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, s
     return canvas, fields
 
 
-def docvqa(world: World, rng: random.Random) -> Scene:
-    canvas, fields = form(rng, [world.writing(rng) for _ in range(rng.randint(2, 3))])
+def docvqa(world: World, rng: random.Random, shown: bool) -> Scene:
+    canvas, fields = form(rng, [world.writing(rng, shown) for _ in range(rng.randint(2, 3))])
     turns = [Turn(f"What stands after {key}?", value) for key, value in fields.items()]
-    return canvas, _some_turns(rng, turns, 2)
+    told = "\n".join(f"{key} {value}" for key, value in fields.items())
+    return Scene(canvas, told, _some(rng, turns, 2))
 
 
-def infographic_vqa(world: World, rng: random.Random) -> Scene:
+def infographic_vqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """Coloured marks, each with a word beside it."""
     canvas = Canvas(rng)
-    labels = {colour: world.writing(rng) for colour in rng.sample(tuple(COLOURS), 3)}
+    labels = {colour: world.writing(rng, shown) for colour in rng.sample(tuple(COLOURS), 3)}
     for line, (colour, text) in enumerate(labels.items()):
         canvas.mark(rng.choice(MARKS), colour, 10, 12 + 20 * line, rng.uniform(6, 8))
         canvas.write(text, 2.6, 0.25 + 1.25 * line)
     turns = [Turn(f"What is the label of {colour}?", text) for colour, text in labels.items()]
-    return canvas, _some_turns(rng, turns, 2)
+    told = "\n".join(f"{colour} {text}" for colour, text in labels.items())
+    return Scene(canvas, told, _some(rng, turns, 2))
 
 
-def visualmrc(world: World, rng: random.Random) -> Scene:
+def visualmrc(world: World, rng: random.Random, shown: bool) -> Scene:
     """Lines of a text, to be written down."""
     canvas = Canvas(rng)
-    lines = [world.writing(rng) for _ in range(rng.randint(2, 4))]
+    lines = [world.writing(rng, shown) for _ in range(rng.randint(2, 4))]
     for line, text in enumerate(lines):
         canvas.write(text, 0.4, line)
     turns = [
@@ -244,10 +279,10 @@ def visualmrc(world: World, rng: random.Random) -> Scene:
         Turn("What is the first word?", lines[0]),
         Turn("What is the last word?", lines[-1]),
     ]
-    return canvas, _some_turns(rng, turns, 1)
+    return Scene(canvas, "\n".join(lines), _some(rng, turns, 1))
 
 
-SOURCES: dict[str, Callable[[World, random.Random], Scene]] = {
+SOURCES: dict[str, Callable[[World, random.Random, bool], Scene]] = {
     make.__name__: make
     for make in (aokvqa, chart2text, chartqa, docvqa, figureqa, iconqa, infographic_vqa, ocrvqa,
                  robut_sqa, scienceqa, textcaps, textvqa, vistext, visual7w, visualmrc, vqav2, vsr)
@@ -256,10 +291,30 @@ SOURCES: dict[str, Callable[[World, random.Random], Scene]] = {
 
 def sample(world: World, source: str, index: int, split: str = "train") -> Sample:
     """Sample `index` of a source."""
-    canvas, turns = SOURCES[source](world, stream(world.seed, split, source, index))
-    return Sample(f"{source}-{index:06d}", source, tuple(turns), (canvas.png(),))
+    scene = SOURCES[source](world, stream(world.seed, split, source, index), True)
+    return Sample(f"{source}-{index:06d}", source, tuple(scene.turns), (scene.canvas.png(),))
 
 
 def samples(world: World, source: str, count: int, split: str = "train") -> Iterator[Sample]:
     """The first `count` samples of a source; `split` names an independent stream."""
     return (sample(world, source, index, split) for index in range(count))
+
+
+def captioned(world: World, source: str, index: int) -> Sample:
+    """Sample `index` for alignment: like any other, every second one with a full caption first."""
+    rng = stream(world.seed, "alignment", source, index)
+    scene = SOURCES[source](world, rng, True)
+    turns = _with_caption(scene, rng, 0.5)
+    return Sample(f"{source}-{index:06d}", source, tuple(turns), (scene.canvas.png(),))
+
+
+def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
+    """A scene of a source in words, as a chat without a picture."""
+    scene = SOURCES[source](world, rng, False)
+    first, *rest = _with_caption(scene, rng, 0.2)
+    return (Turn(f"{scene.told}\n{first.user}", first.assistant), *rest)
+
+
+def _with_caption(scene: Scene, rng: random.Random, share: float) -> list[Turn]:
+    caption = [Turn("Tell all there is.", scene.told)] if rng.random() < share else []
+    return caption + scene.turns

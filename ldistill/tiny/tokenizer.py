@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ldistill.students.nanovlm_config import CHAT_TEMPLATE
-from ldistill.tiny.text import Text
+from ldistill.tiny.corpus import Text
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 768

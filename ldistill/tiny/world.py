@@ -1,11 +1,12 @@
 """The tiny world: invented creatures with facts, and which of those facts are held out.
 
 A creature has a look (a colour and a mark, unique to it) and six facts that no picture shows.
-Its facts are told in text, asked in text and asked about pictures; three disjoint rules decide
+Its facts are told in text, asked in text and asked about pictures; these rules decide
 what no training data ever contains, so that the benchmark measures what was learnt otherwise:
 
-* `asked`: (creature, attribute) pairs that are stated in text, never asked anywhere;
-* `pictured`: pairs that are stated and asked in text, never asked about a picture;
+* `never_pictured`: (creature, attribute) pairs that no question about a picture ever asks for;
+* `unsaid_phrase`, `unasked_phrase`: for every pair, the one of several ways to state it and the
+  one of several ways to ask for it that no text uses;
 * `held_out(string)`: words and codes that are never spelt in text and never shown in pictures.
 
 Everything follows from the seed. Try `python -m ldistill.tiny.world` for a look at it.
@@ -28,15 +29,10 @@ COLOURS = {
     "yellow": (235, 195, 0),
     "purple": (130, 50, 170),
     "orange": (245, 125, 20),
-    "pink": (250, 130, 185),
-    "brown": (115, 70, 35),
     "black": (20, 20, 20),
     "cyan": (30, 185, 205),
 }
-MARKS = (
-    "circle", "square", "triangle", "diamond", "star",
-    "cross", "ring", "moon", "arrow", "heart",
-)  # fmt: skip
+MARKS = ("circle", "square", "triangle", "diamond", "star", "cross", "moon", "arrow")
 ATTRIBUTES = {
     "colour": tuple(COLOURS),
     "mark": MARKS,
@@ -55,6 +51,7 @@ _VOWELS = ("a", "e", "i", "o", "u")
 _CODAS = ("", "l", "n", "r", "s", "t")
 _CODE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 HELD_OUT_SHARE = 8  # one string in eight
+WAYS_TO_SAY, WAYS_TO_ASK = 4, 3
 
 
 def held_out(text: str) -> bool:
@@ -101,10 +98,9 @@ class World:
         )
         pairs = [(c.name, a) for c in self.creatures for a in KNOWLEDGE]
         rng.shuffle(pairs)
-        third = len(pairs) // 4
-        self.never_asked = frozenset(pairs[:third])
-        self.never_pictured = frozenset(pairs[third : 2 * third])
-        self.unsaid_phrase = {pair: rng.randrange(4) for pair in sorted(pairs)}
+        self.never_pictured = frozenset(pairs[: 2 * len(pairs) // 5])
+        self.unsaid_phrase = {pair: rng.randrange(WAYS_TO_SAY) for pair in sorted(pairs)}
+        self.unasked_phrase = {pair: rng.randrange(WAYS_TO_ASK) for pair in sorted(pairs)}
 
     @staticmethod
     def _invent_words(rng: random.Random, count: int) -> tuple[str, ...]:
@@ -137,14 +133,9 @@ class World:
         """Words of the language that only the benchmark shows."""
         return tuple(word for word in self.words if held_out(word))
 
-    def askable(self, creature: Creature, attribute: str) -> bool:
-        """Whether training text may ask for this fact."""
-        return (creature.name, attribute) not in self.never_asked
-
     def picturable(self, creature: Creature, attribute: str) -> bool:
         """Whether training data may ask for this fact about a picture."""
-        pair = (creature.name, attribute)
-        return pair not in self.never_asked and pair not in self.never_pictured
+        return (creature.name, attribute) not in self.never_pictured
 
     def code(self, rng: random.Random, hidden: bool = False) -> str:
         """A string that is no word: random letters, or a word with one letter changed."""
@@ -162,9 +153,11 @@ class World:
         """A word of the language, shown in training pictures or (`hidden`) in none."""
         return rng.choice(self.hidden_words if hidden else self.shown_words)
 
-    def writing(self, rng: random.Random) -> str:
-        """What a training picture may show: a word or a code."""
-        return self.word(rng) if rng.random() < 0.5 else self.code(rng)
+    def writing(self, rng: random.Random, shown: bool) -> str:
+        """A string to be read: half codes in training pictures, nearly all words in text."""
+        if shown:
+            return self.word(rng) if rng.random() < 0.5 else self.code(rng)
+        return rng.choice(self.words) if rng.random() < 0.9 else self.code(rng)
 
 
 def invent_word(rng: random.Random) -> str:

@@ -1,0 +1,1 @@
+"""Evaluation: scores of students and bare language models."""
