@@ -178,7 +178,7 @@ def _divergence_grads(s, t, inv_tau, lse_s, lse_t, kl, kl_p, kl_q, beta, KL: tl.
     return grad_s, grad_t
 
 
-# Strides are multiples of 64 whatever the vocabulary (`chunked._padded`): the kernel says so itself.
+# Strides are multiples of 64 whatever the vocabulary (`chunked._padded`); the kernel says so.
 UNSPECIALIZED = ["start", "stride_s", "stride_t", "stride_grad", "stride_grad_t"]
 
 

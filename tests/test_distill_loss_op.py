@@ -1,0 +1,93 @@
+"""distill_loss as PyTorch sees it: operator schema, tracing, compilation, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers_distill_loss import gradients, leaves, relative
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss.function import OP
+from ldistill_kernels.distill_loss.testing import make_inputs
+
+
+def op_arguments(paired: int, grads: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple:
+    inputs = make_inputs(7, paired, 90, 80, dtype=dtype)
+    rows = (inputs[name] for name in ("ce_weight", "kd_weight", "temperature", "kd_rows"))
+    heads = (inputs[name] for name in ("h_s", "w_s", "h_t", "w_t", "labels"))
+    settings = (80 if paired else 90, "forward", 0.5, True, -100, 3, False)
+    return *heads, *rows, *settings, *grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("paired", "grads"), [(4, (True, True, True)), (0, (True, True, False)), (7, (False,) * 3)]
+)
+def test_opcheck(paired, grads, dtype):
+    """Schema, fake twin against real results, and tracing with dynamic shapes."""
+    op = getattr(torch.ops, OP.split("::")[0]).distill_loss.default
+    torch.library.opcheck(op, op_arguments(paired, grads, dtype))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fullgraph_compile(backend):
+    torch._dynamo.reset()
+    inputs = make_inputs(12, 7, 90, 80)
+    want, want_grads = gradients(inputs)
+    wanted = leaves(inputs)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def loss(**inputs):
+        out = distill_loss(**inputs, chunk_rows=5)
+        return out.loss * 2, out.ce, out.teacher_student
+
+    double, ce, agree = loss(**inputs)
+    torch.testing.assert_close(double, want.loss * 2)
+    torch.testing.assert_close(ce, want.ce)
+    assert torch.equal(agree, want.teacher_student)
+    grads = torch.autograd.grad(double, wanted.values())
+    for name, grad in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(grad, want_grads[name] * 2)
+
+
+def test_fullgraph_compile_rounds_narrow_gradients_once():
+    torch._dynamo.reset()
+    inputs = make_inputs(12, 7, 90, 80, dtype=torch.float16)
+    _, want = gradients(inputs)
+    wanted = leaves(inputs)
+    compiled = torch.compile(distill_loss, fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(**inputs).loss, wanted.values())
+    for name, grad in zip(wanted, grads, strict=True):
+        assert grad.dtype == torch.float16
+        assert relative(grad, want[name]) < 2**-10
+
+
+def test_compiled_once_for_any_number_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(distill_loss, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (8, 11, 19):
+        inputs = make_inputs(rows, 5, 90, 80)
+        torch.testing.assert_close(compiled(**inputs).loss, distill_loss(**inputs).loss)
+    assert counter.frame_count == 1
+
+
+def test_autocast_does_not_narrow_the_products():
+    inputs = make_inputs(12, 7, 90, 80)
+    want, want_grads = gradients(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, grads = gradients(inputs)
+    assert out.loss == want.loss
+    for name, grad in grads.items():
+        assert torch.equal(grad, want_grads[name])
+
+
+def test_second_derivative_is_refused():
+    """Gradients are formed in the forward; differentiating them would silently give nothing."""
+    inputs = make_inputs(6, 4, 90, 80)
+    wanted = leaves(inputs)
+    loss = distill_loss(**inputs).loss.square()
+    grads = torch.autograd.grad(loss, wanted.values(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grads[0].sum().backward()
