@@ -1,0 +1,170 @@
+"""Recipes: the paper's Table 2, overrides, refusals; the 17 sources and their weights."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from ldistill.recipe import load_recipe, parse, shipped_recipes
+from ldistill.sources import (
+    DOCUMENT,
+    LANGUAGE,
+    SourceWeights,
+    category_of,
+    normalise,
+    parse_extra,
+    resolve_sources,
+)
+
+# name: (sources, distil, α, τ), from the paper's Table 2
+TABLE_2 = {
+    "nanovlm-full": ("full", "none", None, None),
+    "nanovlm-lang": ("lang", "none", None, None),
+    "distill-full": ("full", "all", 0.5, 2),
+    "distill-lang": ("lang", "all", 0.5, 2),
+    "lingudistill": ("full", "language", 0.7, 4),
+    "lingudistill-highkd": ("full", "language", 0.9, 4),
+    "lingudistill-lowkd": ("full", "language", 0.3, 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_recipes_are_the_papers(name):
+    recipe = parse(["--recipe", name])
+    sources, distil, alpha, temperature = TABLE_2[name]
+    assert recipe.data.sources == sources
+    weights = SourceWeights.build(
+        resolve_sources(recipe.data.sources),
+        distil=recipe.distil.distil,
+        alpha=recipe.distil.alpha,
+        temperature=recipe.distil.temperature,
+    )
+    assert len(weights.names) == (17 if sources == "full" else 8)
+    distils = {n for n, a in zip(weights.names, weights.alpha) if a > 0}
+    expected = {"none": set(), "all": set(weights.names), "language": set(LANGUAGE)}[distil]
+    assert distils == expected
+    if alpha is not None:
+        assert {a for a in weights.alpha if a} == {alpha}
+        assert set(weights.temperature) == {temperature}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_shared_settings_are_the_papers_table_4(name):
+    recipe = parse(["--recipe", name])
+    args = recipe.training
+    assert recipe.pair.student == "lusxvr/nanoVLM-460M-8k"
+    assert recipe.pair.teacher == "HuggingFaceTB/SmolLM2-360M-Instruct"
+    assert (args.max_steps, args.learning_rate, args.max_grad_norm) == (4000, 1e-4, 1.0)
+    assert args.lr_scheduler_type == "cosine"
+    assert args.get_warmup_steps(4000) == 120
+    assert args.bf16
+    assert recipe.data.max_length == 1024
+    assert recipe.run.global_batch_size == 128
+    assert not recipe.data.tiling
+    assert recipe.data.max_images == 1
+
+
+def test_shared_settings_stand_once():
+    shared = set(yaml.safe_load(shipped_recipes()["lingudistill"].with_name("_shared.yaml").read_text()))
+    for name in TABLE_2:
+        own = set(yaml.safe_load(shipped_recipes()[name].read_text()))
+        assert own & shared <= {"sources"}, name
+        assert len(own) <= 4
+
+
+def test_the_default_is_tiny():
+    assert parse([]).run.recipe == "tiny"
+    assert "tiny" in shipped_recipes()
+
+
+def test_command_line_overrides_the_recipe():
+    recipe = parse(
+        ["--local_rank=0", "--recipe=lingudistill", "--alpha", "0.2", "--max_steps=7"]
+        + ["--learning_rate", "3e-5", "--weight_decay", "0.05", "--extra_sources", "a=document"]
+    )
+    assert (recipe.distil.alpha, recipe.distil.temperature) == (0.2, 4.0)
+    assert recipe.training.max_steps == 7
+    assert (recipe.training.learning_rate, recipe.training.weight_decay) == (3e-5, 0.05)
+    assert recipe.data.extra_sources == ["a=document"]
+    resolved = recipe.as_dict()
+    assert resolved["alpha"] == 0.2
+    assert resolved["weight_decay"] == 0.05
+    assert resolved["warmup_steps"] == 0.03
+
+
+def test_own_recipe_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("alpha: 0.4\nstudent: somewhere\nmax_steps: 5\n")
+    recipe = parse(["--recipe", str(tmp_path / "mine.yaml")])
+    assert (recipe.distil.alpha, recipe.pair.student) == (0.4, "somewhere")
+
+
+def test_gradient_accumulation_follows_the_global_batch(monkeypatch):
+    monkeypatch.setattr("ldistill.recipe.world_size", lambda: 4)
+    recipe = parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "8"])
+    assert recipe.training.gradient_accumulation_steps == 4
+    recipe = parse(["--recipe", "lingudistill", "--gradient_accumulation_steps", "2"])
+    assert recipe.run.global_batch_size == 64
+    with pytest.raises(ValueError, match="no multiple"):
+        parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "5"])
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--recipe", "lingudistil"], "Did you mean 'lingudistill'"),
+    (["--recipe", "no/such.yaml"], "no recipe"),
+    (["--alhpa", "0.5"], "Did you mean --alpha"),
+    (["--recipe", "lingudistill", "--kl", "sideways"], "kl must be one of"),
+    (["--recipe", "lingudistill", "--attention", "magic"], "attention must be one of"),
+    (["--recipe", "lingudistill", "--on_long", "ignore"], "on_long must be one of"),
+    (["--recipe", "lingudistill", "--max_length", "0"], "max_length"),
+    (["--recipe", "lingudistill", "--kv_grad", "through", "--gradient_checkpointing"], "kv_grad"),
+])  # fmt: skip
+def test_refusals(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse(argv)
+
+
+def test_unknown_recipe_field(tmp_path):
+    (tmp_path / "bad.yaml").write_text("temprature: 2\n")
+    with pytest.raises(ValueError, match="Did you mean 'temperature'"):
+        load_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ValueError, match="mapping"):
+        load_recipe(str(tmp_path / "list.yaml"))
+
+
+def test_sources_are_the_papers_table_5():
+    assert len(LANGUAGE) == 8
+    assert len(DOCUMENT) == 9
+    assert category_of("robut_sqa") == "language"
+    assert category_of("textcaps") == "document"
+    with pytest.raises(ValueError, match="Did you mean 'docvqa'"):
+        category_of("docvqua")
+    with pytest.raises(ValueError, match="Known sources: aokvqa"):
+        category_of("zzz")
+    assert normalise(" Robut  SQA/x-y ") == "robut_sqa_x_y"
+
+
+def test_extra_sources():
+    extra = parse_extra(["receipts=document", "My Poems = language"])
+    assert extra == {"receipts": "document", "my_poems": "language"}
+    assert "receipts" in resolve_sources("full", extra)
+    assert "receipts" not in resolve_sources("lang", extra)
+    for bad in ("receipts", "receipts=ocr", "=language", "docvqa=language"):
+        with pytest.raises(ValueError, match="extra source"):
+            parse_extra([bad])
+
+
+def test_weights_refuse_nonsense():
+    for changes in ({"alpha": 1.2}, {"alpha": -0.1}, {"temperature": 0.0}):
+        options = {"distil": "all", "alpha": 0.5, "temperature": 2.0} | changes
+        with pytest.raises(ValueError, match=next(iter(changes))):
+            SourceWeights.build(["vqav2"], **options)
+    named = SourceWeights.build(
+        ["vqav2", "docvqa", "vsr"], distil="vsr,docvqa", alpha=0.5, temperature=2.0
+    )
+    assert named.alpha == (0.0, 0.5, 0.5)
