@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldistill.data.archive import BadSample
 from ldistill.data.processor import IGNORE, Document
 
 Batch = dict[str, Any]
@@ -38,17 +39,23 @@ class LoadedDocument:
 
 @dataclass
 class LoadedPack:
-    """The documents of one pack and the samples it lost, by reason."""
+    """The documents of one pack and the samples it lost, by reason.
+
+    `error` is what must stop the run; it travels with the pack so that the main process can raise
+    it as it is, instead of a worker's traceback.
+    """
 
     documents: list[LoadedDocument] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
+    error: BadSample | None = None
 
 
 @dataclass(frozen=True)
 class Collate:
     """Turns a list of `LoadedPack` into a batch.
 
-    `length` fixes S (the length limit of packed rows); None pads to the longest row.
+    `length` fixes S (the length limit of packed rows); None pads to the longest row. A pack with
+    an error gives {"error": error} instead of a batch.
     """
 
     pad_token_id: int
@@ -56,6 +63,8 @@ class Collate:
     length: int | None = None
 
     def __call__(self, packs: Sequence[LoadedPack]) -> Batch:
+        if errors := [pack.error for pack in packs if pack.error is not None]:
+            return {"error": errors[0]}
         lengths = [[len(d.document.input_ids) for d in pack.documents] for pack in packs]
         longest = max((sum(row) for row in lengths), default=0)
         width = self.length or max(longest, 1)

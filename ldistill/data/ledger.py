@@ -39,6 +39,10 @@ class Progress:
         for drop in drops:
             (self.turn_drops if drop.unit == "turn" else self.drops)[drop.reason] += 1
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON."""
+        return {"next_row": self.next_row, **self.counts()}
+
     def counts(self) -> dict[str, Any]:
         """Samples kept and drops by reason, in JSON."""
         return {
@@ -49,7 +53,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Progress:
-        """The inverse of `asdict`."""
+        """The inverse of `to_json`."""
         drops, turn_drops = Counter(values["drops"]), Counter(values["turn_drops"])
         return cls(values["next_row"], values["samples"], drops, turn_drops)
 
@@ -114,7 +118,7 @@ class Ledger:
         """Note a shard as finished; its tar is on disk already."""
         stem = self.work / f"{number:06d}"
         np.save(stem.with_suffix(".npy"), shard.rows)
-        record = {"shard": asdict(shard.file), "progress": asdict(shard.progress)}
+        record = {"shard": asdict(shard.file), "progress": shard.progress.to_json()}
         write_text(stem.with_suffix(".json"), json.dumps(record))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldistill.data.archive import BadSample
-from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
+from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import OverLong, Plan
 from ldistill.data.processor import IGNORE, Document, Processor
@@ -62,8 +62,9 @@ class PackSampler(Sampler[list[np.ndarray]]):
 class PackedDataset(Dataset[LoadedPack]):
     """Reads, checks and tokenises the documents of a pack; runs in the workers.
 
-    `on_bad_sample`: "error" raises BadSample (shard, key and reason), "drop" counts the sample
-    under its reason and goes on. Documents above `limit` tokens are cut there.
+    `on_bad_sample`: "error" stops at the first bad sample (the loader raises its BadSample with
+    shard, key and reason), "drop" counts it under its reason and goes on. Documents above `limit`
+    tokens are cut there.
     """
 
     index: ShardIndex
@@ -78,7 +79,7 @@ class PackedDataset(Dataset[LoadedPack]):
                 pack.documents.append(self.load(sample))
             except BadSample as error:
                 if self.on_bad_sample == "error":
-                    raise
+                    return LoadedPack(error=error)
                 pack.drops[error.reason] += 1
         return pack
 
@@ -107,6 +108,16 @@ def truncate(document: Document, limit: int) -> Document:
     return Document(document.input_ids[:limit], labels)
 
 
+class PackLoader(DataLoader):
+    """A DataLoader that raises in this process what a worker found wrong with a sample."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if "error" in batch:
+                raise batch["error"]
+            yield batch
+
+
 def make_loader(
     index: ShardIndex,
     processor: Processor,
@@ -126,7 +137,7 @@ def make_loader(
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
     plan: Plan | None = None,
-) -> DataLoader:
+) -> PackLoader:
     """A loader of this rank's micro-batches (see `collate`), endless unless `stop_pack` is set.
 
     Checks before the first batch that the shards were built for `processor` and are whole, so a
@@ -145,7 +156,7 @@ def make_loader(
         )
     if plan.limit != limit:
         raise ValueError(f"the plan was made for {plan.limit} tokens per row, not {limit}")
-    return DataLoader(
+    return PackLoader(
         PackedDataset(index, processor, limit, on_bad_sample),
         batch_sampler=PackSampler(
             plan,
