@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from ldistill.students.nanovlm_config import NanoVLMConfig
 from ldistill.tiny.pictures import SIZE
 from ldistill.tiny.scenes import SOURCES, captioned
 from ldistill.tiny.tokenizer import MAX_LENGTH
-from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad
+from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
 from ldistill.tiny.world import World
 
 ALIGNMENT = Phase(steps=4000, batch_size=32, rate=1e-3)
@@ -98,18 +97,12 @@ def _documents(world: World, processor: Processor, phase: Phase) -> Iterator[Cod
         yield Coded(*coded, picture=made.images[0])
 
 
-def pixels(pictures: list[bytes]) -> Tensor:
-    """Pictures as float32 [n, 3, 64, 64] in [0, 1]."""
-    arrays = [np.asarray(Image.open(io.BytesIO(data))) for data in pictures]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
-
-
 def _losses(
     student: NanoVLM, documents: Iterator[Coded], pad_id: int, phase: Phase
 ) -> Iterator[Callable[[], Tensor]]:
     for batch in batches(documents, phase.batch_size, lambda document: len(document.ids)):
         ids, labels = pad(batch, pad_id)
-        pictures = pixels([document.picture for document in batch])
+        pictures = pixels([Image.open(io.BytesIO(document.picture)) for document in batch])
 
         def loss(ids=ids, labels=labels, pictures=pictures) -> Tensor:
             hidden = student.decoder.model(

@@ -2,7 +2,7 @@
 
 | task | group | question | scored by |
 |---|---|---|---|
-| facts | language | a fact no picture was asked for, in words never used for it | likelihood, 4 choices |
+| facts | language | a fact no picture is asked for, in a new phrase | likelihood, 4 choices |
 | statements | language | a fact in a phrase it was never told in | likelihood, 4 choices |
 | spelling | language | letters of a word never spelt before | exact text |
 | words | reading | a sign with a word no picture showed | exact text |

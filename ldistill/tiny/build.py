@@ -1,4 +1,4 @@
-"""Make the tiny pair: tokenizer, language model (phase 1), alignment (phase 2), two folders.
+"""Make the tiny pair: tokenizer, language model, vision tower, alignment; two folders.
 
     ldistill tiny build --out pair/
 
@@ -27,6 +27,7 @@ from ldistill.students.nanovlm_format import load_processor, save_nanovlm
 from ldistill.tiny.align import ALIGNMENT, align, new_student
 from ldistill.tiny.corpus import pretraining_texts
 from ldistill.tiny.pretrain import PRETRAINING, pretrain
+from ldistill.tiny.sight import SIGHT, learn_to_see
 from ldistill.tiny.tokenizer import train_tokenizer
 from ldistill.tiny.training import Phase
 from ldistill.tiny.world import DEFAULT_SEED, World
@@ -41,6 +42,7 @@ class BuiltPair:
     teacher: Path
     student: Path
     lm_loss: float
+    sight_loss: float
     alignment_loss: float
 
 
@@ -78,10 +80,12 @@ def build_pair(
         round_to_bf16(lm)
         save_teacher(lm, tokenizer, teacher)
         model = new_student(lm, seed)
+        phase = SIGHT.scaled(steps_scale)
+        sight_loss = learn_to_see(model, world, phase, _bar(progress, "vision tower", phase))
         phase = ALIGNMENT.scaled(steps_scale)
         alignment_loss = _align(model, teacher, world, phase, progress)
-    save_nanovlm(model.state_dict(), model, student)
-    return BuiltPair(teacher, student, lm_loss, alignment_loss)
+    save_nanovlm(model, student)
+    return BuiltPair(teacher, student, lm_loss, sight_loss, alignment_loss)
 
 
 def _align(model: NanoVLM, teacher: Path, world: World, phase: Phase, progress: Progress) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import random
+from dataclasses import dataclass
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -17,6 +18,7 @@ from ldistill.tiny.world import COLOURS
 
 SIZE = 64
 CELL = (8, 16)  # width and height of a character
+FOOT = 62  # of the bars
 LINES, COLUMNS = SIZE // CELL[1], SIZE // CELL[0]
 _POLYGONS = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
@@ -39,8 +41,19 @@ def _glyph(character: str) -> Image.Image:
     return mask
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Something drawn around (x, y): a character, or a mark or bar in a colour."""
+
+    x: float
+    y: float
+    character: str | None = None
+    mark: str | None = None
+    colour: str | None = None
+
+
 class Canvas:
-    """A picture in the making.
+    """A picture in the making; `placed` records what was drawn where.
 
     Args:
         rng: chooses paper and ink; the caller's other choices come from it too.
@@ -52,9 +65,11 @@ class Canvas:
         self.ink = tuple(rng.randint(0, 70) for _ in range(3))
         self.image = Image.new("RGB", (SIZE, SIZE), self.paper)
         self.draw = ImageDraw.Draw(self.image)
+        self.placed: list[Placed] = []
 
     def mark(self, mark: str, colour: str, x: float, y: float, radius: float) -> None:
         """A mark in a colour around (x, y)."""
+        self.placed.append(Placed(x, y, mark=mark, colour=colour))
         fill = tuple(max(0, min(255, c + self.rng.randint(-8, 8))) for c in COLOURS[colour])
         box = [x - radius, y - radius, x + radius, y + radius]
         if mark == "circle":
@@ -74,12 +89,13 @@ class Canvas:
         for offset, character in enumerate(text):
             where = (x + offset * CELL[0], y)
             self.image.paste(self.ink, where, _glyph(character))
+            if character != " ":
+                self.placed.append(Placed(where[0] + 4, where[1] + 8, character=character))
 
-    def bar(
-        self, colour: str, left: float, height: float, width: float = 10, foot: int = 62
-    ) -> None:
-        """A bar of a chart, standing on `foot`."""
-        self.draw.rectangle([left, foot - height, left + width, foot], fill=COLOURS[colour])
+    def bar(self, colour: str, left: float, height: float) -> None:
+        """A bar of a chart, ten pixels wide, standing near the lower edge."""
+        self.placed.append(Placed(left + 5, FOOT - 4, colour=colour))
+        self.draw.rectangle([left, FOOT - height, left + 10, FOOT], fill=COLOURS[colour])
 
     def png(self) -> bytes:
         """The picture as PNG bytes."""

@@ -13,10 +13,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.progress import Progress
 
 from ldistill.data.processor import Processor
 from ldistill.data.samples import Sample
@@ -34,7 +36,7 @@ SAMPLES_PER_SOURCE = 720
 
 @dataclass(frozen=True)
 class TinyData:
-    """Where the tiny run's data lies."""
+    """Where the tiny run's data lies: a folder of shards and a JSONL file of items."""
 
     shards: Path
     items: Path
@@ -96,32 +98,31 @@ def _build(folder: Path, recipe: dict, processor: Processor, show_progress: bool
             build_shards(rendered, making / "shards", processor)
         save_items(benchmark(world, recipe["items_per_task"]), making / "items.jsonl")
         (making / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        # Another process may have finished the same data meanwhile; either copy will do.
-        with suppress(FileExistsError, OSError) if folder.exists() else suppress():
-            making.rename(folder)
+        _publish(making, folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _counted(world: World, source: str, count: int, advance) -> Iterator[Sample]:
+def _publish(making: Path, folder: Path) -> None:
+    """Rename into place, unless another process finished the same data first."""
+    try:
+        making.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _counted(
+    world: World, source: str, count: int, advance: Callable[[], None]
+) -> Iterator[Sample]:
     for sample in samples(world, source, count):
         advance()
         yield sample
 
 
-class _progress:
+@contextmanager
+def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
     """A progress bar, or nothing at all; yields a function that counts one sample."""
-
-    def __init__(self, total: int, show: bool) -> None:
-        from rich.progress import Progress
-
-        self.bar = Progress(disable=not show)
-        self.total = total
-
-    def __enter__(self):
-        self.bar.start()
-        task = self.bar.add_task("making the tiny shards", total=self.total)
-        return lambda: self.bar.advance(task)
-
-    def __exit__(self, *error) -> None:
-        self.bar.stop()
+    with Progress(disable=not show) as bar:
+        task = bar.add_task("making the tiny shards", total=total)
+        yield lambda: bar.advance(task)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ldistill.data.samples import Sample, Turn
-from ldistill.tiny.pictures import COLUMNS, Canvas
+from ldistill.tiny.pictures import COLUMNS, FOOT, Canvas
 from ldistill.tiny.text import lettered, question
 from ldistill.tiny.world import COLOURS, KNOWLEDGE, MARKS, WAYS_TO_ASK, Creature, World, stream
 
@@ -157,7 +157,7 @@ def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, str, dict[str, in
         left, height = 7 + 20 * place + rng.randint(-2, 2), 4 * value + 4
         canvas.bar(colour, left, height)
         if labelled:
-            canvas.write(str(value), (left + 1) / 8, (62 - height - 16) / 16, jitter=0)
+            canvas.write(str(value), (left + 1) / 8, (FOOT - height - 16) / 16, jitter=0)
     return canvas, ", ".join(f"{name} {value}" for name, value in values.items()), values
 
 

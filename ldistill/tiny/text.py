@@ -13,8 +13,6 @@ from ldistill.tiny.world import (
     World,
 )
 
-Text = str | tuple[Turn, ...]
-
 STATEMENTS = {
     "colour": (
         "The {n} is {v}",

@@ -1,7 +1,7 @@
 """The tiny pair's tokenizer: byte-level BPE learnt from the world's own text, SmolLM2's manners.
 
-Special tokens and chat template are those of SmolLM2 (`<|im_start|>` 1, `<|im_end|>` 2 = eos = pad).
-The image tokens are not in it: a student adds them, as nanoVLM does.
+Special tokens and chat template are SmolLM2's (`<|im_start|>` 1, `<|im_end|>` 2 = eos = pad). The
+image tokens are not in it: a student adds them, as nanoVLM does.
 """
 
 from __future__ import annotations

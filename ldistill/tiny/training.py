@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +75,12 @@ def pad(documents: Sequence[Coded], pad_id: int) -> tuple[Tensor, Tensor]:
     """Ids and labels, int64 [batch, longest], padded at the right."""
     ids = nn.utils.rnn.pad_sequence([d.ids for d in documents], True, pad_id)
     return ids, nn.utils.rnn.pad_sequence([d.labels for d in documents], True, IGNORE)
+
+
+def pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as float32 [n, 3, height, width] in [0, 1]."""
+    arrays = np.stack([np.asarray(picture) for picture in pictures])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 def batches(documents: Iterable[T], size: int, length: Callable[[T], int]) -> Iterator[list[T]]:

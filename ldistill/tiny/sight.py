@@ -1,0 +1,90 @@
+"""A vision tower learns what is where, before it meets any words.
+
+It stands for the pre-trained SigLIP of a real VLM. For each cell of a picture the tower's patches
+tell, through a throw-away linear head, which character, which mark and which colour lies there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ldistill.students.nanovlm import NanoVLM
+from ldistill.tiny.pictures import CELL, COLUMNS, LINES, SIZE, Placed
+from ldistill.tiny.scenes import SOURCES
+from ldistill.tiny.training import Phase, optimise, pixels
+from ldistill.tiny.world import COLOURS, MARKS, World, stream
+
+SIGHT = Phase(steps=1500, batch_size=64, rate=1e-3)
+CHARACTERS = ("", *"abcdefghijklmnopqrstuvwxyz0123456789")
+KINDS = (CHARACTERS, ("", *MARKS), ("", *COLOURS))
+SLOTS = LINES * COLUMNS
+
+
+class Labeller(nn.Module):
+    """[pictures, patches, width] to logits per kind, each [pictures, slots, classes].
+
+    A slot is a character cell: two patches, one above the other.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(2 * width, len(kind)) for kind in KINDS)
+
+    def forward(self, patches: Tensor) -> list[Tensor]:
+        count, _, width = patches.shape
+        grid = patches.view(count, LINES, 2, COLUMNS, width).transpose(2, 3)
+        slots = grid.reshape(count, SLOTS, 2 * width)
+        return [head(slots) for head in self.heads]
+
+
+def slot_labels(placed: Sequence[Placed]) -> Tensor:
+    """Class of every kind in every slot, int64 [kinds, slots]; 0 where there is nothing."""
+    labels = torch.zeros(len(KINDS), SLOTS, dtype=torch.long)
+    for thing in placed:
+        if not (0 <= thing.x < SIZE and 0 <= thing.y < SIZE):
+            continue
+        slot = int(thing.y // CELL[1]) * COLUMNS + int(thing.x // CELL[0])
+        for row, value in enumerate((thing.character, thing.mark, thing.colour)):
+            if value is not None:
+                labels[row, slot] = KINDS[row].index(value)
+    return labels
+
+
+def learn_to_see(
+    student: NanoVLM,
+    world: World,
+    phase: Phase = SIGHT,
+    advance: Callable[[float], None] = lambda loss: None,
+) -> float:
+    """Train the student's vision tower; returns the final loss."""
+    student.vision.requires_grad_(True)
+    labeller = Labeller(student.config.vit_hidden_dim)
+    learning = nn.ModuleList([student.vision, labeller])
+    return optimise(phase, learning.parameters(), _losses(student, labeller, world, phase), advance)
+
+
+def _losses(
+    student: NanoVLM, labeller: Labeller, world: World, phase: Phase
+) -> Iterator[Callable[[], Tensor]]:
+    for step in range(phase.steps):
+        pictures, labels = [], []
+        for place in range(phase.batch_size):
+            index = step * phase.batch_size + place
+            source = tuple(SOURCES)[index % len(SOURCES)]
+            canvas = SOURCES[source](world, stream(world.seed, "sight", index), True).canvas
+            pictures.append(canvas.image)
+            labels.append(slot_labels(canvas.placed))
+
+        def loss(pictures=pictures, labels=labels) -> Tensor:
+            logits = labeller(student.vision(pixels(pictures)).last_hidden_state)
+            targets = torch.stack(labels, dim=1)
+            return sum(
+                F.cross_entropy(guess.flatten(0, 1), target.flatten())
+                for guess, target in zip(logits, targets, strict=True)
+            )
+
+        yield loss
