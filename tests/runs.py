@@ -1,0 +1,118 @@
+"""Small shards on disk and real runs over them, through the launcher a user calls."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from helpers_data import picture
+
+from ldistill.data.samples import Sample, Turn
+from ldistill.data.shards import build_shards
+from ldistill.metrics import read_metrics
+from ldistill.students.nanovlm_format import load_processor
+
+REPO = Path(__file__).resolve().parents[1]
+WORDS = "the quick brown fox jumps over lazy dog total receipt red green blue yes no 0 1 2 3".split()
+
+
+def samples(source: str, count: int, seed: int = 0) -> list[Sample]:
+    """Questions of various lengths about random pictures; every fifth sample is text alone."""
+    made = []
+    for number in range(count):
+        words = [WORDS[(seed + number * k) % len(WORDS)] for k in range(1, 4 + number % 5)]
+        turn = Turn("what is " + " ".join(words) + "?", " ".join(reversed(words)))
+        images = () if number % 5 == 4 else (picture(seed=seed + number),)
+        made.append(Sample(f"{source}-{number}", source, (turn,), images))
+    return made
+
+
+def write_shards(folder: Path, pair_root: Path, count: int = 40) -> Path:
+    """Shards of two sources, counted with a pair's processor."""
+    processor = load_processor(pair_root / "student")
+    by_source = {name: samples(name, count, seed) for seed, name in enumerate(("docvqa", "vqav2"))}
+    build_shards(by_source, folder, processor)
+    return folder
+
+
+def write_recipe(path: Path, pair_root: Path, shards: Path, **fields) -> Path:
+    """A recipe for a few small steps; ``fields`` override."""
+    values = {
+        "student": str(pair_root / "student"),
+        "teacher": str(pair_root / "teacher"),
+        "shards": str(shards),
+        "sources": "vqav2,docvqa",
+        "max_length": 96,
+        "global_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "distil": "language",
+        "logging_steps": 1,
+        "save_steps": 2,
+        "health_steps": 2,
+        "seed": 7,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+    }
+    path.write_text(yaml.safe_dump(values | fields), encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment without a GPU and without another launch's ranks."""
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LDISTILL_DEBUG")
+    env = {k: v for k, v in os.environ.items() if k not in ranks}
+    path = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
+    cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return env | cpu | {"PATH": path}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(
+    *args: str, ranks: int = 1, config: str | None = None, check: bool = True, timeout: int = 500
+) -> subprocess.CompletedProcess[str]:
+    """``train.py`` on so many ranks, with the environment that DeepSpeed's launcher sets.
+
+    The launcher itself (which imports everything twice more) is left to one test of its own.
+    """
+    command = [sys.executable, "ldistill/train.py", *args]
+    if config is not None:
+        command += ["--deepspeed", f"ds_configs/{config}.json"]
+    port = str(free_port())
+    processes = []
+    for rank in range(ranks):
+        env = environment()
+        if ranks > 1 or config is not None:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+            env |= {k: str(v) for k, v in place.items()}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+        processes.append(
+            subprocess.Popen(
+                command, cwd=REPO, env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        )
+    outputs = [process.communicate(timeout=timeout) for process in processes]
+    code = max(abs(process.returncode) for process in processes)
+    result = subprocess.CompletedProcess(command, code, outputs[0][0], outputs[0][1])
+    if check and code != 0:
+        texts = "\n".join(f"{out[-2000:]}\n{err[-3000:]}" for out, err in outputs)
+        raise AssertionError(texts)
+    return result
+
+
+def losses(folder: Path) -> list[float]:
+    return [r["loss"] for r in read_metrics(folder / "metrics.jsonl")]
