@@ -25,7 +25,7 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
 from ldistill.tiny.world import World
 
-ALIGNMENT = Phase(steps=4000, batch_size=32, rate=1e-3)
+ALIGNMENT = Phase(steps=1500, batch_size=32, rate=1e-3)
 TEACHER_NAME = "pkg://ldistill.tiny/pair/teacher"
 
 
@@ -34,11 +34,11 @@ def student_config(lm: LlamaForCausalLM) -> NanoVLMConfig:
     config, base = lm.config, lm.config.vocab_size
     return NanoVLMConfig(
         vit_hidden_dim=96,
-        vit_inter_dim=288,
+        vit_inter_dim=256,
         vit_patch_size=8,
         vit_img_size=SIZE,
         vit_n_heads=4,
-        vit_n_blocks=4,
+        vit_n_blocks=3,
         vit_model_type="ldistill-tiny",
         lm_hidden_dim=config.hidden_size,
         lm_inter_dim=config.intermediate_size,

@@ -14,17 +14,17 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, shifted
 from ldistill.tiny.world import World
 
-PRETRAINING = Phase(steps=2500, batch_size=32, rate=2e-3)
+PRETRAINING = Phase(steps=1400, batch_size=32, rate=3e-3)
 
 
 def lm_config(vocabulary: int) -> LlamaConfig:
-    """A Llama of under a million parameters with grouped queries and a tied head."""
+    """A Llama of half a million parameters with grouped queries and a tied head."""
     return LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=96,
+        intermediate_size=256,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,

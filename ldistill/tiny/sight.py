@@ -18,7 +18,7 @@ from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels
 from ldistill.tiny.world import COLOURS, MARKS, World, stream
 
-SIGHT = Phase(steps=1500, batch_size=64, rate=1e-3)
+SIGHT = Phase(steps=1200, batch_size=48, rate=2e-3)
 CHARACTERS = ("", *"abcdefghijklmnopqrstuvwxyz0123456789")
 KINDS = (CHARACTERS, ("", *MARKS), ("", *COLOURS))
 SLOTS = LINES * COLUMNS

@@ -32,7 +32,7 @@ COLOURS = {
     "black": (20, 20, 20),
     "cyan": (30, 185, 205),
 }
-MARKS = ("circle", "square", "triangle", "diamond", "star", "cross", "moon", "arrow")
+MARKS = ("circle", "square", "triangle", "star", "cross", "moon")
 ATTRIBUTES = {
     "colour": tuple(COLOURS),
     "mark": MARKS,
@@ -98,7 +98,7 @@ class World:
         )
         pairs = [(c.name, a) for c in self.creatures for a in KNOWLEDGE]
         rng.shuffle(pairs)
-        self.never_pictured = frozenset(pairs[: 2 * len(pairs) // 5])
+        self.never_pictured = frozenset(pairs[: len(pairs) // 2])
         self.unsaid_phrase = {pair: rng.randrange(WAYS_TO_SAY) for pair in sorted(pairs)}
         self.unasked_phrase = {pair: rng.randrange(WAYS_TO_ASK) for pair in sorted(pairs)}
 

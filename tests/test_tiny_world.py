@@ -1,0 +1,166 @@
+"""The tiny world: the same every time, and nothing held out ever leaks into training."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+
+import pytest
+from PIL import Image
+
+from ldistill.sources import DOCUMENT, LANGUAGE
+from ldistill.tiny.benchmark import TASKS, benchmark
+from ldistill.tiny.corpus import pretraining_texts
+from ldistill.tiny.pictures import CELL, COLUMNS, SIZE, Canvas
+from ldistill.tiny.scenes import SOURCES, captioned, samples
+from ldistill.tiny.sight import CHARACTERS, KINDS, slot_labels
+from ldistill.tiny.text import QUESTIONS, STATEMENTS, question, statement
+from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, World, held_out
+
+WRITING = ("docvqa", "infographic_vqa", "ocrvqa", "robut_sqa", "textcaps", "textvqa", "visualmrc")
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(3)
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    return list(pretraining_texts(world, 4000))
+
+
+@pytest.fixture(scope="module")
+def pictures(world):
+    made = {source: list(samples(world, source, 150)) for source in SOURCES}
+    for source, list_ in made.items():
+        list_ += [captioned(world, source, index) for index in range(150)]
+    return made
+
+
+def flat(text) -> str:
+    """A text as one string."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(f"{turn.user}\n{turn.assistant}" for turn in text)
+
+
+def test_the_sources_are_those_of_the_paper():
+    assert set(SOURCES) == set(LANGUAGE + DOCUMENT)
+
+
+def test_the_same_seed_gives_the_same_world(world, texts):
+    again = World(3)
+    assert again.creatures == world.creatures
+    assert list(pretraining_texts(again, 50)) == texts[:50]
+    assert list(samples(again, "docvqa", 5)) == list(samples(world, "docvqa", 5))
+    assert benchmark(again, 3) == benchmark(world, 3)
+    assert World(4).creatures != world.creatures
+
+
+def test_creatures_are_told_apart_by_look_and_name(world):
+    assert len({(c.colour, c.mark) for c in world.creatures}) == len(world.creatures)
+    assert len({c.name for c in world.creatures}) == len(world.creatures)
+    assert all(set(c.facts) == set(ATTRIBUTES) for c in world.creatures)
+
+
+def test_text_never_uses_the_phrases_kept_for_the_benchmark(world, texts):
+    everything = "\n".join(map(flat, texts))
+    used = 0
+    for creature in world.creatures:
+        for attribute in KNOWLEDGE:
+            pair = (creature.name, attribute)
+            for phrase in range(len(STATEMENTS[attribute])):
+                said = " ".join(statement(creature, attribute, phrase)) in everything
+                used += said
+                assert not (said and phrase == world.unsaid_phrase[pair])
+            for phrase in range(len(QUESTIONS[attribute])):
+                asked = question(creature, attribute, phrase) in everything
+                used += asked
+                assert not (asked and phrase == world.unasked_phrase[pair])
+    assert used > 1000
+
+
+def test_pictures_never_ask_for_facts_kept_for_the_benchmark(world, pictures):
+    """The creature is recognised by the answer to `Who is this?`, or by drawing it again."""
+    of_name = {c.name: c for c in world.creatures}
+    seen = 0
+    for sample in pictures["aokvqa"]:
+        names = [t.assistant for t in sample.turns if t.assistant in of_name]
+        for name in names:
+            for attribute in KNOWLEDGE:
+                forms = {
+                    question(of_name[name], attribute, phrase, this=True)
+                    for phrase in range(len(QUESTIONS[attribute]))
+                }
+                if forms & {turn.user for turn in sample.turns}:
+                    seen += 1
+                    assert (name, attribute) not in world.never_pictured
+    assert seen > 50
+
+
+def test_training_pictures_show_no_held_out_string(pictures):
+    for source in WRITING:
+        for sample in pictures[source]:
+            for turn in sample.turns:
+                for word in re.findall(r"[a-z]+", turn.assistant):
+                    if word not in flat_vocabulary():
+                        assert not held_out(word), (source, word)
+
+
+def flat_vocabulary() -> set[str]:
+    """Words of captions, which are no writing."""
+    values = {value for attribute in ATTRIBUTES.values() for value in attribute}
+    return values | {"with", "the", "text", "a", "to", "id", "by", "no"}
+
+
+def test_spelling_in_text_leaves_out_held_out_words(texts):
+    spelt = re.findall(r"Spell ([a-z]+)\.", "\n".join(map(flat, texts)))
+    assert len(spelt) > 500
+    assert not any(map(held_out, spelt))
+
+
+def test_benchmark_items_are_held_out(world, texts):
+    items = benchmark(world, 40)
+    assert [item.task for item in items[::40]] == list(TASKS)
+    everything = "\n".join(map(flat, texts))
+    for item in items:
+        if item.task in ("words", "codes", "fields"):
+            assert held_out(item.answer)
+        if item.task == "codes":
+            assert item.answer not in world.words
+        if item.task in ("facts", "spelling"):
+            assert item.prompt not in everything
+        if item.task == "statements":
+            assert f"{item.prompt} {item.answer}" not in everything
+        assert (item.image is not None) == (item.group != "language")
+
+
+def test_benchmark_answers_are_right(world):
+    of_name = {c.name: c for c in world.creatures}
+    for item in benchmark(world, 40):
+        if item.task == "facts":
+            (name,) = set(re.findall(r"[a-z]+", item.prompt)) & set(of_name)
+            assert item.answer in of_name[name].facts.values()
+        if item.task == "spelling":
+            assert item.answer.replace("-", "") == item.prompt.removeprefix("Spell ")[:-1]
+
+
+def test_pictures_are_small_pngs(pictures):
+    for list_ in pictures.values():
+        image = Image.open(io.BytesIO(list_[0].images[0]))
+        assert image.size == (SIZE, SIZE)
+        assert image.mode == "RGB"
+
+
+def test_slot_labels_say_what_was_drawn():
+    canvas = Canvas(random.Random(0))
+    canvas.write("ab 7", 2, 1, jitter=0)
+    canvas.mark("star", "red", 20, 52, 6)
+    labels = slot_labels(canvas.placed)
+    characters = [CHARACTERS[label] for label in labels[0, COLUMNS : 2 * COLUMNS]]
+    assert characters == ["", "", "a", "b", "", "7", "", ""]
+    slot = 52 // CELL[1] * COLUMNS + 20 // CELL[0]
+    assert [KINDS[row][labels[row, slot]] for row in (1, 2)] == ["star", "red"]
+    assert int((labels > 0).sum()) == 5
