@@ -8,11 +8,12 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
-from helpers_data import make_processor, make_samples, picture
+from helpers_data import die, make_processor, make_samples, picture
 from PIL import Image
 
 from ldistill.data.index import ShardIndex
@@ -347,6 +348,28 @@ def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room on the disk of"):
         build_shards({"vsr": make_samples("vsr", 3)}, tmp_path / "new", make_processor())
     assert not (tmp_path / "new").exists()
+
+
+def test_room_is_asked_for_what_is_still_to_be_written(tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build([entry(rows(), fail_at=(90, stop))], tmp_path, make_processor(), SMALL)
+    written = sum(path.stat().st_size for path in tmp_path.glob("vsr/*.tar"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10**6))
+    too_large = replace(entry(rows()), bytes=10**6 + written + 1)
+    with pytest.raises(OSError, match="no room on the disk of"):
+        build([too_large], tmp_path, make_processor(), SMALL)
+    build([replace(too_large, bytes=10**6 + written)], tmp_path, make_processor(), SMALL)
+
+
+def test_a_worker_that_dies_is_explained(tmp_path):
+    doomed = replace(entry(rows()), convert=die)
+    options = BuildOptions(shard_bytes=30_000, workers=2)
+    with pytest.raises(RuntimeError, match=r"worker of the build of vsr died.*with fewer workers"):
+        build([doomed], tmp_path, make_processor(), options)
 
 
 def test_a_disk_that_fills_up_stops_the_build_and_it_goes_on_later(

@@ -246,6 +246,8 @@ def test_a_loader_checks_shards_before_the_first_batch(root, processor):
         make_loader(index, make_processor(tile_size=64), limit=LIMIT, batch_size=1)
     with pytest.raises(ValueError, match="made for 128 tokens per row, not 64"):
         make_loader(index, processor, limit=64, batch_size=1, plan=Plan(index, limit=LIMIT))
+    with pytest.raises(ValueError, match="on_bad_sample must be error or drop"):
+        make_loader(index, processor, limit=LIMIT, batch_size=1, on_bad_sample="ignore")
     tar = root / "vsr/vsr-train-000000.tar"
     tar.write_bytes(tar.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"vsr-train-000000\.tar has 5000 bytes instead"):

@@ -13,7 +13,6 @@ import json
 import os
 import tarfile
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,26 +151,18 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_OPEN_FILES = 64
-_descriptors: OrderedDict[str, int] = OrderedDict()
-
-
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset`; fewer at its end. Raises OSError.
 
-    Positioned reads share no file position, so descriptors inherited by forked workers are safe.
-    Every read of shards passes here: the place where remote shards would fit.
+    Every read of a sample passes here: the place where remote shards fit. Files are opened anew,
+    which costs little beside decoding a picture, so a shard that was replaced is never read
+    through an old descriptor.
     """
-    descriptor = _descriptors.pop(path, None)
-    if descriptor is None:
-        descriptor = os.open(path, os.O_RDONLY)
-    _descriptors[path] = descriptor
-    if len(_descriptors) > _OPEN_FILES:
-        os.close(_descriptors.popitem(last=False)[1])
-    parts, end = [], offset + size
-    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
-        parts.append(part)
-        offset += len(part)
+    with Path(path).open("rb", buffering=0) as file:
+        parts, end = [], offset + size
+        while offset < end and (part := os.pread(file.fileno(), end - offset, offset)):
+            parts.append(part)
+            offset += len(part)
     return b"".join(parts)
 
 

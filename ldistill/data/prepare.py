@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,7 +25,8 @@ from ldistill.data.processor import Processor
 from ldistill.data.samples import BadImage, Drop, Sample
 
 Convert = Callable[[int, Any], list[Sample | Drop]]
-ROWS_PER_TASK = 16
+ROWS_PER_TASK = 8
+TASKS_PER_WORKER = 3
 
 
 @dataclass
@@ -95,6 +98,16 @@ def _start_worker(processor: Processor) -> None:
     global _processor
     _processor = processor
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the pool in order
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    """A build that is killed must not leave idle workers behind."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_task(rows: list[tuple[int, Any]], convert: Convert, source: str) -> list[Prepared]:
@@ -135,7 +148,9 @@ class Workers:
         rows, waiting = iter(rows), deque[Future[list[Prepared]]]()
         try:
             while True:
-                while len(waiting) < 4 * self.count and (task := list(islice(rows, ROWS_PER_TASK))):
+                while len(waiting) < TASKS_PER_WORKER * self.count and (
+                    task := list(islice(rows, ROWS_PER_TASK))
+                ):
                     waiting.append(self._pool.submit(_run_task, task, convert, source))
                 if not waiting:
                     return

@@ -129,7 +129,7 @@ def build(
     out, inputs = Path(out), list(inputs)
     for entry in inputs:
         _check_source_name(entry.source)
-    whole = sum(entry.bytes for entry in inputs) if options.max_samples is None else 0
+    whole = 0 if options.max_samples else sum(_still_needed(entry, out) for entry in inputs)
     check_room(out, max(whole, min(options.shard_bytes, LEAST_ROOM)))
     with Workers(processor, options.workers) as workers:
         return [SourceBuild(e, out, processor, options, workers, advance).run() for e in inputs]
@@ -311,6 +311,14 @@ def check_room(folder: Path, need: int) -> None:
         raise OSError(
             f"no room on the disk of {folder}: {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free"
         )
+
+
+def _still_needed(entry: SourceInput, out: Path) -> int:
+    """Bytes a source will take beyond what an earlier build has written of it."""
+    folder = out / entry.source
+    if (folder / INDEX_NAME).exists():
+        return 0
+    return max(0, entry.bytes - sum(path.stat().st_size for path in folder.glob("*.tar")))
 
 
 def _check_source_name(name: str) -> None:

@@ -143,6 +143,8 @@ def make_loader(
     Checks before the first batch that the shards were built for `processor` and are whole, so a
     wrong folder fails at once (ValueError, FileNotFoundError). `plan` reuses one already made.
     """
+    if on_bad_sample not in ("error", "drop"):
+        raise ValueError(f"on_bad_sample must be error or drop, got {on_bad_sample!r}")
     index.check(processor)
     index.check_files()
     if plan is None:
