@@ -193,6 +193,29 @@ def test_gradient_checkpointing_offload_and_scopes_run(world):
     assert len(losses(folder)) == 2
 
 
+def test_frozen_is_frozen(world):
+    """Contract 10, on the live modules: teacher and vision tower are bit-identical after training."""
+    from ldistill import run as runs
+    from ldistill.recipe import parse
+
+    folder = world / "frozen"
+    recipe = parse(
+        ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(folder), "--max_steps", "3"]
+    )
+    data = runs.open_data(recipe)
+    pair = runs.open_pair(recipe, data.weights)
+    frozen = {**dict(pair.teacher.lm.named_parameters()), **dict(pair.student.vision.named_parameters())}
+    before = {name: p.detach().clone() for name, p in frozen.items()}
+    projector = pair.student.projector.proj.weight.detach().clone()
+    trainer = runs.build_trainer(recipe, pair, data, folder, None, recipe.training.device)
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in frozen.items())
+    assert all(p.grad is None for p in frozen.values())
+    assert not torch.equal(pair.student.projector.proj.weight, projector)
+    inside = {id(p) for p in trainer.distiller.parameters()}
+    assert not inside & {id(p) for p in pair.teacher.lm.parameters()}
+
+
 def test_a_zero3_teacher_survives_steps_where_one_rank_or_none_distils(world):
     """Only one source distils and batches are small: ranks differ in whether they teach."""
     folder = train(

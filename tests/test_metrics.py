@@ -1,0 +1,101 @@
+"""Metrics: means by source and category, throughput, drops; the metrics file; FLOPs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pairs import small_config, weights
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldistill.flops import StepCounts, step_flops, vision_flops
+from ldistill.metrics import Meter, MetricsFile, read_metrics
+from ldistill.objective import COLUMNS
+from ldistill.progress import plot_curves, short_line
+from ldistill.students.nanovlm import NanoVLM
+
+
+def sums(**by_source) -> torch.Tensor:
+    matrix = torch.zeros(2, len(COLUMNS))
+    for name, values in by_source.items():
+        matrix[:, COLUMNS.index(name)] = torch.tensor(values)
+    return matrix
+
+
+def test_means_are_over_rows_and_kd_rows():
+    meter = Meter(weights(), torch.device("cpu"), peak=1e12)
+    meter.add_sums(sums(rows=[4.0, 6.0], ce=[8.0, 3.0], kd_rows=[2.0, 0.0], kl=[1.0, 0.0]))
+    meter.add_sums(sums(rows=[1.0, 0.0], ce=[2.0, 0.0], kd_rows=[0.0, 0.0]))
+    logs = meter.flush()
+    assert logs["ce"] == pytest.approx(13 / 11)
+    assert logs["source/vqav2/ce"] == logs["language/ce"] == pytest.approx(2.0)
+    assert logs["document/ce"] == pytest.approx(0.5)
+    assert logs["kd"] == logs["language/kd"] == pytest.approx(0.5)
+    assert "document/kd" not in logs
+    assert logs["rows"] == 11
+    assert "ce" not in meter.flush()
+
+
+def test_drops_and_documents_are_counted_by_interval():
+    meter = Meter(weights(), torch.device("cpu"), peak=1e12)
+    counts = StepCounts(positions=64, pairs=1, tiles=2, rows=3)
+    batch = {"doc_length": torch.tensor([20, 30]), "drops": {"undecodable image": 2}}
+    meter.add_batch(batch, counts, 1e9)
+    meter.add_batch(batch | {"drops": {}}, counts, 1e9)
+    logs = meter.flush()
+    assert logs["documents"] == 4
+    assert logs["dropped/undecodable image"] == 2
+    assert logs["packing_efficiency"] == pytest.approx(100 / 128)
+    assert not any(k.startswith("dropped") for k in meter.flush())
+
+
+def test_metrics_file_forgets_what_a_resumed_run_does_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": float(step), "bad": float("nan")})
+    path.write_text(path.read_text() + '{"step": 4, "lo')  # cut off by a kill
+    MetricsFile(path, resume_step=2).write(3, {"loss": 30.0})
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert "bad" not in path.read_text()
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_flops_match_what_torch_counts():
+    """Against torch's own counter on the real modules; attention is counted unmasked there."""
+    config = small_config()
+    student = NanoVLM(config).eval()
+    ids = torch.randint(3, 300, (2, 32))
+    ids[:, :4] = student.image_token_id
+    pixels = torch.rand(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        student.lm_head(student(ids, pixel_values=pixels))
+    vision = vision_flops(student.vision.config)
+    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, rows=64)
+    step = step_flops(
+        student.decoder.config,
+        counts,
+        vision_flops_per_tile=vision,
+        projector_weights=student.projector.proj.weight.numel(),
+        tokens_per_tile=config.mp_image_token_length,
+    )
+    forward = (step - 2 * vision) / 3 + 2 * vision
+    assert forward == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_curves_are_drawn_by_category(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert not plot_curves(path, tmp_path / "none.png")
+    lines = [
+        {"step": s, "ce": 1.0, "kd": 0.5, "language/ce": 2.0 / s, "language/kd": 0.1 * s}
+        for s in (1, 2, 3)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_curves(path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_short_line():
+    logs = {"loss": 1.23456, "language/ce": 2.0, "tokens_per_second": 12345.6}
+    assert short_line(7, logs) == "step 7: loss 1.235, CE lang 2.000, tok/s 12,346"
