@@ -10,13 +10,16 @@ a run can be resumed anywhere by one counter.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-PACK_WINDOW = 8192
-"""Documents among which partners for a pack are sought: enough for rows that are over 99% full."""
+PACK_WINDOW = 4096
+"""Documents ahead among which partners for a pack are sought."""
+REACH = 64
+"""Documents that a pack may pass over in search of the next one that still fits."""
 
 
 def scramble(values: np.ndarray, *salts: int) -> np.ndarray:
@@ -69,8 +72,9 @@ class Packs:
 def pack(lengths: np.ndarray, order: np.ndarray, limit: int, window: int = PACK_WINDOW) -> Packs:
     """Pack the documents of `order`, each once, into packs of at most `limit` tokens.
 
-    Best fit, longest first, within runs of `window` documents of the order. The packs of a window
-    follow the place of their longest document in the order, so that lengths show no trend.
+    A pack takes documents in their order until little room is left, then one or two from the
+    `window` documents ahead that fill it exactly. So a pack is a fair sample of the order (the
+    number of pictures in it varies little), reading stays local, and hardly a token is padding.
     `lengths` [samples] is indexed by `order`. Raises ValueError for a document above the limit.
     """
     order = np.asarray(order, dtype=np.int64)
@@ -80,36 +84,91 @@ def pack(lengths: np.ndarray, order: np.ndarray, limit: int, window: int = PACK_
         raise ValueError(f"sample {worst} has {sizes.max()} tokens, above the limit of {limit}")
     places: list[int] = []
     counts: list[int] = []
-    for first in range(0, len(order), window):
-        for members in _fill(sizes[first : first + window], limit):
-            places.extend(first + member for member in members)
-            counts.append(len(members))
+    for members in _fill(sizes, limit, window):
+        places += members
+        counts.append(len(members))
     documents = order[np.asarray(places, dtype=np.int64)]
     return Packs(documents, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
 
-def _fill(sizes: np.ndarray, limit: int) -> Iterator[list[int]]:
-    """Packs of one window as lists of places, in the order of their longest document."""
-    packs: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(limit + 1)]
-    rooms = 0  # bit r is set while some open pack has room r: finding the best fit is two shifts
-    values = sizes.tolist()
-    for place in np.argsort(-sizes, kind="stable").tolist():
-        size = values[place]
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            number = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-            packs[number].append(place)
-        else:
-            room, number = limit, len(packs)
-            packs.append([place])
-        if room > size:
-            by_room[room - size].append(number)
-            rooms |= 1 << (room - size)
-    return iter(sorted(packs, key=lambda members: members[0]))
+def _fill(sizes: np.ndarray, limit: int, window: int) -> Iterator[list[int]]:
+    """Packs as lists of places in `sizes`."""
+    shelf = _Shelf(sizes.tolist(), limit)
+    little = 2 * int(sizes.mean()) if len(sizes) else 0
+    for first in range(len(sizes)):
+        shelf.stock(first + window)
+        if shelf.gone[first]:
+            continue
+        members = [shelf.take(shelf.sizes[first])]
+        room = limit - shelf.sizes[first]
+        while largest := shelf.largest(room):
+            if exact := shelf.exact(room, pairs=room <= little):
+                members += map(shelf.take, exact)
+                break
+            size = (room > little and shelf.next_fitting(first, room)) or largest
+            members.append(shelf.take(size))
+            room -= size
+        yield members
+
+
+class _Shelf:
+    """The documents ahead, by size; finding a size, or two that sum to it, is a few shifts.
+
+    Bit s of `_have` is set while a document of size s is there; `_mirror` is the same reversed,
+    so that sizes a with a partner of size room - a are the common bits of one and the other,
+    shifted.
+    """
+
+    def __init__(self, sizes: list[int], limit: int) -> None:
+        self.sizes, self.limit = sizes, limit
+        self.gone = bytearray(len(sizes))
+        self._by_size: list[deque[int]] = [deque() for _ in range(limit + 1)]
+        self._have = self._mirror = self._stocked = 0
+
+    def stock(self, end: int) -> None:
+        """Put the documents before place `end` on the shelf."""
+        for place in range(self._stocked, min(end, len(self.sizes))):
+            size = self.sizes[place]
+            if not self._by_size[size]:
+                self._flip(size)
+            self._by_size[size].append(place)
+        self._stocked = max(self._stocked, min(end, len(self.sizes)))
+
+    def _flip(self, size: int) -> None:
+        self._have ^= 1 << size
+        self._mirror ^= 1 << (self.limit - size)
+
+    def take(self, size: int) -> int:
+        """Remove the earliest document of a size that is there; returns its place."""
+        place = self._by_size[size].popleft()
+        if not self._by_size[size]:
+            self._flip(size)
+        self.gone[place] = True
+        return place
+
+    def largest(self, room: int) -> int:
+        """The largest size that fits into `room`, 0 when none does."""
+        return max(0, (self._have & ((2 << room) - 1)).bit_length() - 1)
+
+    def exact(self, room: int, pairs: bool) -> tuple[int, ...]:
+        """One size, or with `pairs` two, that fill `room` exactly; empty when there are none."""
+        if self._have >> room & 1:
+            return (room,)
+        if not pairs:
+            return ()
+        partnered = self._have & (self._mirror >> (self.limit - room)) & ((1 << room) - 1)
+        half = room // 2
+        if room % 2 == 0 and partnered >> half & 1 and len(self._by_size[half]) < 2:
+            partnered ^= 1 << half
+        size = partnered.bit_length() - 1
+        return (size, room - size) if size > 0 else ()
+
+    def next_fitting(self, place: int, room: int) -> int:
+        """The size of the next document after `place` that is there and fits; 0 beyond `REACH`."""
+        for following in range(place + 1, min(place + REACH, self._stocked)):
+            if not self.gone[following] and self.sizes[following] <= room:
+                return self.sizes[following]
+        return 0
 
 
 def single(order: np.ndarray) -> Packs:
