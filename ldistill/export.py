@@ -28,7 +28,9 @@ def find_student(run: Path) -> Path:
     for candidate in candidates:
         if all((candidate / name).is_file() for name in _FILES):
             return candidate
-    raise FileNotFoundError(f"{run} holds no trained student yet: neither a result nor checkpoints.")
+    raise FileNotFoundError(
+        f"{run} holds no trained student yet: neither a result nor checkpoints."
+    )
 
 
 def export_student(run: Path, out: Path) -> Path:
@@ -40,7 +42,9 @@ def export_student(run: Path, out: Path) -> Path:
     source = find_student(run)
     others = [p.name for p in out.iterdir() if p.name not in _FILES] if out.is_dir() else []
     if others:
-        raise ValueError(f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another.")
+        raise ValueError(
+            f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another."
+        )
     out.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         shutil.copyfile(source / name, out / name)

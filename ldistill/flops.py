@@ -65,8 +65,13 @@ def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
 
 
 def step_flops(
-    config: Any, counts: StepCounts, *, vision_flops_per_tile: float, projector_weights: int,
-    tokens_per_tile: int, kv_scope: str = "full",
+    config: Any,
+    counts: StepCounts,
+    *,
+    vision_flops_per_tile: float,
+    projector_weights: int,
+    tokens_per_tile: int,
+    kv_scope: str = "full",
 ) -> float:
     """FLOPs of one rank's step.
 
@@ -139,14 +144,15 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(5):
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         a @ a
-        _synchronise(device)
+        synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -91,8 +92,7 @@ class Meter:
         if judged:
             logs["teacher_alone_label_accuracy"] = right / judged
         logs |= self._drop_counts()
-        if self.device.type == "cuda":
-            logs["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        logs["memory_gib"] = _peak_memory(self.device) / 2**30
         self._reset()
         return logs
 
@@ -127,6 +127,13 @@ class Meter:
         for drops in gathered:
             total.update(drops)
         return {f"dropped/{reason}": float(n) for reason, n in sorted(total.items())}
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most a GPU's allocator held, or the process's largest resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _means(columns: Tensor, prefix: str) -> dict[str, float]:

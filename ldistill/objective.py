@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ldistill_kernels import DistillLoss, distill_loss
 from torch import Tensor
 
 from ldistill.rows import SupervisedRows
+from ldistill_kernels import DistillLoss, distill_loss
 
 MIXES = ("convex", "additive")
 DIVERGENCES = ("forward", "reverse", "jsd")

@@ -65,7 +65,9 @@ def plot_curves(metrics: Path, target: Path) -> bool:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
-            points = [(r["step"], r[f"{category}/{key}"]) for r in records if f"{category}/{key}" in r]
+            points = [
+                (r["step"], r[f"{category}/{key}"]) for r in records if f"{category}/{key}" in r
+            ]
             if points:
                 axis.plot(*zip(*points, strict=True), color=colour, label=category)
         axis.set_xlabel("step")

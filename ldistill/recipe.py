@@ -1,9 +1,9 @@
 """What a run is made of: dataclasses with a line for every field, YAML recipes, overrides.
 
-Values come, each overriding the one before, from: the dataclasses' defaults, ``recipes/_shared.yaml``,
-the recipe, the command line. Every field below and every flag of transformers' ``TrainingArguments``
-is a command-line flag of ``train.py``. A recipe is a YAML file of such fields; ``--recipe`` takes the
-name of a shipped one or a path.
+Values come, each overriding the one before, from the dataclasses' defaults,
+``recipes/_shared.yaml``, the recipe and the command line. Every field below and every flag of
+transformers' ``TrainingArguments`` is a command-line flag of ``train.py``. A recipe is a YAML file
+of such fields; ``--recipe`` takes the name of a shipped one or a path.
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
 
 
-def _doc(text: str, default: Any = None, **kwargs: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text}, **kwargs)
-    return field(default=default, metadata={"help": text}, **kwargs)
+def _doc(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -41,7 +39,7 @@ class PairArguments:
     )
     tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
     teacher_engine: str = _doc(
-        "auto | replicated | zero3 | deepspeed-inference; auto: zero3 with ZeRO-3, else replicated.",
+        "auto (zero3 with ZeRO-3, else replicated) | replicated | zero3 | deepspeed-inference.",
         "auto",
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
@@ -56,7 +54,9 @@ class DataArguments:
 
     shards: str | None = _doc("Folder of shards made by `ldistill shards build`.")
     sources: str = _doc("full (17 sources), lang (the 8) or names separated by commas.", "full")
-    extra_sources: list[str] = _doc("Own sources: name=language or name=document.", [])
+    extra_sources: list[str] = field(
+        default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
+    )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
     on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
@@ -187,7 +187,7 @@ def parse(argv: list[str]) -> Recipe:
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
     _check_flags(given)
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
-    recipe = Recipe(pair, data, distil, run, training, {k: None for k in given | set(values)})
+    recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)))
     _check(recipe)
     _settle_batch(recipe, given)
     return recipe

@@ -6,10 +6,10 @@ the others wait for it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ldistill.teacher import choose_engine, shard, zero3_config
 from ldistill.trainer import DistillTrainer, move_student
 
 
-@dataclass
+@dataclasses.dataclass
 class Data:
     """What a run reads: shards, their plan, and the weights of their sources."""
 
@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> Path:
     data.index.check_files()
     _settle_steps(recipe, data.plan)
     _check_disk(recipe, pair, folder)
-    say(f"data: {data.plan.summary()}")
+    _tell_plan(data.plan, folder)
     before = _evaluate(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -232,6 +232,15 @@ def _use_own_progress(trainer: DistillTrainer, folder: Path, resume: Path | None
         trainer.add_callback(ShortProgress)
     step = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer.add_callback(WriteMetrics(folder / run_folder.METRICS, step))
+
+
+def _tell_plan(plan: Plan, folder: Path) -> None:
+    """What an epoch reads and what it leaves out, on screen and in the run's folder."""
+    if is_first():
+        summary = plan.summary()
+        say(f"data: {summary}")
+        text = json.dumps(dataclasses.asdict(summary), indent=2)
+        (folder / run_folder.PLAN).write_text(text, encoding="utf-8")
 
 
 def _settle_steps(recipe: Recipe, plan: Plan) -> None:

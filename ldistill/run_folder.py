@@ -1,9 +1,10 @@
 """The folder of a run: what it holds, and when it may be written to.
 
-    recipe.yaml        the resolved recipe        environment.json   versions and git state
-    metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
-    checkpoint-N/      to resume from             student/           the exported student
-    evaluation.json    before and after           logs of --report_to, if any
+recipe.yaml        the resolved recipe        environment.json   versions and git state
+plan.json          documents, packs, drops of an epoch
+metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
+checkpoint-N/      to resume from             student/           the exported student
+evaluation.json    before and after           logs of --report_to, if any
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 RECIPE = "recipe.yaml"
+PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
@@ -174,7 +176,7 @@ def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder} has {free / 2**30:.1f} GiB free; {checkpoints} checkpoints, the next one and "
-            f"the exported student need about {needed / 2**30:.1f} GiB. Make room, lower "
+            f"{folder} has {free / 2**30:.1f} GiB free; {checkpoints} checkpoints, the next one "
+            f"and the exported student need about {needed / 2**30:.1f} GiB. Make room, lower "
             "--save_total_limit, or choose another --output_dir."
         )

@@ -44,7 +44,7 @@ def normalise(name: str) -> str:
 
 def known_sources(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """``{source: category}`` of the 17 sources and of the caller's own."""
-    known = {name: "language" for name in LANGUAGE} | {name: "document" for name in DOCUMENT}
+    known = dict.fromkeys(LANGUAGE, "language") | dict.fromkeys(DOCUMENT, "document")
     return known | dict(extra or {})
 
 

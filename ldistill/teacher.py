@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ldistill_kernels import shared_kv_attention
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
@@ -26,6 +25,7 @@ from ldistill.memory import KVMemory
 from ldistill.rows import TeacherRows
 from ldistill.students.head import LMHead
 from ldistill.students.rotary import keep_float32
+from ldistill_kernels import shared_kv_attention
 
 ENGINES = ("auto", "replicated", "zero3", "deepspeed-inference")
 

@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    _quieten()
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.run import run
 
@@ -48,6 +49,16 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
+
+
+def _quieten() -> None:
+    """Keep the libraries from talking over what a user should read."""
+    import torch
+    from transformers.utils import logging
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it must guess
+    logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,9 @@ class DistillTrainer(Trainer):
         if not self._began:
             self._began = True
             self.meter.start()
-            if self._resume is not None:  # the Trainer restores it only when it skips batches itself
+            if (
+                self._resume is not None
+            ):  # the Trainer restores it only when it skips batches itself
                 self._load_rng_state(str(self._resume))
         batches = [next(epoch_iterator) for _ in range(num_batches)]
         plans = [self.distiller.plan(batch) for batch in batches]
@@ -118,7 +120,7 @@ class DistillTrainer(Trainer):
         return samples, None
 
     def _agree(self, plans: list[Any]) -> tuple[float, list[bool]]:
-        """One reduction a step: rows of the global batch, who teaches, and whether all is finite."""
+        """One reduction a step: rows of the global batch, who teaches, is all finite."""
         own = [len(plan.teacher) for plan in plans]
         counts = [sum(len(p.supervised) for p in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
@@ -211,7 +213,7 @@ class DistillTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The student in its own format, the trained weights in full precision, the data's state."""
+        """The student in its own format, trained weights in full precision, the data's state."""
         folder = Path(output_dir or self.args.output_dir)
         trained = gather_trained(self.pair.student, keep=self.args.should_save)
         if self.args.should_save:
@@ -233,7 +235,9 @@ def _read_data_state(resume: Path | None) -> tuple[int, int]:
         return 0, 0
     path = resume / DATA_STATE
     if not path.is_file():
-        raise FileNotFoundError(f"{resume} holds no {DATA_STATE}: not a checkpoint of this program.")
+        raise FileNotFoundError(
+            f"{resume} holds no {DATA_STATE}: not a checkpoint of this program."
+        )
     state = json.loads(path.read_text(encoding="utf-8"))
     return state["packs"], state["step"]
 

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -17,7 +18,27 @@ from ldistill.metrics import read_metrics
 from ldistill.students.nanovlm_format import load_processor
 
 REPO = Path(__file__).resolve().parents[1]
-WORDS = "the quick brown fox jumps over lazy dog total receipt red green blue yes no 0 1 2 3".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "total",
+    "receipt",
+    "red",
+    "green",
+    "blue",
+    "yes",
+    "no",
+    "0",
+    "1",
+    "2",
+    "3",
+]
 
 
 def samples(source: str, count: int, seed: int = 0) -> list[Sample]:
@@ -82,7 +103,12 @@ def free_port() -> int:
 
 
 def launch(
-    *args: str, ranks: int = 1, config: str | None = None, check: bool = True, timeout: int = 500
+    *args: str,
+    ranks: int = 1,
+    config: str | None = None,
+    check: bool = True,
+    timeout: int = 500,
+    env: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``train.py`` on so many ranks, with the environment that DeepSpeed's launcher sets.
 
@@ -94,16 +120,20 @@ def launch(
     port = str(free_port())
     processes = []
     for rank in range(ranks):
-        env = environment()
+        own = environment() | dict(env or {})
         if ranks > 1 or config is not None:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-            env |= {k: str(v) for k, v in place.items()}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+            own |= {k: str(v) for k, v in place.items()}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
         processes.append(
             subprocess.Popen(
-                command, cwd=REPO, env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                command,
+                cwd=REPO,
+                env=own,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         )
     outputs = [process.communicate(timeout=timeout) for process in processes]
     code = max(abs(process.returncode) for process in processes)

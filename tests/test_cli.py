@@ -64,7 +64,10 @@ def test_export_of_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     command = [sys.executable, "-m", "ldistill.cli", "export", str(tmp_path / "empty")]
     result = subprocess.run(
-        [*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, env=environment()
+        [*command, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=environment(),
     )
     assert result.returncode == 2
     assert "no trained student" in result.stderr

@@ -70,7 +70,9 @@ def test_shared_settings_are_the_papers_table_4(name):
 
 
 def test_shared_settings_stand_once():
-    shared = set(yaml.safe_load(shipped_recipes()["lingudistill"].with_name("_shared.yaml").read_text()))
+    shared = set(
+        yaml.safe_load(shipped_recipes()["lingudistill"].with_name("_shared.yaml").read_text())
+    )
     for name in TABLE_2:
         own = set(yaml.safe_load(shipped_recipes()[name].read_text()))
         assert own & shared <= {"sources"}, name
@@ -84,8 +86,8 @@ def test_the_default_is_tiny():
 
 def test_command_line_overrides_the_recipe():
     recipe = parse(
-        ["--local_rank=0", "--recipe=lingudistill", "--alpha", "0.2", "--max_steps=7"]
-        + ["--learning_rate", "3e-5", "--weight_decay", "0.05", "--extra_sources", "a=document"]
+        "--local_rank=0 --recipe=lingudistill --alpha 0.2 --max_steps=7 --learning_rate 3e-5 "
+        "--weight_decay 0.05 --extra_sources a=document".split()
     )
     assert (recipe.distil.alpha, recipe.distil.temperature) == (0.2, 4.0)
     assert recipe.training.max_steps == 7

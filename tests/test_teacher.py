@@ -68,7 +68,8 @@ def dense_teacher_logits(distiller, batch, scope):
                 att = layer.self_attn
                 h = layer.input_layernorm(x)
                 q, k, v = (
-                    p(h).view(length, -1, att.head_dim) for p in (att.q_proj, att.k_proj, att.v_proj)
+                    p(h).view(length, -1, att.head_dim)
+                    for p in (att.q_proj, att.k_proj, att.v_proj)
                 )
                 q, k = (t * cos[:, None] + rotate_half(t) * sin[:, None] for t in (q, k))
                 ks = memory.keys[index][b, :, span].transpose(0, 1).double()
@@ -239,7 +240,7 @@ def test_loss_and_gradients_match_the_definition(pair_root, scope, mix, t_square
 
 
 def test_kv_grad_through_reaches_the_student(pair_root):
-    """With ``through`` the KL's gradient also flows through keys and values; teacher stays frozen."""
+    """With ``through`` the KL also reaches keys and values; the teacher stays frozen."""
     grads = {}
     for mode in ("detached", "through"):
         distiller = load(pair_root, kv_grad=mode)

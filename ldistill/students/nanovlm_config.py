@@ -19,7 +19,9 @@ CHAT_TEMPLATE = (
 
 def extra_tokens(rows: int = 8, cols: int = 8) -> dict[str, str]:
     """nanoVLM's 66 image tokens: one per image patch, one global view, one per tile place."""
-    grid = {f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)}
+    grid = {
+        f"r{r}c{c}": f"<row_{r}_col_{c}>" for r in range(1, rows + 1) for c in range(1, cols + 1)
+    }
     return {"image_token": "<|image|>", "global_image_token": "<|global_image|>"} | grid
 
 

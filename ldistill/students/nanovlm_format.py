@@ -6,9 +6,7 @@ that q, k and v of the vision tower are stacked on disk, and that a tied embeddi
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,21 +120,39 @@ def load_nanovlm(name: str | Path) -> NanoVLM:
     return model
 
 
-def save_nanovlm(state: dict[str, Tensor], base: NanoVLM, folder: Path) -> None:
-    """Write a nanoVLM checkpoint folder.
+def save_nanovlm(model: NanoVLM, folder: Path) -> None:
+    """Write a model as a nanoVLM checkpoint folder, in the dtypes it has."""
+    tied = model.config.lm_tie_weights
+    disk = to_disk(model.state_dict(), model.decoder.model.rotary_emb.inv_freq, tied)
+    _write(disk, model.config, {EMBEDDING: HEAD} if tied else None, folder)
+
+
+def export_like(base: Path, trained: dict[str, Tensor], folder: Path) -> None:
+    """Write a checkpoint with the keys, shapes, dtypes and configuration of the one it came from.
 
     Args:
-        state: full (gathered) tensors under our keys.
-        base: model whose configuration and rotary frequencies go with them.
-        folder: made if need be; its other files are left alone.
+        base: folder the training began from; gives all that was not trained, bit for bit.
+        trained: whole tensors by our keys, in any dtype.
+        folder: where to write.
     """
-    tied = base.config.lm_tie_weights
-    disk = to_disk(state, base.decoder.model.rotary_emb.inv_freq, tied)
-    disk = {name: tensor.detach().cpu().contiguous() for name, tensor in disk.items()}
+    config = NanoVLMConfig.load(base)
+    path = base / "model.safetensors"
+    old = _read_tensors(path)
+    with torch.device("meta"):
+        keys = list(NanoVLM(config).state_dict())
+    new = to_disk(from_disk(old, keys) | trained, old[INV_FREQ], EMBEDDING not in old)
+    disk = {name: new[name].to(tensor.dtype) for name, tensor in old.items()}
+    _write(disk, config, read_metadata(path), folder)
+
+
+def _write(
+    disk: dict[str, Tensor], config: NanoVLMConfig, metadata: dict[str, str] | None, folder: Path
+) -> None:
+    # safetensors refuses tensors that share storage, and views of a stacked q, k, v do.
+    disk = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in disk.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors' own save_model records a left-out twin in the metadata; nanoVLM reads it there.
-    save_file(disk, folder / "model.safetensors", metadata={EMBEDDING: HEAD} if tied else None)
-    (folder / "config.json").write_text(base.config.to_json(), encoding="utf-8")
+    save_file(disk, folder / "model.safetensors", metadata=metadata or None)
+    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
 
 
 def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> Processor:
@@ -180,16 +196,6 @@ def image_settings(config: NanoVLMConfig, **changes) -> ImageSettings:
     return ImageSettings(**(values | changes))
 
 
-def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy a nanoVLM folder's two files after checking that they are whole."""
-    expected = {"config.json", "model.safetensors"}
-    if missing := sorted(expected - {p.name for p in source.iterdir()}):
-        raise FileNotFoundError(f"{source} lacks {', '.join(missing)}: not a nanoVLM checkpoint.")
-    target.mkdir(parents=True, exist_ok=True)
-    for name in sorted(expected):
-        shutil.copyfile(source / name, target / name)
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no model.safetensors.")
@@ -223,11 +229,3 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file (nanoVLM records the tied pair there)."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
-
-
-def tensor_dtypes(path: Path) -> dict[str, str]:
-    """Safetensors dtype of every tensor in a file, from its header alone."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    return {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
