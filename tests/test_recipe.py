@@ -87,7 +87,7 @@ def test_the_default_is_tiny():
 def test_command_line_overrides_the_recipe():
     recipe = parse(
         "--local_rank=0 --recipe=lingudistill --alpha 0.2 --max_steps=7 --learning_rate 3e-5 "
-        "--weight_decay 0.05 --extra_sources a=document".split()
+        "--weight_decay 0.05 --extra_sources a=document".split()  # noqa: SIM905
     )
     assert (recipe.distil.alpha, recipe.distil.temperature) == (0.2, 4.0)
     assert recipe.training.max_steps == 7
