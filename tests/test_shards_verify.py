@@ -98,12 +98,22 @@ def test_a_picture_that_does_not_decode_is_found_behind_right_checksums(tmp_path
     tar.write_bytes(data)
     meta = json.loads(meta_path.read_text())
     meta["shards"][0]["sha256"] = hashlib.sha256(data).hexdigest()
-    meta_path.write_text(json.dumps(meta))
     samples = np.load(tmp_path / "vsr/samples.npy")
     samples["crc32"] = crc32(data[: int(samples["size"][0])])
     np.save(tmp_path / "vsr/samples.npy", samples)
+    table = (tmp_path / "vsr/samples.npy").read_bytes()
+    meta["samples_sha256"] = hashlib.sha256(table).hexdigest()
+    meta_path.write_text(json.dumps(meta))
     [problem] = verify_shards(tmp_path).problems
     assert problem.startswith(f"sample vsr-000000000 in {tar}: undecodable image")
+
+
+def test_a_changed_table_of_samples_is_found(root):
+    path = root / "vsr/samples.npy"
+    samples = np.load(path)
+    samples["tokens"][3] += 1
+    np.save(path, samples)
+    assert verify_shards(root).problems == [f"{path} has another SHA-256 than in the index"]
 
 
 def test_no_index_is_an_error(tmp_path):

@@ -19,6 +19,7 @@ from ldistill.data.shards import BuildOptions, build_shards
 from ldistill.data.stream import PackSampler, make_loader, truncate
 
 LIMIT = 128
+EMPTY = torch.zeros(0, 3, 32, 32)
 LONG = Turn("go on", " ".join("abcdefghij") * 12)
 
 
@@ -196,6 +197,26 @@ def test_batches_hold_the_documents_as_the_processor_encodes_them(built, process
             assert batch["input_ids"].shape == (2, LIMIT)
         else:
             assert batch["input_ids"].shape[1] == batch["doc_length"].max()
+
+
+def test_tiled_pictures_match_their_tokens(tmp_path):
+    processor = make_processor(tiling=True, max_images=2)
+    pictures = [(picture(40, 30), picture(64, 64)), (picture(90, 20),), ()]
+    samples = [Sample(str(n), "vsr", (Turn("q", "a"),), p) for n, p in enumerate(pictures)]
+    build_shards({"vsr": samples}, tmp_path, processor)
+    index = ShardIndex.load(tmp_path)
+    [batch] = make_loader(index, processor, limit=256, batch_size=1, stop_pack=1)
+    grids = {(40, 30): (3, 4), (64, 64): (4, 4), (90, 20): (1, 4)}
+    assert len(batch["pixel_values"]) == sum(rows * cols + 1 for rows, cols in grids.values())
+    tile = 0
+    for number, sample in enumerate(batch["doc_sample"].tolist()):
+        place = slice(batch["doc_start"][number], None)
+        row = batch["input_ids"][batch["doc_batch"][number], place][: batch["doc_length"][number]]
+        count = int((row == processor.image_token_id).sum()) // processor.images.tokens_per_tile
+        cut = [processor.tiles(processor.load_image(data))[0] for data in pictures[sample]]
+        assert torch.equal(batch["pixel_values"][tile : tile + count], torch.cat([*cut, EMPTY]))
+        tile += count
+    assert tile == len(batch["pixel_values"])
 
 
 def test_workers_change_nothing(built, processor):

@@ -18,7 +18,8 @@ import typer
 
 if TYPE_CHECKING:
     from ldistill.data.processor import Processor
-    from ldistill.data.shards import SourceReport
+    from ldistill.data.shards import BuildOptions, SourceInput, SourceReport
+    from ldistill.data.stats import SourceStats
 
 app = typer.Typer(help="Build, check and describe shards of training data.", no_args_is_help=True)
 
@@ -188,14 +189,18 @@ def cpu_count() -> int:
     """Cores this process may use."""
     import os
 
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):  # knows what a batch system granted; Linux alone has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _chosen(sources: str | None) -> list[str] | None:
     return [part.strip() for part in sources.split(",") if part.strip()] if sources else None
 
 
-def _build_with_bar(inputs, out: Path, processor: Processor, options) -> list[SourceReport]:
+def _build_with_bar(
+    inputs: list[SourceInput], out: Path, processor: Processor, options: BuildOptions
+) -> list[SourceReport]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -210,7 +215,7 @@ def _build_with_bar(inputs, out: Path, processor: Processor, options) -> list[So
     with Progress(*columns, TimeRemainingColumn()) as bar:
         tasks = {e.source: bar.add_task(e.source, total=e.length, start=False) for e in inputs}
 
-        def advance(entry, rows: int) -> None:
+        def advance(entry: SourceInput, rows: int) -> None:
             bar.start_task(tasks[entry.source])
             bar.advance(tasks[entry.source], rows)
 
@@ -236,7 +241,7 @@ def _print_reports(reports: list[SourceReport], out: Path) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _print_stats(lines, limit: int) -> None:
+def _print_stats(lines: list[SourceStats], limit: int) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -99,7 +99,7 @@ def open_header(data: bytes) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to RGB. Raises BadImage; see `open_header`."""
+    """Decode to RGB, as stored: EXIF orientation is left alone, as in nanoVLM. Raises BadImage."""
     image = open_header(data)
     try:
         return image.convert("RGB")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ldistill import sources as known_sources
-from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, ShardWriter
+from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, ShardWriter, hash_file
 from ldistill.data.index import FORMAT, INDEX_NAME, SAMPLES_NAME
 from ldistill.data.ledger import FinishedShard, Ledger, Progress, digest, is_whole, write_text
 from ldistill.data.prepare import Convert, Prepared, Workers, keep
@@ -287,7 +287,8 @@ class SourceBuild:
         with part.open("wb") as file:
             np.save(file, np.concatenate([shard.rows for shard in self.shards]))
         part.replace(self.folder / SAMPLES_NAME)
-        write_text(self.folder / INDEX_NAME, json.dumps(self._index(), indent=1) + "\n")
+        index = self._index() | {"samples_sha256": hash_file(self.folder / SAMPLES_NAME)}
+        write_text(self.folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
         self.ledger.close()
 
     def _index(self) -> dict[str, Any]:

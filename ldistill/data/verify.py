@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ldistill.data.archive import BadSample, hash_file
 from ldistill.data.images import check_image
-from ldistill.data.index import Shard, ShardIndex
+from ldistill.data.index import SAMPLES_NAME, Shard, ShardIndex
 from ldistill.data.samples import BadImage
 
 
@@ -40,7 +40,7 @@ def verify_shards(
     """
     index = ShardIndex.load(root, sources)
     report = VerifyReport(len(index.sources), len(index.shards), len(index))
-    report.problems += _strays(index)
+    report.problems += _damaged_tables(index) + _strays(index)
     if workers > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -56,6 +56,15 @@ def _collect(report: VerifyReport, index: ShardIndex, checked, advance) -> None:
     for shard, problems in zip(index.shards, checked, strict=True):
         report.problems += problems
         advance(shard)
+
+
+def _damaged_tables(index: ShardIndex) -> list[str]:
+    paths = {index.root / source / SAMPLES_NAME: index.meta[source] for source in index.sources}
+    return [
+        f"{path} has another SHA-256 than in the index"
+        for path, meta in paths.items()
+        if hash_file(path) != meta.get("samples_sha256")
+    ]
 
 
 def _strays(index: ShardIndex) -> list[str]:
