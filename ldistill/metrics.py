@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ldistill import ranks
 from ldistill.flops import StepCounts
 from ldistill.objective import COLUMNS
 from ldistill.sources import CATEGORIES, SourceWeights
@@ -80,15 +80,10 @@ class Meter:
         """Metrics since the last call, over all ranks. Every rank must call it."""
         seconds = time.perf_counter() - self._since
         counts = torch.tensor([self.counts[k] for k in _COUNTS], dtype=torch.float64)
-        ranks = 1
-        sums, counts, health = self.sums, counts.to(self.device), self.health
-        if dist.is_available() and dist.is_initialized():
-            ranks = dist.get_world_size()
-            for tensor in (sums, counts, health):
-                dist.all_reduce(tensor)
-        logs = self._rows(sums.double().cpu())
-        logs |= self._rates(dict(zip(_COUNTS, counts.tolist(), strict=True)), seconds, ranks)
-        right, judged = health.tolist()
+        counts = ranks.sum_over(counts.to(self.device)).tolist()
+        logs = self._rows(ranks.sum_over(self.sums).double().cpu())
+        logs |= self._rates(dict(zip(_COUNTS, counts, strict=True)), seconds)
+        right, judged = ranks.sum_over(self.health).tolist()
         if judged:
             logs["teacher_alone_label_accuracy"] = right / judged
         logs |= self._drop_counts()
@@ -107,10 +102,10 @@ class Meter:
             logs |= _means(sums[index], f"source/{name}/")
         return logs
 
-    def _rates(self, counts: dict[str, float], seconds: float, ranks: int) -> dict[str, float]:
+    def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
         return {
             "tokens_per_second": counts["tokens"] / seconds,
-            "mfu": counts["flops"] / seconds / ranks / self.peak,
+            "mfu": counts["flops"] / seconds / ranks.count() / self.peak,
             "packing_efficiency": counts["tokens"] / max(counts["positions"], 1),
             "teacher_rows": counts["teacher_rows"],
             "tokens": counts["tokens"],
@@ -119,12 +114,8 @@ class Meter:
         }
 
     def _drop_counts(self) -> dict[str, float]:
-        gathered: list[Any] = [dict(self._drops)]
-        if dist.is_available() and dist.is_initialized():
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, dict(self._drops))
         total: Counter[str] = Counter()
-        for drops in gathered:
+        for drops in ranks.gather(dict(self._drops)):
             total.update(drops)
         return {f"dropped/{reason}": float(n) for reason, n in sorted(total.items())}
 

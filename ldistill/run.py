@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from ldistill.metrics import Meter
 from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
+from ldistill.ranks import from_first, is_first, say, wait
 from ldistill.recipe import Recipe
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.teacher import choose_engine, shard, zero3_config
@@ -323,45 +323,7 @@ def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) ->
     return table
 
 
-# ---- ranks ----
-
-
-def is_first() -> bool:
-    """Whether this is rank 0."""
-    return not _distributed() or dist.get_rank() == 0
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if is_first():
-        print(text, flush=True)
-
-
-def wait() -> None:
-    """Until every rank is here."""
-    if _distributed():
-        dist.barrier()
-
-
-def from_first(make: Any) -> Any:
-    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere."""
-    if not _distributed():
-        return make()
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box = [(make(), None)]
-        except (ValueError, OSError) as error:
-            box = [(None, error)]
-    dist.broadcast_object_list(box)
-    result, error = box[0]
-    if error is not None:
-        raise error
-    return result
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+# ---- what the flags mean for the engines ----
 
 
 def zero_stage(recipe: Recipe) -> int:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
+from ldistill import ranks
 from ldistill.distiller import Distiller
 from ldistill.flops import StepCounts, count_step, step_flops, vision_flops
 from ldistill.metrics import Meter
@@ -125,9 +125,7 @@ class DistillTrainer(Trainer):
         counts = [sum(len(p.supervised) for p in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite.double()[None]])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(vector)
-        total, *teachers, broken = vector.tolist()
+        total, *teachers, broken = ranks.sum_over(vector).tolist()
         if broken:
             self._stop_not_finite()
         teacher = self.distiller.teacher
@@ -158,10 +156,7 @@ class DistillTrainer(Trainer):
     def _stop_not_finite(self) -> None:
         names = self.distiller.weights.names
         broken = (~torch.isfinite(self.meter.sums).all(1)).nonzero().flatten().tolist()
-        found: list[Any] = [[names[i] for i in broken]]
-        if dist.is_available() and dist.is_initialized():
-            found = [None] * dist.get_world_size()
-            dist.all_gather_object(found, [names[i] for i in broken])
+        found = ranks.gather([names[i] for i in broken])
         sources = sorted({name for part in found for name in part})
         raise FloatingPointError(
             f"the loss of step {self.state.global_step} is not finite (sources: "
@@ -205,10 +200,7 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        broken = 1 - self._finite
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(broken)
-        if broken.item():
+        if ranks.sum_over(1 - self._finite).item():
             self._stop_not_finite()
         super()._save_checkpoint(model, trial)
 

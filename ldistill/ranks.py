@@ -1,0 +1,71 @@
+"""What the ranks of a run say to one another; on one rank without a launcher, nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def count() -> int:
+    """Ranks of the run."""
+    return dist.get_world_size() if distributed() else 1
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return not distributed() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if is_first():
+        print(text, flush=True)
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if distributed():
+        dist.barrier()
+
+
+def sum_over(tensor: Tensor) -> Tensor:
+    """The tensor, summed in place over all ranks."""
+    if distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (picklable), on every rank."""
+    if not distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere."""
+    if not distributed():
+        return make()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [(make(), None)]
+        except (ValueError, OSError) as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result
