@@ -181,6 +181,13 @@ def test_statistics_are_table_5s(tmp_path):
     assert (both.source, both.samples, both.over) == ("all", 7, 2 / 7)
 
 
+def test_statistics_of_sources_beyond_the_limit_are_still_printed(tmp_path):
+    write_fake_index(tmp_path, "vsr", np.array([3000, 4000]), 3)
+    printed = run("stats", tmp_path)
+    assert re.search(r"vsr .* 3500 .* 100.0%", printed)
+    assert "no document of vsr fits the limit of 1024 tokens" in one_line(printed)
+
+
 def test_text_only_leaves_image_tokens_out(cauldron, student, tmp_path):
     common = ("--sources", "vsr", "--workers", 1, "--student", student)
     run("build", "--dataset", cauldron, "--out", tmp_path, *common)

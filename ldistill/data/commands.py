@@ -150,7 +150,11 @@ def stats(
         if plot:
             plot_lengths(index, plot, max_length, text_only)
             typer.echo(f"histogram: {plot}")
-        typer.echo(f"at {max_length} tokens: {plan_summary(index, limit=max_length)}")
+        try:
+            packed = str(plan_summary(index, limit=max_length))
+        except ValueError as error:  # a source without any document below the limit
+            packed = str(error)
+        typer.echo(f"at {max_length} tokens: {packed}")
 
 
 @contextmanager
