@@ -27,9 +27,10 @@ class DistillLoss(NamedTuple):
     loss: Tensor  # fp32 scalar
     ce: Tensor  # [rows] cross-entropy over the student's vocabulary; 0 where ignored
     kl: Tensor  # [rows_t] divergence at the row's temperature, no weight, no square; 0 if ignored
-    teacher_student: Tensor  # [rows_t] bool: same best token among the first `vocab`
+    teacher_student: Tensor  # [rows_t] bool: the teacher's best token is the student's best, too,
+    # among the first `vocab`
     teacher_label: Tensor  # [rows_t] bool: the teacher's best token is the label
-    student_label: Tensor  # [rows] bool: the student's best token is the label
+    student_label: Tensor  # [rows] bool: no token has a larger logit than the label
     extra_mass: Tensor  # [rows] student's probability of tokens from `vocab` on, temperature 1
 
 

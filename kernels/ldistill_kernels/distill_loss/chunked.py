@@ -193,8 +193,9 @@ def _solve_chunk(
 
 
 def _finish_rows(problem: Problem, ignored: Tensor, rows: RowOutputs) -> None:
-    """An ignored row reports no loss."""
+    """An ignored row reports no loss and no hit."""
     rows.ce.masked_fill_(ignored, 0.0)
+    rows.student_label.masked_fill_(ignored, False)
     if rows.kl.numel():
         rows.kl.masked_fill_(_paired(problem, ignored), 0.0)
 

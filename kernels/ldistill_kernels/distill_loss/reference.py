@@ -51,35 +51,32 @@ def row_step(
 
 
 class _Student(NamedTuple):
-    """Of the student's rows: softmax at temperature 1, and the best of the first `vocab`."""
+    """Of a tile's student rows: softmax at temperature 1, largest of the first `vocab` logits."""
 
     softmax: Tensor
     best: Tensor
-    best_index: Tensor
 
 
 def _student(
     logits: Tensor, row: RowInputs, index: slice | Tensor, out: RowOutputs, settings: RowSettings
 ) -> _Student:
+    """Cross-entropy and the student's diagnostics of one tile."""
     vocab = settings.vocab
-    best, best_index = logits[:, :vocab].max(-1)
-    top, top_index = best, best_index
+    best = logits[:, :vocab].amax(-1)
+    top = best
     if vocab < logits.shape[1]:
-        other, other_index = logits[:, vocab:].max(-1)
-        top_index = torch.where(other > best, other_index + vocab, best_index)
-        top = torch.maximum(best, other)
+        top = torch.maximum(best, logits[:, vocab:].amax(-1))
     softmax = torch.softmax(logits, -1)
-    lse = _log_sum_exp(top, top_index, softmax)
-    label = row.labels.clamp(min=0).unsqueeze(1)
-    out.ce[index] = lse - logits.gather(1, label).squeeze(1)
-    out.student_label[index] = top_index == row.labels
+    labelled = _at(logits, row.labels.clamp(min=0))
+    out.ce[index] = _log_sum_exp(top, softmax) - labelled
+    out.student_label[index] = labelled == top
     out.extra_mass[index] = softmax[:, vocab:].sum(-1)
-    return _Student(softmax, best, best_index)
+    return _Student(softmax, best)
 
 
-def _log_sum_exp(top: Tensor, top_index: Tensor, softmax: Tensor) -> Tensor:
+def _log_sum_exp(top: Tensor, softmax: Tensor) -> Tensor:
     # The largest probability is at least 1 / vocab, so its logarithm is safe.
-    return top - softmax.gather(1, top_index.unsqueeze(1)).squeeze(1).log()
+    return top - softmax.amax(-1).log()
 
 
 def _divergence(
@@ -92,14 +89,14 @@ def _divergence(
     settings: RowSettings,
 ) -> Tensor | None:
     """KL of one tile; returns its gradient `[tile, vocab]` to the student's logits."""
+    best_t, best_token = teacher.max(-1)
+    out.teacher_student[span] = _at(logits, best_token) == student.best
+    out.teacher_label[span] = best_token == row.labels
     scale = row.inv_temperature.unsqueeze(1)
-    best_t, best_t_index = teacher.max(-1)
-    out.teacher_student[span] = best_t_index == student.best_index
-    out.teacher_label[span] = best_t_index == row.labels
     x_s, x_t = logits[:, : settings.vocab] * scale, teacher.mul_(scale)
     q, p = torch.softmax(x_s, -1), torch.softmax(x_t, -1)
-    lse_s = _log_sum_exp(student.best * row.inv_temperature, student.best_index, q)
-    lse_t = _log_sum_exp(best_t * row.inv_temperature, best_t_index, p)
+    lse_s = _log_sum_exp(student.best * row.inv_temperature, q)
+    lse_t = _log_sum_exp(best_t * row.inv_temperature, p)
     log_ratio = x_s.sub_(x_t).sub_((lse_s - lse_t).unsqueeze(1))
     weight = row.kl_grad.unsqueeze(1)
     kl, grad_s, grad_t = _GRADIENTS[settings.kl](p, q, log_ratio, settings)
@@ -107,6 +104,10 @@ def _divergence(
     if settings.grad_teacher:
         torch.mul(grad_t, weight, out=teacher)
     return grad_s.mul_(weight) if settings.grad_student else None
+
+
+def _at(values: Tensor, columns: Tensor) -> Tensor:
+    return values.gather(1, columns.unsqueeze(1)).squeeze(1)
 
 
 def _forward_kl(p: Tensor, q: Tensor, d: Tensor, settings: RowSettings) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """The row step of the distillation loss as one Triton kernel: one program a row, two passes.
 
-The first pass reads the row's logits once and keeps online: best tokens, the three softmax sums
+The first pass reads the row's logits once and keeps online: best logits, the three softmax sums
 (student at temperature 1 and tau, teacher at tau) and the divergence. The second reads them again
 and writes the gradient over them, in the width of the matrix products that follow. Columns beyond
 the compared vocabulary take part in the cross-entropy alone and have loops of their own. The
@@ -32,7 +32,7 @@ from ldistill_kernels.distill_loss.rows import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FORWARD, REVERSE, JSD = (tl.constexpr(index) for index in range(3))
-NO_INDEX = tl.constexpr(2147483647)
+NO_TOKEN = tl.constexpr(2147483647)
 
 
 @triton.jit
@@ -58,26 +58,18 @@ def _mixture(d, beta):
 
 
 @triton.jit
-def _first_best(best, index):
-    """Largest value of per-lane bests, and the first index that has it."""
-    top = tl.max(best, 0)
-    return top, tl.min(tl.where(best == top, index, NO_INDEX), 0)
-
-
-@triton.jit
 def _scan_compared(
     s_row, t_row, vocab, inv_tau, HAS_TEACHER: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr
 ):
     """First pass over the compared vocabulary; sums are relative to the row's largest logit.
 
     Sums are kept by lane and reduced once, after the loop; only the maxima are shared each block.
-    Returns top_s, first_s, sum_1, sum_s, top_t, first_t, sum_t, cross.
+    Returns top_s, sum_1, sum_s, top_t, best_token (the teacher's), sum_t, cross.
     """
     lanes, scale = tl.arange(0, BLOCK), inv_tau * LOG2E
     best_s = tl.full([BLOCK], float("-inf"), tl.float32)
     best_t = tl.full([BLOCK], float("-inf"), tl.float32)
-    index_s = tl.zeros([BLOCK], tl.int32)
-    index_t = tl.zeros([BLOCK], tl.int32)
+    token_t = tl.zeros([BLOCK], tl.int32)
     sum_1 = tl.zeros([BLOCK], tl.float32)
     sum_s = tl.zeros([BLOCK], tl.float32)
     sum_t = tl.zeros([BLOCK], tl.float32)
@@ -88,13 +80,12 @@ def _scan_compared(
         cols = lo + lanes
         mask = cols < vocab
         s = tl.load(s_row + cols, mask=mask, other=float("-inf"))
-        index_s = tl.where(s > best_s, cols, index_s)
         best_s = tl.maximum(best_s, s)
         new_s = tl.max(best_s, 0)
         sum_1 = sum_1 * tl.exp2((top_s - new_s) * LOG2E) + tl.exp2((s - new_s) * LOG2E)
         if HAS_TEACHER:
             t = tl.load(t_row + cols, mask=mask, other=float("-inf"))
-            index_t = tl.where(t > best_t, cols, index_t)
+            token_t = tl.where(t > best_t, cols, token_t)
             best_t = tl.maximum(best_t, t)
             new_t = tl.max(best_t, 0)
             keep_s, e_s = tl.exp2((top_s - new_s) * scale), tl.exp2((s - new_s) * scale)
@@ -108,36 +99,28 @@ def _scan_compared(
                 cross = cross * keep_s + e_s * gap
             top_t = new_t
         top_s = new_s
-    first_s = _first_index(best_s, index_s, top_s)
-    first_t = _first_index(best_t, index_t, top_t)
+    best_token = tl.min(tl.where(best_t == top_t, token_t, NO_TOKEN), 0)
     return (
-        top_s, first_s, tl.sum(sum_1, 0), tl.sum(sum_s, 0),
-        top_t, first_t, tl.sum(sum_t, 0), tl.sum(cross, 0),
+        top_s, tl.sum(sum_1, 0), tl.sum(sum_s, 0),
+        top_t, best_token, tl.sum(sum_t, 0), tl.sum(cross, 0),
     )  # fmt: skip
 
 
 @triton.jit
 def _scan_further(s_row, vocab, vocab_s, BLOCK: tl.constexpr):
-    """First pass over the student's further tokens: largest logit, its index, log-sum-exp."""
+    """First pass over the student's further tokens: largest logit and log-sum-exp."""
     lanes = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
-    index = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
     top = float("-inf")
     for lo in range(vocab, vocab_s, BLOCK):
         cols = lo + lanes
         s = tl.load(s_row + cols, mask=cols < vocab_s, other=float("-inf"))
-        index = tl.where(s > best, cols, index)
         best = tl.maximum(best, s)
         new = tl.max(best, 0)
         total = total * tl.exp2((top - new) * LOG2E) + tl.exp2((s - new) * LOG2E)
         top = new
-    return top, _first_index(best, index, top), top + tl.log(tl.sum(total, 0))
-
-
-@triton.jit
-def _first_index(best, index, top):
-    return tl.min(tl.where(best == top, index, NO_INDEX), 0)
+    return top, top + tl.log(tl.sum(total, 0))
 
 
 @triton.jit
@@ -203,18 +186,18 @@ def distill_rows_kernel(
     inv_tau = tl.load(inv_temperature_ptr + row)
     label_logit = tl.load(s_row + tl.maximum(label, 0))
 
-    top_s, first_s, sum_1, sum_s, top_t, first_t, sum_t, cross = _scan_compared(
+    top_s, sum_1, sum_s, top_t, best_token, sum_t, cross = _scan_compared(
         s_row, t_row, vocab, inv_tau, HAS_TEACHER, KL, BLOCK
     )
-    lse_1, first, extra = top_s + tl.log(sum_1), first_s, 0.0
+    lse_1, top, extra = top_s + tl.log(sum_1), top_s, 0.0
     if vocab < vocab_s:
-        top_x, first_x, lse_x = _scan_further(s_row, vocab, vocab_s, BLOCK)
+        top_x, lse_x = _scan_further(s_row, vocab, vocab_s, BLOCK)
         high, low = tl.maximum(lse_1, lse_x), tl.minimum(lse_1, lse_x)
         lse_1 = high + tl.log(1.0 + tl.exp2((low - high) * LOG2E))
         extra = tl.exp2((lse_x - lse_1) * LOG2E)
-        first = tl.where(top_x > top_s, first_x, first_s)
+        top = tl.maximum(top_s, top_x)
     tl.store(ce_ptr + row, lse_1 - label_logit)
-    tl.store(student_label_ptr + row, (first == label).to(tl.int8))
+    tl.store(student_label_ptr + row, (label_logit == top).to(tl.int8))
     tl.store(extra_mass_ptr + row, extra)
 
     lse_s, lse_t, kl, kl_p, kl_q = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -229,8 +212,9 @@ def distill_rows_kernel(
             kl_p, kl_q = _jsd_terms(s_row, t_row, vocab, inv_tau, lse_s, lse_t, beta, BLOCK)
             kl = beta * kl_p + (1.0 - beta) * kl_q
         tl.store(kl_ptr + at, tl.maximum(kl, 0.0))
-        tl.store(teacher_student_ptr + at, (first_t == first_s).to(tl.int8))
-        tl.store(teacher_label_ptr + at, (first_t == label).to(tl.int8))
+        agree = tl.load(s_row + best_token) == top_s
+        tl.store(teacher_student_ptr + at, agree.to(tl.int8))
+        tl.store(teacher_label_ptr + at, (best_token == label).to(tl.int8))
 
     if GRAD_S or GRAD_T:
         lanes = tl.arange(0, BLOCK)
