@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from helpers_data import make_processor, make_samples
 
+from ldistill.data.build_types import BuildOptions
 from ldistill.data.index import ShardIndex
 from ldistill.data.processor import Processor
-from ldistill.data.shards import BuildOptions, build_shards
+from ldistill.data.shards import build_shards
 
 COUNTS = {"docvqa": 23, "vsr": 9, "own": 5}
 

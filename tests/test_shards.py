@@ -16,10 +16,11 @@ import webdataset
 from helpers_data import die, make_processor, make_samples, picture
 from PIL import Image
 
+from ldistill.data.build_types import BuildOptions, SourceInput
 from ldistill.data.index import ShardIndex
 from ldistill.data.prepare import keep
 from ldistill.data.samples import Drop, Sample, Turn
-from ldistill.data.shards import BuildOptions, SourceInput, build, build_shards
+from ldistill.data.shards import build, build_shards
 
 SMALL = BuildOptions(shard_bytes=30_000)
 TURN = (Turn("q", "a"),)

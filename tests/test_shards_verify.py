@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers_data import make_processor, make_samples, picture
 
+from ldistill.data.build_types import BuildOptions
 from ldistill.data.images import check_image
 from ldistill.data.index import ShardIndex
 from ldistill.data.samples import Sample, Turn
-from ldistill.data.shards import BuildOptions, build_shards
+from ldistill.data.shards import build_shards
 from ldistill.data.verify import verify_shards
 
 

@@ -11,11 +11,12 @@ import torch
 from helpers_data import make_processor, make_samples, picture
 
 from ldistill.data.archive import BadSample
+from ldistill.data.build_types import BuildOptions
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import NO_ANSWER_LEFT, TOO_LONG, Plan, plan_summary
 from ldistill.data.processor import IGNORE, Document
 from ldistill.data.samples import Sample, Turn
-from ldistill.data.shards import BuildOptions, build_shards
+from ldistill.data.shards import build_shards
 from ldistill.data.stream import PackSampler, make_loader, truncate
 
 LIMIT = 128

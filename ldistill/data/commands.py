@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from ldistill.data.build_types import BuildOptions, SourceInput, SourceReport
     from ldistill.data.processor import Processor
-    from ldistill.data.shards import BuildOptions, SourceInput, SourceReport
     from ldistill.data.stats import SourceStats
 
 app = typer.Typer(help="Build, check and describe shards of training data.", no_args_is_help=True)
@@ -71,9 +71,9 @@ def build(
     """Build shards. Run the same command again to go on after an interruption."""
     with readable_errors():
         from ldistill import sources as known_sources
+        from ldistill.data.build_types import BuildOptions
         from ldistill.data.input_options import InputOptions
         from ldistill.data.inputs import open_inputs
-        from ldistill.data.shards import BuildOptions
         from ldistill.students.nanovlm_format import load_processor
 
         extra = known_sources.parse_extra(extra_sources or [])

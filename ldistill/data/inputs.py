@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from ldistill import sources as known_sources
+from ldistill.data.build_types import SourceInput
 from ldistill.data.input_options import InputOptions, choose_sources
 from ldistill.data.llava_file import open_llava
 from ldistill.data.readers import Cauldron, FineVision, detect_format
-from ldistill.data.shards import SourceInput
 
 EDGE = 1 << 16
 

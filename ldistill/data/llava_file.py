@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ldistill import sources as known_sources
+from ldistill.data.build_types import SourceInput
 from ldistill.data.input_options import InputOptions, choose_sources
 from ldistill.data.readers import LlavaJson
-from ldistill.data.shards import SourceInput
 
 
 def open_llava(path: Path, options: InputOptions) -> list[SourceInput]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -91,19 +91,16 @@ class Processor:
         self.tokenizer = tokenizer
         self.images = images or ImageSettings()
         self.tokens = tokens or ImageTokens()
-        self._check_tokenizer()
+        vocabulary = tokenizer.get_vocab() if getattr(tokenizer, "is_fast", False) else {}
+        self._check_tokenizer(vocabulary)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.tokens.image)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
-        known = [token for token in self.tokens.all() if token in self._vocabulary]
+        known = [token for token in self.tokens.all() if token in vocabulary]
         self._literal = re.compile("|".join(re.escape(token) for token in known))
 
-    @cached_property
-    def _vocabulary(self) -> dict[str, int]:
-        return self.tokenizer.get_vocab()
-
-    def _check_tokenizer(self) -> None:
-        if not getattr(self.tokenizer, "is_fast", False):
+    def _check_tokenizer(self, vocabulary: Mapping[str, int]) -> None:
+        if not vocabulary:
             raise ValueError("the tokenizer must be a fast one: labels need character offsets")
         if not self.tokenizer.chat_template:
             raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template")
@@ -115,7 +112,7 @@ class Processor:
             )
         whole_view = 1 + bool(self.tokens.whole)
         needed = self.tokens.all() if self.images.tiling else self.tokens.all()[:whole_view]
-        missing = [token for token in needed if token not in self._vocabulary]
+        missing = [token for token in needed if token not in vocabulary]
         if missing:
             raise ValueError(
                 f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
