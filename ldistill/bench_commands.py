@@ -1,0 +1,72 @@
+"""The `ldistill bench` command: what a training step costs.
+
+ldistill bench step --pair tiny
+ldistill bench step --pair nanovlm-460m --rows 8 --csv step.csv
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=True)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep `step` a sub-command also while it is the only one."""
+
+
+@app.command()
+def step(
+    pair: Annotated[str, typer.Option(help="Shapes: tiny or nanovlm-460m.")] = "tiny",
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Packed rows a step. Default: the recipe's; 1 on a CPU.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps of each mode.", min=1)] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before that.", min=0)] = 2,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if any.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16 on a GPU, else fp32.")
+    ] = None,
+    kernels: Annotated[str, typer.Option(help="auto, triton or reference.")] = "auto",
+    attention: Annotated[
+        str, typer.Option(help="Student: sdpa, flash_attention_2 or eager.")
+    ] = "sdpa",
+    mix: Annotated[
+        str, typer.Option(help="paper: language sources distil; uniform: all do.")
+    ] = "paper",
+    modes: Annotated[str, typer.Option(help="ce, naive, ours, by commas.")] = "ce,naive,ours",
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+) -> None:
+    """One training step with random weights: labels alone, naive distillation, ours."""
+    from rich.console import Console
+
+    from ldistill.bench_options import StepOptions
+    from ldistill.bench_report import append_csv, describe, step_table
+    from ldistill.bench_step import measure_step
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    options = StepOptions.resolve(
+        pair=pair,
+        rows=rows,
+        steps=steps,
+        warmup=warmup,
+        device=device,
+        dtype=dtype,
+        kernels=kernels,
+        attention=attention,
+        mix=mix,
+        modes=tuple(part.strip() for part in modes.split(",") if part.strip()),
+        memory=memory,
+    )
+    console.print(describe(options), highlight=False)
+    results = measure_step(options, lambda text: console.print(text, highlight=False))
+    console.print(step_table(results))
+    if csv:
+        append_csv(csv, results)
+        console.print(f"rows appended to {csv}", highlight=False)
