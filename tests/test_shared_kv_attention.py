@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers_attention import DOCUMENTS, RATIOS, VARIANTS, gradients
 
 from ldistill_kernels import shared_kv_attention
 from ldistill_kernels.shared_kv_attention.reference import reference_forward, row_groups
@@ -12,34 +13,6 @@ from ldistill_kernels.testing import (
     pack_documents,
     second_segment,
 )
-
-DOCUMENTS = [[(0, 7, 3), (7, 9, 9), (18, 4, 1)], [], [(2, 11, 4), (13, 1, 1), (14, 8, 0)]]
-RATIOS = [(15, 5), (9, 3), (32, 32), (32, 8), (32, 4), (6, 1)]
-
-
-def variants():
-    yield "plain", make_case(DOCUMENTS, seq=24, heads=(15, 5), dtype=torch.float64)
-    yield "bshd", make_case(DOCUMENTS, seq=24, heads=(9, 3), dtype=torch.float64, layout="bshd")
-    case = make_case(DOCUMENTS, seq=24, heads=(6, 1), dtype=torch.float64)
-    yield "second", second_segment(case, every=2)
-    visible = torch.rand(3, 24, generator=torch.Generator().manual_seed(3)) < 0.5
-    case = make_case(DOCUMENTS, seq=24, heads=(4, 2), dtype=torch.float64, visible=visible)
-    yield "visible", case
-    yield "visible and second", second_segment(case)
-    hidden = torch.zeros(3, 24, dtype=torch.bool)
-    yield "nothing", make_case(DOCUMENTS, seq=24, dtype=torch.float64, visible=hidden)
-
-
-VARIANTS = dict(variants())
-
-
-def gradients(function, case, **options):
-    case = case.cast(case.q.dtype, requires_grad=True)
-    out, lse = function(*case.positional, **case.options, **options)
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
-    loss = (out * weight).sum() + lse.sin().sum()
-    return out, lse, torch.autograd.grad(loss, list(case.floats().values()))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -159,3 +132,139 @@ def test_only_the_gradients_asked_for_are_made():
     assert case.v.grad is not None
     assert case.q.grad is None
     assert case.k.grad is None
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_opcheck_of_both_ops(name):
+    case = VARIANTS[name].cast(torch.float32, requires_grad=True)
+    k, v = case.k, case.v
+    if case.options.get("layout") == "bshd":
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+    options = [case.options.get(x) for x in ("visible", "k2", "v2", "start2", "end2")]
+    inputs = (case.q, k, v, case.batch, case.start, case.position, *options)
+    arguments = (*inputs, None, None, 0.25, False, True)
+    torch.library.opcheck(torch.ops.ldistill.shared_kv_attention.default, arguments)
+    inputs = [x if x is None else x.detach() for x in inputs]
+    out, lse = torch.ops.ldistill.shared_kv_attention(*inputs, None, None, 0.25, False, True)
+    second = inputs[7] is not None
+    needs = [True, True, True, second, second]
+    buffer = torch.zeros_like(inputs[2])
+    arguments = (out, lse.cos(), *inputs, None, buffer, out, lse, needs, 0.25, False)
+    torch.library.opcheck(torch.ops.ldistill.shared_kv_attention_backward.default, arguments)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_fullgraph_compile_gives_the_eager_result_and_gradients(layout):
+    case = second_segment(make_case(DOCUMENTS, seq=24, heads=(4, 2), layout=layout))
+    compiled = torch.compile(
+        lambda *args, **options: shared_kv_attention(*args, **options),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    expected = gradients(shared_kv_attention, case, return_lse=True)
+    actual = gradients(compiled, case, return_lse=True)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_code_still_refuses_unsorted_rows():
+    case = make_case(DOCUMENTS, seq=24)
+    compiled = torch.compile(shared_kv_attention, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="sorted by"):
+        compiled(case.q, case.k, case.v, case.batch.flip(0), case.start, case.position)
+
+
+def base() -> dict:
+    case = second_segment(make_case([[(0, 4, 2), (4, 4, 3)]], seq=8, heads=(4, 2)))
+    names = ("q", "k", "v", "batch", "start", "position")
+    return dict(zip(names, case.positional, strict=True)) | case.options
+
+
+def integers(*values: int) -> torch.Tensor:
+    return torch.tensor(values)
+
+
+BAD = {
+    "layout": (lambda a: {"layout": "sbhd"}, "layout must be .* got 'sbhd'"),
+    "kernels": (lambda a: {"kernels": "cuda"}, "kernels must be one of .* got 'cuda'"),
+    "q dims": (lambda a: {"q": a["q"][0]}, r"q must have 3 dimensions, got shape \(4, 16\)"),
+    "k dims": (lambda a: {"k": a["k"][0]}, "k must have 4 dimensions"),
+    "v shape": (lambda a: {"v": a["v"][:, :, 1:]}, r"v must have shape .* got \(1, 2, 7, 16\)"),
+    "q type": (
+        lambda a: {"q": a["q"].int()},
+        "q must be fp16, bf16, fp32 or fp64, got torch.int32",
+    ),
+    "k type": (lambda a: {"k": a["k"].half()}, "k must be torch.float32, got torch.float16"),
+    "k device": (lambda a: {"k": a["k"].to("meta")}, "k must be on cpu like q, got meta"),
+    "head dim": (lambda a: {"q": a["q"][..., :8]}, "k has head dim 16, q has 8"),
+    "heads": (lambda a: {"q": a["q"][:, :3]}, "q has 3 heads, not a multiple of the 2 heads of k"),
+    "q stride": (lambda a: {"q": a["q"].mT.contiguous().mT}, "q must have last stride 1"),
+    "v stride": (lambda a: {"v": a["v"].mT.contiguous().mT}, "v must have last stride 1"),
+    "batch type": (lambda a: {"batch": a["batch"].float()}, "batch must be int32 or int64"),
+    "start size": (
+        lambda a: {"start": a["start"][1:]},
+        r"start must have shape \(5,\), got \(4,\)",
+    ),
+    "visible size": (
+        lambda a: {"visible": torch.ones(1, 7, dtype=torch.bool)},
+        "visible must have",
+    ),
+    "visible type": (lambda a: {"visible": torch.ones(1, 8)}, "visible must be torch.bool"),
+    "half a segment": (lambda a: {"v2": None}, r"needs k2, v2, start2 and end2; missing: \['v2'\]"),
+    "k2 heads": (lambda a: {"k2": a["k2"][:, :1]}, "k2 must have shape"),
+    "k2 dims": (lambda a: {"k2": a["k2"][0]}, "k2 must have 3 dimensions"),
+    "end2 type": (lambda a: {"end2": a["end2"].half()}, "end2 must be int32 or int64"),
+    "scale": (lambda a: {"scale": -1.0}, "scale must be positive, got -1.0"),
+    "buffer": (lambda a: {"grad_k": a["k"][0]}, "grad_k must have shape"),
+    "buffer type": (lambda a: {"grad_v": a["v"].int()}, "grad_v must be fp16, bf16, fp32 or fp64"),
+    "batch range": (
+        lambda a: {"batch": integers(0, 0, 0, 0, 1)},
+        r"batch\[4\] = 1 is outside 0..0",
+    ),
+    "start range": (lambda a: {"start": integers(-1, 0, 4, 4, 4)}, r"start\[0\] = -1 is outside"),
+    "position range": (
+        lambda a: {"position": integers(2, 3, 5, 6, 8)},
+        r"position\[4\] = 8 is out",
+    ),
+    "before": (lambda a: {"position": integers(2, 3, 2, 6, 7)}, r"position\[2\] = 2 lies before"),
+    "outside": (lambda a: {"position": integers(2, 4, 5, 6, 7)}, r"position\[1\] = 4 lies outside"),
+    "unsorted": (lambda a: {"position": integers(3, 2, 5, 6, 7)}, "rows must be sorted by"),
+    "starts": (lambda a: {"start": integers(4, 0, 4, 4, 4)}, "rows must be sorted by"),
+    "start2 order": (lambda a: {"start2": integers(0, 0, 2, 1, 2)}, r"start2 must not decrease"),
+    "end2 range": (lambda a: {"end2": integers(1, 2, 3, 4, 9)}, r"end2\[4\] = 9 is outside 0..5"),
+    "end2 first": (
+        lambda a: {"start2": integers(0, 0, 4, 4, 4)},
+        r"end2\[2\] = 3 lies before start2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    change, message = BAD[name]
+    arguments = base()
+    shared_kv_attention(**arguments)
+    with pytest.raises(ValueError, match=message):
+        shared_kv_attention(**arguments | change(arguments))
+
+
+def test_values_are_not_looked_at_when_checks_are_off():
+    arguments = base()
+    arguments["start"] = integers(0, 0, 0, 0, 0)  # one document inside another: fine to compute
+    with pytest.raises(ValueError, match="sorted"):
+        shared_kv_attention(**arguments | {"position": integers(2, 3, 7, 6, 7)})
+    assert shared_kv_attention(**arguments, check=False).shape == arguments["q"].shape
+
+
+def test_triton_on_cpu_tensors_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs CUDA tensors, got q on cpu"):
+        shared_kv_attention(**base(), kernels="triton")
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"head_dim": 257}])
+def test_what_only_the_reference_can_do(change, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = make_case([[(0, 4, 2)]], seq=4, **change)
+    with pytest.raises(ValueError, match=r"reference'|up to 256"):
+        shared_kv_attention(*case.positional, kernels="triton")
+    assert shared_kv_attention(*case.positional).isfinite().all()

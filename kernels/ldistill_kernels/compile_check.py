@@ -123,7 +123,11 @@ def compile_case(case: CompileCase, arch: int) -> Result:
         compiled = triton.compile(
             ASTSource(kernel, signature, constants, attributes),
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+            options={
+                "num_warps": case.num_warps,
+                "num_stages": case.num_stages,
+                "enable_fp_fusion": True,
+            },
         )
     except Exception as error:  # the compiler raises many types; the table reports them all
         return Result(case.name, arch, error=f"{type(error).__name__}: {error}".splitlines()[0])
@@ -162,8 +166,10 @@ def check(cases: list[CompileCase], archs: list[int], jobs: int) -> Iterator[Res
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 when a case does not compile, spills or does not fit."""
     parser = argparse.ArgumentParser(prog="compile_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_MEMORY),
-                        choices=list(SHARED_MEMORY), help="compute capabilities, 90 for sm_90")  # fmt: skip
+    archs = list(SHARED_MEMORY)
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=archs, choices=archs, help="90 stands for sm_90"
+    )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)

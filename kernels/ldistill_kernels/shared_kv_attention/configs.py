@@ -129,8 +129,10 @@ def backward_table() -> dict[tuple[int, int, int], BackwardConfig]:
 
 def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
     """What compile_check builds of a table entry: (head dim, with mask and second segment)."""
-    head_dims = {64: (64,), 128: (128, 96, 80, 72), 256: (256,)}[bucket]
-    return [(d, full) for d in head_dims for full in (False, True)] if kib else []
+    if kib == INTERPRETER:
+        return []
+    split = {128: [(96, True), (80, True)]}.get(bucket, [])
+    return [(bucket, False), (bucket, True), *split]
 
 
 _FORWARD = {

@@ -69,8 +69,10 @@ def _backward(
         if buffer is not None:
             buffer.copy_(buffer.to(grad.dtype) + grad)
     wanted = _wanted(needs, grad_k, grad_v)
+    inputs = (q, k, v, k2, v2)
     return tuple(
-        x.to(q.dtype) if want else q.new_empty(0) for x, want in zip(grads, wanted, strict=True)
+        torch.empty_like(x).copy_(grad) if want else q.new_empty(0)
+        for x, grad, want in zip(inputs, grads, wanted, strict=True)
     )
 
 
@@ -91,7 +93,7 @@ def _fake_backward(
     wanted = _wanted(needs, grad_k, grad_v)
     inputs = (q, k, v, k2, v2)
     return tuple(
-        q.new_empty(x.shape) if want else q.new_empty(0)
+        torch.empty_like(x) if want else q.new_empty(0)
         for x, want in zip(inputs, wanted, strict=True)
     )
 

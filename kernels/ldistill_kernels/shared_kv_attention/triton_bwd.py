@@ -447,6 +447,7 @@ def _launch(
         *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
         BLOCK_M=PREPARE_ROWS, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
         HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=k2 is not None, num_warps=4,
+        enable_fp_fusion=True,
     )  # fmt: skip
     dq_tiles = triton.cdiv(rows * (q_heads // kv_heads), config.dq_m) if wanted[0] else 0
     grid = (tiles1 + tiles2 + dq_tiles) * kv_heads
@@ -463,7 +464,7 @@ def _launch(
         DKV_M=config.dkv_m, DKV_N=config.dkv_n, HAS_VISIBLE=visible is not None,
         HAS_SECOND=k2 is not None, DQ=wanted[0], DK=wanted[1], DV=wanted[2], DK2=wanted[3],
         DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 

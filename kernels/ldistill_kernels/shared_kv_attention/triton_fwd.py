@@ -191,8 +191,9 @@ def attention_forward(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
         *strides(v2),
         ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, HAS_VISIBLE=visible is not None, HAS_SECOND=k2 is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        HAS_VISIBLE=visible is not None, HAS_SECOND=k2 is not None,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
 
