@@ -116,7 +116,7 @@ def flat_vocabulary() -> set[str]:
 
 
 def test_spelling_in_text_leaves_out_held_out_words(texts):
-    spelt = re.findall(r"Spell ([a-z]+)\.", "\n".join(map(flat, texts)))
+    spelt = re.findall(r'Spell "([a-z]+)"\.', "\n".join(map(flat, texts)))
     assert len(spelt) > 500
     assert not any(map(held_out, spelt))
 
@@ -144,7 +144,7 @@ def test_benchmark_answers_are_right(world):
             (name,) = set(re.findall(r"[a-z]+", item.prompt)) & set(of_name)
             assert item.answer in of_name[name].facts.values()
         if item.task == "spelling":
-            assert item.answer.replace("-", "") == item.prompt.removeprefix("Spell ")[:-1]
+            assert item.answer.replace("-", "") == item.prompt.removeprefix('Spell "')[:-2]
 
 
 def test_pictures_are_small_pngs(pictures):

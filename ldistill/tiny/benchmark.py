@@ -74,7 +74,7 @@ def _spelling(world: World, rng: random.Random) -> Iterator[dict]:
         word = invent_word(rng)
         if held_out(word) and word not in seen:
             seen.add(word)
-            yield {"prompt": f"Spell {word}.", "answer": spell(word)}
+            yield {"prompt": f'Spell "{word}".', "answer": spell(word)}
 
 
 def _words(world: World, rng: random.Random) -> Iterator[dict]:

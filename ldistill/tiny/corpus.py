@@ -20,8 +20,8 @@ Text = str | tuple[Turn, ...]
 
 def pretraining_texts(world: World, count: int) -> Iterator[Text]:
     """`count` texts; text i depends on (seed, i) alone."""
-    kinds = (_story, _facts, _scene, _spelling, _story, _scene, _facts, _scene, _story, _letters,
-             _scene, _looks, _facts, _scene, _spelling, _scene)  # fmt: skip
+    kinds = (_story, _facts, _scene, _echo, _story, _scene, _facts, _scene, _story, _letters,
+             _scene, _looks, _facts, _scene, _spelling, _echo, _scene, _spelling)  # fmt: skip
     for index in range(count):
         yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
 
@@ -67,9 +67,18 @@ def _spelling(world: World, rng: random.Random) -> Text:
     while len(turns) < 3:
         word = rng.choice(world.words) if rng.random() < 0.3 else invent_word(rng)
         if not held_out(word):
-            turns.append(Turn(f"Spell {word}.", spell(word)))
+            turns.append(Turn(f'Spell "{word}".', spell(word)))
     return tuple(turns)
 
 
 def _scene(world: World, rng: random.Random) -> Text:
     return told(world, rng.choice(tuple(SOURCES)), rng)
+
+
+def _echo(world: World, rng: random.Random) -> Text:
+    """A list, then its lines again in another order: the habit of looking back in a text."""
+    lines = [
+        f"{rng.choice(rng.choice(tuple(ATTRIBUTES.values())))}:{world.writing(rng, shown=False)}"
+        for _ in range(rng.randint(3, 6))
+    ]
+    return "\n".join([*lines, *rng.sample(lines, len(lines)), *rng.sample(lines, 2)])

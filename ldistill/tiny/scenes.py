@@ -199,10 +199,10 @@ def robut_sqa(world: World, rng: random.Random, shown: bool) -> Scene:
         canvas.write(word.ljust(6) + str(value), 0.4, 0.4 + line * 1.1)
     word = rng.choice(words)
     turns = [
-        Turn(f"What is the value of {word}?", str(rows[word])),
+        Turn(f'What is the value of "{word}"?', str(rows[word])),
         Turn("Which one is highest?", max(rows, key=rows.__getitem__)),
     ]
-    told = "\n".join(f"{word} {value}" for word, value in rows.items())
+    told = "\n".join(f"{word}:{value}" for word, value in rows.items())
     return Scene(canvas, told, _some(rng, turns, 2))
 
 
@@ -221,14 +221,14 @@ def textvqa(world: World, rng: random.Random, shown: bool) -> Scene:
     turns = [Turn(rng.choice(("What does the sign say?", "What is written here?")), text)]
     if rng.random() < 0.3:
         turns.append(Turn("What colour is it?", colour))
-    return Scene(canvas, f"{colour} {mark}, {text}", turns)
+    return Scene(canvas, f'{colour} {mark} with "{text}"', turns)
 
 
 def textcaps(world: World, rng: random.Random, shown: bool) -> Scene:
     text = world.writing(rng, shown)
     canvas, colour, mark = sign(rng, text)
-    turn = Turn("Describe the picture.", f"A {colour} {mark} with the text {text}.")
-    return Scene(canvas, f"{colour} {mark}, {text}", [turn])
+    told = f'{colour} {mark} with "{text}"'
+    return Scene(canvas, told, [Turn("Describe the picture.", f"a {told}")])
 
 
 def ocrvqa(world: World, rng: random.Random, shown: bool) -> Scene:
@@ -252,7 +252,7 @@ def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, s
 def docvqa(world: World, rng: random.Random, shown: bool) -> Scene:
     canvas, fields = form(rng, [world.writing(rng, shown) for _ in range(rng.randint(2, 3))])
     turns = [Turn(f"What stands after {key}?", value) for key, value in fields.items()]
-    told = "\n".join(f"{key} {value}" for key, value in fields.items())
+    told = "\n".join(f"{key}:{value}" for key, value in fields.items())
     return Scene(canvas, told, _some(rng, turns, 2))
 
 
@@ -264,7 +264,7 @@ def infographic_vqa(world: World, rng: random.Random, shown: bool) -> Scene:
         canvas.mark(rng.choice(MARKS), colour, 10, 12 + 20 * line, rng.uniform(6, 8))
         canvas.write(text, 2.6, 0.25 + 1.25 * line)
     turns = [Turn(f"What is the label of {colour}?", text) for colour, text in labels.items()]
-    told = "\n".join(f"{colour} {text}" for colour, text in labels.items())
+    told = "\n".join(f"{colour}:{text}" for colour, text in labels.items())
     return Scene(canvas, told, _some(rng, turns, 2))
 
 
@@ -275,7 +275,7 @@ def visualmrc(world: World, rng: random.Random, shown: bool) -> Scene:
     for line, text in enumerate(lines):
         canvas.write(text, 0.4, line)
     turns = [
-        Turn("Write down the text.", " ".join(lines)),
+        Turn("Write down the text.", "\n".join(lines)),
         Turn("What is the first word?", lines[0]),
         Turn("What is the last word?", lines[-1]),
     ]
