@@ -135,7 +135,11 @@ def launch(
                 stderr=subprocess.PIPE,
             )
         )
-    outputs = [process.communicate(timeout=timeout) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     code = max(abs(process.returncode) for process in processes)
     result = subprocess.CompletedProcess(command, code, outputs[0][0], outputs[0][1])
     if check and code != 0:
