@@ -163,6 +163,16 @@ def test_no_rows(paired):
     assert out.ce.shape == out.kl.shape == (0,)
 
 
+def test_empty_teacher_rows_stay_in_the_graph():
+    """A rank without distilling rows still runs the teacher's backward, as the others do."""
+    inputs = make_inputs(5, 3, 90, 80) | {"kd_weight": 0.0}
+    inputs |= {"h_t": inputs["h_t"][:0], "kd_rows": inputs["kd_rows"][:0]}
+    out, grads = gradients(inputs)
+    assert grads["h_t"].shape == (0, 24)
+    assert out.kl.shape == out.teacher_student.shape == (0,)
+    assert (out.extra_mass > 0).all()
+
+
 def test_rows_without_a_teacher_never_touch_its_head():
     inputs = make_inputs(9, 4, 300, 290, ignored=0)
     alone = {k: inputs[k] for k in ("h_s", "w_s", "labels", "ce_weight")}

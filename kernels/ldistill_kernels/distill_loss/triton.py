@@ -182,7 +182,7 @@ def distill_rows_kernel(
     wide = pid.to(tl.int64)  # a chunk of logits may exceed 2^31 elements
     s_row = logits_ptr + wide * tl.multiple_of(stride_s, 64)
     t_row = teacher_ptr + wide * tl.multiple_of(stride_t, 64)
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     inv_tau = tl.load(inv_temperature_ptr + row)
     label_logit = tl.load(s_row + tl.maximum(label, 0))
 
