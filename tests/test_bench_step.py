@@ -1,0 +1,189 @@
+"""`ldistill bench step`: an honest batch, an honest baseline, and what it reports."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+from pairs import spread
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from ldistill.bench_batch import mix_weights, paper_batch
+from ldistill.bench_commands import app
+from ldistill.bench_naive import naive_counts
+from ldistill.bench_options import StepOptions, pair_config
+from ldistill.bench_report import append_csv
+from ldistill.bench_step import StepBench, measure_step
+from ldistill.flops import count_step, step_flops, vision_flops
+from ldistill.rows import plan_rows
+from ldistill.students.nanovlm import decoder_config, vision_config
+
+COLUMNS = {
+    "pair", "mode", "device", "dtype", "rows", "ms", "ms_min", "ms_max", "tokens_per_s", "mfu",
+    "peak_memory_mib", "time_vs_ce", "memory_vs_ce", "teacher_mib", "torch", "transformers",
+}  # fmt: skip
+
+
+def tiny(**changes) -> StepOptions:
+    return StepOptions.resolve(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes)
+
+
+@pytest.fixture(scope="module")
+def bench() -> StepBench:
+    """Weights large enough that wrong attention would show in the loss."""
+    made = StepBench(tiny())
+    torch.manual_seed(1)
+    spread(made.distiller.student)
+    spread(made.distiller.teacher.lm)
+    return made
+
+
+def gradients(bench: StepBench, mode: str) -> tuple[float, dict[str, torch.Tensor]]:
+    bench.distiller.zero_grad()
+    loss = bench.loss(mode)
+    loss.backward()
+    student = bench.distiller.student
+    return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def test_naive_and_ours_are_the_same_loss_and_gradient(bench):
+    ours, our_grads = gradients(bench, "ours")
+    naive, naive_grads = gradients(bench, "naive")
+    assert naive == pytest.approx(ours, rel=1e-5)
+    assert our_grads.keys() == naive_grads.keys()
+    for name, grad in our_grads.items():
+        error = (grad - naive_grads[name]).abs().max()
+        assert error <= 1e-4 * grad.abs().max() + 1e-7, name
+    assert ours != pytest.approx(gradients(bench, "ce")[0], rel=1e-3)
+
+
+def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
+    batch = bench.host_batch
+    student = bench.distiller.student
+    hidden = student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+    expected = F.cross_entropy(student.lm_head(hidden).flatten(0, 1), batch["labels"].flatten())
+    assert gradients(bench, "ce")[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["paper", "uniform"])
+def test_the_batch_keeps_the_papers_mix(mix):
+    config = pair_config("nanovlm-460m")
+    batch = paper_batch(config, 8, 1024)
+    plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
+    tokens = int(batch["doc_length"].sum())
+    assert tokens > 0.95 * batch["input_ids"].numel()
+    assert len(plan.supervised) / tokens == pytest.approx(0.2, abs=0.01)
+    share = len(plan.teacher) / len(plan.supervised)
+    assert share == (1 if mix == "uniform" else pytest.approx(0.5, abs=0.05))
+
+
+def test_the_batch_is_one_the_collator_could_have_made():
+    config = pair_config("tiny")
+    batch = paper_batch(config, 3, 200)
+    images = (batch["input_ids"] == config.image_token_id).sum()
+    assert images == len(batch["pixel_values"]) * config.mp_image_token_length
+    labelled = batch["labels"] >= 0
+    following = torch.roll(batch["input_ids"], -1, dims=1)
+    assert torch.equal(batch["labels"][labelled], following[labelled])
+    assert not (batch["labels"] == config.image_token_id).any()
+    for row, start, length in zip(batch["doc_batch"], batch["doc_start"], batch["doc_length"]):
+        inside = slice(int(start), int(start + length))
+        assert torch.equal(batch["position_ids"][row, inside], torch.arange(int(length)))
+        assert batch["document_ids"][row, inside].unique().numel() == 1
+        assert not labelled[row, inside][-1]
+    assert (batch["labels"][batch["document_ids"] < 0] == -100).all()
+    again = paper_batch(config, 3, 200)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_a_row_too_short_for_a_document_is_refused():
+    with pytest.raises(ValueError, match="at least 1 row of 30 tokens"):
+        paper_batch(pair_config("tiny"), 1, 29)
+
+
+@pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
+def test_the_arithmetic_leaves_room_below_a_tenth(pair):
+    """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
+    config = pair_config(pair)
+    batch = paper_batch(config, 16, 256 if pair == "tiny" else 1024)
+    vocab = config.lm_base_vocab_size
+
+    def flops(alpha: float, *, naive: bool = False) -> float:
+        plan = plan_rows(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
+        counts = count_step(batch, plan)
+        return step_flops(
+            decoder_config(config),
+            naive_counts(counts) if naive else counts,
+            vision_flops_per_tile=vision_flops(vision_config(config)),
+            projector_weights=config.mp_pixel_shuffle_factor**2
+            * config.vit_hidden_dim
+            * config.lm_hidden_dim,
+            tokens_per_tile=config.mp_image_token_length,
+            kv_scope="visual" if naive else "full",
+        )
+
+    assert 1.0 < flops(0.7) / flops(0.0) < 1.05
+    assert flops(0.7, naive=True) / flops(0.0) > 1.2
+
+
+def test_memory_of_each_mode_is_measured_alone():
+    results = measure_step(tiny(rows=8, steps=1, warmup=0, modes=("ours", "ce")))
+    ce, ours = results
+    assert (ce.mode, ours.mode) == ("ce", "ours")
+    assert ce.teacher_rows == ce.teacher_mib == 0
+    assert ours.teacher_rows > 0
+    assert ours.teacher_mib == pytest.approx(1.78, abs=0.02)
+    assert ce.memory_vs_ce == 1
+    assert ours.memory_less_teacher_vs_ce < 1.1
+
+
+def test_the_command_prints_a_row_per_mode_and_appends_csv(tmp_path):
+    file = tmp_path / "new" / "step.csv"
+    arguments = ["step", "--rows", "1", "--steps", "2", "--warmup", "0", "--no-memory"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--csv", str(file)])
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert [row["mode"] for row in rows] == ["ce", "naive", "ours"]
+    assert rows[0].keys() >= COLUMNS
+    for row in rows:
+        assert row["mode"] in result.output
+        assert float(row["ms_min"]) <= float(row["ms"]) <= float(row["ms_max"])
+        assert float(row["tokens_per_s"]) > 0
+        assert float(row["mfu"]) > 0
+    assert float(rows[0]["time_vs_ce"]) == 1
+    assert int(rows[1]["teacher_rows"]) > int(rows[2]["teacher_rows"]) > 0
+
+
+def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
+    options = tiny(steps=1, warmup=0, modes=("ce",), memory=False)
+    results = measure_step(options)
+    file = tmp_path / "step.csv"
+    append_csv(file, results)
+    append_csv(file, [dataclasses.replace(results[0], ms=1.0)])
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert [float(row["ms"]) == 1.0 for row in rows] == [False, True]
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="other columns"):
+        append_csv(other, results)
+    assert other.read_text(encoding="utf-8") == "a,b\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair": "huge"}, "pair must be one of tiny, nanovlm-460m, got 'huge'"),
+        ({"modes": ("ours", "best")}, "among ce, naive, ours, got 'best'"),
+        ({"modes": ()}, "no mode"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"mix": "half"}, "mix must be one of paper, uniform"),
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"device": "tpu"}, "device must be cpu or cuda"),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
