@@ -100,6 +100,7 @@ def _prepare(recipe: Recipe) -> None:
         raise ValueError(
             f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
         ) from error
+    say("preparing the recipe's data (made once, then found in the cache) ...")
     made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
