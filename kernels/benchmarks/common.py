@@ -1,7 +1,7 @@
 """What the kernel benchmarks share: timing, ceilings of the machine, table and CSV.
 
-    timing = measure(lambda: step(x), "cuda", repeats=20)
-    print_table(records); append_csv("out.csv", records)
+timing = measure(lambda: step(x), "cuda", repeats=20)
+print_table(records); append_csv("out.csv", records)
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ class CompileCase:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 1
+    max_registers: int | None = None
     archs: tuple[int, ...] = field(default=tuple(SHARED_MEMORY))
 
 
@@ -126,6 +127,7 @@ def compile_case(case: CompileCase, arch: int) -> Result:
             options={
                 "num_warps": case.num_warps,
                 "num_stages": case.num_stages,
+                "maxnreg": case.max_registers,
                 "enable_fp_fusion": True,
             },
         )

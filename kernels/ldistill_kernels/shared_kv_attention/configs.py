@@ -20,12 +20,16 @@ INTERPRETER = 0
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one kernel: packed query rows x memory positions, warps, pipeline stages."""
+    """Tile of one kernel: packed query rows x memory positions, warps, pipeline stages.
+
+    `max_registers` keeps ptxas from spilling a few bytes for the sake of occupancy.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class BackwardConfig:
     dkv_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _overrides: dict[str, Config | BackwardConfig] = {}
@@ -135,30 +140,40 @@ def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
     return [(bucket, False), (bucket, True), *split]
 
 
+_FP32_FORWARD = {
+    64: Config(32, 32, 8, 1, 255),
+    128: Config(32, 32, 8, 1, 255),
+    256: Config(16, 16, 8, 1, 255),
+}
+_FP32_BACKWARD = {
+    64: BackwardConfig(16, 16, 16, 16, 4, 1, 255),
+    128: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
+    256: BackwardConfig(16, 16, 16, 16, 16, 1, 128),
+}
 _FORWARD = {
     (3, 6): {
-        (227, 64, 2, True): Config(128, 64, 4, 3),
+        (227, 64, 2, True): Config(128, 64, 8, 3),
         (227, 64, 2, False): Config(64, 64, 4, 3),
         (227, 128, 2, True): Config(128, 64, 8, 3),
-        (227, 128, 2, False): Config(64, 64, 4, 3),
-        (227, 256, 2, True): Config(128, 64, 8, 2),
-        (227, 256, 2, False): Config(64, 32, 4, 2),
-        (163, 64, 2, True): Config(128, 64, 4, 3),
-        (163, 64, 2, False): Config(64, 64, 4, 3),
-        (163, 128, 2, True): Config(128, 64, 8, 3),
-        (163, 128, 2, False): Config(64, 64, 4, 2),
-        (163, 256, 2, True): Config(64, 64, 8, 2),
-        (163, 256, 2, False): Config(64, 32, 8, 2),
-        (99, 64, 2, True): Config(128, 64, 4, 2),
-        (99, 64, 2, False): Config(64, 64, 4, 2),
+        (227, 128, 2, False): Config(64, 32, 4, 3),
+        (227, 256, 2, True): Config(64, 32, 8, 2),
+        (227, 256, 2, False): Config(64, 32, 8, 2),
+        (163, 64, 2, True): Config(128, 64, 8, 3),
+        (163, 64, 2, False): Config(64, 32, 4, 3),
+        (163, 128, 2, True): Config(128, 32, 8, 3),
+        (163, 128, 2, False): Config(64, 32, 8, 2),
+        (163, 256, 2, True): Config(32, 32, 8, 2),
+        (163, 256, 2, False): Config(32, 32, 8, 2),
+        (99, 64, 2, True): Config(128, 64, 8, 2),
+        (99, 64, 2, False): Config(64, 32, 4, 3),
         (99, 128, 2, True): Config(128, 32, 8, 2),
-        (99, 128, 2, False): Config(64, 32, 4, 2),
-        (99, 256, 2, True): Config(64, 32, 8, 2),
-        (99, 256, 2, False): Config(32, 32, 8, 2),
+        (99, 128, 2, False): Config(64, 32, 8, 2),
+        (99, 256, 2, True): Config(32, 32, 8, 1),
+        (99, 256, 2, False): Config(32, 32, 8, 1),
         **{
-            (kib, dim, 4, dense): Config(32, 32, 8 if dim > 64 else 4, 1)
+            (kib, dim, 4, dense): config
             for kib in DEVICE_CLASSES
-            for dim in (64, 128, 256)
+            for dim, config in _FP32_FORWARD.items()
             for dense in (False, True)
         },
         **{
@@ -172,19 +187,15 @@ _FORWARD = {
 _BACKWARD = {
     (3, 6): {
         (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
-        (227, 128, 2): BackwardConfig(64, 64, 64, 64, 8, 2),
-        (227, 256, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
-        (163, 64, 2): BackwardConfig(64, 64, 64, 64, 4, 2),
-        (163, 128, 2): BackwardConfig(64, 64, 64, 64, 8, 2),
-        (163, 256, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
-        (99, 64, 2): BackwardConfig(64, 64, 64, 64, 4, 2),
-        (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 1),
+        (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
+        (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
+        (163, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
+        (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
-        **{
-            (kib, dim, 4): BackwardConfig(32, 32, 32, 32, 8, 1)
-            for kib in DEVICE_CLASSES
-            for dim in (64, 128, 256)
-        },
+        **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},
         **{
             (INTERPRETER, dim, size): BackwardConfig(64, 64, 64, 64, 4, 1)
             for dim in (64, 128, 256)

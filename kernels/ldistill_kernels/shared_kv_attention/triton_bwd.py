@@ -464,7 +464,8 @@ def _launch(
         DKV_M=config.dkv_m, DKV_N=config.dkv_n, HAS_VISIBLE=visible is not None,
         HAS_SECOND=k2 is not None, DQ=wanted[0], DK=wanted[1], DV=wanted[2], DK2=wanted[3],
         DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
-        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -485,6 +486,7 @@ def compile_cases() -> list[CompileCase]:
                     constants=_constants(head_dim, full, config),
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
+                    max_registers=config.max_registers,
                     archs=DEVICE_CLASSES[kib],
                 )
             )

@@ -1,0 +1,259 @@
+"""Speed of `shared_kv_attention` against what one would use instead.
+
+    python kernels/benchmarks/attention.py                     # the work shapes, on a GPU
+    python kernels/benchmarks/attention.py --device cpu        # small shapes, anywhere
+    python kernels/benchmarks/attention.py --shapes packed-b32 --csv out.csv --plot out.png
+    python kernels/benchmarks/attention.py --shapes dense-4k --sweep     # try other tiles
+
+Before a provider is timed its result (and gradients) are compared with fp64; one that fails is
+not timed. Arithmetic is counted on visible pairs, 2.5 times as much in the backward; bytes are
+what must be read and written once. Shares are of a large matrix product and a large copy timed
+in the same run. Masks and index arrays are ready beforehand; copies that a provider needs count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attention_providers import PROVIDERS, Attention, Problem, ours
+from common import append_csv, ceilings, machine, measure, print_table
+from torch import Tensor
+
+from ldistill_kernels.shared_kv_attention.configs import BackwardConfig, Config, override
+from ldistill_kernels.shared_kv_attention.reference import reference_forward
+from ldistill_kernels.testing import make_case, pack_documents
+
+GATE_ERROR = {torch.bfloat16: 0.02, torch.float16: 0.004, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One point of the grid. `rows` are the supervised rows a document may have, None for all."""
+
+    batch: int
+    seq: int
+    heads: tuple[int, int] = (15, 5)
+    head_dim: int = 64
+    lengths: tuple[int, ...] = ()
+    rows: tuple[int, ...] | None = None
+
+    def problem(self, device: str, dtype: torch.dtype) -> Problem:
+        generator = torch.Generator().manual_seed(0)
+        lengths, rows = list(self.lengths or (self.seq,)), list(self.rows or (self.seq,))
+        documents = pack_documents(self.batch, self.seq, lengths, rows, generator)
+        case = make_case(
+            documents, seq=self.seq, heads=self.heads, head_dim=self.head_dim, device=device
+        )
+        return Problem(case.cast(dtype), dense=not self.lengths and self.rows is None)
+
+
+LENGTHS, ROWS = (120, 150, 180, 210, 240), (5, 10, 20, 50)  # as the recipes' data packs
+GPU_SHAPES = {
+    **{f"packed-b{b}": Shape(b, 1024, lengths=LENGTHS, rows=ROWS) for b in (8, 32, 128)},
+    "tiny-documents": Shape(32, 1024, lengths=(16, 24, 32), rows=(2, 4, 8)),
+    **{f"dense-{s // 1024}k": Shape(max(1, 8192 // s), s) for s in (1024, 2048, 4096, 8192)},
+    "packed-7b": Shape(8, 1024, (32, 32), 128, LENGTHS, ROWS),
+    "dense-4k-d128": Shape(2, 4096, (32, 32), 128),
+    "dense-4k-13b": Shape(2, 4096, (40, 40), 128),
+}
+CPU_SHAPES = {
+    "packed-small": Shape(2, 512, (6, 2), lengths=LENGTHS, rows=ROWS),
+    "dense-small": Shape(1, 256, (6, 2)),
+}
+
+
+def inputs(problem: Problem) -> tuple[Tensor, ...]:
+    return tuple(x.detach().requires_grad_() for x in problem.case.positional[:3])
+
+
+def exact(problem: Problem) -> tuple[Tensor, ...]:
+    """Output and gradients of q, k, v in fp64, for an output gradient of ones."""
+    leaves = [x.detach().double().requires_grad_() for x in problem.case.positional[:3]]
+    out, _ = reference_forward(*leaves, *problem.case.positional[3:])
+    return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def results(attend: Attention, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
+    leaves = inputs(problem)
+    out = attend(*leaves)
+    return (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))) if backward else (out,)
+
+
+def gate(attend: Attention, problem: Problem, truth: tuple[Tensor, ...]) -> float:
+    """Largest relative error over what `truth` holds: the output, then dq, dk, dv."""
+    actual = results(attend, problem, len(truth) > 1)
+    return max(float((a.detach() - t).norm() / t.norm()) for a, t in zip(actual, truth))
+
+
+def work(problem: Problem, backward: bool) -> tuple[float, float]:
+    """(floating-point operations, bytes that must move)."""
+    q, k = problem.case.q, problem.case.k
+    flops = 4 * problem.pairs * q.shape[1] * q.shape[2]
+    memory = problem.positions * k.shape[1] * k.shape[3] * k.element_size()
+    rows = q.numel() * q.element_size()
+    if backward:  # q, out, grad read and dq written; k, v read and dk, dv written whole
+        return 2.5 * flops, 4 * rows + 2 * memory + 2 * k.numel() * k.element_size()
+    return flops, 2 * rows + 2 * memory
+
+
+def launch_us(function: Any, calls: int = 50) -> float:
+    """Host time of one call: what a layer costs when the GPU is faster than Python."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    host = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return host / calls * 1e6
+
+
+def timed(attend: Attention, problem: Problem, backward: bool, options: Any) -> dict[str, Any]:
+    """The measured columns of one record."""
+    leaves = inputs(problem)
+    if backward:
+        out = attend(*leaves)
+        ones = torch.ones_like(out)
+
+        def function() -> Any:
+            return torch.autograd.grad(out, leaves, ones, retain_graph=True)
+    else:
+
+        def function() -> Any:
+            with torch.no_grad():
+                return attend(*leaves)
+
+    timing = measure(function, options.device, options.repeats)
+    top = ceilings(options.device, options.torch_dtype)
+    flops, moved = work(problem, backward)
+    tflops, tbytes = flops / timing.median / 1e9, moved / timing.median / 1e9
+    columns = timing.columns()
+    if problem.case.q.is_cuda:
+        columns["launch us"] = launch_us(function)
+    return columns | {"TFLOP/s": tflops, "of matmul": tflops / top.tflops, "TB/s": tbytes,
+                      "of copy": tbytes / top.tbytes, "flop/byte": flops / moved}  # fmt: skip
+
+
+def records(name: str, shape: Shape, options: Any) -> Iterator[dict[str, Any]]:
+    """One record per provider and pass; a provider that cannot run says why."""
+    problem = shape.problem(options.device, options.torch_dtype)
+    truth = exact(problem)
+    for provider, kind in itertools.product(options.providers, options.passes):
+        head = {"shape": name, "seq": shape.seq, "pass": kind, "provider": provider}
+        backward = kind == "backward"
+        torch.compiler.reset()
+        try:
+            attend = PROVIDERS[provider](problem)
+            # Of two segments the second takes its part of dk and dv.
+            count = 2 if provider == "ours two segments" else len(truth)
+            error = gate(attend, problem, truth[: count if backward else 1])
+            if not error <= GATE_ERROR[options.torch_dtype]:
+                yield head | {"note": f"off by {error:.1%}, not timed"}
+                continue
+            yield head | timed(attend, problem, backward, options) | {"error": error}
+        except Exception as error:  # a peer that lacks a shape must not end the run
+            yield head | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
+
+
+def sweep(name: str, shape: Shape, options: Any) -> Iterator[dict[str, Any]]:
+    """Ours with other tiles, forward and backward; the table in configs.py is made from this."""
+    problem = shape.problem(options.device, options.torch_dtype)
+    truth = exact(problem)
+    tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+    choices: list[tuple[str, Any]] = [("forward", Config(*tile)) for tile in tiles]
+    tiles = itertools.product((64, 128), (32, 64), (32, 64), (64, 128), (4, 8), (1, 2, 3))
+    choices += [("backward", BackwardConfig(*tile)) for tile in tiles]
+    for kind, config in choices:
+        if kind not in options.passes:
+            continue
+        head = {"shape": name, "pass": kind, "config": str(config)}
+        try:
+            with override(**{kind: config}):
+                attend = ours(problem)
+                error = gate(attend, problem, truth if kind == "backward" else truth[:1])
+                if error <= GATE_ERROR[options.torch_dtype]:
+                    yield head | timed(attend, problem, kind == "backward", options)
+        except Exception as error:  # tiles that need too much shared memory
+            yield head | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--shapes", nargs="+", choices=[*GPU_SHAPES, *CPU_SHAPES])
+    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS))
+    parser.add_argument("--passes", nargs="+", choices=["forward", "backward"],
+                        default=["forward", "backward"])  # fmt: skip
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--sweep", action="store_true", help="time ours with other tiles")
+    parser.add_argument("--seconds", type=float, help="start no new shape after this long")
+    parser.add_argument("--csv", help="append the records to this file")
+    parser.add_argument("--plot", help="draw throughput over length and the roofline here (PNG)")
+    options = parser.parse_args(arguments)
+    cpu = options.device == "cpu"
+    options.shapes = options.shapes or list(CPU_SHAPES if cpu else GPU_SHAPES)
+    if options.providers is None:  # FlexAttention's CPU path needs a C++ compiler and knows no grad
+        options.providers = [name for name in PROVIDERS if not (cpu and name == "flex")]
+    options.torch_dtype = getattr(torch, options.dtype or ("float32" if cpu else "bfloat16"))
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a table per shape; CSV and plot on request."""
+    options = parse(arguments)
+    about, begin = machine(options.device), time.monotonic()
+    top = ceilings(options.device, options.torch_dtype)
+    print(*(f"{key} {value}" for key, value in about.items()), sep=", ")
+    print(f"ceilings: {top.tflops:.3g} TFLOP/s {options.torch_dtype}, {top.tbytes:.3g} TB/s\n")
+    everything = []
+    for name in options.shapes:
+        if options.seconds and time.monotonic() - begin > options.seconds:
+            print(f"{name}: left out, {options.seconds:.0f} seconds are over")
+            continue
+        shape = (GPU_SHAPES | CPU_SHAPES)[name]
+        found = list((sweep if options.sweep else records)(name, shape, options))
+        print_table(found)
+        print(flush=True)
+        everything += [about | record for record in found]
+        if options.csv:
+            append_csv(options.csv, [about | record for record in found])
+    if options.plot:
+        plot(everything, top, options.plot)
+
+
+def plot(found: list[dict[str, Any]], top: Any, path: str) -> None:
+    """Left: forward throughput over length of the dense shapes. Right: roofline of all of ours."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    measured = [r for r in found if "TFLOP/s" in r]
+    dense = [r for r in measured if r["shape"].startswith("dense") and r["pass"] == "forward"]
+    for provider in dict.fromkeys(r.get("provider", "ours") for r in dense):
+        line = sorted((r["seq"], r["TFLOP/s"]) for r in dense if r.get("provider") == provider)
+        left.plot(*zip(*line), marker="o", label=provider)
+    left.set(xlabel="positions of one document", ylabel="TFLOP/s on visible pairs", xscale="log")
+    if dense:
+        left.legend()
+    x = [0.5, top.tflops / top.tbytes, 1e4]
+    right.plot(x, [min(top.tflops, value * top.tbytes) for value in x], color="black")
+    for kind, marker in (("forward", "o"), ("backward", "s")):
+        mine = [r for r in measured if r["pass"] == kind and r.get("provider") == "ours"]
+        right.scatter([r["flop/byte"] for r in mine], [r["TFLOP/s"] for r in mine], marker=marker,
+                      label=kind)  # fmt: skip
+    right.set(xlabel="flop per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
+    right.legend()
+    figure.suptitle(", ".join(found[0][key] for key in ("device", "torch", "commit")))
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""What computes the same attention as `shared_kv_attention`, and what each must copy to do so.
+
+A provider is made from a `Problem` once: masks, index arrays and compiled functions are ready
+before the clock starts. It returns a function of (q, k, v) -> out, packed rows in and out, with
+k and v where the student left them: every gather, pad and scatter is inside and is charged.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldistill_kernels import shared_kv_attention
+from ldistill_kernels.testing import AttentionCase
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Problem:
+    """A case with the index arrays that the baselines need. Documents end with their last row."""
+
+    case: AttentionCase
+    dense: bool  # one document per batch row, and every position is a row
+
+    @cached_property
+    def documents(self) -> list[tuple[int, int, int, int, int]]:
+        """(batch row, start, end, first row, last row) of each document that has rows."""
+        table = torch.stack([x.long() for x in self.case.positional[3:]]).cpu()
+        edges = (table[:2, 1:] != table[:2, :-1]).any(0).nonzero().flatten() + 1
+        edges = [0, *edges.tolist(), table.shape[1]]
+        b, start, position = table.tolist()
+        return [
+            (b[i], start[i], position[j - 1] + 1, i, j)
+            for i, j in itertools.pairwise(edges)
+            if j > i
+        ]
+
+    @cached_property
+    def pairs(self) -> int:
+        """Visible (row, position) pairs, which is what the arithmetic is counted on."""
+        return int((self.case.position.long() - self.case.start.long() + 1).sum())
+
+    @cached_property
+    def positions(self) -> int:
+        """Memory positions that some row sees."""
+        return sum(end - start for _, start, end, _, _ in self.documents)
+
+    def padded(self, groups: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Lists of numbers -> (index [groups, longest], valid [groups, longest])."""
+        longest = max(map(len, groups))
+        index = torch.tensor([g + [0] * (longest - len(g)) for g in groups])
+        valid = torch.tensor([[True] * len(g) + [False] * (longest - len(g)) for g in groups])
+        device = self.case.q.device
+        return index.to(device), valid.to(device)
+
+    @cached_property
+    def batch_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of each batch row, padded."""
+        groups: list[list[int]] = [[] for _ in range(self.case.k.shape[0])]
+        for row, b in enumerate(self.case.batch.tolist()):
+            groups[b].append(row)
+        return self.padded(groups)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [batch, 1, rows of a batch row, seq]; rows of padding see position 0."""
+        index, valid = self.batch_rows
+        columns = torch.arange(self.case.k.shape[2], device=index.device)
+        start, position = (torch.where(valid, x.long()[index], 0) for x in self.case.positional[4:])
+        return ((columns >= start[..., None]) & (columns <= position[..., None]))[:, None]
+
+
+def scatter_back(padded: Tensor, valid: Tensor) -> Tensor:
+    """[groups, heads, longest, head_dim] -> packed rows; rows are in order of their groups."""
+    return padded.transpose(1, 2)[valid]
+
+
+def ours(problem: Problem) -> Attention:
+    index = problem.case.positional[3:]
+    return lambda q, k, v: shared_kv_attention(q, k, v, *index, check=False)
+
+
+def ours_two_segments(problem: Problem) -> Attention:
+    """The same result with the later half of each document in a packed second segment."""
+    case, ranges, length = problem.case, [], 0
+    for b, start, end, first, last in problem.documents:
+        middle = (start + end) // 2
+        ranges.append((b, middle, end, first, last, length))
+        length += end - middle
+    device = case.q.device
+    batch = torch.cat([torch.full((r[2] - r[1],), r[0]) for r in ranges]).to(device)
+    place = torch.cat([torch.arange(r[1], r[2]) for r in ranges]).to(device)
+    middle, start2 = (
+        torch.cat([torch.full((r[4] - r[3],), r[i]) for r in ranges]).to(device) for i in (1, 5)
+    )
+    k2, v2 = case.k[batch, :, place].clone(), case.v[batch, :, place].clone()
+    position = torch.minimum(case.position.long(), middle - 1)
+    end2 = start2 + (case.position.long() - middle + 1).clamp_min(0)
+    options = {"k2": k2, "v2": v2, "start2": start2, "end2": end2, "check": False}
+    return lambda q, k, v: shared_kv_attention(q, k, v, case.batch, case.start, position, **options)
+
+
+def plain(problem: Problem) -> Attention:
+    """Matmul, masked softmax, matmul, heads repeated: what one writes first."""
+    (index, valid), mask = problem.batch_rows, problem.mask
+    group = problem.case.q.shape[1] // problem.case.k.shape[1]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = q[index].transpose(1, 2)
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = (rows @ k.mT).float() * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
+        return scatter_back(weights @ v, valid)
+
+    return attend
+
+
+def sdpa(problem: Problem) -> Attention:
+    """SDPA over whole batch rows: causal flash where all rows are there, else with a mask."""
+    index, valid = problem.batch_rows
+    mask = None if problem.dense else problem.mask
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = q[index].transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            rows, k, v, attn_mask=mask, is_causal=problem.dense, enable_gqa=True
+        )
+        return scatter_back(out, valid)
+
+    return attend
+
+
+def sdpa_repeat(problem: Problem) -> Attention:
+    """The same with key and value heads repeated, which reaches kernels that know no groups."""
+    attend, group = sdpa(problem), problem.case.q.shape[1] // problem.case.k.shape[1]
+    return lambda q, k, v: attend(q, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
+
+
+def gather_sdpa(problem: Problem) -> Attention:
+    """Documents gathered into a padded batch of their own, then SDPA with a mask."""
+    documents, case = problem.documents, problem.case
+    rows, valid = problem.padded([list(range(d[3], d[4])) for d in documents])
+    places, exists = problem.padded([list(range(d[1], d[2])) for d in documents])
+    batch = torch.tensor([d[0] for d in documents], device=rows.device)[:, None]
+    position = torch.where(valid, case.position.long()[rows], places[:, :1])
+    mask = ((places[:, None] <= position[..., None]) & exists[:, None])[:, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (x[batch, :, places].transpose(1, 2) for x in (k, v))
+        out = F.scaled_dot_product_attention(
+            q[rows].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
+        )
+        return scatter_back(out, valid)
+
+    return attend
+
+
+def flex(problem: Problem) -> Attention:
+    """FlexAttention, compiled, its block mask ready."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    (index, valid), case = problem.batch_rows, problem.case
+    start, position = (torch.where(valid, x.long()[index], 0) for x in case.positional[4:])
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (column >= start[b, row]) & (column <= position[b, row])
+
+    sizes = (len(index), None, index.shape[1], case.k.shape[2])
+    block_mask = create_block_mask(sees, *sizes, device=str(index.device))
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = q[index].transpose(1, 2)
+        return scatter_back(compiled(rows, k, v, block_mask=block_mask, enable_gqa=True), valid)
+
+    return attend
+
+
+def flash_attn(problem: Problem) -> Attention:
+    """FlashAttention's variable-length function over contiguous copies of the documents."""
+    from flash_attn import flash_attn_varlen_func
+
+    documents, device = problem.documents, problem.case.q.device
+    lengths = torch.tensor([[d[4] - d[3], d[2] - d[1]] for d in documents])
+    bounds = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
+    longest = lengths.max(0).values.tolist()
+    batch = torch.cat([torch.full((d[2] - d[1],), d[0]) for d in documents]).to(device)
+    places = torch.cat([torch.arange(d[1], d[2]) for d in documents]).to(device)
+    cu_q, cu_k = bounds[:, 0].contiguous(), bounds[:, 1].contiguous()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = k[batch, :, places], v[batch, :, places]
+        return flash_attn_varlen_func(q, keys, values, cu_q, cu_k, *longest, causal=True)
+
+    return attend
+
+
+# Name -> maker. The order is the order of the table.
+PROVIDERS: dict[str, Callable[[Problem], Attention]] = {
+    "ours": ours,
+    "ours two segments": ours_two_segments,
+    "gather+sdpa": gather_sdpa,
+    "sdpa": sdpa,
+    "sdpa repeat": sdpa_repeat,
+    "flex": flex,
+    "plain": plain,
+}
+if importlib.util.find_spec("flash_attn"):
+    PROVIDERS["flash-attn"] = flash_attn

@@ -1,0 +1,88 @@
+"""compile_check on a machine without a GPU: what passes, and what it must report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ldistill_kernels import compile_check
+
+ROOT = Path(__file__).parents[1]
+# A child process: this one may have the interpreter on, which replaces the compiler.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+SCRIPT = """
+import dataclasses, json, sys
+from ldistill_kernels.compile_check import compile_case, shipped_cases
+case = next(c for c in shipped_cases() if c.name.startswith("attention forward bf16 D64 plain"))
+tiles = {"BLOCK_M": 128, "BLOCK_N": 128}
+large = dataclasses.replace(case, constants=case.constants | tiles, num_warps=4, num_stages=4)
+crooked = dataclasses.replace(case, constants=case.constants | {"D1": 48})
+cases = {"shipped": (case, case.archs[0]), "large": (large, 86), "crooked": (crooked, 90)}
+json.dump({n: dataclasses.asdict(compile_case(*c)) | {"problem": compile_case(*c).problem}
+           for n, c in cases.items()}, sys.stdout)
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+
+
+def test_command_prints_a_table_and_exits_with_0_when_all_is_well():
+    module = "ldistill_kernels.compile_check"
+    done = run("-m", module, "--arch", "90", "--only", "prepare bf16 D64 plain", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "sm_90" in done.stdout
+    assert "1 compiled, 0 with a problem" in done.stdout
+
+
+def test_spills_large_tiles_and_compiler_errors_are_problems():
+    done = run("-c", SCRIPT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["shipped"]["problem"] == ""
+    assert found["shipped"]["registers"] > 0
+    assert found["large"]["spilled"] > 0
+    assert found["large"]["problem"].startswith("spills")
+    assert "power of 2" in found["crooked"]["problem"]
+
+
+def test_a_problem_makes_the_exit_status_1(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    results = [
+        compile_check.Result("a", 90, 128, 0, 99 * 1024),
+        compile_check.Result("b", 86, 128, 0, 99 * 1024 + 1),
+    ]
+    assert [r.problem == "" for r in results] == [True, False]
+    monkeypatch.setattr(compile_check, "check", lambda *_: iter(results))
+    assert compile_check.main(["--arch", "90"]) == 1
+    monkeypatch.setattr(compile_check, "check", lambda *_: iter(results[:1]))
+    assert compile_check.main(["--arch", "90"]) == 0
+    assert "1 compiled, 0 with a problem" in capsys.readouterr().out
+
+
+def test_every_architecture_has_a_configuration_of_every_pass():
+    names = {arch: set() for arch in compile_check.SHARED_MEMORY}
+    for case in compile_check.shipped_cases():
+        for arch in case.archs:
+            names[arch].add(" ".join(case.name.split()[:3]))
+    expected = {
+        f"attention {kind} {dtype}"
+        for kind in ("forward", "prepare", "backward")
+        for dtype in ("bf16", "fp32")
+    }
+    for arch, found in names.items():
+        assert expected <= found, arch
+
+
+def test_unknown_selection_and_the_interpreter_are_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="no case has 'nonsense' in its name"):
+        compile_check.main(["--only", "nonsense"])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="unset it for compile_check"):
+        compile_check.main([])
