@@ -6,7 +6,15 @@ import math
 
 import pytest
 import torch
-from helpers_distill_loss import assert_matches_fp64, fp64_gradients, gradients, leaves, relative
+from helpers_distill_loss import (
+    KLS,
+    assert_matches_fp64,
+    fp64_gradients,
+    gradients,
+    leaves,
+    random_case,
+    relative,
+)
 
 from ldistill_kernels.distill_loss import distill_loss
 from ldistill_kernels.distill_loss.testing import make_inputs
@@ -24,7 +32,7 @@ CASES = [  # rows, rows with a teacher, vocab_s, vocab_t, chunk_rows
 ]
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_fp64_autograd(case, kl):
     rows, paired, vocab_s, vocab_t, chunk_rows = case
@@ -33,7 +41,13 @@ def test_matches_fp64_autograd(case, kl):
     assert_matches_fp64(inputs, 2e-5, run, kl=kl, beta=0.3)
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases_match_fp64_autograd(seed):
+    inputs, options, run = random_case(seed, rows=40, vocab=600)
+    assert_matches_fp64(inputs, 5e-4, run, **options)
+
+
+@pytest.mark.parametrize("kl", KLS)
 def test_gradcheck(kl):
     inputs = make_inputs(7, 4, 23, 19, hidden_s=6, hidden_t=5, dtype=torch.float64)
 
@@ -86,7 +100,7 @@ def test_tied_head_adds_to_the_embeddings_gradient():
 def test_equal_student_and_teacher_give_exactly_nothing():
     inputs = make_inputs(40, 40, 1000, 1000, hidden_t=32)
     inputs |= {"h_t": inputs["h_s"].clone(), "w_t": inputs["w_s"].clone(), "ce_weight": 0.0}
-    for kl in ("forward", "reverse", "jsd"):
+    for kl in KLS:
         out, grads = gradients(inputs, kl=kl)
         assert out.loss == 0
         assert torch.count_nonzero(out.kl) == 0
@@ -94,7 +108,7 @@ def test_equal_student_and_teacher_give_exactly_nothing():
         assert out.teacher_student.all()
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kl", KLS)
 def test_gradient_of_a_student_close_to_its_teacher(kl):
     """A difference of two nearly equal softmaxes: narrow logits would lose it."""
     inputs = make_inputs(64, 64, 2000, 2000, hidden_t=32, dtype=torch.bfloat16, ignored=0)
@@ -107,7 +121,7 @@ def test_gradient_of_a_student_close_to_its_teacher(kl):
         assert error <= 0.005, name
 
 
-@pytest.mark.parametrize("kl", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("kl", KLS)
 def test_extreme_logits_stay_finite(kl):
     inputs = make_inputs(12, 9, 500, 480, scale=1e4, ignored=0)
     out, grads = gradients(inputs, kl=kl)

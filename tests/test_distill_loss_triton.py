@@ -13,7 +13,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when it is first imported
 
-from helpers_distill_loss import assert_matches_fp64, fp64_gradients, gradients, leaves
+from helpers_distill_loss import (
+    KLS,
+    assert_matches_fp64,
+    fp64_gradients,
+    gradients,
+    leaves,
+    random_case,
+)
 
 from ldistill_kernels.distill_loss import distill_loss
 from ldistill_kernels.distill_loss import triton as step
@@ -21,7 +28,6 @@ from ldistill_kernels.distill_loss.testing import make_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NARROW = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
-KLS = ["forward", "reverse", "jsd"]
 TRITON = {"kernels": "triton"}
 # Masked lanes hold -inf - -inf before they are dropped; numpy says so, a GPU does not.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
@@ -45,6 +51,12 @@ def make(*args, **options):
 def test_matches_fp64_autograd(rows, paired, vocab_s, vocab_t, kl):
     inputs = make(rows, paired, vocab_s, vocab_t, seed=rows)
     assert_matches_fp64(inputs, 2e-5, TRITON | {"chunk_rows": 3}, kl=kl, beta=0.3)
+
+
+@pytest.mark.parametrize("seed", range(100, 112))
+def test_random_cases_match_fp64_autograd(seed):
+    inputs, options, run = random_case(seed, rows=6, vocab=300, device=DEVICE)
+    assert_matches_fp64(inputs, 5e-4, TRITON | run, **options)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
