@@ -16,6 +16,7 @@ import torch
 # KiB of shared memory one block may use -> the compute capabilities that have it.
 DEVICE_CLASSES = {99: (86, 89, 120), 163: (80,), 227: (90, 100)}
 INTERPRETER = 0
+DIM_BUCKETS = (64, 96, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def is_dense(rows: int, batch: int, seq: int) -> bool:
 
 
 def dim_bucket(head_dim: int) -> int:
-    return next(bound for bound in (64, 128, 256) if head_dim <= bound)
+    return next(bound for bound in DIM_BUCKETS if head_dim <= bound)
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
@@ -136,17 +137,18 @@ def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
     """What compile_check builds of a table entry: (head dim, with mask and second segment)."""
     if kib == INTERPRETER:
         return []
-    split = {128: [(96, True), (80, True)]}.get(bucket, [])
-    return [(bucket, False), (bucket, True), *split]
+    return [(bucket, False), (bucket, True)] + ([(80, True)] if bucket == 96 else [])
 
 
 _FP32_FORWARD = {
     64: Config(32, 32, 8, 1, 255),
+    96: Config(32, 32, 8, 1, 255),
     128: Config(32, 32, 8, 1, 255),
     256: Config(16, 16, 8, 1, 255),
 }
 _FP32_BACKWARD = {
     64: BackwardConfig(16, 16, 16, 16, 4, 1, 255),
+    96: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
     128: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
     256: BackwardConfig(16, 16, 16, 16, 16, 1, 128),
 }
@@ -154,18 +156,24 @@ _FORWARD = {
     (3, 6): {
         (227, 64, 2, True): Config(128, 64, 8, 3),
         (227, 64, 2, False): Config(64, 64, 4, 3),
+        (227, 96, 2, True): Config(128, 32, 8, 3),
+        (227, 96, 2, False): Config(64, 32, 4, 3),
         (227, 128, 2, True): Config(128, 64, 8, 3),
         (227, 128, 2, False): Config(64, 32, 4, 3),
         (227, 256, 2, True): Config(64, 32, 8, 2),
         (227, 256, 2, False): Config(64, 32, 8, 2),
         (163, 64, 2, True): Config(128, 64, 8, 3),
         (163, 64, 2, False): Config(64, 32, 4, 3),
+        (163, 96, 2, True): Config(128, 32, 8, 3),
+        (163, 96, 2, False): Config(64, 32, 8, 2),
         (163, 128, 2, True): Config(128, 32, 8, 3),
         (163, 128, 2, False): Config(64, 32, 8, 2),
         (163, 256, 2, True): Config(32, 32, 8, 2),
         (163, 256, 2, False): Config(32, 32, 8, 2),
         (99, 64, 2, True): Config(128, 64, 8, 2),
         (99, 64, 2, False): Config(64, 32, 4, 3),
+        (99, 96, 2, True): Config(128, 32, 8, 2),
+        (99, 96, 2, False): Config(64, 32, 8, 2),
         (99, 128, 2, True): Config(128, 32, 8, 2),
         (99, 128, 2, False): Config(64, 32, 8, 2),
         (99, 256, 2, True): Config(32, 32, 8, 1),
@@ -178,7 +186,7 @@ _FORWARD = {
         },
         **{
             (INTERPRETER, dim, size, dense): Config(64, 64, 4, 1)
-            for dim in (64, 128, 256)
+            for dim in DIM_BUCKETS
             for size in (2, 4)
             for dense in (False, True)
         },
@@ -187,18 +195,21 @@ _FORWARD = {
 _BACKWARD = {
     (3, 6): {
         (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
+        (227, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
+        (163, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (163, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
         (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (99, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1),
         **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},
         **{
             (INTERPRETER, dim, size): BackwardConfig(64, 64, 64, 64, 4, 1)
-            for dim in (64, 128, 256)
+            for dim in DIM_BUCKETS
             for size in (2, 4)
         },
     }

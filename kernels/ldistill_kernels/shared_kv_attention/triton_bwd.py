@@ -170,12 +170,16 @@ def _add_rows(
         else:
             low, high = memory_spans(row, batch, start, position, batches, seq)
         seen = (columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :])
-        weights = tl.where(seen & inside[None, :], weights, 0.0)
+        seen = seen & inside[None, :]
+        weights = tl.where(seen, weights, 0.0)
     if DV:
         dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, D2)
     if DK:
         grad_weights = product(v1, v2, grad1, grad2, D2) - row_delta[None, :]
-        grad_scores = (weights * grad_weights).to(q1.dtype)
+        grad_scores = weights * grad_weights
+        if MASKED:  # a value nobody reads may be NaN, and 0 * NaN is not 0
+            grad_scores = tl.where(seen, grad_scores, 0.0)
+        grad_scores = grad_scores.to(q1.dtype)
         dk1, dk2 = add_product(dk1, dk2, grad_scores, q1, q2, D2)
     return dk1, dk2, dv1, dv2
 
