@@ -37,12 +37,12 @@ def random_case(seed: int, rows: int, vocab: int, device: str = "cpu") -> tuple[
 
 
 def as_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fp64 on the CPU, cut off from the originals."""
+    """The same numbers in fp64, cut off from the originals."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        value = value.detach().cpu()
+        value = value.detach()
         return value.double() if value.is_floating_point() else value
 
     return {name: convert(value) for name, value in inputs.items()}
@@ -57,7 +57,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     """Largest deviation against the largest wanted entry."""
     if want.numel() == 0:
         return 0.0
-    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    got, want = got.detach().double(), want.detach().double()
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-30))
 
 
@@ -86,7 +86,7 @@ def assert_matches_fp64(
     assert relative(out.ce, ce) < tolerance
     # KL is a difference of log-sum-exps: fp32 leaves it a few roundings of those.
     rounding = 4e-6 if out.kl.dtype == torch.float32 else 1e-12
-    assert_close(out.kl.cpu().double(), kl.detach(), rtol=tolerance, atol=rounding)
+    assert_close(out.kl.double(), kl.detach(), rtol=tolerance, atol=rounding)
     for name, grad in got.items():
         assert grad.dtype == inputs[name].dtype
         assert grad.shape == inputs[name].shape
