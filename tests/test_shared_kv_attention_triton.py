@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 from helpers_attention import DOCUMENTS, RATIOS, VARIANTS, assert_within_budget, gradients
 
 from ldistill_kernels import shared_kv_attention
+from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd  # noqa: F401 - defined now
 from ldistill_kernels.shared_kv_attention.configs import (
     BackwardConfig,
     Config,

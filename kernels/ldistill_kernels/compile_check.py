@@ -132,7 +132,8 @@ def compile_case(case: CompileCase, arch: int) -> Result:
             },
         )
     except Exception as error:  # the compiler raises many types; the table reports them all
-        return Result(case.name, arch, error=f"{type(error).__name__}: {error}".splitlines()[0])
+        reason = str(error).strip().splitlines()[-1:]  # what is wrong stands below the source line
+        return Result(case.name, arch, error=": ".join([type(error).__name__, *reason]))
     registers, spilled = resource_usage(compiled.asm["cubin"])
     return Result(case.name, arch, registers, spilled, compiled.metadata.shared)
 

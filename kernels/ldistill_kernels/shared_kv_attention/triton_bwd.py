@@ -418,10 +418,12 @@ def attention_backward(
     wanted = [needs[0], needs[1] or grad_k is not None, needs[2] or grad_v is not None, *needs[3:]]
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    _launch(
-        grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out,
-        lse, targets, wanted, (grad_k is not None, grad_v is not None), scale,
-    )  # fmt: skip
+    added = grad_k is not None, grad_v is not None
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _launch(
+            grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,
+            out, lse, targets, wanted, added, scale,
+        )  # fmt: skip
     return tuple(grads)
 
 

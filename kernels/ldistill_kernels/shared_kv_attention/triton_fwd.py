@@ -185,17 +185,18 @@ def attention_forward(
     config = forward_config(q.device, head_dim, q.element_size(), is_dense(rows, batches, seq))
     group, (d1, d2) = q_heads // kv_heads, split_head_dim(head_dim)
     grid = (triton.cdiv(rows * group, config.block_m) * kv_heads,)
-    forward_kernel[grid](
-        q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-        rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * LOG2E.value,
-        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
-        *strides(v2),
-        ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        HAS_VISIBLE=visible is not None, HAS_SECOND=k2 is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        forward_kernel[grid](
+            q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+            rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * LOG2E.value,
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
+            *strides(v2),
+            ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            HAS_VISIBLE=visible is not None, HAS_SECOND=k2 is not None,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse
 
 
