@@ -81,7 +81,8 @@ def _scan_compared(
             keep_t, e_t = tl.exp2((top_t - new_t) * scale), tl.exp2((t - new_t) * scale)
             sum_s = sum_s * keep_s + e_s
             sum_t = sum_t * keep_t + e_t
-            gap = tl.where(mask, s - t, 0.0) * inv_tau
+            # Masked lanes hold -inf in both.
+            gap = (tl.where(mask, s, 0.0) - tl.where(mask, t, 0.0)) * inv_tau
             if KL == FORWARD:
                 cross = cross * keep_t + e_t * gap
             if KL == REVERSE:
