@@ -132,6 +132,8 @@ def compile_case(case: CompileCase, arch: int) -> Result:
             },
         )
     except Exception as error:  # the compiler raises many types; the table reports them all
+        while error.__cause__ is not None:  # one for every inlined call
+            error = error.__cause__
         reason = str(error).strip().splitlines()[-1:]  # what is wrong stands below the source line
         return Result(case.name, arch, error=": ".join([type(error).__name__, *reason]))
     registers, spilled = resource_usage(compiled.asm["cubin"])
