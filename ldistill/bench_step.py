@@ -31,7 +31,7 @@ from ldistill.bench_naive import naive_counts, naive_loss
 from ldistill.bench_options import DTYPES, StepOptions, pair_config
 from ldistill.bench_report import StepResult
 from ldistill.distiller import Distiller
-from ldistill.flops import count_step, peak_flops, step_flops, synchronise, vision_flops
+from ldistill.flops import count_step, peak_flops, student_flops, synchronise
 from ldistill.objective import Objective
 from ldistill.pair import freeze_vision, parameter_groups
 from ldistill.students.nanovlm import NanoVLM, decoder_config
@@ -103,15 +103,9 @@ class StepBench:
     def flops(self, mode: str) -> float:
         """FLOPs of a step as this mode runs it."""
         student, counts = self.distiller.student, count_step(self.host_batch, self.plan(mode))
-        return step_flops(
-            student.decoder.config,
-            naive_counts(counts) if mode == "naive" else counts,
-            vision_flops_per_tile=vision_flops(student.vision.config),
-            projector_weights=student.projector.proj.weight.numel(),
-            tokens_per_tile=student.config.mp_image_token_length,
-            # The stock LM runs its k and v projections, which scope `full` leaves out.
-            kv_scope="visual" if mode == "naive" else "full",
-        )
+        # The stock LM runs its k and v projections, which scope `full` leaves out.
+        scope = "visual" if mode == "naive" else "full"
+        return student_flops(student, naive_counts(counts) if mode == "naive" else counts, scope)
 
     def materialise_optimizer(self) -> None:
         """Make AdamW's states, so that the first step already peaks where all others do."""

@@ -100,6 +100,24 @@ def step_flops(
     return 3 * student + vision_flops_per_tile * counts.tiles + teacher
 
 
+def student_flops(student: Any, counts: StepCounts, kv_scope: str = "full") -> float:
+    """:func:`step_flops` of a nanoVLM student, from its configuration alone.
+
+    Shapes are not read off the parameters: under ZeRO-3 a rank holds none of them whole.
+    """
+    config = student.config
+    return step_flops(
+        student.decoder.config,
+        counts,
+        vision_flops_per_tile=vision_flops(student.vision.config),
+        projector_weights=config.mp_pixel_shuffle_factor**2
+        * config.vit_hidden_dim
+        * config.lm_hidden_dim,
+        tokens_per_tile=config.mp_image_token_length,
+        kv_scope=kv_scope,
+    )
+
+
 def vision_flops(config: Any) -> float:
     """Forward FLOPs of a SigLIP tower on one tile."""
     hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2

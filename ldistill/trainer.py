@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 
 from ldistill import ranks
 from ldistill.distiller import Distiller
-from ldistill.flops import StepCounts, count_step, step_flops, vision_flops
+from ldistill.flops import count_step, student_flops
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
 from ldistill.state import gather_trained
@@ -107,7 +107,8 @@ class DistillTrainer(Trainer):
         samples = []
         for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
             counts = count_step(batch, plan)
-            self.meter.add_batch(batch, counts, self._flops(counts))
+            flops = student_flops(self.distiller.student, counts, self.distiller.kv_scope)
+            self.meter.add_batch(batch, counts, flops)
             inputs = {
                 "batch": {k: v for k, v in batch.items() if isinstance(v, Tensor)},
                 "plan": plan,
@@ -162,19 +163,6 @@ class DistillTrainer(Trainer):
             f"the loss of step {self.state.global_step} is not finite (sources: "
             f"{', '.join(sources) or 'unknown'}). Nothing was saved since; the last checkpoint is "
             "good. Lower the learning rate, or look at those sources with `ldistill shards stats`."
-        )
-
-    def _flops(self, counts: StepCounts) -> float:
-        student = self.distiller.student
-        return step_flops(
-            student.decoder.config,
-            counts,
-            vision_flops_per_tile=vision_flops(student.vision.config),
-            projector_weights=student.config.mp_pixel_shuffle_factor**2
-            * student.config.vit_hidden_dim
-            * student.config.lm_hidden_dim,
-            tokens_per_tile=student.config.mp_image_token_length,
-            kv_scope=self.distiller.kv_scope,
         )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
