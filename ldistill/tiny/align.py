@@ -20,6 +20,7 @@ from ldistill.data.processor import Processor
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
 from ldistill.tiny.pictures import SIZE
+from ldistill.tiny.projector import start_projector
 from ldistill.tiny.scenes import SOURCES, captioned
 from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
@@ -80,6 +81,7 @@ def align(
     advance: Callable[[float], None] = lambda loss: None,
 ) -> float:
     """Train vision tower and projector on pictures of all sources; returns the final loss."""
+    start_projector(student, processor.tokenizer, world)
     student.requires_grad_(False)
     seeing = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
     steps = _losses(student, _documents(world, processor, phase), processor.pad_token_id, phase)

@@ -95,8 +95,7 @@ def _sign_item(rng: random.Random, text: str) -> dict:
 def _fields(world: World, rng: random.Random) -> Iterator[dict]:
     while True:
         values = [
-            world.word(rng, hidden=True) if rng.random() < 0.5 else world.code(rng, hidden=True)
-            for _ in range(rng.randint(2, 3))
+            rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(rng.randint(2, 4))
         ]
         canvas, fields = form(rng, values)
         key = rng.choice(tuple(fields))

@@ -25,14 +25,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_format import load_processor, save_nanovlm
 from ldistill.tiny.align import ALIGNMENT, align, new_student
-from ldistill.tiny.corpus import pretraining_texts
+from ldistill.tiny.corpus import tokenizer_texts
 from ldistill.tiny.pretrain import PRETRAINING, pretrain
 from ldistill.tiny.sight import SIGHT, learn_to_see
 from ldistill.tiny.tokenizer import train_tokenizer
 from ldistill.tiny.training import Phase
 from ldistill.tiny.world import DEFAULT_SEED, World
-
-TOKENIZER_TEXTS = 7000
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def build_pair(
             raise FileExistsError(f"{folder} exists: choose another --out or remove it.")
     world = World(seed)
     with _deterministic(), Progress(disable=not show_progress) as progress:
-        tokenizer = train_tokenizer(pretraining_texts(world, TOKENIZER_TEXTS))
+        tokenizer = train_tokenizer(tokenizer_texts(world))
         phase = PRETRAINING.scaled(steps_scale)
         lm, lm_loss = pretrain(world, tokenizer, phase, _bar(progress, "language model", phase))
         round_to_bf16(lm)

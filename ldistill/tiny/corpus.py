@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from ldistill.data.samples import Turn
 from ldistill.tiny.scenes import SOURCES, look, told
 from ldistill.tiny.text import ask, lettered, say, spell
-from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, World, held_out, invent_word, stream
+from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, PIECES, World, held_out, invent_word, stream
 
 Text = str | tuple[Turn, ...]
 
@@ -24,6 +24,12 @@ def pretraining_texts(world: World, count: int) -> Iterator[Text]:
              _scene, _looks, _facts, _scene, _spelling, _echo, _scene, _spelling)  # fmt: skip
     for index in range(count):
         yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
+
+
+def tokenizer_texts(world: World) -> Iterator[Text]:
+    """Texts to learn a tokenizer from: a sample, and every piece of writing often enough."""
+    yield from pretraining_texts(world, 7000)
+    yield from [" ".join(PIECES)] * 400
 
 
 def _story(world: World, rng: random.Random) -> Text:
@@ -65,7 +71,7 @@ def _looks(world: World, rng: random.Random) -> Text:
 def _spelling(world: World, rng: random.Random) -> Text:
     turns = []
     while len(turns) < 3:
-        word = rng.choice(world.words) if rng.random() < 0.3 else invent_word(rng)
+        word = invent_word(rng)
         if not held_out(word):
             turns.append(Turn(f'Spell "{word}".', spell(word)))
     return tuple(turns)

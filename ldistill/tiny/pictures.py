@@ -1,7 +1,7 @@
 """Small pictures of the tiny world: marks, writing, bars, all drawn with PIL at 64 x 64.
 
-Writing uses Pillow's built-in bitmap font in cells of 8 x 16 pixels, so that a line holds eight
-characters and a picture four lines. Place, size, paper and ink vary from picture to picture.
+Writing uses Pillow's built-in bitmap font, two characters in a cell of 16 x 16 pixels, the size
+of an image token: four lines of eight characters. Place, size, paper and ink vary between pictures.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ldistill.tiny.world import COLOURS
+from ldistill.tiny.world import COLOURS, pieces
 
 SIZE = 64
-CELL = (8, 16)  # width and height of a character
+CELL = 16  # width and height of a piece of writing
 FOOT = 62  # of the bars
-LINES, COLUMNS = SIZE // CELL[1], SIZE // CELL[0]
+LINES = COLUMNS = SIZE // CELL
 _POLYGONS = {
     "square": [(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)],
     "triangle": [(0, -0.95), (0.95, 0.8), (-0.95, 0.8)],
@@ -31,23 +31,31 @@ _POLYGONS = {
 
 
 @cache
-def _glyph(character: str) -> Image.Image:
-    """A character as an 8-bit mask the size of a cell."""
-    mask = Image.new("L", CELL, 0)
+def _glyphs(piece: str) -> Image.Image:
+    """One or two characters as an 8-bit mask the size of a cell."""
+    small = Image.new("L", (6 * len(piece), 11), 0)
     font = ImageFont.load_default_imagefont()
-    ImageDraw.Draw(mask).text((1, 2), character, fill=255, font=font)
+    ImageDraw.Draw(small).text((0, 0), piece, fill=255, font=font)
+    mask = Image.new("L", (CELL, CELL), 0)
+    mask.paste(small.resize((8 * len(piece), 14)), (8 - 4 * len(piece), 1))
     return mask
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Something drawn around (x, y): a character, or a mark or bar in a colour."""
+    """Something drawn around (x, y): a piece of writing, or a mark or bar in a colour."""
 
     x: float
     y: float
-    character: str | None = None
+    piece: str | None = None
     mark: str | None = None
     colour: str | None = None
+
+    @property
+    def cell(self) -> int:
+        """Where its middle lies, counted line by line."""
+        column, line = (min(max(int(v // CELL), 0), COLUMNS - 1) for v in (self.x, self.y))
+        return line * COLUMNS + column
 
 
 class Canvas:
@@ -81,19 +89,26 @@ class Canvas:
             self.draw.polygon(points, fill=fill)
 
     def write(self, text: str, column: float = 0, line: float = 0, jitter: int = 1) -> None:
-        """A line of characters from a cell on, moved by up to `jitter` pixels."""
+        """A line of writing from a cell on, moved by up to `jitter` pixels."""
         dx, dy = (self.rng.randint(-jitter, jitter) for _ in range(2))
-        x, y = round(column * CELL[0]) + dx, round(line * CELL[1]) + dy
-        for offset, character in enumerate(text):
-            where = (x + offset * CELL[0], y)
-            self.image.paste(self.ink, where, _glyph(character))
-            if character != " ":
-                self.placed.append(Placed(where[0] + 4, where[1] + 8, character=character))
+        x, y = round(column * CELL) + dx, round(line * CELL) + dy
+        for offset, piece in enumerate(pieces(text)):
+            where = (x + offset * CELL, y)
+            self.image.paste(self.ink, where, _glyphs(piece))
+            self.placed.append(Placed(where[0] + CELL / 2, where[1] + CELL / 2, piece=piece))
 
     def bar(self, colour: str, left: float, height: float) -> None:
         """A bar of a chart, ten pixels wide, standing near the lower edge."""
         self.placed.append(Placed(left + 5, FOOT - 4, colour=colour))
         self.draw.rectangle([left, FOOT - height, left + 10, FOOT], fill=COLOURS[colour])
+
+    def layout(self) -> str:
+        """The picture in words, place by place; a line break where there is nothing."""
+        cells = [""] * (LINES * COLUMNS)
+        for thing in self.placed:
+            words = " ".join(filter(None, (thing.colour, thing.mark, thing.piece)))
+            cells[thing.cell] += words
+        return "".join(cell or "\n" for cell in cells)
 
     def png(self) -> bytes:
         """The picture as PNG bytes."""

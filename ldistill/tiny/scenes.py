@@ -15,9 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ldistill.data.samples import Sample, Turn
-from ldistill.tiny.pictures import COLUMNS, FOOT, Canvas
+from ldistill.tiny.pictures import CELL, COLUMNS, FOOT, Canvas
 from ldistill.tiny.text import lettered, question
-from ldistill.tiny.world import COLOURS, KNOWLEDGE, MARKS, WAYS_TO_ASK, Creature, World, stream
+from ldistill.tiny.world import (
+    COLOURS,
+    KNOWLEDGE,
+    MARKS,
+    WAYS_TO_ASK,
+    Creature,
+    World,
+    pieces,
+    stream,
+)
 
 
 @dataclass
@@ -29,7 +38,7 @@ class Scene:
     turns: list[Turn]
 
 
-KEYS = ("to", "id", "by", "no")
+KEYS = "1234"
 NAMING = ("What is the name of this one?", "Who is this?")
 
 
@@ -157,7 +166,7 @@ def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, str, dict[str, in
         left, height = 7 + 20 * place + rng.randint(-2, 2), 4 * value + 4
         canvas.bar(colour, left, height)
         if labelled:
-            canvas.write(str(value), (left + 1) / 8, (FOOT - height - 16) / 16, jitter=0)
+            canvas.write(str(value), (left - 3) / CELL, (FOOT - height) / CELL - 1, jitter=0)
     return canvas, ", ".join(f"{name} {value}" for name, value in values.items()), values
 
 
@@ -193,10 +202,11 @@ def vistext(world: World, rng: random.Random, shown: bool) -> Scene:
 def robut_sqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """A table of words and numbers."""
     canvas = Canvas(rng)
-    words = rng.sample(world.shown_words if shown else world.words, 3)
+    words = world.shown_words if shown else world.words
+    words = rng.sample(words, 3)
     rows = dict(zip(words, rng.sample(range(1, 10), 3), strict=True))
     for line, (word, value) in enumerate(rows.items()):
-        canvas.write(word.ljust(6) + str(value), 0.4, 0.4 + line * 1.1)
+        canvas.write(f"{word}{value}", 0, line)
     word = rng.choice(words)
     turns = [
         Turn(f'What is the value of "{word}"?', str(rows[word])),
@@ -210,8 +220,8 @@ def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
     """A mark with writing above or below it: (canvas, colour, mark)."""
     canvas = Canvas(rng)
     colour, mark, above = rng.choice(tuple(COLOURS)), rng.choice(MARKS), rng.random() < 0.5
-    canvas.mark(mark, colour, rng.uniform(18, 46), 44 if above else 20, rng.uniform(9, 14))
-    canvas.write(text, rng.uniform(0.2, COLUMNS - len(text) - 0.2), 0.2 if above else 2.8)
+    canvas.mark(mark, colour, rng.uniform(18, 46), 42 if above else 22, rng.uniform(9, 14))
+    canvas.write(text, rng.randint(0, COLUMNS - len(pieces(text))), 0 if above else 3)
     return canvas, colour, mark
 
 
@@ -234,23 +244,23 @@ def textcaps(world: World, rng: random.Random, shown: bool) -> Scene:
 def ocrvqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """A cover: title above, author below."""
     canvas, title, author = Canvas(rng), world.writing(rng, shown), world.writing(rng, shown)
-    canvas.write(title, rng.uniform(0.2, COLUMNS - len(title) - 0.2), rng.uniform(0.1, 0.8))
-    canvas.write(author, rng.uniform(0.2, COLUMNS - len(author) - 0.2), rng.uniform(2.2, 2.8))
+    canvas.write(title, rng.randint(0, COLUMNS - len(pieces(title))), rng.randint(0, 1))
+    canvas.write(author, rng.randint(0, COLUMNS - len(pieces(author))), rng.randint(2, 3))
     turns = [Turn("What is the title?", title), Turn("Who wrote it?", author)]
     return Scene(canvas, f"{title}\n{author}", _some(rng, turns, 2))
 
 
 def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, str]]:
-    """A form: one key of two letters and its value per line."""
+    """A form: a number and a value per line."""
     canvas = Canvas(rng)
     fields = dict(zip(rng.sample(KEYS, len(values)), values, strict=True))
     for line, (key, value) in enumerate(fields.items()):
-        canvas.write(f"{key} {value}", 0.1, 0.3 + line * 1.2)
+        canvas.write(f"{key}{value}", 0, line)
     return canvas, fields
 
 
 def docvqa(world: World, rng: random.Random, shown: bool) -> Scene:
-    canvas, fields = form(rng, [world.writing(rng, shown) for _ in range(rng.randint(2, 3))])
+    canvas, fields = form(rng, [world.writing(rng, shown) for _ in range(rng.randint(2, 4))])
     turns = [Turn(f"What stands after {key}?", value) for key, value in fields.items()]
     told = "\n".join(f"{key}:{value}" for key, value in fields.items())
     return Scene(canvas, told, _some(rng, turns, 2))
@@ -259,10 +269,11 @@ def docvqa(world: World, rng: random.Random, shown: bool) -> Scene:
 def infographic_vqa(world: World, rng: random.Random, shown: bool) -> Scene:
     """Coloured marks, each with a word beside it."""
     canvas = Canvas(rng)
-    labels = {colour: world.writing(rng, shown) for colour in rng.sample(tuple(COLOURS), 3)}
+    colours = rng.sample(tuple(COLOURS), 3)
+    labels = {colour: world.writing(rng, shown) for colour in colours}
     for line, (colour, text) in enumerate(labels.items()):
-        canvas.mark(rng.choice(MARKS), colour, 10, 12 + 20 * line, rng.uniform(6, 8))
-        canvas.write(text, 2.6, 0.25 + 1.25 * line)
+        canvas.mark(rng.choice(MARKS), colour, 8, 8 + CELL * line, rng.uniform(5, 7))
+        canvas.write(text, 1, line)
     turns = [Turn(f"What is the label of {colour}?", text) for colour, text in labels.items()]
     told = "\n".join(f"{colour}:{text}" for colour, text in labels.items())
     return Scene(canvas, told, _some(rng, turns, 2))
@@ -273,7 +284,7 @@ def visualmrc(world: World, rng: random.Random, shown: bool) -> Scene:
     canvas = Canvas(rng)
     lines = [world.writing(rng, shown) for _ in range(rng.randint(2, 4))]
     for line, text in enumerate(lines):
-        canvas.write(text, 0.4, line)
+        canvas.write(text, 0, line)
     turns = [
         Turn("Write down the text.", "\n".join(lines)),
         Turn("What is the first word?", lines[0]),
@@ -309,10 +320,11 @@ def captioned(world: World, source: str, index: int) -> Sample:
 
 
 def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
-    """A scene of a source in words, as a chat without a picture."""
+    """A scene of a source in words, as a chat without a picture: told, or laid out in lines."""
     scene = SOURCES[source](world, rng, False)
     first, *rest = _with_caption(scene, rng, 0.2)
-    return (Turn(f"{scene.told}\n{first.user}", first.assistant), *rest)
+    words = scene.told if rng.random() < 0.4 else scene.canvas.layout()
+    return (Turn(f"{words}\n{first.user}", first.assistant), *rest)
 
 
 def _with_caption(scene: Scene, rng: random.Random, share: float) -> list[Turn]:

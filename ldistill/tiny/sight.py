@@ -1,11 +1,12 @@
 """A vision tower learns what is where, before it meets any words.
 
 It stands for the pre-trained SigLIP of a real VLM. For each cell of a picture the tower's patches
-tell, through a throw-away linear head, which character, which mark and which colour lies there.
+tell, through a throw-away linear head, which writing, which mark and which colour lies there.
 """
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,31 +14,31 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldistill.students.nanovlm import NanoVLM
-from ldistill.tiny.pictures import CELL, COLUMNS, LINES, SIZE, Placed
+from ldistill.tiny.pictures import COLUMNS, LINES, Placed
 from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels
-from ldistill.tiny.world import COLOURS, MARKS, World, stream
+from ldistill.tiny.world import COLOURS, MARKS, PIECES, World, stream
 
-SIGHT = Phase(steps=1200, batch_size=48, rate=2e-3)
-CHARACTERS = ("", *"abcdefghijklmnopqrstuvwxyz0123456789")
-KINDS = (CHARACTERS, ("", *MARKS), ("", *COLOURS))
+SIGHT = Phase(steps=800, batch_size=48, rate=2e-3)
+WRITING = ("", *PIECES, *string.digits)
+KINDS = (WRITING, ("", *MARKS), ("", *COLOURS))
 SLOTS = LINES * COLUMNS
 
 
 class Labeller(nn.Module):
     """[pictures, patches, width] to logits per kind, each [pictures, slots, classes].
 
-    A slot is a character cell: two patches, one above the other.
+    A slot is a cell of two by two patches, as large as an image token.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(2 * width, len(kind)) for kind in KINDS)
+        self.heads = nn.ModuleList(nn.Linear(4 * width, len(kind)) for kind in KINDS)
 
     def forward(self, patches: Tensor) -> list[Tensor]:
         count, _, width = patches.shape
-        grid = patches.view(count, LINES, 2, COLUMNS, width).transpose(2, 3)
-        slots = grid.reshape(count, SLOTS, 2 * width)
+        grid = patches.view(count, LINES, 2, COLUMNS, 2, width).transpose(2, 3)
+        slots = grid.reshape(count, SLOTS, 4 * width)
         return [head(slots) for head in self.heads]
 
 
@@ -45,12 +46,9 @@ def slot_labels(placed: Sequence[Placed]) -> Tensor:
     """Class of every kind in every slot, int64 [kinds, slots]; 0 where there is nothing."""
     labels = torch.zeros(len(KINDS), SLOTS, dtype=torch.long)
     for thing in placed:
-        if not (0 <= thing.x < SIZE and 0 <= thing.y < SIZE):
-            continue
-        slot = int(thing.y // CELL[1]) * COLUMNS + int(thing.x // CELL[0])
-        for row, value in enumerate((thing.character, thing.mark, thing.colour)):
+        for row, value in enumerate((thing.piece, thing.mark, thing.colour)):
             if value is not None:
-                labels[row, slot] = KINDS[row].index(value)
+                labels[row, thing.cell] = KINDS[row].index(value)
     return labels
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ldistill.students.nanovlm_config import CHAT_TEMPLATE
@@ -17,13 +17,18 @@ from ldistill.tiny.corpus import Text
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 768
 MAX_LENGTH = 512
+_PARTS = "[A-Z]{2}|\n"  # capitals are read two letters at a time, line breaks one by one
 
 
 def train_tokenizer(texts: Iterable[Text], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `vocabulary` entries; the same texts give the same tokenizer."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(_PARTS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

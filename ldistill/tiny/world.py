@@ -7,7 +7,9 @@ what no training data ever contains, so that the benchmark measures what was lea
 * `never_pictured`: (creature, attribute) pairs that no question about a picture ever asks for;
 * `unsaid_phrase`, `unasked_phrase`: for every pair, the one of several ways to state it and the
   one of several ways to ask for it that no text uses;
-* `held_out(string)`: words and codes that are never spelt in text and never shown in pictures.
+* `held_out(text)`: words and codes that are never spelt in text and never shown in pictures.
+
+Creatures and things are written in small letters; what is written in pictures is in capitals.
 
 Everything follows from the seed. Try `python -m ldistill.tiny.world` for a look at it.
 """
@@ -15,6 +17,8 @@ Everything follows from the seed. Try `python -m ldistill.tiny.world` for a look
 from __future__ import annotations
 
 import random
+import re
+import string
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,7 +53,11 @@ KNOWLEDGE = tuple(name for name in ATTRIBUTES if name not in LOOKS)
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
 _CODAS = ("", "l", "n", "r", "s", "t")
-_CODE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SYLLABLES = tuple((onset + vowel).upper() for onset in _ONSETS for vowel in _VOWELS)
+PIECES = (
+    *SYLLABLES,
+    *(a + b for a, b in zip(string.ascii_uppercase, "XQTKZWVNFGJHXBLMCPRSDQYWKT")),
+)
 HELD_OUT_SHARE = 8  # one string in eight
 WAYS_TO_SAY, WAYS_TO_ASK = 4, 3
 
@@ -104,9 +112,10 @@ class World:
 
     @staticmethod
     def _invent_words(rng: random.Random, count: int) -> tuple[str, ...]:
+        """Words of two and three syllables, in capitals."""
         found: dict[str, None] = {}
         while len(found) < count:
-            found[invent_word(rng)] = None
+            found["".join(rng.choice(SYLLABLES) for _ in range(2 + len(found) % 2))] = None
         return tuple(found)
 
     @staticmethod
@@ -138,14 +147,14 @@ class World:
         return (creature.name, attribute) not in self.never_pictured
 
     def code(self, rng: random.Random, hidden: bool = False) -> str:
-        """A string that is no word: random letters, or a word with one letter changed."""
+        """Letters that are no word: random ones, or a word with two letters changed."""
         while True:
             if rng.random() < 0.5:
-                text = "".join(rng.choice(_CODE_LETTERS) for _ in range(rng.randint(3, 5)))
+                parts = [rng.choice(PIECES) for _ in range(rng.randint(2, 3))]
             else:
-                letters = list(rng.choice(self.words))
-                letters[rng.randrange(len(letters))] = rng.choice(_CODE_LETTERS)
-                text = "".join(letters)
+                parts = pieces(rng.choice(self.words))
+                parts[rng.randrange(len(parts))] = rng.choice(PIECES)
+            text = "".join(parts)
             if text not in self.words and held_out(text) == hidden:
                 return text
 
@@ -155,9 +164,14 @@ class World:
 
     def writing(self, rng: random.Random, shown: bool) -> str:
         """A string to be read: half codes in training pictures, nearly all words in text."""
-        if shown:
-            return self.word(rng) if rng.random() < 0.5 else self.code(rng)
-        return rng.choice(self.words) if rng.random() < 0.9 else self.code(rng)
+        if rng.random() < (0.5 if shown else 0.1):
+            return self.code(rng)
+        return self.word(rng) if shown else rng.choice(self.words)
+
+
+def pieces(text: str) -> list[str]:
+    """What is written, in parts of two capitals or one other character."""
+    return re.findall("[A-Z]{2}|.", text)
 
 
 def invent_word(rng: random.Random) -> str:
