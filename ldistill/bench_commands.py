@@ -2,6 +2,7 @@
 
 ldistill bench step --pair tiny
 ldistill bench step --pair nanovlm-460m --rows 8 --csv step.csv
+ldistill bench kernels attention --device cpu
 """
 
 from __future__ import annotations
@@ -13,11 +14,6 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=True)
-
-
-@app.callback()
-def _root() -> None:
-    """Keep `step` a sub-command also while it is the only one."""
 
 
 @app.command()
@@ -70,3 +66,25 @@ def step(
     if csv:
         append_csv(csv, results)
         console.print(f"rows appended to {csv}", highlight=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def kernels(
+    context: typer.Context,
+    which: Annotated[str, typer.Argument(help="attention or loss; their flags follow.")],
+) -> None:
+    """The kernels against what one would use instead (kernels/benchmarks; needs the repository)."""
+    import subprocess
+
+    import ldistill_kernels
+
+    if which not in ("attention", "loss"):
+        raise typer.BadParameter(f"attention or loss, not {which!r}")
+    script = Path(ldistill_kernels.__file__).parents[1] / "benchmarks" / f"{which}.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            f"{script} is not there: the benchmarks come with the repository, not with the "
+            "package. Clone it and `pip install -e .` there."
+        )
+    command = [sys.executable, str(script), *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)

@@ -115,6 +115,20 @@ def test_recipes_are_listed():
         assert name in result.output
 
 
+def test_bench_kernels_starts_the_benchmarks():
+    command = [sys.executable, "-m", "ldistill.cli", "bench", "kernels"]
+    result = subprocess.run(
+        [*command, "loss", "--help"], capture_output=True, text=True, env=environment()
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--csv" in result.stdout
+    result = subprocess.run(
+        [*command, "nothing"], capture_output=True, text=True, env=environment()
+    )
+    assert result.returncode == 2
+    assert "attention or loss" in result.stderr
+
+
 def test_command_answers_at_once():
     """`ldistill --help` must not import torch."""
     code = "import sys, ldistill.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
