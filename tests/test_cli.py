@@ -118,7 +118,7 @@ def test_recipes_are_listed():
 def test_bench_kernels_starts_the_benchmarks():
     command = [sys.executable, "-m", "ldistill.cli", "bench", "kernels"]
     result = subprocess.run(
-        [*command, "loss", "--help"], capture_output=True, text=True, env=environment()
+        [*command, "loss", "--", "--help"], capture_output=True, text=True, env=environment()
     )
     assert result.returncode == 0, result.stderr
     assert "--csv" in result.stdout
