@@ -165,15 +165,30 @@ class Distiller(nn.Module):
         zero = zero.to(batch["input_ids"].device)
         return KVMemory([zero] * config.num_hidden_layers, [zero] * config.num_hidden_layers)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None) -> None:
-        """Trade memory for time in the decoder (called by the Trainer)."""
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Trade memory for time in the decoder; called by the Trainer.
+
+        Raises:
+            ValueError: with ``kv_grad: through``, which needs the graph that this drops.
+        """
         if self.kv_grad == "through":
             raise ValueError(
                 "gradient checkpointing drops the graph that kv_grad through needs: use "
                 "--kv_grad detached, or train without --gradient_checkpointing."
             )
-        kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        self.student.decoder.gradient_checkpointing_enable(kwargs)
+        decoder, kwargs = self.student.decoder, activation_checkpointing_kwargs or {}
+        # transformers renamed the method between 5.17 and 5.23.
+        name = "activation_checkpointing_enable"
+        enable = getattr(decoder, name, decoder.gradient_checkpointing_enable)
+        enable({"use_reentrant": False} | kwargs, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """:meth:`activation_checkpointing_enable` by the name older transformers call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def compile_blocks(self) -> None:
         """`torch.compile` every decoder block: one graph serves all layers."""

@@ -231,7 +231,9 @@ def _check(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
-    if recipe.distil.kv_grad == "through" and recipe.training.gradient_checkpointing:
+    args = recipe.training
+    checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+    if recipe.distil.kv_grad == "through" and checkpointing:
         raise ValueError(
             "kv_grad through needs the graph that gradient checkpointing drops: choose "
             "--kv_grad detached or leave out --gradient_checkpointing."

@@ -71,6 +71,7 @@ class DistillTrainer(Trainer):
         self._resume, self._began = resume, False
         self._first_pack, self._first_step = _read_data_state(resume)
         self._finite = torch.ones((), device=args.device)
+        self._finite_sources = torch.ones(len(distiller.weights.names), device=args.device)
 
     # ---- data ----
 
@@ -152,11 +153,12 @@ class DistillTrainer(Trainer):
         outputs = model(**inputs)
         self.meter.add_sums(outputs["metrics"])
         self._finite *= torch.isfinite(outputs["loss"].detach()).float()
+        self._finite_sources *= torch.isfinite(outputs["metrics"]).all(1).float()
         return outputs["loss"] * self.args.world_size
 
     def _stop_not_finite(self) -> None:
         names = self.distiller.weights.names
-        broken = (~torch.isfinite(self.meter.sums).all(1)).nonzero().flatten().tolist()
+        broken = (self._finite_sources == 0).nonzero().flatten().tolist()
         found = ranks.gather([names[i] for i in broken])
         sources = sorted({name for part in found for name in part})
         raise FloatingPointError(
@@ -196,6 +198,13 @@ class DistillTrainer(Trainer):
         """The student in its own format, trained weights in full precision, the data's state."""
         folder = Path(output_dir or self.args.output_dir)
         trained = gather_trained(self.pair.student, keep=self.args.should_save)
+        broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
+        if broken := [name for names in ranks.gather(broken) for name in names]:
+            raise FloatingPointError(
+                f"weights are not finite after step {self.state.global_step} ({broken[0]} and "
+                f"{len(broken) - 1} more), so nothing was saved; the last checkpoint is good. "
+                "Lower the learning rate."
+            )
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             export_like(self.pair.student_folder, trained, folder / STUDENT)
