@@ -85,10 +85,9 @@ def test_the_default_is_tiny():
 
 
 def test_command_line_overrides_the_recipe():
-    recipe = parse(
-        "--local_rank=0 --recipe=lingudistill --alpha 0.2 --max_steps=7 --learning_rate 3e-5 "
-        "--weight_decay 0.05 --extra_sources a=document".split()  # noqa: SIM905
-    )
+    flags = ["--alpha", "0.2", "--max_steps=7", "--learning_rate", "3e-5"]
+    more = ["--weight_decay", "0.05", "--extra_sources", "a=document"]
+    recipe = parse(["--local_rank=0", "--recipe=lingudistill", *flags, *more])
     assert (recipe.distil.alpha, recipe.distil.temperature) == (0.2, 4.0)
     assert recipe.training.max_steps == 7
     assert (recipe.training.learning_rate, recipe.training.weight_decay) == (3e-5, 0.05)
