@@ -20,13 +20,12 @@ from ldistill.data.processor import Processor
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
 from ldistill.tiny.pictures import SIZE
-from ldistill.tiny.projector import start_projector
 from ldistill.tiny.scenes import SOURCES, captioned
 from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
 from ldistill.tiny.world import World
 
-ALIGNMENT = Phase(steps=1500, batch_size=32, rate=1e-3)
+ALIGNMENT = Phase(steps=1000, batch_size=32, rate=3e-4)
 TEACHER_NAME = "pkg://ldistill.tiny/pair/teacher"
 
 
@@ -70,7 +69,20 @@ def new_student(lm: LlamaForCausalLM, seed: int) -> NanoVLM:
     grown = torch.cat([rows, extra])
     state |= {"model.embed_tokens.weight": grown, "lm_head.weight": grown}
     student.decoder.load_state_dict(state)
+    _expect_paper(student)
     return student
+
+
+@torch.no_grad()
+def _expect_paper(student: NanoVLM) -> None:
+    """Start the patch embedding where light paper gives nothing and ink much.
+
+    nanoVLM feeds pixels in [0, 1] as they are; on nearly white pictures their mean would drown
+    what is drawn.
+    """
+    patch = student.vision.embeddings.patch_embedding
+    patch.weight.mul_(4)
+    patch.bias.copy_(-0.94 * patch.weight.sum((1, 2, 3)))
 
 
 def align(
@@ -81,7 +93,6 @@ def align(
     advance: Callable[[float], None] = lambda loss: None,
 ) -> float:
     """Train vision tower and projector on pictures of all sources; returns the final loss."""
-    start_projector(student, processor.tokenizer, world)
     student.requires_grad_(False)
     seeing = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
     steps = _losses(student, _documents(world, processor, phase), processor.pad_token_id, phase)

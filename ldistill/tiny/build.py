@@ -27,6 +27,7 @@ from ldistill.students.nanovlm_format import load_processor, save_nanovlm
 from ldistill.tiny.align import ALIGNMENT, align, new_student
 from ldistill.tiny.corpus import tokenizer_texts
 from ldistill.tiny.pretrain import PRETRAINING, pretrain
+from ldistill.tiny.projector import WORDS, learn_words
 from ldistill.tiny.sight import SIGHT, learn_to_see
 from ldistill.tiny.tokenizer import train_tokenizer
 from ldistill.tiny.training import Phase
@@ -41,6 +42,7 @@ class BuiltPair:
     student: Path
     lm_loss: float
     sight_loss: float
+    words_loss: float
     alignment_loss: float
 
 
@@ -80,10 +82,13 @@ def build_pair(
         model = new_student(lm, seed)
         phase = SIGHT.scaled(steps_scale)
         sight_loss = learn_to_see(model, world, phase, _bar(progress, "vision tower", phase))
+        phase = WORDS.scaled(steps_scale)
+        words = _bar(progress, "projector", phase)
+        words_loss = learn_words(model, tokenizer, world, phase, words)
         phase = ALIGNMENT.scaled(steps_scale)
         alignment_loss = _align(model, teacher, world, phase, progress)
     save_nanovlm(model, student)
-    return BuiltPair(teacher, student, lm_loss, sight_loss, alignment_loss)
+    return BuiltPair(teacher, student, lm_loss, sight_loss, words_loss, alignment_loss)
 
 
 def _align(model: NanoVLM, teacher: Path, world: World, phase: Phase, progress: Progress) -> float:

@@ -19,7 +19,7 @@ from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels
 from ldistill.tiny.world import COLOURS, MARKS, PIECES, World, stream
 
-SIGHT = Phase(steps=800, batch_size=48, rate=2e-3)
+SIGHT = Phase(steps=1000, batch_size=48, rate=2e-3)
 WRITING = ("", *PIECES, *string.digits)
 KINDS = (WRITING, ("", *MARKS), ("", *COLOURS))
 SLOTS = LINES * COLUMNS
@@ -81,8 +81,15 @@ def _losses(
             logits = labeller(student.vision(pixels(pictures)).last_hidden_state)
             targets = torch.stack(labels, dim=1)
             return sum(
-                F.cross_entropy(guess.flatten(0, 1), target.flatten())
+                _balanced(guess.flatten(0, 1), target.flatten())
                 for guess, target in zip(logits, targets, strict=True)
             )
 
         yield loss
+
+
+def _balanced(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in which the many empty slots weigh as much as the few filled ones."""
+    loss = F.cross_entropy(logits, targets, reduction="none")
+    filled = targets > 0
+    return loss[filled].mean() + loss[~filled].mean()
