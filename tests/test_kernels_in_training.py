@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, in fp32.
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
@@ -20,6 +21,9 @@ from ldistill.objective import Objective
 from ldistill.pair import freeze_vision, load_pair
 
 pytest.importorskip("triton")
+# Now, at collection: whether kernels are interpreted is settled when they are first imported.
+importlib.import_module("ldistill_kernels.shared_kv_attention.triton_bwd")
+importlib.import_module("ldistill_kernels.distill_loss.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [("full", "detached"), ("full", "through"), ("prompt", "detached"), ("visual", "through")]
 
