@@ -14,7 +14,7 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, shifted
 from ldistill.tiny.world import World
 
-PRETRAINING = Phase(steps=4200, batch_size=32, rate=3e-3)
+PRETRAINING = Phase(steps=2600, batch_size=32, rate=3e-3)
 
 
 def lm_config(vocabulary: int) -> LlamaConfig:
