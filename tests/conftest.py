@@ -9,7 +9,11 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if Path("/dev/nvidia0").exists() else "cpu")
+GPU = Path("/dev/nvidia0").exists()
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if GPU else "cpu")
+if not GPU:
+    # Before any test file is imported: a kernel is interpreted or not as it is first imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,6 +22,7 @@ from ldistill.pair import freeze_vision, load_pair
 
 pytest.importorskip("triton")
 # Now, at collection: whether kernels are interpreted is settled when they are first imported.
+importlib.import_module("ldistill_kernels.shared_kv_attention.triton_fwd")
 importlib.import_module("ldistill_kernels.shared_kv_attention.triton_bwd")
 importlib.import_module("ldistill_kernels.distill_loss.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
