@@ -33,6 +33,7 @@ _MEANS = {
     "kd": ("kl", "kd_rows"),
     "teacher_student_agreement": ("teacher_student", "kd_rows"),
     "teacher_label_accuracy": ("teacher_label", "kd_rows"),
+    "gate": ("gate", "kd_rows"),
 }
 _COUNTS = ("tokens", "positions", "documents", "tiles", "teacher_rows", "flops")
 

@@ -79,6 +79,7 @@ class DistilArguments:
     mix: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
     kl: str = _doc("forward | reverse | jsd.", "forward")
+    gate: str = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
     kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual.", "full")
     kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
 

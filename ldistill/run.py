@@ -174,7 +174,7 @@ def build_trainer(
         pair.student,
         pair.teacher,
         data.weights,
-        Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels),
+        Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
         kv_scope=distil.kv_scope,
         kv_grad=distil.kv_grad,
         attention=recipe.pair.attention,

@@ -41,6 +41,7 @@ IDENTITY = (
     "mix",
     "t_squared",
     "kl",
+    "gate",
     "kv_scope",
     "kv_grad",
     "seed",
@@ -112,9 +113,9 @@ def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
         raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")
     old, new = yaml.safe_load(path.read_text(encoding="utf-8")), plain(recipe)
     differing = [
-        f"{k}: then {old.get(k)!r}, now {new.get(k)!r}"
+        f"{k}: then {old[k]!r}, now {new.get(k)!r}"
         for k in IDENTITY
-        if old.get(k) != new.get(k)
+        if k in old and old[k] != new.get(k)
     ]
     if differing:
         raise ValueError(

@@ -190,7 +190,16 @@ def test_nothing_leaks_between_documents(pair_root):
     assert not torch.allclose(states[0][1][~same], states[1][1][~same])
 
 
-def reference_loss(distiller, batch, total, mix="convex", t_squared=True, tau=4.0):
+def reference_gate(kind, z_t, label):
+    p = F.softmax(z_t, -1)
+    if kind == "none":
+        return 1.0
+    if kind == "confidence":
+        return p.max()
+    return p[label] / p.max() if label < len(p) else 0.0
+
+
+def reference_loss(distiller, batch, total, mix="convex", t_squared=True, gate="none", tau=4.0):
     """fp64, materialised, straight from the definition; teacher logits as constants."""
     student = copy.deepcopy(distiller.student).double()
     logits = student.lm_head(
@@ -210,25 +219,31 @@ def reference_loss(distiller, batch, total, mix="convex", t_squared=True, tau=4.
             ce = -F.log_softmax(z_s, -1)[label]
             p, q = F.log_softmax(z_t / tau, -1), F.log_softmax(z_s[: len(z_t)] / tau, -1)
             kl = (p.exp() * (p - q)).sum() * (tau**2 if t_squared else 1)
-            loss = loss + ((1 - alpha) if mix == "convex" else 1) * ce + alpha * kl
+            a = alpha * reference_gate(gate, z_t, label)
+            loss = loss + ((1 - a) if mix == "convex" else 1) * ce + a * kl
     return loss / total, student
 
 
-@pytest.mark.parametrize(("scope", "mix", "t_squared"), [
-    ("full", "convex", True),
-    ("prompt", "additive", True),
-    ("visual", "convex", False),
+@pytest.mark.parametrize(("scope", "mix", "t_squared", "gate"), [
+    ("full", "convex", True, "none"),
+    ("prompt", "additive", True, "none"),
+    ("visual", "convex", False, "none"),
+    ("full", "convex", True, "agreement"),
+    ("full", "additive", False, "confidence"),
 ])  # fmt: skip
-def test_loss_and_gradients_match_the_definition(pair_root, scope, mix, t_squared):
-    objective = Objective(mix=mix, t_squared=t_squared)
+def test_loss_and_gradients_match_the_definition(pair_root, scope, mix, t_squared, gate):
+    objective = Objective(mix=mix, t_squared=t_squared, gate=gate)
     distiller = load(pair_root, kv_scope=scope, objective=objective)
     batch = random_batch(distiller.student.config, ROWS)
     total = 77.0
-    expected, student = reference_loss(distiller, batch, total, mix, t_squared)
+    expected, student = reference_loss(distiller, batch, total, mix, t_squared, gate)
     expected.backward()
-    loss = run(distiller, batch, total)["loss"]
+    outputs = run(distiller, batch, total)
+    loss = outputs["loss"]
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    logged = outputs["metrics"][:, COLUMNS.index("loss")].sum() / total
+    assert logged.item() == pytest.approx(expected.item(), rel=1e-4)
     compared = 0
     for (name, p), (_, r) in zip(distiller.student.named_parameters(), student.named_parameters()):
         if p.requires_grad:
