@@ -276,7 +276,7 @@ def _export(trainer: DistillTrainer, folder: Path) -> None:
 
 def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
     """Scores of a student folder on the recipe's items, by rank 0 alone."""
-    if recipe.run.eval_items is None:
+    if recipe.run.eval_items is None or not recipe.run.evaluate:
         return None
     return from_first(lambda: _evaluate_here(recipe, student, when))
 
