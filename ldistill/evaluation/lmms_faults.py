@@ -79,7 +79,7 @@ def _unreachable(log: str, tasks: Sequence[str]) -> str:
     which = f"The data of {', '.join(hit)}" if hit else "The data of a task"
     rest = [task for task in tasks if task not in hit]
     reason = _LAST_ERROR.findall("\n".join(lines))
-    text = f"{which} cannot be fetched ({reason[-1][:200] if reason else lines[-1][:200]}). "
+    text = f"{which} cannot be fetched ({reason[0][:200] if reason else lines[-1][:200]}). "
     text += "Fetch it once with a network (the Hugging Face cache keeps it)"
     return text + (f", or leave it out: --tasks {','.join(rest)}" if hit and rest else "") + "."
 
