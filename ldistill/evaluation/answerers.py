@@ -337,6 +337,18 @@ def _append(inputs: Inputs, ids: Tensor, real: Tensor) -> Inputs:
 # ---- loading ----
 
 
+def model_folder(name: str) -> Path:
+    """Folder of a model; of a training run, the student it left.
+
+    Raises:
+        FileNotFoundError: no such folder, and nothing the hub has.
+    """
+    folder = resolve(name)
+    student = folder / "student"
+    of_run = not (folder / "config.json").is_file() and (student / "config.json").is_file()
+    return student if of_run else folder
+
+
 def kind_of(folder: Path) -> str:
     """``nanovlm``, ``vlm`` or ``lm``, as the folder's ``config.json`` says.
 
@@ -386,7 +398,7 @@ def load_answerer(
     Raises:
         FileNotFoundError, ValueError: no such model, or one that cannot be used.
     """
-    folder, torch_type = resolve(name), _dtype(dtype, torch.device(device))
+    folder, torch_type = model_folder(name), _dtype(dtype, torch.device(device))
     kind = kind_of(folder)
     if kind == "nanovlm":
         from ldistill.students.nanovlm_format import load_nanovlm, load_processor

@@ -10,7 +10,8 @@ import typer
 
 def evaluate_command(
     student: Annotated[
-        str, typer.Option(help="Model: nanoVLM, Hugging Face VLM or bare LM; folder or hub id.")
+        str,
+        typer.Option(help="nanoVLM, Hugging Face VLM or bare LM; folder, run or hub id."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     suite: Annotated[
@@ -43,7 +44,7 @@ def evaluate_command(
     ] = None,
 ) -> None:
     """Evaluate a model with lmms-eval, samples logged."""
-    from ldistill.evaluation.lmms_run import Evaluation, evaluate
+    from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
 
     asked = Evaluation(
         student,
@@ -56,7 +57,8 @@ def evaluate_command(
         model_options(student, tiling, drop_pictures, dtype, tokenizer),
         processes,
     )
-    typer.echo(f"lmms-eval runs {', '.join(asked.all_tasks) or 'nothing'} ...")
+    if asked.all_tasks:
+        typer.echo(f"lmms-eval runs {', '.join(asked.all_tasks)}; its output: {out / LOG}")
     show(evaluate(asked), out)
 
 
@@ -68,10 +70,9 @@ def model_options(
     Raises:
         ValueError: an option that this kind of model does not have.
     """
-    from ldistill.checkpoints import resolve
-    from ldistill.evaluation.answerers import kind_of
+    from ldistill.evaluation.answerers import kind_of, model_folder
 
-    kind = kind_of(resolve(student))
+    kind = kind_of(model_folder(student))
     for flag, given, wanted in (
         ("--tiling", tiling, "nanovlm"),
         ("--drop-pictures", drop_pictures, "lm"),

@@ -39,7 +39,7 @@ def check_before(tasks: Iterable[str]) -> None:
         raise ValueError(
             f"task {', '.join(captions)}: caption scores (METEOR, the tokenizer) are computed by a "
             "Java program, and there is no java on the PATH. Install a Java runtime "
-            "(apt install default-jre-headless), or leave the task out with --tasks."
+            "(apt install default-jre-headless), or name the others with --tasks and no --suite."
         )
     if captions and find_spec("pycocoevalcap") is None:
         raise ValueError(
@@ -81,7 +81,9 @@ def _unreachable(log: str, tasks: Sequence[str]) -> str:
     reason = _LAST_ERROR.findall("\n".join(lines))
     text = f"{which} cannot be fetched ({reason[0][:200] if reason else lines[-1][:200]}). "
     text += "Fetch it once with a network (the Hugging Face cache keeps it)"
-    return text + (f", or leave it out: --tasks {','.join(rest)}" if hit and rest else "") + "."
+    if hit and rest:
+        text += f", or leave it out: --tasks {','.join(rest)} and no --suite"
+    return text + "."
 
 
 def _data_sets(tasks: Sequence[str]) -> dict[str, str]:

@@ -27,8 +27,7 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from ldistill.checkpoints import resolve
-from ldistill.evaluation.answerers import Question, kind_of, load_answerer
+from ldistill.evaluation.answerers import Question, kind_of, load_answerer, model_folder
 
 NANOVLM = "ldistill_nanovlm"
 HF = "ldistill_hf"
@@ -90,7 +89,7 @@ class _Model(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number of at least 1, got {batch_size!r}.")
-        kind = kind_of(resolve(str(pretrained)))
+        kind = kind_of(model_folder(str(pretrained)))
         if kind not in self.kinds:
             other = NANOVLM if kind == "nanovlm" else HF
             raise ValueError(f"{pretrained} is a {kind}: use --model {other}.")

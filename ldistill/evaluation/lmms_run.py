@@ -29,7 +29,7 @@ import yaml
 
 import ldistill
 from ldistill.checkpoints import resolve
-from ldistill.evaluation.answerers import kind_of
+from ldistill.evaluation.answerers import kind_of, model_folder
 from ldistill.evaluation.lmms_faults import check_before, explain
 from ldistill.evaluation.suites import GROUPS, SUITES, Row, rows_of_tasks, suite
 
@@ -48,7 +48,7 @@ class Evaluation:
     """What is to be evaluated, on what, and where to."""
 
     student: str
-    """Model folder, ``pkg://`` or hub id: nanoVLM, Hugging Face VLM or bare LM."""
+    """Model folder, run folder, ``pkg://`` or hub id: nanoVLM, Hugging Face VLM or bare LM."""
     out: Path
     """Folder of the results."""
     suite: str | None = None
@@ -85,7 +85,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
             it ran and failed, or what it left is not complete. ``eval.json`` is written all the
             same and says what is there.
     """
-    folder = resolve(asked.student)
+    folder = model_folder(asked.student)
     kind = kind_of(folder)
     check(asked)
     asked.out.mkdir(parents=True, exist_ok=True)
