@@ -83,7 +83,7 @@ def from_first_patiently(make: Callable[[], T]) -> T:
         return make()
     store, key = dist.distributed_c10d._get_default_store(), f"ldistill/round-{next(_rounds)}"
     if dist.get_rank() != 0:
-        store.wait([key], timedelta(days=30))
+        store.wait([key], timedelta(days=7))
         return from_first(make)
 
     def make_and_tell() -> T:

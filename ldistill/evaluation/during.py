@@ -96,6 +96,8 @@ class SuiteEvaluator:
             return {FAILED: 1.0}
         finally:
             shutil.rmtree(asked.student, ignore_errors=True)
+        means = ", ".join(f"{group} {value:.3f}" for group, value in result["groups"].items())
+        print(f"step {step}: {means}  ({asked.out})", flush=True)
         return {key: score["value"] for key, score in result["scores"].items()} | result["groups"]
 
 
