@@ -234,9 +234,10 @@ def test_a_broken_answer_stops_the_run(monkeypatch):
     def broken(*args, **kwargs):
         raise FloatingPointError("not finite")
 
-    monkeypatch.setattr(model.answerer, "generate", broken)
-    with pytest.raises(RuntimeError, match=r"task t, document \d.*not finite"):
-        model.generate_until(requests)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.answerer, "generate", broken)
+        with pytest.raises(RuntimeError, match=r"task t, document \d.*not finite"):
+            model.generate_until(requests)
     with pytest.raises(ValueError, match="batch_size"):
         NanoVLMModel(STUDENT, batch_size="auto", device="cpu")
     with pytest.raises(ValueError, match="use --model ldistill_nanovlm"):
