@@ -97,6 +97,10 @@ class RunArguments:
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     evaluate: bool = _doc("Evaluate on the items before and after training.", True)
+    eval_suite: str | None = _doc(
+        "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
+    )
+    eval_limit: int | None = _doc("Documents of every task of --eval_suite; default all.")
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
 
 

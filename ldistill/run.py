@@ -23,6 +23,7 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.stream import make_loader
 from ldistill.distiller import Distiller
+from ldistill.evaluation.during import evaluator_of
 from ldistill.flops import peak_flops
 from ldistill.metrics import Meter
 from ldistill.objective import Objective
@@ -202,6 +203,7 @@ def build_trainer(
         ),
         health_steps=recipe.run.health_steps,
         resume=resume,
+        evaluator=evaluator_of(recipe, pair, folder),
     )
     _use_own_progress(trainer, folder, resume)
     return trainer
