@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.evaluation import ocrbench
-from ldistill.evaluation.matching import Match, Pair, match
+from ldistill.evaluation.matching import Match, Pair, match, sentences
 from ldistill.evaluation.paired import Paired, paired
 from ldistill.evaluation.results import TaskResult, Variant
 from ldistill.evaluation.sample_scores import document_categories, sample_categories
@@ -155,7 +155,7 @@ def compare(
     else:
         others = [v for v in variants if v is not base]
         matches = [match(row, base, v) for v in others for row in chosen if row.task in v.tasks]
-        notes += [note for m in matches for note in m.notes]
+        notes += sentences(matches)
     if base is not None and original is None:
         notes.append(
             f"No original: no variant is called {', '.join(ORIGINALS[:-1])} or {ORIGINALS[-1]} and "

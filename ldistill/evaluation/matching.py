@@ -1,4 +1,4 @@
-"""Which samples of two runs belong together, and what is said where they don't.
+"""Which samples of two runs belong together, and what is said of those that don't.
 
 Samples belong together when document number, prompt and expected answer agree: lmms-eval's own
 ``doc_hash`` differs between runs wherever a document holds a picture.
@@ -6,9 +6,10 @@ Samples belong together when document number, prompt and expected answer agree: 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ldistill.evaluation.results import Sample, TaskResult, Variant
+from ldistill.evaluation.results import Sample, Variant
 from ldistill.evaluation.sample_scores import sample_score
 from ldistill.evaluation.suites import Row
 
@@ -25,57 +26,54 @@ class Pair:
 
 @dataclass(frozen=True)
 class Match:
-    """Pairs in document order, and a sentence for everything that could not be paired."""
+    """Pairs in document order, and a clause for everything that could not be paired."""
 
     row: Row
     variant: str
     pairs: tuple[Pair, ...]
-    notes: tuple[str, ...]
+    gaps: tuple[str, ...]
 
 
 def match(row: Row, baseline: Variant, variant: Variant) -> Match:
-    """Pair the samples of a row's task; no pairs and a note where that cannot be done."""
-    sides, notes = [], []
-    for side in (baseline, variant):
-        result = side.tasks.get(row.task)
-        if result is None:
-            notes.append(f"{side.name} has no results for {row.task}")
-            continue
-        if result.unreadable:
-            notes.append(
-                f"{result.unreadable} lines of {side.name}'s {result.samples_path.name} are no "
-                "samples (file cut off?)"
-            )
-        sides.append(_scored(side.name, result, row, notes))
-    if len(sides) < 2 or not all(sides):
-        return Match(row, variant.name, (), _sentences(row, variant, notes, paired=0))
-    pairs = _pairs(*sides, baseline.name, variant.name, notes)
-    return Match(row, variant.name, pairs, _sentences(row, variant, notes, paired=len(pairs)))
+    """Pair the samples of a row's task; no pairs and a gap where that cannot be done."""
+    gaps: list[str] = []
+    first, second = (_scored(v, row, gaps) for v in (baseline, variant))
+    pairs: tuple[Pair, ...] = ()
+    if first and second:
+        pairs = _pairs(first, second, baseline.name, variant.name, gaps)
+    return Match(row, variant.name, pairs, tuple(gaps))
 
 
-def _sentences(row: Row, variant: Variant, notes: list[str], paired: int) -> tuple[str, ...]:
-    rest = f"{paired:,} samples could be paired." if paired else "No samples could be paired."
-    head = f"{row.name}, {variant.name}: "
-    return (f"{head}{'; '.join(notes)}. {rest}",) if notes else ()
+def sentences(matches: Iterable[Match]) -> list[str]:
+    """The gaps of all matches, each named once, with the rows it holds for."""
+    where: dict[tuple[str, bool], dict[str, None]] = {}
+    for m in matches:
+        rest = f" (the other {len(m.pairs):,} are paired)" if m.pairs else ""
+        for gap in m.gaps:
+            where.setdefault((gap, bool(m.pairs)), {})[m.row.name + rest] = None
+    ends = {True: ".", False: "; not compared sample by sample, scores are."}
+    return [f"{gap}: {', '.join(rows)}{ends[some]}" for (gap, some), rows in where.items()]
 
 
-def _scored(
-    name: str, result: TaskResult, row: Row, notes: list[str]
-) -> dict[int, tuple[Sample, float]]:
+def _scored(variant: Variant, row: Row, gaps: list[str]) -> dict[int, tuple[Sample, float]]:
     """Document → sample and score."""
+    name, result = variant.name, variant.tasks.get(row.task)
+    if result is None:
+        gaps.append(f"{name} has no results")
+        return {}
+    if result.unreadable:
+        gaps.append(f"{name}'s samples file has lines that are no samples (cut off?)")
     samples = result.samples(row.filter)
     if not samples:
-        there = result.samples_path.is_file()
-        state = "is empty" if there else "is missing (evaluate with samples logged)"
-        notes.append(f"{name}'s {result.samples_path.name} {state}")
+        what = "an empty" if result.samples_path.is_file() else "no"
+        gaps.append(f"{name} has {what} samples file (evaluate with samples logged)")
         return {}
-    with_metric = {i: s for i, s in samples.items() if row.metric in s.metrics}
-    scores = {i: sample_score(s, row) for i, s in with_metric.items()}
+    scores = {i: sample_score(s, row) for i, s in samples.items() if row.metric in s.metrics}
     unscored = sum(score is None for score in scores.values())
-    if not with_metric or unscored == len(scores):
-        notes.append(f"{name}'s samples carry no {row.metric} of their own")
+    if unscored == len(scores):
+        gaps.append(f"{name}'s samples carry no score of their own, only the whole has one")
     elif unscored:
-        notes.append(f"{unscored} of {name}'s samples carry no {row.metric} of their own")
+        gaps.append(f"{unscored:,} of {name}'s samples carry no score of their own")
     return {i: (samples[i], score) for i, score in scores.items() if score is not None}
 
 
@@ -84,12 +82,13 @@ def _pairs(
     second: dict[int, tuple[Sample, float]],
     baseline: str,
     variant: str,
-    notes: list[str],
+    gaps: list[str],
 ) -> tuple[Pair, ...]:
-    for name, own, other in ((baseline, first, second), (variant, second, first)):
+    sides = ((baseline, first, variant, second), (variant, second, baseline, first))
+    for name, own, than, other in sides:
         only = len(own.keys() - other.keys())
         if only:
-            notes.append(f"{only:,} samples only in {name}")
+            gaps.append(f"{only:,} samples of {name} are not among {than}'s")
     pairs, different = [], 0
     for doc_id in sorted(first.keys() & second.keys()):
         (a, before), (b, after) = first[doc_id], second[doc_id]
@@ -98,8 +97,8 @@ def _pairs(
         else:
             different += 1
     if different:
-        notes.append(
-            f"{different:,} samples have another prompt or expected answer in the two runs "
-            "(another version of the data, or another prompt format?)"
+        gaps.append(
+            f"{different:,} samples have another prompt or expected answer in {variant} than in "
+            f"{baseline} (another version of the data, or another prompt format?)"
         )
     return tuple(pairs)

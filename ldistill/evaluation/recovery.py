@@ -137,7 +137,7 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
 def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> None:
     values = [of[group].value for of in shares.values()]
     known = [v for v in values if v is not None]
-    low = max(_FLOOR, min([0.0, *known])) - 0.45
+    low = max(_FLOOR, min([0.0, *known])) - (0.75 if min([0.0, *known]) < 0 else 0.1)
     high = min(_CEILING, max([1.0, *known])) + 0.35
     for place, (variant, of) in enumerate(shares.items()):
         found = of[group]
@@ -145,7 +145,7 @@ def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> 
         axis.barh(place, length, color=_COLOURS[family(variant)], height=0.66)
         right = length >= 0
         axis.annotate(
-            found.text,
+            _cut(found, length) + found.text,
             (length, place),
             xytext=(4 if right else -4, 0),
             textcoords="offset points",
@@ -163,3 +163,8 @@ def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> 
     axis.grid(axis="x", alpha=0.25)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+
+
+def _cut(found: Share, length: float) -> str:
+    """A mark before the number of a bar that is longer than it is drawn."""
+    return "" if found.value is None or found.value == length else "cut: "

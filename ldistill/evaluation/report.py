@@ -95,7 +95,7 @@ def _has_roles(comparison: Comparison) -> bool:
 def _roles(comparison: Comparison) -> str:
     table = comparison.table
     lines = []
-    for v in comparison.variants:
+    for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name)):
         role = {table.baseline: "baseline", table.original: "original"}.get(v.name, "variant")
         lines.append([v.name, role, v.model or "not named", len(v.tasks)])
     return markdown_table(["name", "role", "model", "tasks"], lines, left=3)
@@ -105,8 +105,8 @@ def _paired_markdown(comparison: Comparison) -> str:
     baseline = comparison.table.baseline
     head = [baseline, "variant", "difference [95%]", "won", "lost", "p"]
     text = (
-        f"On the samples that both answered; won is where the variant scores higher than {baseline}. "
-        "p is McNemar's exact test on won and lost (the sign test for graded scores), "
+        f"On the samples that both answered; won: the variant scores higher than {baseline}. p is "
+        "McNemar's exact test on won and lost (the sign test for graded scores), "
         "two-sided, not corrected for the number of tests; intervals are bootstraps over samples. "
         "Scores are means over samples, for MME the share of right answers.\n"
     )

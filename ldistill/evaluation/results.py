@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = "_results.json"
-_NOT_METRICS = frozenset(
-    ("doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media")
-    + ("resps", "filtered_resps", "token_counts")
-)
-_NOT_NAMES = frozenset({"eval", "evaluation", "results", "student", "lmms_eval"})
+_NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"}
+_NOT_METRICS |= {"resps", "filtered_resps", "token_counts"}
+_NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
 
 @dataclass(frozen=True)
