@@ -36,7 +36,7 @@ MODES: dict[str, str] = {
     ELSEWHERE: "Right text from the wrong spot",
     SHORTENED: "Shortened or paraphrased",
     OTHER: "None of the three",
-    UNDECIDED: "Undecided: the picture's text is not known",
+    UNDECIDED: "Undecided",
 }
 """Mode → title, in the order of a report."""
 
@@ -214,7 +214,8 @@ def _notation(answer: str, expected: str, text: KnownText, lexicon: Lexicon | No
     if _plain(answer) == _plain(expected):
         return None
     got, wanted = _only_number(answer), _only_number(expected)
-    if got is not None and got == wanted:
+    added = set(tokens(answer)) - set(tokens(expected))
+    if got is not None and got == wanted and not any(token.isalpha() for token in added):
         return "notation", "the same number, written otherwise"
     got_date, wanted_date = _date(answer), _date(expected)
     if got_date is not None and got_date == wanted_date:
@@ -239,7 +240,7 @@ def _elsewhere(answer: str, expected: str, text: KnownText, lexicon: Lexicon | N
     if len("".join(words)) < 2 or _run_in(tokens(expected), words):
         return None
     known = text()
-    return ("elsewhere", f"stands in {known.source}") if known.holds(answer) else None
+    return ("elsewhere", f"it stands in {known.source}") if known.holds(answer) else None
 
 
 def _reworded(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:

@@ -33,6 +33,10 @@ RULES: tuple[tuple[str, str], ...] = (
         "or from the answers to other questions about the same picture.",
     ),
     (
+        MODES["undecided"],
+        "No rule fits so far as is known, but the text of the picture is not, or not all of it.",
+    ),
+    (
         "Order",
         "The first rule that fits counts: corrected, shortened, elsewhere, shared words. The rules "
         "count; they do not explain.",
