@@ -43,7 +43,7 @@ def test_the_newest_result_of_a_task_counts(tmp_path):
     assert any("arc_easy evaluated more than once" in note for note in variant.notes)
 
 
-def test_a_folder_of_variants_and_a_run_with_checkpoints(tmp_path):
+def test_a_folder_of_variants(tmp_path):
     root = tmp_path / "results"
     for name, value in (("ce", 0.1), ("kd", 0.2)):
         write_results(root / name, {"arc_easy": {"acc,none": value}}, model=f"runs/{name}/student")
@@ -52,18 +52,29 @@ def test_a_folder_of_variants_and_a_run_with_checkpoints(tmp_path):
         "ce": 0.1,
         "kd": 0.2,
     }
-    run = tmp_path / "run"
-    write_results(run / "evals" / "5", {"arc_easy": {"acc,none": 0.3}}, model=str(run / "step-5"))
-    with_final = write_results(
-        run / "evals" / "end", {"arc_easy": {"acc,none": 0.4}}, model=str(run / "student")
+    write_results(
+        root / "ce", {"arc_easy": {"acc,none": 0.3}}, model="elsewhere", time="20270101_1"
     )
+    with pytest.raises(ValueError, match=r"results/ce holds results of several models"):
+        read_variants([str(root)])
+
+
+def test_a_run_evaluated_while_it_trained(tmp_path):
+    """The run's own student counts; without results of it, the last step evaluated."""
+    run = tmp_path / "run"
+    for step in (5, 10):
+        folder = run / "eval" / f"step-{step}"
+        score = {"arc_easy": {"acc,none": step / 100}}
+        write_results(folder, score, model=str(folder / "student"))
+    (variant,) = read_variants([str(run)])
+    assert variant.name == "run"
+    assert variant.tasks["arc_easy"].scores == {"acc,none": 0.1}
+    assert variant.notes == ("run: evaluated during training, at step 10.",)
+    student = {"arc_easy": {"acc,none": 0.4}}
+    write_results(run / "eval" / "end", student, model=str(run / "student"))
     (variant,) = read_variants([str(run)])
     assert variant.tasks["arc_easy"].scores == {"acc,none": 0.4}
-    assert "left aside" in variant.notes[0]
-    with_final.unlink()
-    write_results(run / "evals" / "9", {"arc_easy": {"acc,none": 0.3}}, model=str(run / "step-9"))
-    with pytest.raises(ValueError, match="several models"):
-        read_variants([str(run)])
+    assert "2 other evaluations" in variant.notes[0]
 
 
 def test_filters_take_turns(tmp_path):

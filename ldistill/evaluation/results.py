@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from typing import Any
 RESULTS = "_results.json"
 _NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"}
 _NOT_METRICS |= {"resps", "filtered_resps", "token_counts"}
+_STEP = re.compile(r"(?:^|/)step-(\d+)/")
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
 
@@ -175,14 +177,10 @@ def _split(argument: str) -> tuple[str | None, Path]:
 def _expand(name: str | None, folder: Path) -> list[Variant]:
     files = _result_files(folder)
     own = name or _folder_name(folder)
-    models = {_model(record) for _, record in files}
-    if len(models) == 1:
-        return [_variant(own, folder, files)]
-    final = _of_run(folder, files)
-    if final:
-        left = len(files) - len(final)
-        note = f"{own}: {left} results files of other models in {folder} (checkpoints) left aside."
-        return [_variant(own, folder, final, (note,))]
+    taken, note = _of_run(folder, files)
+    if taken or len({_model(record) for _, record in files}) == 1:
+        notes = (f"{own}: {note}",) if note else ()
+        return [_variant(own, folder, taken or files, notes)]
     parts: dict[str, list[tuple[Path, dict]]] = {}
     for path, record in files:
         parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
@@ -209,14 +207,26 @@ def _folder_name(folder: Path) -> str:
     return path.name
 
 
-def _of_run(folder: Path, files: list[tuple[Path, dict]]) -> list[tuple[Path, dict]]:
-    """Results of a run folder's own student."""
+def _of_run(
+    folder: Path, files: list[tuple[Path, dict]]
+) -> tuple[list[tuple[Path, dict]], str | None]:
+    """Results of a run's own student, else of its last step evaluated; and what to say of it."""
     student = (folder / "student").resolve()
-    return [
-        (path, record)
-        for path, record in files
-        if (model := _model(record)) and Path(model).expanduser().resolve() == student
-    ]
+    steps: dict[int, list[tuple[Path, dict]]] = {}
+    final = []
+    for path, record in files:
+        if (model := _model(record)) and Path(model).expanduser().resolve() == student:
+            final.append((path, record))
+        elif step := _STEP.search(path.relative_to(folder).as_posix()):
+            steps.setdefault(int(step[1]), []).append((path, record))
+    if final:
+        left = len(files) - len(final)
+        note = f"results of {left} other evaluations in {folder} (steps in between) left aside."
+        return final, note if left else None
+    if steps and sum(map(len, steps.values())) == len(files):
+        last = max(steps)
+        return steps[last], f"evaluated during training, at step {last}."
+    return [], None
 
 
 def _model(record: Mapping[str, Any]) -> str:

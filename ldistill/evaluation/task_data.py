@@ -32,6 +32,7 @@ from ldistill.evaluation.results import Sample, TaskResult
 
 TEXT_COLUMNS = ("ocr", "ocr_text", "ocr_tokens", "picture_text", "words")
 _PICTURE_IDS = (("image_url",), ("ucsf_document_id", "ucsf_document_page_no"), ("image_id",))
+_QUESTION_COLUMNS = ("question", "query", "prompt", "context")
 _LOADER_KEYS = ("data_files", "data_dir", "revision", "cache_dir")
 _LONGEST_SIDE = 640
 
@@ -185,9 +186,10 @@ def _data_folder(kwargs: Mapping[str, Any]) -> Path:
 
 
 def _asked(document: Mapping[str, Any], prompt: str) -> bool:
-    """Whether some text of the document stands in the prompt."""
-    texts = (value.strip() for value in document.values() if isinstance(value, str))
-    return any(len(text) >= 4 and text in prompt for text in texts)
+    """Whether the document's question, or lacking one any text of it, stands in the prompt."""
+    texts = {key: value.strip() for key, value in document.items() if isinstance(value, str)}
+    questions = [texts[column] for column in _QUESTION_COLUMNS if texts.get(column)]
+    return any(text in prompt for text in questions or texts.values() if len(text) >= 2)
 
 
 def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
