@@ -17,6 +17,7 @@ from ldistill import __version__
 from ldistill.bench_commands import app as bench_app
 from ldistill.data.commands import app as shards_app
 from ldistill.evaluation.commands import evaluate_command
+from ldistill.evaluation.compare_command import compare
 from ldistill.study.commands import app as study_app
 from ldistill.tiny.commands import app as tiny_app
 
@@ -31,6 +32,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
+app.command()(compare)
 
 
 @app.callback(invoke_without_command=True)
