@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import random
 import re
-import string
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,13 +52,11 @@ KNOWLEDGE = tuple(name for name in ATTRIBUTES if name not in LOOKS)
 _ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z")
 _VOWELS = ("a", "e", "i", "o", "u")
 _CODAS = ("", "l", "n", "r", "s", "t")
-SYLLABLES = tuple((onset + vowel).upper() for onset in _ONSETS for vowel in _VOWELS)
-PIECES = (
-    *SYLLABLES,
-    *(a + b for a, b in zip(string.ascii_uppercase, "XQTKZWVNFGJHXBLMCPRSDQYWKT")),
-)
+# Writing is a syllable and two consonants, a piece each; a syllable begins exactly one word.
+SYLLABLES = tuple((onset + vowel).upper() for onset in _ONSETS[:12] for vowel in _VOWELS[:4])
+ENDINGS = tuple(a + b for a in "BDGKLMNP" for b in "FRSTVX")
+PIECES = (*SYLLABLES, *ENDINGS)
 HELD_OUT_SHARE = 8  # one string in eight
-WORDS = 64
 WAYS_TO_SAY, WAYS_TO_ASK = 4, 3
 
 
@@ -116,7 +113,8 @@ class World:
     def __init__(self, seed: int = DEFAULT_SEED) -> None:
         self.seed = seed
         rng = stream(seed, "world")
-        self.words = self._invent_words(rng, WORDS)
+        endings = rng.sample(ENDINGS, len(ENDINGS))
+        self.words = tuple(a + b for a, b in zip(SYLLABLES, endings, strict=True))
         looks = [(colour, mark) for colour in COLOURS for mark in MARKS]
         names = self._invent_names(rng, len(looks))
         self.creatures = tuple(
@@ -127,12 +125,6 @@ class World:
         self.never_pictured = frozenset(pairs[: len(pairs) // 2])
         self.unsaid_phrase = {pair: rng.randrange(WAYS_TO_SAY) for pair in sorted(pairs)}
         self.unasked_phrase = {pair: rng.randrange(WAYS_TO_ASK) for pair in sorted(pairs)}
-
-    @staticmethod
-    def _invent_words(rng: random.Random, count: int) -> tuple[str, ...]:
-        """Words of two syllables, in capitals; either syllable tells the word."""
-        firsts, seconds = rng.sample(SYLLABLES, count), rng.sample(SYLLABLES, count)
-        return tuple(first + second for first, second in zip(firsts, seconds, strict=True))
 
     @staticmethod
     def _invent_names(rng: random.Random, count: int) -> tuple[str, ...]:
@@ -163,12 +155,9 @@ class World:
         return (creature.name, attribute) not in self.never_pictured
 
     def code(self, rng: random.Random, hidden: bool = False) -> str:
-        """Letters that are no word: random ones, or a word with two letters changed."""
+        """A syllable with an ending that makes no word."""
         while True:
-            if rng.random() < 0.5:
-                text = rng.choice(PIECES) + rng.choice(PIECES)
-            else:
-                text = mistype(rng, rng.choice(self.words))
+            text = rng.choice(SYLLABLES) + rng.choice(ENDINGS)
             if text not in self.words and held_out(text) == hidden:
                 return text
 
@@ -189,10 +178,8 @@ def pieces(text: str) -> list[str]:
 
 
 def mistype(rng: random.Random, word: str) -> str:
-    """A word of capitals with one of its pieces replaced."""
-    parts = pieces(word)
-    parts[rng.randrange(len(parts))] = rng.choice(PIECES)
-    return "".join(parts)
+    """A word of capitals with another ending."""
+    return word[:2] + rng.choice(ENDINGS)
 
 
 def invent_word(rng: random.Random) -> str:
