@@ -14,7 +14,11 @@ from helpers_data import picture
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (pip install 'ldistill[eval]')")
 
+from typer.testing import CliRunner
+
+from ldistill.cli import app
 from ldistill.evaluation import lmms_faults, lmms_run
+from ldistill.evaluation.answerers import model_folder
 from ldistill.evaluation.item_tasks import chat_renderer, write_tasks
 from ldistill.evaluation.items import Item, evaluate
 from ldistill.evaluation.lmms_run import Evaluation, clean_environment, read_results
@@ -341,6 +345,37 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(lmms_faults.metadata, "entry_points", lambda group: ())
     refused("pip install -e", suite="tiny")
     assert not (tmp_path / "o").exists()
+
+
+def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, pair_root):
+    seen = []
+
+    def fake(asked):
+        seen.append(asked)
+        score = {"name": "Facts", "group": "tiny_language", "value": 0.5, "documents": 3}
+        return {
+            "student": asked.student,
+            "scores": {"tiny_facts": score},
+            "groups": {"tiny_language": 0.5},
+            "limit": asked.limit,
+            "results": "m/results.json",
+        }
+
+    monkeypatch.setattr(lmms_run, "evaluate", fake)
+    run = tmp_path / "run"
+    shutil.copytree(pair_root / "student", run / "student")
+    flags = ["--suite", "tiny", "--tasks", "a, b", "--limit", "3", "--batch-size", "2", "--tiling"]
+    command = ["eval", "--student", str(run), "--out", str(tmp_path / "o"), *flags]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "0.500" in result.output
+    assert "Only the first 3 documents" in result.output
+    assert seen[0].all_tasks == (*SUITES["tiny"].tasks, "a", "b")
+    assert (seen[0].limit, seen[0].batch_size) == (3, 2)
+    assert seen[0].options == {"dtype": "auto", "tiling": True}
+    result = CliRunner().invoke(app, [*command, "--drop-pictures"])
+    assert "--drop-pictures is for a lm folder" in str(result.exception)
+    assert model_folder(str(run)) == run / "student"
 
 
 def test_an_evaluation_of_another_student_is_not_mixed_in(tmp_path, pair_root):
