@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ldistill.evaluation.answerers import Question, cut, kind_of, load_answerer
+from ldistill.evaluation.answerer_loading import kind_of, load_answerer
+from ldistill.evaluation.answerers import Question, cut
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
 KINDS = ("nanovlm", "lm", "llava", "idefics3")

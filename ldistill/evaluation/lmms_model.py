@@ -27,7 +27,8 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from ldistill.evaluation.answerers import Question, kind_of, load_answerer, model_folder
+from ldistill.evaluation.answerer_loading import kind_of, load_answerer, model_folder
+from ldistill.evaluation.answerers import Question
 
 NANOVLM = "ldistill_nanovlm"
 HF = "ldistill_hf"
