@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ldistill.evaluation.answerers import Question, cut, kind_of, load_answerer
+from ldistill.evaluation.answerer_loading import kind_of, load_answerer
+from ldistill.evaluation.answerers import Question, cut
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
 KINDS = ("nanovlm", "lm", "llava", "idefics3")
@@ -69,15 +70,16 @@ def test_a_batch_changes_no_answer(models, kind, seen):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_greedy_answer_is_greedy(models, kind):
     """What was generated is what log-likelihood calls greedy; something else is not."""
-    model, asked = models[kind], questions(kind, True)[:3]
-    tokenizer = model.tokenizer
-    for question in asked:
-        text = model.generate([question], 4)[0]
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if text.startswith(" ") or len(ids) != 4 or tokenizer.decode(ids) != text:
+    model, checked = models[kind], 0
+    for question in questions(kind, True):
+        text = model.generate([question], 2)[0]
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text.startswith(" ") or len(ids) != 2:
             continue  # other tokens spell the same text
         assert model.log_likelihoods([(question, text)])[0][1]
         assert not model.log_likelihoods([(question, text + "q z")])[0][1]
+        checked += 1
+    assert checked
 
 
 @torch.no_grad()

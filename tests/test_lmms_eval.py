@@ -14,10 +14,15 @@ from helpers_data import picture
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (pip install 'ldistill[eval]')")
 
+from typer.testing import CliRunner
+
+from ldistill.cli import app
 from ldistill.evaluation import lmms_faults, lmms_run
+from ldistill.evaluation.answerer_loading import model_folder
 from ldistill.evaluation.item_tasks import chat_renderer, write_tasks
 from ldistill.evaluation.items import Item, evaluate
-from ldistill.evaluation.lmms_run import Evaluation, clean_environment, read_results
+from ldistill.evaluation.lmms_results import merge, read_results
+from ldistill.evaluation.lmms_run import Evaluation, clean_environment
 from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 from ldistill.tiny.benchmark import benchmark
@@ -343,11 +348,61 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
     assert not (tmp_path / "o").exists()
 
 
+def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, pair_root):
+    seen = []
+
+    def fake(asked):
+        seen.append(asked)
+        score = {"name": "Facts", "group": "tiny_language", "value": 0.5, "documents": 3}
+        return {
+            "student": asked.student,
+            "scores": {"tiny_facts": score},
+            "groups": {"tiny_language": 0.5},
+            "limit": asked.limit,
+            "results": "m/results.json",
+        }
+
+    monkeypatch.setattr(lmms_run, "evaluate", fake)
+    run = tmp_path / "run"
+    shutil.copytree(pair_root / "student", run / "student")
+    flags = ["--suite", "tiny", "--tasks", "a, b", "--limit", "3", "--batch-size", "2", "--tiling"]
+    command = ["eval", "--student", str(run), "--out", str(tmp_path / "o"), *flags]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "0.500" in result.output
+    assert "Only the first 3 documents" in result.output
+    assert seen[0].all_tasks == (*SUITES["tiny"].tasks, "a", "b")
+    assert (seen[0].limit, seen[0].batch_size) == (3, 2)
+    assert seen[0].options == {"dtype": "auto", "tiling": True}
+    result = CliRunner().invoke(app, [*command, "--drop-pictures"])
+    assert "--drop-pictures is for a lm folder" in str(result.exception)
+    assert model_folder(str(run)) == run / "student"
+
+
 def test_an_evaluation_of_another_student_is_not_mixed_in(tmp_path, pair_root):
-    (tmp_path / "eval.json").write_text(json.dumps({"folder": "/other", "limit": None}))
+    earlier = {"model_args": "pretrained=/other", "limit": None}
+    (tmp_path / "eval.json").write_text(json.dumps(earlier))
     asked = Evaluation(str(pair_root / "student"), tmp_path, tasks=("own",))
-    with pytest.raises(ValueError, match=r"holds an evaluation of /other.*choose another --out"):
-        lmms_run._earlier(asked, pair_root / "student")
+    with pytest.raises(ValueError, match=r"evaluation of pretrained=/other.*choose another --out"):
+        lmms_run._earlier(asked, "pretrained=/this")
+    assert lmms_run._earlier(asked, "pretrained=/other") == earlier
+
+
+def test_other_tasks_of_an_earlier_evaluation_are_kept():
+    def score(value: float, top: float = 1.0) -> dict:
+        return {"group": "general", "value": value, "top": top}
+
+    earlier = {
+        "samples": {"mme": "old.jsonl", "mmstar": "star.jsonl"},
+        "scores": {"mme:mme_cognition_score": score(400, 800), "mmstar": score(0.3)},
+    }
+    result = {"tasks": ["mme"], "samples": {}, "scores": {}, "groups": {}}
+    merge(result, earlier)  # mme was asked again and failed: its old score must not stay
+    assert result["scores"] == {"mmstar": score(0.3)}
+    assert result["samples"] == {"mmstar": "star.jsonl"}
+    result["scores"]["mme:mme_cognition_score"] = score(600, 800)
+    merge(result, {})
+    assert result["groups"] == {"general": pytest.approx((0.3 + 0.75) / 2)}
 
 
 def test_items_of_one_task_must_be_of_one_kind(tmp_path):

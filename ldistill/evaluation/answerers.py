@@ -4,7 +4,7 @@ Two things are asked of a model: the summed log-likelihood of a continuation, an
 answer. Both work on prompts padded at the left, continuations behind them padded at the right, so
 that an answer does not depend on what else is in its batch.
 
-    model = load_answerer("runs/lingudistill/student")
+    model = load_answerer("runs/lingudistill/student")      # in answerer_loading
     model.generate([Question("What is this?", (picture,))], max_new_tokens=16)
     model.log_likelihoods([(Question("2 + 2 =", chat=False), " 4")])     # [(-0.1, True)]
 """
@@ -12,18 +12,14 @@ that an answer does not depend on what else is in its batch.
 from __future__ import annotations
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-
-from ldistill.checkpoints import resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -332,102 +328,3 @@ def _append(inputs: Inputs, ids: Tensor, real: Tensor) -> Inputs:
     longer["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], real], 1)
     return inputs | longer
-
-
-# ---- loading ----
-
-
-def model_folder(name: str) -> Path:
-    """Folder of a model; of a training run, the student it left.
-
-    Raises:
-        FileNotFoundError: no such folder, and nothing the hub has.
-    """
-    folder = resolve(name)
-    student = folder / "student"
-    of_run = not (folder / "config.json").is_file() and (student / "config.json").is_file()
-    return student if of_run else folder
-
-
-def kind_of(folder: Path) -> str:
-    """``nanovlm``, ``vlm`` or ``lm``, as the folder's ``config.json`` says.
-
-    Raises:
-        FileNotFoundError: no ``config.json``.
-        ValueError: a model that is none of the three.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json: not a model folder.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if "vit_hidden_dim" in config:
-        return "nanovlm"
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if "model_type" not in config:
-        raise ValueError(f"{path} names no model_type: neither a nanoVLM nor a transformers model.")
-    cls = type(AutoConfig.from_pretrained(folder))
-    if cls in AutoModelForImageTextToText._model_mapping:
-        return "vlm"
-    if cls in AutoModelForCausalLM._model_mapping:
-        return "lm"
-    raise ValueError(f"{folder} is a {config['model_type']!r} model: neither a VLM nor an LM.")
-
-
-def load_answerer(
-    name: str,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: str = "auto",
-    tokenizer: str | None = None,
-    tiling: bool = False,
-    pictures: str = "error",
-    chat_template: str | None = None,
-) -> Answerer:
-    """A model of whichever kind its folder holds.
-
-    Args:
-        name: folder, ``pkg://`` or hub id.
-        device: where it runs.
-        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or torch's name of a type.
-        tokenizer: of a nanoVLM or an LM; default its own.
-        tiling: nanoVLM alone: cut large pictures into tiles.
-        pictures: LM alone: ``error`` or ``drop``.
-        chat_template: file with a chat template, for a VLM or LM that has none.
-
-    Raises:
-        FileNotFoundError, ValueError: no such model, or one that cannot be used.
-    """
-    folder, torch_type = model_folder(name), _dtype(dtype, torch.device(device))
-    kind = kind_of(folder)
-    if kind == "nanovlm":
-        from ldistill.students.nanovlm_format import load_nanovlm, load_processor
-
-        processor = load_processor(folder, tokenizer, tiling=tiling)
-        return StudentAnswerer(load_nanovlm(folder).to(device, torch_type), processor)
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
-    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
-    if kind == "vlm":
-        processor = AutoProcessor.from_pretrained(folder)
-        processor.chat_template = template or processor.chat_template
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch_type)
-        return VLMAnswerer(model.to(device), processor)
-    tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
-    tok.chat_template = template or tok.chat_template
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_type)
-    return LMAnswerer(model.to(device), tok, pictures)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {name!r}.")
-    return dtype

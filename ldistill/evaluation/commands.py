@@ -70,7 +70,7 @@ def model_options(
     Raises:
         ValueError: an option that this kind of model does not have.
     """
-    from ldistill.evaluation.answerers import kind_of, model_folder
+    from ldistill.evaluation.answerer_loading import kind_of, model_folder
 
     kind = kind_of(model_folder(student))
     for flag, given, wanted in (

@@ -9,7 +9,8 @@ therefore written with the model's chat template around it, so a folder belongs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,26 @@ def _write_data(path: Path, items: Sequence[Item], render: Callable[[str], str])
     if items[0].image is not None:
         columns["image"] = [{"bytes": item.image, "path": None} for item in items]
         features["image"] = Image()
-    Dataset.from_dict(columns, features=Features(features)).to_parquet(str(path))
+    with _quiet():
+        Dataset.from_dict(columns, features=Features(features)).to_parquet(str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a progress bar for every little file."""
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def chat_renderer(tokenizer: Any) -> Callable[[str], str]:

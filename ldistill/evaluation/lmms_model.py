@@ -27,7 +27,8 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from ldistill.evaluation.answerers import Question, kind_of, load_answerer, model_folder
+from ldistill.evaluation.answerer_loading import kind_of, load_answerer, model_folder
+from ldistill.evaluation.answerers import Question
 
 NANOVLM = "ldistill_nanovlm"
 HF = "ldistill_hf"
@@ -190,6 +191,7 @@ class _Model(lmms):
 
     def _pictures(self, request: _Request) -> tuple[Image.Image, ...]:
         visuals = request.to_visual(self._document(request)) or []
+        visuals = [v for v in visuals if v is not None]  # an empty picture column
         if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
             raise ValueError(
                 f"{request.where} shows something that is no picture ({', '.join(other)}): "

@@ -14,7 +14,6 @@ writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` a
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -29,9 +28,10 @@ import yaml
 
 import ldistill
 from ldistill.checkpoints import resolve
-from ldistill.evaluation.answerers import kind_of, model_folder
+from ldistill.evaluation.answerer_loading import kind_of, model_folder
 from ldistill.evaluation.lmms_faults import check_before, explain
-from ldistill.evaluation.suites import GROUPS, SUITES, Row, rows_of_tasks, suite
+from ldistill.evaluation.lmms_results import merge, read_results, score_of
+from ldistill.evaluation.suites import SUITES, rows_of_tasks, suite
 
 EVALUATION = "eval.json"
 LOG = "lmms_eval.log"
@@ -89,16 +89,17 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
     kind = kind_of(folder)
     check(asked)
     asked.out.mkdir(parents=True, exist_ok=True)
-    earlier = _earlier(asked, folder)
+    arguments = _arguments(asked, folder)
+    earlier = _earlier(asked, arguments)
     include = _include_paths(asked, folder, kind)
-    config = _config(asked, folder, kind, include)
+    config = _config(asked, kind, arguments, include)
     path = asked.out / CONFIG
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
     status = _run(asked, path)
     found = read_results(asked.out, asked.all_tasks, since=began)
     result = _describe(asked, folder, config, found, time.time() - began)
-    _merge(result, earlier)
+    merge(result, earlier)
     (asked.out / EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if found["missing"]:
         raise ValueError(_what_is_missing(asked, found, status))
@@ -123,13 +124,17 @@ def check(asked: Evaluation) -> None:
 # ---- the subprocess ----
 
 
-def _config(asked: Evaluation, folder: Path, kind: str, include: list[str]) -> dict[str, Any]:
+def _arguments(asked: Evaluation, folder: Path) -> str:
+    arguments = {"pretrained": str(folder.resolve())} | dict(asked.options)
+    return ",".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
+
+
+def _config(asked: Evaluation, kind: str, arguments: str, include: list[str]) -> dict[str, Any]:
     """lmms-eval's arguments, as its own configuration file."""
     chosen = suite(asked.suite).batch_size if asked.suite else 1
-    arguments = {"pretrained": str(folder.resolve())} | dict(asked.options)
     config: dict[str, Any] = {
         "model": "ldistill_nanovlm" if kind == "nanovlm" else "ldistill_hf",
-        "model_args": ",".join(f"{k}={v}" for k, v in arguments.items() if v is not None),
+        "model_args": arguments,
         "tasks": ",".join(asked.all_tasks),
         "batch_size": asked.batch_size or chosen,
         "log_samples": True,
@@ -222,66 +227,7 @@ def _gpus(environment: Mapping[str, str]) -> int:
     return max(1, torch.cuda.device_count())
 
 
-# ---- what it left ----
-
-
-def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
-    """The newest results below ``out``, with what is missing of some tasks.
-
-    Returns:
-        ``file`` (path or None), ``results`` (lmms-eval's dict), ``samples`` (task → file),
-        ``counts`` (task → documents) and ``missing`` (task → reason).
-    """
-    files = [p for p in out.glob("*/*_results.json") if p.stat().st_mtime >= since - 1]
-    if not files:
-        reason = "lmms-eval wrote no results"
-        return {
-            "file": None, "results": {}, "samples": {}, "counts": {},
-            "missing": dict.fromkeys(tasks, reason),
-        }  # fmt: skip
-    newest = max(files, key=lambda p: p.stat().st_mtime)
-    results = json.loads(newest.read_text(encoding="utf-8"))
-    stamp = newest.name.removesuffix("_results.json")
-    samples, counts, missing = {}, {}, {}
-    for task in tasks:
-        if problem := _task_problem(results, task):
-            missing[task] = problem
-            continue
-        for leaf in _leaves(results, task):
-            path = newest.with_name(f"{stamp}_samples_{leaf}.jsonl")
-            wanted = int(results.get("n-samples", {}).get(leaf, {}).get("effective", 0))
-            found = _lines(path)
-            if found < wanted or not found or (wanted and found % wanted):
-                missing[task] = f"{found} samples of {wanted} in {path.name}"
-            samples[leaf], counts[leaf] = path, wanted or found
-    return {
-        "file": newest, "results": results, "samples": samples, "counts": counts,
-        "missing": missing,
-    }  # fmt: skip
-
-
-def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks of a group, or the task itself."""
-    below = results.get("group_subtasks", {}).get(task) or []
-    return [leaf for name in below for leaf in _leaves(results, name)] or [task]
-
-
-def _task_problem(results: Mapping[str, Any], task: str) -> str | None:
-    scores = results.get("results", {})
-    if task not in scores and not results.get("group_subtasks", {}).get(task):
-        return "not among the results"
-    for row in rows_of_tasks([task]):
-        value = row.value(scores)
-        if value is None or not math.isfinite(value):
-            return f"no score {row.key}"
-    return None
-
-
-def _lines(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+# ---- what came of it ----
 
 
 def _describe(
@@ -310,42 +256,21 @@ def _describe(
         "missing": dict(found["missing"]),
         "results": relative(found["file"]),
         "samples": {task: relative(path) for task, path in found["samples"].items()},
-        "scores": {row.id: _score(row, found) for row in rows},
+        "scores": {row.id: score_of(row, found) for row in rows},
         "groups": {},
     }
 
 
-def _score(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "group": row.group,
-        "metric": row.key,
-        "value": row.value(found["results"]["results"]),
-        "top": row.top,
-        "documents": found["counts"].get(row.task),
-    }
-
-
-def _merge(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
-    """Keep what an earlier evaluation of the same model left of other tasks; mean by group."""
-    for part in ("samples", "scores"):
-        result[part] = dict(earlier.get(part, {})) | result[part]
-    for group in GROUPS:
-        shares = [s["value"] / s["top"] for s in result["scores"].values() if s["group"] == group]
-        if shares:
-            result["groups"][group] = sum(shares) / len(shares)
-
-
-def _earlier(asked: Evaluation, folder: Path) -> dict[str, Any]:
-    """An earlier ``eval.json`` there, which must be of the same model and kind of run."""
+def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
+    """An earlier ``eval.json`` there, which must be of the same model, asked the same way."""
     path = asked.out / EVALUATION
     if not path.is_file():
         return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    then, now = (earlier["folder"], earlier["limit"]), (str(folder.resolve()), asked.limit)
+    then, now = (earlier["model_args"], earlier["limit"]), (arguments, asked.limit)
     if then != now:
         raise ValueError(
-            f"{asked.out} holds an evaluation of {then[0]} (limit {then[1]}), which is not that of "
+            f"{asked.out} holds an evaluation of {then[0]} (limit {then[1]}), this one is of "
             f"{now[0]} (limit {now[1]}): choose another --out."
         )
     return earlier
