@@ -159,6 +159,16 @@ def test_limited_ocrbench_is_recomputed(tmp_path):
     assert not (tmp_path / "out" / "paired.csv").exists()
 
 
+def test_an_ocrbench_of_another_kind(tmp_path):
+    lines = [ocrbench_sample(0, "Emoji", ["1"], "1", True)]
+    score = {"ocrbench": {"ocrbench_accuracy,none": 0.5}}
+    write_results(tmp_path / "a", score, {"ocrbench": lines})
+    done = runner.invoke(app, ["compare", str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "no known sub-task ('Emoji')" in done.output
+    assert "a's sub-tasks are missing." in done.output
+
+
 def test_no_samples(results):
     for path in (results / "runs" / "lingudistill").rglob("*_samples_*"):
         path.unlink()

@@ -171,7 +171,7 @@ def test_scores_and_categories_of_samples(row: Row, metrics, score, categories, 
 @pytest.mark.slow
 def test_the_files_are_those_that_lmms_eval_writes(tmp_path):
     """Documents scored by lmms-eval's own code, written by its own tracker, read back."""
-    pytest.importorskip("lmms_eval")
+    pytest.importorskip("lmms_eval", reason="needs the extra: pip install ldistill[eval]")
     from lmms_eval.api.instance import Instance
     from lmms_eval.evaluator import _process_document_results
     from lmms_eval.loggers import EvaluationTracker
@@ -194,7 +194,8 @@ def test_the_files_are_those_that_lmms_eval_writes(tmp_path):
     logged = []
     for doc_id, (doc, answer) in enumerate(zip(docs, ["14.20", "13.40"])):
         arguments = (doc["question"], {}, None, doc_id, "ocrbench", "test")
-        instance = Instance("generate_until", arguments, 0, metadata={"doc_id": doc_id})
+        metadata = {"task": "ocrbench", "doc_id": doc_id, "repeats": 1}
+        instance = Instance("generate_until", arguments, 0, metadata=metadata)
         instance.doc = doc
         instance.resps, instance.filtered_resps = [answer], {"none": answer}
         done = _process_document_results(

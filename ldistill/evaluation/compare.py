@@ -17,7 +17,11 @@ from ldistill.evaluation import ocrbench
 from ldistill.evaluation.matching import Match, Pair, match, sentences
 from ldistill.evaluation.paired import Paired, paired
 from ldistill.evaluation.results import TaskResult, Variant
-from ldistill.evaluation.sample_scores import document_categories, sample_categories
+from ldistill.evaluation.sample_scores import (
+    CATEGORY_COLUMNS,
+    document_categories,
+    sample_categories,
+)
 from ldistill.evaluation.suites import ROWS, Row, rows, rows_of_tasks
 from ldistill.evaluation.tables import OTHER, ScoreTable, score_table, unknown_variant
 from ldistill.evaluation.task_data import TaskData, load_task_data
@@ -233,7 +237,11 @@ def _ocrbench(
             what = "results" if result is None else "samples"
             notes.append(f"OCRBench: {variant.name} has no {what}: its sub-tasks are missing.")
             continue
-        counts[variant.name] = ocrbench.count(samples.values())
+        try:
+            counts[variant.name] = ocrbench.count(samples.values())
+        except ValueError as error:
+            notes.append(f"{error} {variant.name}'s sub-tasks are missing.")
+            continue
         whole, told = ocrbench.total(counts[variant.name]), _value(result, row)
         if not ocrbench.complete(counts[variant.name]):
             notes.append(
@@ -261,30 +269,41 @@ def _paired(
 ) -> tuple[list[PairedRow], list[str]]:
     found: list[PairedRow] = []
     without: dict[str, str] = {}
+    known: dict[tuple[str, int], tuple[str, ...]] = {}
     for m in matches:
         if not m.pairs:
             continue
         found.append(PairedRow(m.variant, m.row, None, _test(m.pairs)))
-        categories = _by_category(m, data[m.row.task])
+        categories = _by_category(m, data[m.row.task], known)
         if len(categories) > 1:
             tests = ((name, _test(pairs)) for name, pairs in categories.items())
             found += [PairedRow(m.variant, m.row, name, test) for name, test in tests]
-        elif not categories and data[m.row.task].documents is None:
+        elif not categories and _has_categories(m.row) and data[m.row.task].documents is None:
             without[m.row.name] = data[m.row.task].reason
     notes = [f"{name}: categories are missing: {reason}." for name, reason in without.items()]
     return found, notes
+
+
+def _has_categories(row: Row) -> bool:
+    """Whether the task's data name categories, as far as is known."""
+    return row.task in CATEGORY_COLUMNS or row.group == OTHER
 
 
 def _test(pairs: Sequence[Pair]) -> Paired:
     return paired([p.before for p in pairs], [p.after for p in pairs])
 
 
-def _by_category(m: Match, data: TaskData) -> dict[str, list[Pair]]:
+def _by_category(
+    m: Match, data: TaskData, known: dict[tuple[str, int], tuple[str, ...]]
+) -> dict[str, list[Pair]]:
+    """Pairs by category; ``known`` keeps what was looked up for (row, document)."""
     categories: dict[str, list[Pair]] = {}
     for pair in m.pairs:
-        names = sample_categories(pair.baseline, m.row)
-        if not names and (document := data.document(pair.baseline)) is not None:
-            names = document_categories(document, m.row.task)
-        for name in names:
+        key = (m.row.id, pair.baseline.doc_id)
+        if key not in known:
+            known[key] = sample_categories(pair.baseline, m.row)
+            if not known[key] and (document := data.document(pair.baseline)) is not None:
+                known[key] = document_categories(document, m.row.task)
+        for name in known[key]:
             categories.setdefault(name, []).append(pair)
     return dict(sorted(categories.items()))

@@ -64,8 +64,9 @@ def find_examples(
         progress: wraps the samples as they are gone through.
     """
     matches = [m for m in comparison.matches if m.pairs and _reads(comparison, m)]
+    every = {m.row: _samples(comparison, m) for m in matches}
     work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
-    found = [_example(comparison, m, pair, lexicon) for m, pair in progress(work)]
+    found = [_example(comparison, m, p, every[m.row], lexicon) for m, p in progress(work)]
     counts: dict[tuple[str, str, str], Counter[str]] = {}
     for m in matches:
         for outcome in (LOST, WON):
@@ -82,12 +83,17 @@ def _reads(comparison: Comparison, m: Match) -> bool:
     return m.row.group in READING_GROUPS and generated
 
 
-def _example(comparison: Comparison, m: Match, pair: Pair, lexicon: Lexicon | None) -> Example:
+def _example(
+    comparison: Comparison,
+    m: Match,
+    pair: Pair,
+    every: Mapping[int, Sample],
+    lexicon: Lexicon | None,
+) -> Example:
     outcome = LOST if pair.after < pair.before else WON
     wrong = pair.variant if outcome == LOST else pair.baseline
     data = comparison.data[m.row.task]
     accepted = _accepted(pair.baseline, m.row)
-    every = _samples(comparison, m)
     verdict = judge(wrong.answer, accepted, lambda: data.text(pair.baseline, every), lexicon)
     return Example(
         variant=m.variant,

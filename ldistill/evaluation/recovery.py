@@ -137,27 +137,17 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
 def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> None:
     values = [of[group].value for of in shares.values()]
     known = [v for v in values if v is not None]
-    low = max(_FLOOR, min([0.0, *known])) - (0.75 if min([0.0, *known]) < 0 else 0.1)
+    low = max(_FLOOR, min([0.0, *known])) - (0.45 if min([0.0, *known]) < 0 else 0.1)
     high = min(_CEILING, max([1.0, *known])) + 0.35
     for place, (variant, of) in enumerate(shares.items()):
-        found = of[group]
-        length = min(max(found.value or 0.0, _FLOOR), _CEILING)
+        length = min(max(of[group].value or 0.0, _FLOOR), _CEILING)
         axis.barh(place, length, color=_COLOURS[family(variant)], height=0.66)
-        right = length >= 0
-        axis.annotate(
-            _cut(found, length) + found.text,
-            (length, place),
-            xytext=(4 if right else -4, 0),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            va="center",
-            fontsize=8,
-            color="black" if found.value is not None else "#777777",
-        )
+        _label(axis, of[group], length, place)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xlim(low, high)
     axis.set_title(group_title(group), fontsize=10)
+    axis.xaxis.get_major_locator().set_params(nbins=5)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.tick_params(labelsize=8)
     axis.grid(axis="x", alpha=0.25)
@@ -165,6 +155,18 @@ def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> 
         axis.spines[side].set_visible(False)
 
 
-def _cut(found: Share, length: float) -> str:
-    """A mark before the number of a bar that is longer than it is drawn."""
-    return "" if found.value is None or found.value == length else "cut: "
+def _label(axis, found: Share, length: float, place: int) -> None:
+    """The share beside its bar, or in white inside a bar that is cut at the axis."""
+    cut = found.value is not None and found.value != length
+    text = f"◂ {found.text}" if cut and length < 0 else f"{found.text} ▸" if cut else found.text
+    rightwards = (length >= 0) != cut
+    axis.annotate(
+        text,
+        (length, place),
+        xytext=(4 if rightwards else -4, 0),
+        textcoords="offset points",
+        ha="left" if rightwards else "right",
+        va="center",
+        fontsize=8,
+        color="white" if cut else "black" if found.value is not None else "#777777",
+    )

@@ -104,7 +104,7 @@ class ScoreTable:
         cell, change = self.cell(variant, row), self.change(variant, row)
         if cell is None:
             return MISSING
-        return cell.text(row.digits) + ("" if change is None else f" ({change:+.{row.digits}f})")
+        return cell.text(row.digits) + ("" if change is None else f" ({_signed(change, row)})")
 
     def caption(self) -> str:
         """What the columns and the emphasis mean."""
@@ -207,7 +207,7 @@ class ScoreTable:
                 text += rf"\,{{\scriptsize$\pm${cell.std:.{row.digits}f}}}"
             text = rf"\textbf{{{text}}}" if variant in self.best(row) else text
         if change is not None:
-            text += rf" {{\scriptsize(${change:+.{row.digits}f}$)}}"
+            text += rf" {{\scriptsize(${_signed(change, row)}$)}}"
         note = self._note(variant, row)
         return text + (rf"\textsuperscript{{{numbers[note]}}}" if note else "")
 
@@ -302,6 +302,11 @@ def _pipes(cells: Sequence[str]) -> str:
 
 def _ampersands(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
+
+
+def _signed(change: float, row: Row) -> str:
+    """A change with its sign; one that rounds to nothing is +0."""
+    return f"{round(change, row.digits) + 0.0:+.{row.digits}f}"
 
 
 def _escape_pipes(text: str) -> str:
