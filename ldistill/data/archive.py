@@ -154,26 +154,26 @@ def hash_file(path: Path) -> str:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset`; fewer at its end. Raises OSError.
 
-    Every read of a sample passes here: the place where remote shards fit. Files are opened anew,
-    which costs little beside decoding a picture, so a shard that was replaced is never read
-    through an old descriptor.
+    Files are opened anew, which costs little beside decoding a picture, so a shard that was
+    replaced is never read through an old descriptor.
     """
     with Path(path).open("rb", buffering=0) as file:
-        parts, end = [], offset + size
-        while offset < end and (part := os.pread(file.fileno(), end - offset, offset)):
-            parts.append(part)
-            offset += len(part)
-    return b"".join(parts)
+        return pread_all(file.fileno(), size, offset)
 
 
-def load_sample(path: str, record: np.void, key: str) -> Sample:
-    """Read one sample and check its CRC-32. Raises BadSample naming shard, key and reason."""
-    try:
-        raw = read_range(path, int(record["offset"]), int(record["size"]))
-    except OSError as error:
-        raise BadSample("unreadable shard", path, key, str(error)) from error
+def pread_all(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes of an open file from `offset`; fewer at its end. Raises OSError."""
+    parts, end = [], offset + size
+    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def check_sample(raw: bytes, shard: str, record: np.void, key: str) -> Sample:
+    """A sample from its bytes, CRC-32 checked. Raises BadSample naming shard, key and reason."""
     if len(raw) < record["size"]:
-        raise BadSample("truncated shard", path, key, f"{len(raw)} of {record['size']} bytes")
+        raise BadSample("truncated shard", shard, key, f"{len(raw)} of {record['size']} bytes")
     if zlib.crc32(raw) != record["crc32"]:
-        raise BadSample("corrupt sample", path, key, "its checksum is not the one in the index")
-    return unpack_sample(raw, path, key)
+        raise BadSample("corrupt sample", shard, key, "its checksum is not the one in the index")
+    return unpack_sample(raw, shard, key)
