@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ldistill.data.archive import pread_all
+from ldistill.data.archive import hash_file, pread_all
 from ldistill.data.remote import ObjectChanged, Refused, RemoteReader, join
 from ldistill.data.shard_cache import WrongContent
 from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, Reading
@@ -102,12 +102,15 @@ class RemoteStore:
     def table(self, source: str, meta: dict[str, Any]) -> Path:
         """The source's samples.npy in the cache, fetched if it is not there. Raises OSError."""
         url, sha256 = self.url(source, SAMPLES_NAME), meta["samples_sha256"]
+        path = self.cache.folder / sha256
+        if self.cache.holds(sha256) and hash_file(path) != sha256:
+            self.cache.drop(sha256)
         if not self.cache.holds(sha256):
             size = self.reader.info(url).size
             if size is None:
                 raise OSError(f"the store does not say how large {url} is: use another server")
             self._open(url, sha256, size).close()
-        return self.cache.folder / sha256
+        return path
 
     # samples ---------------------------------------------------------------------------------
 

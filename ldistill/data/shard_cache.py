@@ -8,7 +8,8 @@ shard that is replaced in the store cannot be confused with the old one. `fill` 
 name, under a lock of that name, and only a file whose hash is right is renamed to it; so what has
 a name is whole. The space of a file under way is reserved before its first byte, and what was used
 longest ago makes room: the limit holds at every moment. A process that dies leaves a `.part` file
-that nobody reads; whoever opens the cache or needs the room next removes it.
+that nobody reads; whoever opens the cache or needs the room next removes it. Nothing waits for
+the disk: after a power cut a name may stand for lost bytes, but readers check theirs (`drop`).
 
 fsspec's own file cache has no limit, no hashes and no locks between processes, hence this one.
 """
@@ -93,8 +94,9 @@ class ShardCache:
             file = path.open("rb", buffering=0)
         except FileNotFoundError:
             return None
+        now = time.time_ns()  # finer than the clock a file system stamps with by itself
         with suppress(FileNotFoundError):  # evicted since: it is ours to read all the same
-            os.utime(path)
+            os.utime(path, ns=(now, now))
         return file  # type: ignore[return-value]
 
     def _fetch(self, sha256: str, size: int, fill: Fill) -> None:
@@ -104,8 +106,6 @@ class ShardCache:
             with part.open("r+b") as file:
                 found = fill(file)
                 file.truncate()
-                file.flush()
-                os.fsync(file.fileno())
             if found != sha256:
                 raise WrongContent(found)
             part.replace(self.folder / sha256)
