@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -103,8 +104,9 @@ class RemoteStore:
         """The source's samples.npy in the cache, fetched if it is not there. Raises OSError."""
         url, sha256 = self.url(source, SAMPLES_NAME), meta["samples_sha256"]
         path = self.cache.folder / sha256
-        if self.cache.holds(sha256) and hash_file(path) != sha256:
-            self.cache.drop(sha256)
+        with suppress(FileNotFoundError):
+            if hash_file(path) != sha256:
+                self.cache.drop(sha256)
         if not self.cache.holds(sha256):
             size = self.reader.info(url).size
             if size is None:
