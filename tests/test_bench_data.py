@@ -112,7 +112,7 @@ def test_another_librarys_failure_is_told_and_ours_is_raised(setup, monkeypatch)
     monkeypatch.setitem(LOADERS, "ours", fails)
     with pytest.raises(RuntimeError):
         bench_data(setup, loaders=("ours",), **options)
-    with pytest.raises(ValueError, match="loaders must be among ours, .* got 'theirs'"):
+    with pytest.raises(ValueError, match=r"loaders must be among ours, .* got 'theirs'"):
         bench_data(setup, loaders=("theirs",), **options)
     with pytest.raises(ValueError, match="whole shards to workers"):
         measure(setup, "webdataset", 1000, 0.1)

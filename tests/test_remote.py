@@ -1,8 +1,9 @@
 """Remote shards over real servers on loopback: same samples, bytes counted at the server."""
 
+import hashlib
 import itertools
 import shutil
-from collections import Counter
+import time
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from servers import FileServer, s3_server
 from ldistill.data.build_types import BuildOptions
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
-from ldistill.data.read_ahead import local_ranks, settle_reads
+from ldistill.data.read_ahead import ReadAheadSampler, local_ranks, settle_reads
 from ldistill.data.remote import ObjectChanged, RangesUnsupported, RemoteError, Retry
 from ldistill.data.shards import build_shards
 from ldistill.data.store import Reading
-from ldistill.data.stream import make_loader
+from ldistill.data.stream import PackSampler, make_loader
 
 LIMIT = 128
 FAST = Retry(attempts=4, first=0.01, timeout=1.0)
@@ -58,6 +59,13 @@ def assert_equal(batches, others):
         for name, value in one.items():
             same = torch.equal if isinstance(value, torch.Tensor) else dict.__eq__
             assert same(value, other[name]), name
+
+
+def assert_whole(cache):
+    """What has a name in the cache has the content of that name."""
+    for path in cache.folder.iterdir():
+        if path.is_file() and path.suffix != ".part":
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
 
 
 def sizes(index):
@@ -210,38 +218,40 @@ def test_what_does_not_fit_the_cache_twice_is_read_as_ranges(built, reading, mon
     assert (local_ranks(8), local_ranks(2)) == (4, 2)
 
 
-def test_the_next_window_is_fetched_while_this_one_is_read(built, processor, reading):
-    """With a slow store and slow training, only the first window's shards are waited for."""
+@pytest.mark.parametrize("start", [0, 11])
+def test_shards_are_announced_before_they_are_needed(built, reading, start):
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading("whole"))
-        plan = Plan(index, limit=LIMIT, shuffle_window=4)
-        loader = make_loader(index, processor, limit=LIMIT, batch_size=1, plan=plan, num_workers=1)
+        plan = Plan(index, limit=LIMIT, shuffle_window=2, pack_window=8)
+        packs, workers = PackSampler(plan, 2, start_pack=start), 3
+        stop = len(plan.epoch(0)) + len(plan.epoch(1))
+        batches = list(itertools.islice(ReadAheadSampler(packs, index, workers), stop // 2))
+        plain = list(itertools.islice(packs, len(batches) + workers))
         starts = np.concatenate([[0], np.cumsum(index.shard_sizes)])
-        seen: set[int] = set()
-        late: Counter[bool] = Counter()
-        for number, batch in enumerate(itertools.islice(loader, len(plan.epoch(0)) - 8)):
-            threads_idle_wait(server)
-            there = {
-                shard.sha256 for shard in index.shards if index.store.cache.holds(shard.sha256)
-            }
-            shards = np.searchsorted(starts, batch["doc_sample"].numpy(), side="right") - 1
-            seen |= set(shards.tolist())
-            if number > 2:
-                coming = np.concatenate([plan.epoch(0)[number + 3 + ahead] for ahead in range(4)])
-                needed = set((np.searchsorted(starts, coming, side="right") - 1).tolist())
-                late.update(index.shards[s].sha256 not in there for s in needed)
-        assert len(seen) > 10
-        assert late[True] <= 0.1 * late.total()
+        announced, late, needed_at_all = set(), 0, set()
+        for number, batch in enumerate(batches):
+            assert all(map(np.array_equal, batch, plain[number]))
+            assert np.array_equal(batch.ahead, np.concatenate(plain[number + workers]))
+            announced |= set(batch.shards)
+            needed = np.searchsorted(starts, np.concatenate(batch), side="right") - 1
+            late += number >= workers and not set(needed.tolist()) <= announced
+            needed_at_all |= set(needed.tolist())
+        assert needed_at_all == set(range(len(index.shards))) == announced
+        assert late == 0
+        assert len(batches[0].shards) < len(index.shards)
 
 
-def threads_idle_wait(server):
-    """Let the background fetch catch up: training takes time too."""
-    import time
-
-    before = -1
-    while before != server.requests.total():
-        before = server.requests.total()
-        time.sleep(0.02)
+def test_announced_shards_are_fetched_in_the_background(built, reading):
+    with FileServer(built) as server:
+        index = ShardIndex.load(server.url, reading=reading("whole"))
+        server.faults = {index.shards[1].path.rpartition("/")[2]: [404] * 9}  # left to its reader
+        index.store.expect([], index.shards[:5])
+        expected = {shard.sha256 for shard in index.shards[:5]} - {index.shards[1].sha256}
+        deadline = time.time() + 60
+        while not all(map(index.store.cache.holds, expected)) and time.time() < deadline:
+            time.sleep(0.01)
+        assert all(map(index.store.cache.holds, expected))
+        assert not index.store.cache.holds(index.shards[1].sha256)
 
 
 # failures ----------------------------------------------------------------------------------------
@@ -291,7 +301,7 @@ def test_a_lasting_failure_stops_the_run_with_its_place(built, processor, readin
         message = rf"^{shard.path}, bytes \d+ to \d+: failed 4 times, .*500.*goes on from its last"
         with pytest.raises(RemoteError, match=message):
             list(itertools.islice(loader, 60))
-        assert not list(index.store.cache.folder.glob("*.part"))
+        assert_whole(index.store.cache)
 
 
 @pytest.mark.parametrize(("status", "message"), [(404, "not there"), (403, "status 403")])
@@ -375,7 +385,7 @@ def test_an_object_that_changes_under_way_is_an_error(root, processor, reading, 
         with pytest.raises(ObjectChanged, match=f"^{shard.path} (changed|has).*upload"):
             list(itertools.islice(loader, 60))
         assert not index.store.cache.holds(shard.sha256)
-        assert not list(index.store.cache.folder.glob("*.part"))
+        assert_whole(index.store.cache)
 
 
 def test_an_object_of_another_size_is_found_before_the_first_step(root, processor, reading):

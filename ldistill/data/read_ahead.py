@@ -83,7 +83,10 @@ class ReadAheadSampler(Sampler[list[np.ndarray]]):
             yield batch
 
     def _shards_due(self) -> Iterator[list[int]]:
-        """For each batch the shards to start fetching with it: few at a time, over the workers."""
+        """For each batch the shards to start fetching with it: a quarter of those that are due.
+
+        So a window's worth is spread over the next batches, and so over workers.
+        """
         packs = self.packs
         needs = shard_needs(packs.plan, self.index, packs.start_pack)
         ahead = window_packs(packs.plan, self.index)
@@ -93,7 +96,7 @@ class ReadAheadSampler(Sampler[list[np.ndarray]]):
             while first <= position + ahead:
                 coming.append(shard)
                 first, shard = next(needs)
-            yield [coming.popleft() for _ in range(min(len(coming), 1 + len(coming) // 16))]
+            yield [coming.popleft() for _ in range(-(-len(coming) // 4))]
             position += packs.batch_size * packs.world_size
 
 
