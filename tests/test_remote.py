@@ -234,7 +234,7 @@ def test_shards_are_announced_before_they_are_needed(built, reading, start):
             assert np.array_equal(batch.ahead, np.concatenate(plain[number + workers]))
             announced |= set(batch.shards)
             needed = np.searchsorted(starts, np.concatenate(batch), side="right") - 1
-            late += number >= workers and not set(needed.tolist()) <= announced
+            late += not set(needed.tolist()) <= announced
             needed_at_all |= set(needed.tolist())
         assert needed_at_all == set(range(len(index.shards))) == announced
         assert late == 0

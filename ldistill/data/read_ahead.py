@@ -36,7 +36,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,21 +83,22 @@ class ReadAheadSampler(Sampler[list[np.ndarray]]):
             yield batch
 
     def _shards_due(self) -> Iterator[list[int]]:
-        """For each batch the shards to start fetching with it: a quarter of those that are due.
+        """For each batch the shards to start fetching with it.
 
-        So a window's worth is spread over the next batches, and so over workers.
+        A shard is due one window before its first pack. Of what is due a batch takes a quarter, so
+        that a window's worth is spread over workers, and all that the batch itself needs.
         """
-        packs = self.packs
-        needs = shard_needs(packs.plan, self.index, packs.start_pack)
-        ahead = window_packs(packs.plan, self.index)
-        coming, (first, shard) = deque[int](), next(needs)
-        position = packs.start_pack
-        while True:
-            while first <= position + ahead:
-                coming.append(shard)
-                first, shard = next(needs)
-            yield [coming.popleft() for _ in range(-(-len(coming) // 4))]
-            position += packs.batch_size * packs.world_size
+        step = self.packs.batch_size * self.packs.world_size
+        ahead = window_packs(self.packs.plan, self.index)
+        needs = shard_needs(self.packs.plan, self.index, self.packs.start_pack)
+        due, coming = deque[tuple[int, int]](), next(needs)
+        for position in count(self.packs.start_pack + step, step):
+            while coming[0] < position + ahead:
+                due.append(coming)
+                coming = next(needs)
+            urgent = sum(first < position for first, _ in due)
+            taken = [due.popleft() for _ in range(max(urgent, -(-len(due) // 4)))]
+            yield [shard for _, shard in taken]
 
 
 def window_packs(plan: Plan, index: ShardIndex) -> int:

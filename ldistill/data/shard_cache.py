@@ -173,4 +173,7 @@ class ShardCache:
             except BlockingIOError:
                 yield False
                 return
-            yield True
+            try:
+                yield True
+            finally:  # closing alone would not do while a child forked meanwhile has a copy of it
+                fcntl.flock(file, fcntl.LOCK_UN)
