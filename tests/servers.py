@@ -149,6 +149,7 @@ def s3_server(bucket: str) -> Iterator[tuple[str, Counter[str]]]:
     The environment is set for s3fs (address and credentials) and put back afterwards.
     """
     import boto3
+    import s3fs
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
@@ -174,6 +175,7 @@ def s3_server(bucket: str) -> Iterator[tuple[str, Counter[str]]]:
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
+    s3fs.S3FileSystem.clear_instance_cache()  # one of an earlier server has that one's address
     try:
         boto3.client("s3", endpoint_url=address).create_bucket(Bucket=bucket)
         yield address, sent
