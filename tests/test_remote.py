@@ -247,7 +247,7 @@ def test_announced_shards_are_fetched_in_the_background(built, reading):
         server.faults = {index.shards[1].path.rpartition("/")[2]: [404] * 9}  # left to its reader
         index.store.expect([], index.shards[:5])
         expected = {shard.sha256 for shard in index.shards[:5]} - {index.shards[1].sha256}
-        deadline = time.time() + 60
+        deadline = time.time() + 300
         while not all(map(index.store.cache.holds, expected)) and time.time() < deadline:
             time.sleep(0.01)
         assert all(map(index.store.cache.holds, expected))
