@@ -1,6 +1,7 @@
-"""The `ldistill bench` command: what a training step costs.
+"""The `ldistill bench` command: what a training step costs, and what its data cost.
 
 ldistill bench step --pair tiny
+ldistill bench data shards/ --workers 0,2,4,8 --csv data.csv
 ldistill bench step --pair nanovlm-460m --rows 8 --csv step.csv
 ldistill bench kernels attention --device cpu
 """
@@ -66,6 +67,83 @@ def step(
     if csv:
         append_csv(csv, results)
         console.print(f"rows appended to {csv}", highlight=False)
+
+
+@app.command()
+def data(
+    shards: Annotated[str, typer.Argument(help="Folder of shards; a URL for our own loader.")],
+    student: Annotated[
+        str, typer.Option(help="Checkpoint the shards were built for; tiny: the embedded one.")
+    ] = "lusxvr/nanoVLM-460M-8k",
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the student's.")] = None,
+    sources: Annotated[str | None, typer.Option(help="a,b,c. Default: all.")] = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers, by commas.")] = "0,2,4,8",
+    loaders: Annotated[
+        str, typer.Option(help="ours, ours-packed, webdataset, datasets, by commas.")
+    ] = "ours,ours-packed,webdataset,datasets",
+    batch: Annotated[int, typer.Option(help="Documents a batch.", min=1)] = 16,
+    max_length: Annotated[int, typer.Option(help="Length limit in tokens.", min=2)] = 1024,
+    buffer: Annotated[
+        int, typer.Option(help="Shuffle buffer of webdataset and datasets, samples.", min=1)
+    ] = 1000,
+    seconds: Annotated[float, typer.Option(help="Of each measurement.", min=0.1)] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Interleaved measurements of each.", min=1)] = 3,
+    grow: Annotated[
+        str | None,
+        typer.Option(help="Also memory with the shards listed so many times: 1,10,100."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Save memory over samples (PNG).")] = None,
+) -> None:
+    """Samples/s and memory of our loader, webdataset and datasets on the same shards."""
+    from rich.console import Console
+
+    from ldistill.bench_data import bench_data, bench_growth, open_setup
+    from ldistill.bench_data_report import csv_rows, growth_table, plot_growth, speed_table
+    from ldistill.bench_report import append_rows, device_name
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    setup = open_setup(
+        shards,
+        student,
+        tokenizer,
+        _split(sources),
+        batch=batch,
+        limit=max_length,
+        buffer=buffer,
+    )
+    settings = {"batch": batch, "max_length": max_length, "buffer": buffer, "seconds": seconds}
+    counts, names = tuple(map(int, _split(workers) or [])), tuple(_split(loaders) or [])
+    index = setup.index
+    size = sum(shard.bytes for shard in index.shards) / 1e6
+    console.print(
+        f"{len(index):,} samples in {len(index.shards)} shards ({size:,.1f} MB), batches of "
+        f"{batch}, {rounds} rounds of {seconds:g} s on {device_name('cpu')}",
+        highlight=False,
+    )
+
+    def tell(text: str) -> None:
+        console.print(text, highlight=False)
+
+    results = bench_data(
+        setup, loaders=names, workers=counts, seconds=seconds, rounds=rounds, tell=tell
+    )
+    console.print(speed_table(results))
+    if grow:
+        factors = tuple(map(int, _split(grow) or []))
+        growth = bench_growth(setup, loaders=names, factors=factors, seconds=seconds, tell=tell)
+        console.print(growth_table(growth))
+        if plot:
+            plot_growth(growth, plot)
+            tell(f"memory over samples: {plot}")
+        results += growth
+    if csv:
+        append_rows(csv, csv_rows(results, settings))
+        tell(f"rows appended to {csv}")
+
+
+def _split(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else None
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -117,13 +117,17 @@ def csv_row(result: StepResult, versions: dict[str, Any]) -> dict[str, Any]:
 
 
 def append_csv(path: Path, results: list[StepResult]) -> None:
-    """Add a row per mode; a new file gets a header.
+    """Add a row per mode; a new file gets a header. Raises as ``append_rows`` does."""
+    versions = environment()
+    append_rows(path, [csv_row(result, versions) for result in results])
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows, all of the same columns; a new file gets a header.
 
     Raises:
         ValueError: the file has other columns.
     """
-    versions = environment()
-    rows = [csv_row(result, versions) for result in results]
     columns = list(rows[0])
     new = not path.exists() or path.stat().st_size == 0
     if not new:

@@ -52,7 +52,7 @@ class PairArguments:
 class DataArguments:
     """Shards, order and packing."""
 
-    shards: str | None = _doc("Folder of shards made by `ldistill shards build`.")
+    shards: str | None = _doc("Folder or URL of shards made by `ldistill shards build`.")
     sources: str = _doc("full (17 sources), lang (the 8) or names separated by commas.", "full")
     extra_sources: list[str] = field(
         default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
@@ -64,6 +64,9 @@ class DataArguments:
     tiling: bool = _doc("Cut large images into tiles; false: one tile an image.", False)
     max_images: int = _doc("Images of a sample that are used.", 1)
     shuffle_window: int = _doc("Shards whose samples are shuffled together.", 32)
+    shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
+    shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)
+    shard_reads: str = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
     prepare: str | None = _doc(
         "package.module:function that makes shards before the run and returns their folders.", None
     )
@@ -229,6 +232,7 @@ def _check_flags(given: set[str]) -> None:
 
 
 def _check(recipe: Recipe) -> None:
+    from ldistill.data.store import READS
     from ldistill.memory import BACKENDS
     from ldistill.rows import SCOPES
     from ldistill.teacher import ENGINES
@@ -242,6 +246,7 @@ def _check(recipe: Recipe) -> None:
         "mix": (recipe.distil.mix, ("convex", "additive")),
         "kl": (recipe.distil.kl, ("forward", "reverse", "jsd")),
         "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
+        "shard_reads": (recipe.data.shard_reads, READS),
         "on_bad_sample": (recipe.data.on_bad_sample, ("error", "drop")),
     }
     for name, (value, allowed) in choices.items():

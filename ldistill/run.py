@@ -21,6 +21,8 @@ from rich.table import Table
 from ldistill import run_folder
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
+from ldistill.data.read_ahead import settle_reads
+from ldistill.data.store import Reading
 from ldistill.data.stream import make_loader
 from ldistill.distiller import Distiller
 from ldistill.evaluation.during import evaluator_of
@@ -55,6 +57,8 @@ def run(recipe: Recipe) -> Path:
     pair = open_pair(recipe, data.weights)
     data.index.check(pair.processor)
     data.index.check_files()
+    if data.index.store.remote:
+        say(settle_reads(data.index, data.plan, recipe.training.world_size))
     _settle_steps(recipe, data.plan)
     _check_disk(recipe, pair, folder)
     _tell_plan(data.plan, folder)
@@ -118,12 +122,14 @@ def open_data(recipe: Recipe) -> Data:
         raise ValueError(
             "no shards: make some with `ldistill shards build` and name them with --shards."
         )
-    everything = ShardIndex.load(options.shards)
+    reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
+    declared_here = parse_extra(options.extra_sources)
+    everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
     declared = dict(zip(everything.sources, everything.categories, strict=True))
     extra = {n: c for n, c in declared.items() if n not in known_sources()}
-    extra |= parse_extra(options.extra_sources)
+    extra |= declared_here
     names = resolve_sources(options.sources, extra)
-    index = ShardIndex.load(options.shards, names)
+    index = ShardIndex.load(options.shards, names, reading)
     plan = Plan(
         index,
         limit=options.max_length,

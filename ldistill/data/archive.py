@@ -8,7 +8,6 @@ parsed. Owner, mode and time are constants: the same sample always gives the sam
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -80,13 +79,12 @@ def _member(name: str, data: bytes) -> bytes:
 def unpack_sample(raw: bytes, shard: str, key: str) -> Sample:
     """The sample of `pack_sample`'s bytes. Raises BadSample for anything unexpected in them."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-            members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+        members = _members(raw)
         record = json.loads(members[f"{key}.json"])
         turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
         described = record.get("images", [record["image"]] if "image" in record else [])
         places = [f"{n}." if len(described) > 1 else "" for n in range(1, len(described) + 1)]
-    except (tarfile.TarError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadSample("unreadable sample", shard, key, repr(error)) from error
     names = [
         f"{key}.{place}{image['format']}" for place, image in zip(places, described, strict=True)
@@ -95,6 +93,24 @@ def unpack_sample(raw: bytes, shard: str, key: str) -> Sample:
     if missing:
         raise BadSample("missing image", shard, key, ", ".join(missing))
     return Sample(record["id"], record["source"], turns, tuple(members[name] for name in names))
+
+
+def _members(raw: bytes) -> dict[str, bytes]:
+    """{name: content} of a run of tar members as `_member` writes them; ValueError otherwise.
+
+    `tarfile` does the same in a tenfold of the time, which every sample would pay.
+    """
+    members, place = {}, 0
+    while place < len(raw):
+        header = raw[place : place + BLOCK]
+        if header[257:262] != b"ustar":
+            raise ValueError(f"no tar header at byte {place}")
+        start, size = place + BLOCK, int(header[124:136].rstrip(b"\0 "), 8)
+        if start + size > len(raw):
+            raise ValueError(f"a member of {size} bytes at byte {start} of {len(raw)}")
+        members[header[:100].rstrip(b"\0").decode()] = raw[start : start + size]
+        place = start + size + -size % BLOCK
+    return members
 
 
 @dataclass(frozen=True)
@@ -154,26 +170,29 @@ def hash_file(path: Path) -> str:
 def read_range(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a file from `offset`; fewer at its end. Raises OSError.
 
-    Every read of a sample passes here: the place where remote shards fit. Files are opened anew,
-    which costs little beside decoding a picture, so a shard that was replaced is never read
-    through an old descriptor.
+    Files are opened anew, which costs little beside decoding a picture, so a shard that was
+    replaced is never read through an old descriptor.
     """
-    with Path(path).open("rb", buffering=0) as file:
-        parts, end = [], offset + size
-        while offset < end and (part := os.pread(file.fileno(), end - offset, offset)):
-            parts.append(part)
-            offset += len(part)
-    return b"".join(parts)
-
-
-def load_sample(path: str, record: np.void, key: str) -> Sample:
-    """Read one sample and check its CRC-32. Raises BadSample naming shard, key and reason."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        raw = read_range(path, int(record["offset"]), int(record["size"]))
-    except OSError as error:
-        raise BadSample("unreadable shard", path, key, str(error)) from error
+        return pread_all(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def pread_all(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes of an open file from `offset`; fewer at its end. Raises OSError."""
+    parts, end = [], offset + size
+    while offset < end and (part := os.pread(descriptor, end - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def check_sample(raw: bytes, shard: str, record: np.void, key: str) -> Sample:
+    """A sample from its bytes, CRC-32 checked. Raises BadSample naming shard, key and reason."""
     if len(raw) < record["size"]:
-        raise BadSample("truncated shard", path, key, f"{len(raw)} of {record['size']} bytes")
+        raise BadSample("truncated shard", shard, key, f"{len(raw)} of {record['size']} bytes")
     if zlib.crc32(raw) != record["crc32"]:
-        raise BadSample("corrupt sample", path, key, "its checksum is not the one in the index")
-    return unpack_sample(raw, path, key)
+        raise BadSample("corrupt sample", shard, key, "its checksum is not the one in the index")
+    return unpack_sample(raw, shard, key)

@@ -47,7 +47,7 @@ class LoadedPack:
 
     documents: list[LoadedDocument] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
-    error: BadSample | None = None
+    error: BadSample | OSError | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/
 ldistill shards verify shards/
-ldistill shards stats shards/ --plot lengths.png
+ldistill shards stats s3://bucket/shards --plot lengths.png
 """
 
 from __future__ import annotations
@@ -100,19 +100,24 @@ def build(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of shards.")],
     sources: Annotated[str | None, typer.Option(help="a,b,c. Default: all.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.", min=0)] = 0,
+    cache: Annotated[
+        str | None, typer.Option(help="Shard cache of a URL. Default: in the user's cache folder.")
+    ] = None,
+    cache_gb: Annotated[float, typer.Option(help="The most it may take, in GB.")] = 64.0,
 ) -> None:
     """Re-hash every shard and decode every sample; exit code 1 when anything is wrong."""
     with readable_errors():
         from rich.progress import Progress
 
         from ldistill.data.index import ShardIndex
+        from ldistill.data.store import Reading
         from ldistill.data.verify import verify_shards
 
-        chosen = _chosen(sources)
-        size = sum(shard.bytes for shard in ShardIndex.load(folder, chosen).shards)
+        chosen, reading = _chosen(sources), Reading(cache, cache_gb)
+        size = sum(shard.bytes for shard in ShardIndex.load(folder, chosen, reading).shards)
         with Progress() as bar:
             task = bar.add_task("verify", total=size)
             report = verify_shards(
@@ -120,6 +125,7 @@ def verify(
                 chosen,
                 workers or cpu_count(),
                 lambda shard: bar.advance(task, shard.bytes),
+                reading,
             )
     for problem in report.problems:
         typer.echo(problem, err=True)
@@ -131,21 +137,26 @@ def verify(
 
 @app.command()
 def stats(
-    folder: Annotated[Path, typer.Argument(help="Folder of shards.")],
+    folder: Annotated[str, typer.Argument(help="Folder or URL of shards.")],
     sources: Annotated[str | None, typer.Option(help="a,b,c. Default: all.")] = None,
     max_length: Annotated[int, typer.Option(help="Length limit in tokens.", min=2)] = 1024,
     text_only: Annotated[
         bool, typer.Option(help="Leave image tokens out, as the paper's Table 5 does.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Save a histogram (PNG) here.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Shard cache of a URL. Default: in the user's cache folder.")
+    ] = None,
+    cache_gb: Annotated[float, typer.Option(help="The most it may take, in GB.")] = 64.0,
 ) -> None:
     """Token lengths by source, the share above the limit, and how well documents pack."""
     with readable_errors():
         from ldistill.data.index import ShardIndex
         from ldistill.data.plan import plan_summary
         from ldistill.data.stats import plot_lengths, source_stats
+        from ldistill.data.store import Reading
 
-        index = ShardIndex.load(folder, _chosen(sources))
+        index = ShardIndex.load(folder, _chosen(sources), Reading(cache, cache_gb))
         _print_stats(source_stats(index, max_length, text_only), max_length)
         if plot:
             plot_lengths(index, plot, max_length, text_only)

@@ -102,6 +102,9 @@ def open_image(data: bytes) -> Image.Image:
     """Decode to RGB, as stored: EXIF orientation is left alone, as in nanoVLM. Raises BadImage."""
     image = open_header(data)
     try:
+        if image.mode == "RGB":  # convert would copy it
+            image.load()
+            return image
         return image.convert("RGB")
     except Exception as error:  # truncated or damaged pixel data, again in many exception types
         raise BadImage("undecodable image", str(error)) from error

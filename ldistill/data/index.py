@@ -1,37 +1,39 @@
 """The index of a folder of shards: everything that planning needs, without opening a tar.
 
-    index = ShardIndex.load("shards/", sources=["docvqa", "vqav2"])
+    index = ShardIndex.load("shards/", sources=["docvqa", "vqav2"])   # or "s3://bucket/shards"
     index.check(processor); index.check_files()
 
 Each source has a folder with `index.json` and `samples.npy` (one `SAMPLE_DTYPE` row per sample).
 Samples are numbered globally in the order source, shard, position; the arrays stay on disk and
-are mapped, so a worker holds next to nothing.
+are mapped, so a worker holds next to nothing. Where they lie is the business of `store`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, load_sample, sample_key
+from ldistill.data.archive import SAMPLE_DTYPE, BadSample, ShardFile, check_sample, sample_key
 from ldistill.data.images import ImageSettings
 from ldistill.data.processor import Processor
 from ldistill.data.samples import Sample
+from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, LocalStore, Reading, open_store
+
+if TYPE_CHECKING:
+    from ldistill.data.remote_store import RemoteStore
 
 FORMAT = 1
-INDEX_NAME = "index.json"
-SAMPLES_NAME = "samples.npy"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of the index: its path, its source's number, its first sample's global number."""
+    """A shard of the index: path or URL, its source's number, its first sample's global number."""
 
     path: str
     source: int
@@ -44,8 +46,8 @@ class Shard:
 class ShardIndex:
     """Shards of one or more sources. Build it with `load`."""
 
-    def __init__(self, root: Path, meta: dict[str, dict[str, Any]]) -> None:
-        self.root = root
+    def __init__(self, store: LocalStore | RemoteStore, meta: dict[str, dict[str, Any]]) -> None:
+        self.store = store
         self.meta = meta
         self.sources = list(meta)
         self.categories = [entry["category"] for entry in meta.values()]
@@ -58,30 +60,39 @@ class ShardIndex:
         shards, start = [], 0
         for number, (source, entry) in enumerate(self.meta.items()):
             for file in (ShardFile(**values) for values in entry["shards"]):
-                path = str(self.root / source / file.url)
+                path = self.store.url(source, file.url)
                 shards.append(Shard(path, number, start, file.samples, file.bytes, file.sha256))
                 start += file.samples
         return shards
 
     @classmethod
-    def load(cls, root: str | Path, sources: Sequence[str] | None = None) -> ShardIndex:
-        """Read the indices under `root`, sources in the order asked (default: by name).
+    def load(
+        cls,
+        root: str | Path,
+        sources: Sequence[str] | None = None,
+        reading: Reading | None = None,
+        also: Iterable[str] = (),
+    ) -> ShardIndex:
+        """Read the indices under a folder or URL, sources in the order asked (default: by name).
 
-        Raises FileNotFoundError when there are no shards, ValueError when a source is missing or
-        empty, or an index is damaged.
+        `reading` says how remote shards are read; `also` names sources beyond the 17 to look for
+        at a server that cannot list any. Raises FileNotFoundError when there are no shards,
+        ValueError when a source is missing or empty, or an index is damaged, OSError when a store
+        cannot be read.
         """
-        root = Path(root)
-        found = sorted(path.parent.name for path in root.glob(f"*/{INDEX_NAME}"))
+        store = open_store(root, reading)
+        found = store.sources([*(sources or ()), *also])
         if not found:
-            raise FileNotFoundError(_no_shards(root))
+            raise FileNotFoundError(store.describe_empty())
         wanted = list(dict.fromkeys(sources)) if sources is not None else found
         missing = [name for name in wanted if name not in found]
         if missing or not wanted:
             raise ValueError(
-                f"no finished shards of {', '.join(missing) or 'any source'} in {root}; it has "
-                f"{', '.join(found)}. Build them with `ldistill shards build`, or leave them out"
+                f"no finished shards of {', '.join(missing) or 'any source'} in {store.root}; it "
+                f"has {', '.join(found)}. Build them with `ldistill shards build`, or leave them "
+                "out"
             )
-        index = cls(root, {name: _read_meta(root / name) for name in wanted})
+        index = cls(store, {name: _read_meta(store, name) for name in wanted})
         for number in range(len(wanted)):
             index._check_samples(number)
         return index
@@ -100,15 +111,20 @@ class ShardIndex:
         """Mapped `SAMPLE_DTYPE` array of one source."""
         mapped = self._maps[number]
         if mapped is None:
-            path = self.root / self.sources[number] / SAMPLES_NAME
+            mapped = self._maps[number] = self._map(self.sources[number])
+        return mapped
+
+    def _map(self, source: str) -> np.ndarray:
+        while True:
+            path = self.store.table(source, self.meta[source])
             try:
-                mapped = np.load(path, mmap_mode="r")
+                return np.load(path, mmap_mode="r")
             except (OSError, ValueError, EOFError) as error:
+                if self.store.remote and isinstance(error, FileNotFoundError):
+                    continue  # another process has just made room in the cache: fetch it again
                 raise ValueError(
                     f"{path} cannot be read ({error}): build the source again"
                 ) from error
-            self._maps[number] = mapped
-        return mapped
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -147,9 +163,19 @@ class ShardIndex:
         return np.concatenate([[0], np.cumsum(counts)]).tolist()
 
     def read(self, sample: int) -> Sample:
-        """Read one sample from its shard. Raises BadSample."""
+        """Read one sample from its shard.
+
+        Raises BadSample, and OSError when a remote store fails: that says nothing about the
+        sample, so it must not be dropped for it.
+        """
         shard, record, key = self.locate(sample)
-        return load_sample(shard.path, record, key)
+        try:
+            raw = self.store.read(shard, record)
+        except OSError as error:
+            if self.store.remote:
+                raise
+            raise BadSample("unreadable shard", shard.path, key, str(error)) from error
+        return check_sample(raw, shard.path, record, key)
 
     # checks ----------------------------------------------------------------------------------
 
@@ -166,8 +192,8 @@ class ShardIndex:
                 continue
             differ = [k for k, v in parts.items() if entry["processor_parts"].get(k) != v]
             raise ValueError(
-                f"the shards of {source} in {self.root} were built for another student: different "
-                f"{', '.join(differ)}. {self._settings_difference(entry, processor)}"
+                f"the shards of {source} in {self.store.root} were built for another student: "
+                f"different {', '.join(differ)}. {self._settings_difference(entry, processor)}"
                 "Build them again with this student's settings"
             )
 
@@ -180,49 +206,44 @@ class ShardIndex:
 
     def check_files(self) -> None:
         """Raise FileNotFoundError or ValueError for a shard that is missing or cut short."""
-        for shard in self.shards:
-            path = Path(shard.path)
-            if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing: build or copy it again")
-            if path.stat().st_size != shard.bytes:
-                raise ValueError(
-                    f"shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}: it is "
-                    "truncated or was replaced; build or copy it again"
-                )
+        self.store.check(self.shards)
 
     def _check_samples(self, number: int) -> None:
         source, samples = self.sources[number], self.source_samples(number)
         counts = [shard["samples"] for shard in self.meta[source]["shards"]]
         if not sum(counts):
-            raise ValueError(f"the shards of {source} in {self.root} are empty: leave {source} out")
+            raise ValueError(
+                f"the shards of {source} in {self.store.root} are empty: leave {source} out"
+            )
         expected = np.repeat(np.arange(len(counts)), counts)
         if samples.dtype != SAMPLE_DTYPE or not np.array_equal(samples["shard"], expected):
             raise ValueError(
-                f"{self.root / source / SAMPLES_NAME} does not fit {INDEX_NAME} beside it: build "
-                "the source again"
+                f"{self.store.url(source, SAMPLES_NAME)} does not fit {INDEX_NAME} beside it: "
+                "build the source again"
             )
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX_NAME
+def _read_meta(store: LocalStore | RemoteStore, source: str) -> dict[str, Any]:
+    path = store.url(source, INDEX_NAME)
     try:
-        meta = json.loads(path.read_text())
+        data = store.read_index(source)
+    except OSError as error:
+        if store.remote:
+            raise
+        raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
+    try:
+        meta = json.loads(data)
         version = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version}, this version reads {FORMAT}: build it again"
         )
-    absent = {"category", "shards", "processor", "processor_parts", "image_settings"} - set(meta)
-    if absent or meta.get("source") != folder.name:
+    needed = {"category", "shards", "processor", "processor_parts", "image_settings"}
+    if store.remote:
+        needed.add("samples_sha256")
+    absent = needed - set(meta)
+    if absent or meta.get("source") != source:
         raise ValueError(f"{path} is damaged (missing {sorted(absent)} or of another source)")
     return meta
-
-
-def _no_shards(root: Path) -> str:
-    if not root.is_dir():
-        return f"no shards: the folder {root} does not exist. Build it with `ldistill shards build`"
-    if any(root.glob("*/.build")):
-        return f"the build of {root} is unfinished: run the same `ldistill shards build` again"
-    return f"no shards in {root} (expected SOURCE/{INDEX_NAME}): see `ldistill shards build --help`"

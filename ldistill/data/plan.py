@@ -70,14 +70,17 @@ class Plan:
         if over_long not in ("drop", "truncate", "error"):
             raise ValueError(f"over_long must be drop, truncate or error, got {over_long!r}")
         self.limit, self.seed, self.packing = limit, seed, packing
-        self._windows = (shuffle_window, pack_window)
+        self.shuffle_window, self._pack_window = shuffle_window, pack_window
         self._shard_sizes = index.shard_sizes
         self._lengths = np.minimum(index.lengths, limit)
         self._long = int((index.lengths > limit).sum())
         self.drops: dict[str, int] = {}
         self._usable = self._select(index, over_long)
         self._check_some_left(index)
+        # Bytes of the documents that take part: what a store has to give in an epoch.
+        self.used_bytes = int(index.column("size")[self._usable].sum())
         self._cache: dict[int, Packs] = {}
+        self._sizes: dict[int, int] = {}
 
     def _select(self, index: ShardIndex, over_long: OverLong) -> np.ndarray:
         """Mask of documents that take part; fills `drops`."""
@@ -110,22 +113,26 @@ class Plan:
     def epoch(self, number: int) -> Packs:
         """The packs of one epoch; the last two asked for are kept."""
         if number not in self._cache:
-            shuffle_window, pack_window = self._windows
-            order = epoch_order(self._shard_sizes, self.seed, number, shuffle_window)
+            order = epoch_order(self._shard_sizes, self.seed, number, self.shuffle_window)
             order = order[self._usable[order]]
             packs = single(order)
             if self.packing:
-                packs = pack(self._lengths, order, self.limit, pack_window)
+                packs = pack(self._lengths, order, self.limit, self._pack_window)
             while len(self._cache) > 1:
                 self._cache.pop(next(iter(self._cache)))
             self._cache[number] = packs
+            self._sizes[number] = len(packs)
         return self._cache[number]
+
+    def size(self, number: int) -> int:
+        """Packs of an epoch; unlike `epoch`, free when it was ever asked for before."""
+        return self._sizes.get(number) or len(self.epoch(number))
 
     def packs_from(self, start: int) -> Iterator[np.ndarray]:
         """Document numbers (int64 [n]) of pack `start`, `start + 1`, ... without end."""
         epoch = 0
-        while start >= len(self.epoch(epoch)):
-            start -= len(self.epoch(epoch))
+        while start >= self.size(epoch):
+            start -= self.size(epoch)
             epoch += 1
         while True:
             packs = self.epoch(epoch)

@@ -24,6 +24,7 @@ from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import OverLong, Plan
 from ldistill.data.processor import IGNORE, Document, Processor
+from ldistill.data.read_ahead import ExpectantBatch, ReadAheadSampler, settle_reads
 from ldistill.data.samples import BadImage
 
 OnBadSample = Literal["error", "drop"]
@@ -64,13 +65,24 @@ class PackedDataset(Dataset[LoadedPack]):
 
     `on_bad_sample`: "error" stops at the first bad sample (the loader raises its BadSample with
     shard, key and reason), "drop" counts it under its reason and goes on. Documents above `limit`
-    tokens are cut there.
+    tokens are cut there. A store that fails stops the run in either case.
     """
 
     index: ShardIndex
     processor: Processor
     limit: int
     on_bad_sample: OnBadSample = "error"
+
+    def __getitems__(self, packs: list[np.ndarray]) -> list[LoadedPack]:
+        """The packs of a batch, and a word to a remote store about what comes after them."""
+        if isinstance(packs, ExpectantBatch):
+            samples = np.concatenate([*packs, packs.ahead]).tolist()
+            places = (self.index.locate(sample) for sample in samples)
+            self.index.store.expect(
+                ((shard, record) for shard, record, _ in places),
+                [self.index.shards[number] for number in packs.shards],
+            )
+        return [self[pack] for pack in packs]
 
     def __getitem__(self, samples: np.ndarray) -> LoadedPack:
         pack = LoadedPack()
@@ -81,6 +93,8 @@ class PackedDataset(Dataset[LoadedPack]):
                 if self.on_bad_sample == "error":
                     return LoadedPack(error=error)
                 pack.drops[error.reason] += 1
+            except OSError as error:
+                return LoadedPack(error=error)
         return pack
 
     def load(self, sample: int) -> LoadedDocument:
@@ -158,16 +172,20 @@ def make_loader(
         )
     if plan.limit != limit:
         raise ValueError(f"the plan was made for {plan.limit} tokens per row, not {limit}")
+    sampler: Sampler[list[np.ndarray]] = PackSampler(
+        plan,
+        batch_size,
+        rank=rank,
+        world_size=world_size,
+        start_pack=start_pack,
+        stop_pack=stop_pack,
+    )
+    if index.store.remote:
+        settle_reads(index, plan, world_size)
+        sampler = ReadAheadSampler(sampler, index, num_workers)
     return PackLoader(
         PackedDataset(index, processor, limit, on_bad_sample),
-        batch_sampler=PackSampler(
-            plan,
-            batch_size,
-            rank=rank,
-            world_size=world_size,
-            start_pack=start_pack,
-            stop_pack=stop_pack,
-        ),
+        batch_sampler=sampler,
         collate_fn=Collate(
             processor.pad_token_id, processor.images.tile_size, limit if packing else None
         ),

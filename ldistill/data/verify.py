@@ -1,20 +1,26 @@
-"""Checking shards on disk: every byte against its hash, every sample decoded.
+"""Checking shards: every byte against its hash, every sample decoded.
 
 report = verify_shards("shards/"); report.problems
+
+Shards behind a URL are fetched anew, one per worker at a time, and never taken from the cache: what
+is checked is what the store has.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ldistill.data.archive import BadSample, hash_file
+from ldistill.data.archive import BadSample, check_sample, hash_file, pread_all
 from ldistill.data.images import check_image
 from ldistill.data.index import SAMPLES_NAME, Shard, ShardIndex
 from ldistill.data.samples import BadImage
+from ldistill.data.store import Reading
 
 
 @dataclass
@@ -32,13 +38,14 @@ def verify_shards(
     sources: Sequence[str] | None = None,
     workers: int = 0,
     advance: Callable[[Shard], None] = lambda shard: None,
+    reading: Reading | None = None,
 ) -> VerifyReport:
     """Re-hash every shard, check every sample's CRC-32, JSON and pictures.
 
     Raises as `ShardIndex.load` does when there is no usable index; damage to shards is reported,
-    not raised.
+    not raised, and so is a remote shard that cannot be read.
     """
-    index = ShardIndex.load(root, sources)
+    index = ShardIndex.load(root, sources, reading)
     report = VerifyReport(len(index.sources), len(index.shards), len(index))
     report.problems += _damaged_tables(index) + _strays(index)
     if workers > 1:
@@ -59,44 +66,47 @@ def _collect(report: VerifyReport, index: ShardIndex, checked, advance) -> None:
 
 
 def _damaged_tables(index: ShardIndex) -> list[str]:
-    paths = {index.root / source / SAMPLES_NAME: index.meta[source] for source in index.sources}
     return [
-        f"{path} has another SHA-256 than in the index"
-        for path, meta in paths.items()
-        if hash_file(path) != meta.get("samples_sha256")
+        f"{index.store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
+        for source, meta in index.meta.items()
+        if hash_file(index.store.table(source, meta)) != meta.get("samples_sha256")
     ]
 
 
 def _strays(index: ShardIndex) -> list[str]:
     listed = {shard.path for shard in index.shards}
-    found = [str(p) for source in index.sources for p in (index.root / source).glob("*.tar*")]
+    found = [path for source in index.sources for path in index.store.tars(source)]
     return [f"{path} is not in the index" for path in sorted(found) if path not in listed]
 
 
 def _check_shard(index: ShardIndex, number: int) -> list[str]:
     shard = index.shards[number]
-    path = Path(shard.path)
-    if not path.is_file():
-        return [f"{path} is missing"]
-    problems = []
-    if path.stat().st_size != shard.bytes:
-        problems.append(f"{path} has {path.stat().st_size} bytes instead of {shard.bytes}")
-    elif hash_file(path) != shard.sha256:
-        problems.append(f"{path} has another SHA-256 than in the index")
-    for sample in range(shard.start, shard.start + shard.samples):
-        if problem := _check_sample(index, sample):
-            problems.append(problem)
-    return problems
-
-
-def _check_sample(index: ShardIndex, sample: int) -> str | None:
     try:
-        stored = index.read(sample)
-        for data in stored.images:
+        file = index.store.open_shard(shard)
+    except FileNotFoundError:
+        return [f"{shard.path} is missing"]
+    except OSError as error:
+        return [f"{shard.path} cannot be read: {error}"]
+    problems = []
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            problems.append(f"{shard.path} has {size} bytes instead of {shard.bytes}")
+        elif hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            problems.append(f"{shard.path} has another SHA-256 than in the index")
+        samples = range(shard.start, shard.start + shard.samples)
+        found = [_check_sample(index, sample, file.fileno()) for sample in samples]
+    return problems + [problem for problem in found if problem]
+
+
+def _check_sample(index: ShardIndex, sample: int, descriptor: int) -> str | None:
+    shard, record, key = index.locate(sample)
+    try:
+        raw = pread_all(descriptor, int(record["size"]), int(record["offset"]))
+        for data in check_sample(raw, shard.path, record, key).images:
             check_image(data)
-    except BadSample as error:
+    except (BadSample, OSError) as error:
         return str(error)
     except BadImage as error:
-        shard, _, key = index.locate(sample)
         return f"sample {key} in {shard.path}: {error}"
     return None
