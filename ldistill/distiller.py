@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldistill.memory import KVMemory, attach, packed_flash_kwargs, recording
+from ldistill.memory import KVMemory, attach, choose_attention, packed_flash_kwargs, recording
 from ldistill.objective import COLUMNS, Objective
 from ldistill.rows import RowPlan, TeacherRows, plan_rows, teacher_rows
 from ldistill.sources import SourceWeights
@@ -31,7 +31,7 @@ class Distiller(nn.Module):
         objective: how CE and KL are mixed.
         kv_scope: ``full``, ``prompt`` or ``visual``.
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
-        attention: ``sdpa``, ``flash_attention_2`` or ``eager``, for the student.
+        attention: the student's backend, one of ``memory.BACKENDS``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Distiller(nn.Module):
         self.weights = weights
         self.objective = objective or Objective()
         self.kv_scope, self.kv_grad = kv_scope, kv_grad
-        self.attention = attention
+        self.attention = choose_attention(attention)
         self.slots = attach(student.decoder, attention)
 
     @property

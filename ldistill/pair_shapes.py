@@ -1,0 +1,343 @@
+"""Shapes of a pair, weights never loaded: what planning and benchmarks need of it.
+
+Named pairs carry their public configurations; a recipe or a checkpoint folder brings its own. The
+models are built by their real classes on the meta device, so parameters are counted, not estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Idefics3Config,
+    LlamaConfig,
+    LlavaConfig,
+    PretrainedConfig,
+)
+
+from ldistill.checkpoints import resolve
+from ldistill.flops import decoder_layer_weights, vision_flops
+from ldistill.recipe import load_recipe, shipped_recipes
+from ldistill.students.nanovlm import NanoVLM, decoder_config
+from ldistill.students.nanovlm_config import NanoVLMConfig
+
+PAIRS = ("tiny", "nanovlm-460m", "smolvlm-256m", "smolvlm-500m", "llava-7b", "llava-13b")
+# Checkpoints whose shapes are known here, so that planning them needs no hub.
+KNOWN_STUDENTS = {
+    "lusxvr/nanoVLM-460M-8k": "nanovlm-460m",
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm-256m",
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm-500m",
+    "llava-hf/llava-1.5-7b-hf": "llava-7b",
+    "llava-hf/llava-1.5-13b-hf": "llava-13b",
+}
+# Where the two transformers families keep their parts.
+_PARTS = {
+    "llava": ("vision_tower", "multi_modal_projector", "language_model"),
+    "idefics3": ("vision_model", "connector", "text_model"),
+    "smolvlm": ("vision_model", "connector", "text_model"),
+}
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """Sizes of a pair; weights are numbers of parameters, a tied head counted once.
+
+    Args:
+        name: as it was asked for.
+        decoder: transformers configuration of the student's decoder.
+        vision: transformers configuration of its vision tower.
+        vision_weights, projector_weights, decoder_weights: of the student.
+        teacher_weights, teacher_vocab: of the LM.
+        image_tokens: positions one picture or tile takes in the decoder.
+        projector_width: features that enter the projector per image token.
+        length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
+    """
+
+    name: str
+    decoder: PretrainedConfig
+    vision: PretrainedConfig
+    vision_weights: int
+    projector_weights: int
+    decoder_weights: int
+    teacher_weights: int
+    teacher_vocab: int
+    image_tokens: int
+    projector_width: int
+    length: int = 1024
+    micro_batch: int = 8
+    global_batch: int = 128
+    steps: int = 4000
+
+    @property
+    def student_weights(self) -> int:
+        return self.vision_weights + self.projector_weights + self.decoder_weights
+
+    @property
+    def trained_weights(self) -> int:
+        """Projector and decoder; the vision tower is frozen."""
+        return self.projector_weights + self.decoder_weights
+
+    @property
+    def head_dim(self) -> int:
+        config = self.decoder
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of one layer and position."""
+        return self.decoder.num_key_value_heads * self.head_dim
+
+    @property
+    def layer_weights(self) -> int:
+        """Matrix weights of one decoder layer."""
+        return decoder_layer_weights(self.decoder)
+
+    @property
+    def embedding_weights(self) -> int:
+        return self.decoder.vocab_size * self.decoder.hidden_size
+
+    @property
+    def largest_module(self) -> int:
+        """Weights that ZeRO-3 must hold whole at once: the embedding or one layer."""
+        return max(self.embedding_weights, self.layer_weights)
+
+    @property
+    def vision_flops(self) -> float:
+        """Forward pass of the vision tower on one picture or tile."""
+        return vision_flops(self.vision)
+
+
+def pair_shape(name: str) -> PairShape:
+    """Shape of a named pair, of a recipe (shipped name or YAML file) or of a checkpoint folder.
+
+    A folder holds a student; its teacher is taken to be its own decoder over the base vocabulary.
+
+    Raises:
+        ValueError: no such pair, or a model of another kind.
+        FileNotFoundError: a recipe's checkpoint is not at hand.
+    """
+    if name in PAIRS:
+        return _of_config(name, student_config(name), _usual_run(name))
+    if name in KNOWN_STUDENTS:
+        return pair_shape(KNOWN_STUDENTS[name])
+    if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
+        return _of_recipe(name)
+    if Path(name).is_dir():
+        return _of_config(name, _folder_config(Path(name)), {})
+    raise ValueError(
+        f"no pair {name!r}: give one of {', '.join(PAIRS)}, a recipe "
+        f"({', '.join(shipped_recipes())} or a YAML file), or a student's folder."
+    )
+
+
+def _of_recipe(name: str) -> PairShape:
+    recipe = load_recipe(name)
+    student = recipe["student"]
+    known = KNOWN_STUDENTS.get(student)
+    config = student_config(known) if known else _folder_config(resolve(student))
+    fields = {
+        "length": "max_length",
+        "micro_batch": "per_device_train_batch_size",
+        "global_batch": "global_batch_size",
+        "steps": "max_steps",
+    }
+    return _of_config(name, config, {k: recipe[v] for k, v in fields.items() if recipe.get(v)})
+
+
+def _usual_run(name: str) -> dict[str, int]:
+    if name.startswith("llava"):
+        return {"length": 2048, "micro_batch": 4}
+    if name == "tiny":
+        return {"length": 256, "micro_batch": 16, "global_batch": 16, "steps": 300}
+    return {}
+
+
+# ---- configurations ----
+
+
+def student_config(name: str) -> NanoVLMConfig | PretrainedConfig:
+    """Configuration of a named pair's student."""
+    if name == "tiny":
+        return _tiny_config()
+    if name == "nanovlm-460m":
+        return NanoVLMConfig()
+    family, _, size = name.partition("-")
+    return {"smolvlm": _smolvlm_config, "llava": _llava_config}[family](size)
+
+
+def _tiny_config() -> NanoVLMConfig:
+    from transformers import LlamaForCausalLM
+
+    from ldistill.tiny.align import student_config
+    from ldistill.tiny.pretrain import lm_config
+    from ldistill.tiny.tokenizer import VOCABULARY
+
+    with torch.device("meta"):
+        return student_config(LlamaForCausalLM(lm_config(VOCABULARY)))
+
+
+def _llava_config(size: str) -> LlavaConfig:
+    """LLaVA-1.5: CLIP ViT-L/14 at 336 pixels, an MLP of two layers, Vicuna."""
+    hidden, inter, layers, heads = {
+        "7b": (4096, 11008, 32, 32),
+        "13b": (5120, 13824, 40, 40),
+    }[size]
+    vision = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=32000,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        image_seq_length=576,
+    )
+
+
+def _smolvlm_config(size: str) -> Idefics3Config:
+    """SmolVLM: SigLIP-B/16 at 512 pixels, pixel shuffle by 4 and a Linear, SmolLM2; head untied."""
+    hidden, inter, layers, heads, kv_heads = {
+        "256m": (576, 1536, 30, 9, 3),
+        "500m": (960, 2560, 32, 15, 5),
+    }[size]
+    vision = {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    }
+    text = LlamaConfig(
+        vocab_size=49280,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        pad_token_id=2,
+    )
+    return Idefics3Config(
+        vision_config=vision,
+        text_config=text,
+        scale_factor=4,
+        image_token_id=49190,
+        tie_word_embeddings=False,
+        pad_token_id=2,
+    )
+
+
+def base_vocabulary(config: NanoVLMConfig | PretrainedConfig) -> int:
+    """Tokens of the LM a student was built on."""
+    if isinstance(config, NanoVLMConfig):
+        return config.lm_base_vocab_size
+    # Both families append their own tokens after the LM's.
+    return {32064: 32000, 49280: 49152}.get(
+        config.text_config.vocab_size, config.text_config.vocab_size
+    )
+
+
+def _folder_config(folder: Path) -> NanoVLMConfig | PretrainedConfig:
+    values, _ = PretrainedConfig.get_config_dict(folder)
+    if "vit_hidden_dim" in values:
+        return NanoVLMConfig.load(folder)
+    if values.get("model_type") not in _PARTS:
+        raise ValueError(
+            f"{folder} holds a {values.get('model_type')!r} model; shapes are known of nanoVLM, "
+            f"{', '.join(_PARTS)}."
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+# ---- counting ----
+
+
+def _of_config(
+    name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str, int]
+) -> PairShape:
+    with torch.device("meta"):
+        parts = (_nanovlm_parts if isinstance(config, NanoVLMConfig) else _hf_parts)(config)
+        teacher = AutoModelForCausalLM.from_config(teacher_config(config))
+    return PairShape(
+        name=name,
+        teacher_weights=count(teacher),
+        teacher_vocab=base_vocabulary(config),
+        **parts,
+        **run,
+    )
+
+
+def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
+    student = NanoVLM(config)
+    return {
+        "decoder": student.decoder.config,
+        "vision": student.vision.config,
+        "vision_weights": count(student.vision),
+        "projector_weights": count(student.projector),
+        "decoder_weights": count(student.decoder),
+        "image_tokens": config.mp_image_token_length,
+        "projector_width": config.vit_hidden_dim * config.mp_pixel_shuffle_factor**2,
+    }
+
+
+def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
+    model = AutoModelForImageTextToText.from_config(config)
+    vision, projector, decoder = (getattr(model.model, p) for p in _PARTS[config.model_type])
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    shuffle = getattr(config, "scale_factor", 1)
+    return {
+        "decoder": config.text_config,
+        "vision": config.vision_config,
+        "vision_weights": count(vision),
+        "projector_weights": count(projector),
+        "decoder_weights": count(decoder, model.lm_head),
+        "image_tokens": (side // shuffle) ** 2,
+        "projector_width": config.vision_config.hidden_size * shuffle**2,
+    }
+
+
+def teacher_config(config: NanoVLMConfig | PretrainedConfig) -> PretrainedConfig:
+    """The LM's configuration: the student's decoder over the base vocabulary."""
+    if isinstance(config, NanoVLMConfig):
+        lm = decoder_config(config)
+    else:
+        lm = type(config.text_config).from_dict(config.text_config.to_dict())
+        # SmolLM2 ties its head although SmolVLM does not.
+        lm.tie_word_embeddings = config.model_type != "llava"
+    lm.vocab_size = base_vocabulary(config)
+    return lm
+
+
+def count(*modules: nn.Module) -> int:
+    """Parameters of modules, shared ones once."""
+    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(unique.values())
