@@ -55,8 +55,12 @@ class Distiller(nn.Module):
         self.weights = weights
         self.objective = objective or Objective()
         self.kv_scope, self.kv_grad = kv_scope, kv_grad
-        self.attention = choose_attention(attention)
-        self.slots = attach(student.decoder, attention)
+        self.use_attention(attention)
+
+    def use_attention(self, backend: str) -> None:
+        """Run the student's attention through another backend from now on."""
+        self.attention = choose_attention(backend)
+        self.slots = attach(self.student.decoder, self.attention)
 
     @property
     def teacher_vocab(self) -> int:

@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from ldistill.bench_batch import mix_weights, paper_batch
 from ldistill.bench_commands import app
+from ldistill.bench_models import batch_shape
 from ldistill.bench_naive import naive_counts
-from ldistill.bench_options import StepOptions, pair_config
+from ldistill.bench_options import StepOptions
 from ldistill.bench_report import append_csv
 from ldistill.bench_step import StepBench, measure_step
 from ldistill.flops import count_step, step_flops, vision_flops
+from ldistill.pair_shapes import student_config
 from ldistill.rows import plan_rows
 from ldistill.students.nanovlm import decoder_config, vision_config
 
@@ -70,8 +72,8 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 
 @pytest.mark.parametrize("mix", ["paper", "uniform"])
 def test_the_batch_keeps_the_papers_mix(mix):
-    config = pair_config("nanovlm-460m")
-    batch = paper_batch(config, 8, 1024)
+    config = student_config("nanovlm-460m")
+    batch = paper_batch(batch_shape(config), 8, 1024)
     plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
@@ -81,8 +83,8 @@ def test_the_batch_keeps_the_papers_mix(mix):
 
 
 def test_the_batch_is_one_the_collator_could_have_made():
-    config = pair_config("tiny")
-    batch = paper_batch(config, 3, 200)
+    config = student_config("tiny")
+    batch = paper_batch(batch_shape(config), 3, 200)
     images = (batch["input_ids"] == config.image_token_id).sum()
     assert images == len(batch["pixel_values"]) * config.mp_image_token_length
     labelled = batch["labels"] >= 0
@@ -95,20 +97,20 @@ def test_the_batch_is_one_the_collator_could_have_made():
         assert batch["document_ids"][row, inside].unique().numel() == 1
         assert not labelled[row, inside][-1]
     assert (batch["labels"][batch["document_ids"] < 0] == -100).all()
-    again = paper_batch(config, 3, 200)
+    again = paper_batch(batch_shape(config), 3, 200)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
 
 
 def test_a_row_too_short_for_a_document_is_refused():
     with pytest.raises(ValueError, match="at least 1 row of 30 tokens"):
-        paper_batch(pair_config("tiny"), 1, 29)
+        paper_batch(batch_shape(student_config("tiny")), 1, 29)
 
 
 @pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
 def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
-    config = pair_config(pair)
-    batch = paper_batch(config, 16, 256 if pair == "tiny" else 1024)
+    config = student_config(pair)
+    batch = paper_batch(batch_shape(config), 16, 256 if pair == "tiny" else 1024)
     vocab = config.lm_base_vocab_size
 
     def flops(alpha: float, *, naive: bool = False) -> float:
