@@ -127,7 +127,17 @@ class Zero:
     offload_optimizer: bool = False
     offload_param: bool = False
     node_partition: int = 1  # zero_hpz_partition_size
-    max_live: int = 10**9
+    max_reuse: int = 10**9  # stage3_max_reuse_distance
+    prefetch: int = 50_000_000
+
+    @property
+    def kept(self) -> int:
+        """Weights at a model's end that stay whole between forward and backward.
+
+        A gathered weight is kept if it is needed again before so many others have passed, on the
+        way to the end and back, or if prefetching already looked that far ahead.
+        """
+        return max(self.max_reuse, self.prefetch) // 2
 
 
 # The tests hold these against the files, which are not part of an installed package.

@@ -133,9 +133,8 @@ def _teacher(shape: PairShape, cluster: Cluster, strategy: Strategy) -> float:
     whole = 2 * shape.teacher_weights
     if strategy.teacher != "zero3":
         return whole
-    # Live at once: DeepSpeed keeps what it gathered up to 1e9 weights. The head and one layer at
-    # least are whole.
-    live = 2 * min(shape.teacher_weights, 10**9)
+    # A forward alone uses every weight once: nothing is kept but what is fetched ahead.
+    live = 2 * min(shape.teacher_weights, strategy.zero.prefetch + shape.largest_module)
     return live if strategy.teacher_offload else whole / cluster.gpus + live
 
 
@@ -144,7 +143,7 @@ def _buffers(shape: PairShape, strategy: Strategy) -> float:
     zero = strategy.zero
     if zero.stage < 3:
         return 2 * 2 * zero.reduce_bucket  # two, so that one is reduced while the other fills
-    live = 2 * min(shape.student_weights, zero.max_live)
+    live = 2 * min(shape.student_weights, zero.kept + zero.prefetch + shape.largest_module)
     # a weight and its gradient of the largest module are whole at the same time
     return 2 * zero.reduce_bucket + max(live, 4 * shape.largest_module)
 

@@ -2,9 +2,11 @@
 
 Collectives are counted as rings: gathering B bytes over n ranks brings every rank B (n-1)/n, a
 reduction with scattering likewise, an all-reduce both. What DeepSpeed runs was read from its
-source, and differs from the usual account in two places: ZeRO-1 and 2 reduce gradients by
-all-reduce (``use_multi_rank_bucket_allreduce``), and with ``zero_hpz_partition_size`` only the
-first gather after an optimizer step leaves the node.
+source, and differs from the usual account in three places: ZeRO-1 and 2 reduce gradients by
+all-reduce (``use_multi_rank_bucket_allreduce``); ZeRO-3 keeps the last weights of the forward for
+backward (``stage3_max_reuse_distance``), all of them where a model is small; and with
+``zero_hpz_partition_size`` only the first gather after an optimizer step leaves the node. Two ranks
+really send these bytes: ``tests/test_scale_measured.py``.
 """
 
 from __future__ import annotations
@@ -71,12 +73,13 @@ def _student(
     found = [_world("gradients, reduce-scatter", trained * accumulation, cluster)]
     whole = 2 * (shape.student_weights + lora_weights(shape, strategy.lora))
     # the frozen vision tower has no backward
-    backward = whole - 2 * shape.vision_weights
+    decoder = whole - 2 * shape.vision_weights
+    backward = max(0, decoder - 2 * zero.kept)
     everything = (whole + backward) * accumulation
     if zero.node_partition == 1:
         return [*found, _world("weights, all-gather", everything, cluster)]
     # The first forward fetches what the optimizer changed; all else is in the node's own copy.
-    changed = trained if strategy.lora else backward
+    changed = trained if strategy.lora else decoder
     part = zero.node_partition
     moved = (everything - changed) * (part - 1) / part
     inside = Transfer("weights, all-gather", NODE, moved, moved / (cluster.gpu_link * 1e9))
@@ -108,7 +111,8 @@ def _host(
         seconds = adam * cluster.on_node / (cluster.host_memory_rate * 1e9)
         found.append(Transfer("AdamW on the CPU", HOST, adam, seconds))
     if zero.offload_param:
-        add("weights in", 2 * 2 * shape.student_weights / cluster.gpus * accumulation)
+        backward = max(0, shape.trained_weights - zero.kept)
+        add("weights in", 2 * (shape.student_weights + backward) / cluster.gpus * accumulation)
     if strategy.teacher_offload:
         add("teacher's weights in", 2 * shape.teacher_weights / cluster.gpus * accumulation)
     return found

@@ -9,6 +9,7 @@ measured here: memory and bytes are formulas, compute is FLOPs over a stated MFU
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -161,9 +162,9 @@ def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
     if not fitting:
         raise ValueError(_too_big(shape, cluster, request, layouts))
     best: dict[tuple[str, str], Layout] = {}
-    for layout in sorted(fitting, key=_cost):
+    for layout in sorted(fitting, key=lambda layout: _cost(layout, shape.micro_batch)):
         best.setdefault((layout.strategy.zero.name, layout.strategy.teacher_name), layout)
-    chosen = _simplest(list(best.values()))
+    chosen = _simplest(list(best.values()), shape.micro_batch)
     others = [layout for layout in best.values() if layout is not chosen]
     return Plan(shape, cluster, request, rows, chosen, others)
 
@@ -173,16 +174,20 @@ def fits(layout: Layout, cluster: Cluster) -> bool:
     return layout.memory.total <= cluster.memory * GIB
 
 
-def _cost(layout: Layout) -> tuple[float, float]:
-    return layout.seconds_exposed, layout.memory.total
+def _cost(layout: Layout, usual: int) -> tuple[float, ...]:
+    """Time; where it is the same, the micro-batch closest to the usual one; then memory."""
+    distance = abs(math.log(layout.strategy.micro_batch / usual))
+    return round(layout.seconds_exposed, 6), distance, layout.memory.total
 
 
-def _simplest(layouts: list[Layout]) -> Layout:
+def _simplest(layouts: list[Layout], usual: int) -> Layout:
     """Of the layouts within a tenth of the fastest the one with the simplest configuration."""
     limit = layouts[0].seconds_exposed * 1.1
     names = list(ZEROS)
     good = [layout for layout in layouts if layout.seconds_exposed <= limit]
-    return min(good, key=lambda layout: (names.index(layout.strategy.zero.name), *_cost(layout)))
+    return min(
+        good, key=lambda layout: (names.index(layout.strategy.zero.name), *_cost(layout, usual))
+    )
 
 
 # ---- layouts ----
