@@ -119,7 +119,7 @@ def test_transfers_follow_the_usual_account():
 @pytest.mark.parametrize(
     ("pair", "gpus", "changes", "culprit"),
     [
-        ("llava-13b", 1, {"zero": "zero2"}, "weights"),
+        ("llava-13b", 1, {"zero": "zero2"}, "optimizer"),
         ("llava-13b", 4, {"teacher": "replicated"}, "teacher"),
         ("nanovlm-460m", 1, {"micro_batch": 64, "checkpointing": False}, "activations"),
         ("llava-7b", 2, {"length": 16384, "micro_batch": 8}, "kv memory"),
