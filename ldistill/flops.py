@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ldistill.students.student import Student
 
 # Dense bf16 rates by the vendors' datasheets, FLOP/s.
 PEAKS: dict[str, float] = {
@@ -100,26 +102,29 @@ def step_flops(
     return 3 * student + vision_flops_per_tile * counts.tiles + teacher
 
 
-def student_flops(student: Any, counts: StepCounts, kv_scope: str = "full") -> float:
-    """:func:`step_flops` of a nanoVLM student, from its configuration alone.
+def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") -> float:
+    """:func:`step_flops` of a student, from its configuration alone.
 
     Shapes are not read off the parameters: under ZeRO-3 a rank holds none of them whole.
     """
-    config = student.config
     return step_flops(
-        student.decoder.config,
+        student.backbone.config,
         counts,
         vision_flops_per_tile=vision_flops(student.vision.config),
-        projector_weights=config.mp_pixel_shuffle_factor**2
-        * config.vit_hidden_dim
-        * config.lm_hidden_dim,
-        tokens_per_tile=config.mp_image_token_length,
+        projector_weights=linear_weights(student.projector),
+        tokens_per_tile=student.tokens_per_tile,
         kv_scope=kv_scope,
     )
 
 
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers within."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def vision_flops(config: Any) -> float:
-    """Forward FLOPs of a SigLIP tower on one tile."""
+    """Forward FLOPs of a SigLIP or CLIP tower on one tile."""
     hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     layer = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
     embed = 3 * config.patch_size**2 * hidden
