@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,16 +61,6 @@ class BatchShape:
     image_size: int
     image_token_id: int
     vocabulary: int
-
-    @classmethod
-    def of(cls, config: Any) -> BatchShape:
-        """Of a nanoVLM configuration."""
-        return cls(
-            image_tokens=config.mp_image_token_length,
-            image_size=config.vit_img_size,
-            image_token_id=config.image_token_id,
-            vocabulary=config.lm_base_vocab_size,
-        )
 
 
 @dataclass(frozen=True)

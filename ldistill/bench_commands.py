@@ -1,6 +1,6 @@
 """The `ldistill bench` command: what a training step costs.
 
-ldistill bench step --pair tiny
+ldistill bench step --pair tiny --plot step.png
 ldistill bench step --pair nanovlm-460m --rows 8 --csv step.csv
 ldistill bench kernels attention --device cpu
 """
@@ -18,7 +18,12 @@ app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=T
 
 @app.command()
 def step(
-    pair: Annotated[str, typer.Option(help="Shapes: tiny or nanovlm-460m.")] = "tiny",
+    pair: Annotated[
+        str,
+        typer.Option(
+            help="Shapes: tiny, nanovlm-460m, smolvlm-256m, smolvlm-500m, llava-7b, llava-13b."
+        ),
+    ] = "tiny",
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
     rows: Annotated[
         int | None, typer.Option(help="Packed rows a step. Default: the recipe's; 1 on a CPU.")

@@ -7,31 +7,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ldistill.bench_batch import BatchShape
-from ldistill.pair_shapes import teacher_config
+from ldistill.pair_shapes import base_vocabulary, teacher_config
+from ldistill.students.hf_vlm import HFVLM, tokens_per_tile
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
+from ldistill.students.student import Student
 
 
-def random_student(config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def random_student(config: Any, device: torch.device, dtype: torch.dtype) -> Student:
     """A student of a configuration.
 
     Args:
         config: of ``pair_shapes.student_config``.
         device, dtype: weights are drawn there, so that the CPU never holds a copy.
-
-    Raises:
-        ValueError: no student class takes this configuration.
     """
-    if not isinstance(config, NanoVLMConfig):
-        raise ValueError(
-            f"no student class for a {type(config).__name__} here: bench one of tiny, nanovlm-460m."
-        )
     with _made_as(device, dtype):
-        return NanoVLM(config)
+        if isinstance(config, NanoVLMConfig):
+            return NanoVLM(config)
+        return HFVLM(AutoModelForImageTextToText.from_config(config))
 
 
 def random_lm(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -42,7 +38,11 @@ def random_lm(config: Any, device: torch.device, dtype: torch.dtype) -> PreTrain
 
 def batch_shape(config: Any) -> BatchShape:
     """What a benchmark's batch depends on of a student's configuration."""
-    return BatchShape.of(config)
+    if isinstance(config, NanoVLMConfig):
+        tokens, size = config.mp_image_token_length, config.vit_img_size
+    else:
+        tokens, size = tokens_per_tile(config), config.vision_config.image_size
+    return BatchShape(tokens, size, config.image_token_id, base_vocabulary(config))
 
 
 @contextmanager

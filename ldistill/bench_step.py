@@ -4,8 +4,9 @@
 
 A step is planning, forward, backward and AdamW on one packed batch of the paper's mix, the same for
 all modes. Modes take turns, so that a drifting machine slows all of them; ratios are medians over
-the rounds. Peak memory is measured apart, each mode alone: on a GPU what the allocator held, on a
-CPU what a fresh process grew by, libraries not counted.
+the rounds. A GPU's step is timed by the wall, a CPU's by the time its threads computed. Peak memory
+is measured apart, each mode alone: on a GPU what the allocator held, on a CPU what a fresh process
+grew by, libraries not counted.
 
 Weights, gradients and optimizer states all have ``dtype``: a run with fp32 master weights holds
 more in every mode, and the ratios only shrink.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,7 +34,7 @@ from ldistill.bench_options import COMPILED, DTYPES, StepOptions
 from ldistill.bench_profile import profile_step
 from ldistill.bench_report import StepResult
 from ldistill.distiller import Distiller
-from ldistill.flops import count_step, peak_flops, step_flops, synchronise
+from ldistill.flops import count_step, peak_flops, seconds, step_flops, synchronise
 from ldistill.objective import Objective
 from ldistill.pair import freeze_vision, parameter_groups
 from ldistill.pair_shapes import pair_shape, student_config
@@ -75,7 +75,7 @@ class StepBench:
         self.compiled: dict[nn.Module, Any] = {}
         if options.compile:
             self.distiller.compile_blocks()
-            layers = student.decoder.model.layers
+            layers = student.backbone.layers
             self.compiled = {layer: layer._compiled_call_impl for layer in layers}
         groups = parameter_groups(student, 1e-4, 1e-4, 0.0)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
@@ -142,17 +142,6 @@ class StepBench:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def seconds(device: torch.device) -> float:
-    """Clock of a measurement: a GPU's is the wall; a CPU's is the time this process computed.
-
-    Others on the same machine take turns with it, which the wall would count; the CPU time of all
-    threads, divided by their number, is what the wall shows on an idle machine.
-    """
-    if device.type == "cpu":
-        return time.process_time() / torch.get_num_threads()
-    return time.perf_counter()
 
 
 def measure_step(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -129,11 +130,11 @@ def choose_attention(asked: str) -> str:
     return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
-def attach(decoder: nn.Module, backend: str = "sdpa") -> list[KVSlot]:
+def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     """Make a transformers decoder leave its keys and values in slots, one per layer.
 
     Args:
-        decoder: a ``...ForCausalLM`` of the Llama kind (``decoder.model.layers[l].self_attn``).
+        decoder: of the Llama kind (``layers[l].self_attn``), with or without its head.
         backend: ``sdpa``, ``flash_attention_2`` (needs flash-attn), ``flex_attention`` (compiled
             at first use), ``eager``, or ``auto`` for :func:`choose_attention`.
 
@@ -149,9 +150,10 @@ def attach(decoder: nn.Module, backend: str = "sdpa") -> list[KVSlot]:
     attend, mask = _ATTENTIONS[backend]
     ALL_ATTENTION_FUNCTIONS.register(name, _recording(attend))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    decoder.config._attn_implementation = name
+    backbone = decoder.base_model
+    backbone.config._attn_implementation = name
     slots = []
-    for layer in decoder.model.layers:
+    for layer in backbone.layers:
         slot = KVSlot()
         layer.self_attn.kv_slot = slot
         slots.append(slot)

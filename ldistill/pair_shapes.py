@@ -26,24 +26,26 @@ from transformers import (
 from ldistill.checkpoints import resolve
 from ldistill.flops import decoder_layer_weights, vision_flops
 from ldistill.recipe import load_recipe, shipped_recipes
+from ldistill.students.hf_vlm import FAMILIES, tokens_per_tile
 from ldistill.students.nanovlm import NanoVLM, decoder_config
 from ldistill.students.nanovlm_config import NanoVLMConfig
 
 PAIRS = ("tiny", "nanovlm-460m", "smolvlm-256m", "smolvlm-500m", "llava-7b", "llava-13b")
-# Checkpoints whose shapes are known here, so that planning them needs no hub.
-KNOWN_STUDENTS = {
-    "lusxvr/nanoVLM-460M-8k": "nanovlm-460m",
-    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm-256m",
-    "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm-500m",
-    "llava-hf/llava-1.5-7b-hf": "llava-7b",
-    "llava-hf/llava-1.5-13b-hf": "llava-13b",
+# Student and teacher of the named pairs, whose shapes are known here: planning needs no hub.
+CHECKPOINTS = {
+    "nanovlm-460m": ("lusxvr/nanoVLM-460M-8k", "HuggingFaceTB/SmolLM2-360M-Instruct"),
+    "smolvlm-256m": (
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+    "smolvlm-500m": (
+        "HuggingFaceTB/SmolVLM-500M-Instruct",
+        "HuggingFaceTB/SmolLM2-360M-Instruct",
+    ),
+    "llava-7b": ("llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"),
+    "llava-13b": ("llava-hf/llava-1.5-13b-hf", "lmsys/vicuna-13b-v1.5"),
 }
-# Where the two transformers families keep their parts.
-_PARTS = {
-    "llava": ("vision_tower", "multi_modal_projector", "language_model"),
-    "idefics3": ("vision_model", "connector", "text_model"),
-    "smolvlm": ("vision_model", "connector", "text_model"),
-}
+KNOWN_STUDENTS = {student: name for name, (student, _) in CHECKPOINTS.items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def pair_shape(name: str) -> PairShape:
         FileNotFoundError: a recipe's checkpoint is not at hand.
     """
     if name in PAIRS:
-        return _of_config(name, student_config(name), _usual_run(name))
+        return _of_config(name, student_config(name), usual_run(name))
     if name in KNOWN_STUDENTS:
         return pair_shape(KNOWN_STUDENTS[name])
     if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
@@ -152,7 +154,8 @@ def _of_recipe(name: str) -> PairShape:
     return _of_config(name, config, {k: recipe[v] for k, v in fields.items() if recipe.get(v)})
 
 
-def _usual_run(name: str) -> dict[str, int]:
+def usual_run(name: str) -> dict[str, int]:
+    """Fields of a named pair's :class:`PairShape` that its usual run sets otherwise."""
     if name.startswith("llava"):
         return {"length": 2048, "micro_batch": 4}
     if name == "tiny":
@@ -270,10 +273,10 @@ def _folder_config(folder: Path) -> NanoVLMConfig | PretrainedConfig:
     values, _ = PretrainedConfig.get_config_dict(folder)
     if "vit_hidden_dim" in values:
         return NanoVLMConfig.load(folder)
-    if values.get("model_type") not in _PARTS:
+    if values.get("model_type") not in FAMILIES:
         raise ValueError(
             f"{folder} holds a {values.get('model_type')!r} model; shapes are known of nanoVLM, "
-            f"{', '.join(_PARTS)}."
+            f"{', '.join(FAMILIES)}."
         )
     return AutoConfig.from_pretrained(folder)
 
@@ -311,8 +314,9 @@ def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
 
 def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
     model = AutoModelForImageTextToText.from_config(config)
-    vision, projector, decoder = (getattr(model.model, p) for p in _PARTS[config.model_type])
-    side = config.vision_config.image_size // config.vision_config.patch_size
+    family = FAMILIES[config.model_type]
+    vision = getattr(model.model, family.vision)
+    projector, decoder = (getattr(model.model, n) for n in (family.projector, family.backbone))
     shuffle = getattr(config, "scale_factor", 1)
     return {
         "decoder": config.text_config,
@@ -320,7 +324,7 @@ def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
         "vision_weights": count(vision),
         "projector_weights": count(projector),
         "decoder_weights": count(decoder, model.lm_head),
-        "image_tokens": (side // shuffle) ** 2,
+        "image_tokens": tokens_per_tile(config),
         "projector_width": config.vision_config.hidden_size * shuffle**2,
     }
 

@@ -48,6 +48,10 @@ class PairArguments:
     )
     kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
     compile_blocks: bool = _doc("torch.compile every decoder block of the student.", False)
+    lora_rank: int = _doc(
+        "Rank of LoRA adapters on a frozen decoder, merged at export; 0: none.", 0
+    )
+    lora_alpha: float | None = _doc("Scale of the adapters; default twice the rank.")
 
 
 @dataclass

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from ldistill.pair_shapes import CHECKPOINTS, PAIRS
 from ldistill.scale_hardware import GIB, Strategy
 from ldistill.scale_memory import Memory
 from ldistill.scale_plan import Layout, Plan
@@ -158,6 +160,7 @@ def command(plan: Plan) -> str:
         launcher += f" --hostfile hosts --num_nodes {cluster.nodes}"
     parts = [
         f"{launcher} ldistill/train.py --deepspeed ds_configs/{strategy.zero.name}.json",
+        *_pair_flags(plan.shape.name),
         f"--per_device_train_batch_size {strategy.micro_batch}",
         f"--global_batch_size {request.global_batch} --max_length {request.length}",
     ]
@@ -169,9 +172,23 @@ def command(plan: Plan) -> str:
         parts.append("--teacher_offload true")
     if strategy.checkpointing:
         parts.append("--gradient_checkpointing true")
+    if strategy.lora:
+        parts.append(f"--lora_rank {strategy.lora}")
     if strategy.attention != "sdpa":
         parts.append(f"--attention {strategy.attention}")
     return " ".join(parts)
+
+
+def _pair_flags(name: str) -> list[str]:
+    """What names the pair on the command line; a folder or unknown name is left to the user."""
+    if name in CHECKPOINTS:
+        student, teacher = CHECKPOINTS[name]
+        return [f"--recipe lingudistill --student {student} --teacher {teacher}"]
+    if name in PAIRS:  # tiny, the default
+        return []
+    if Path(name).is_dir():
+        return [f"--recipe lingudistill --student {name} --teacher ITS_LM"]
+    return [f"--recipe {name}"]
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
