@@ -236,6 +236,10 @@ def _check(recipe: Recipe) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if recipe.pair.attention == "flex_attention" and not torch.cuda.is_available():
+        raise ValueError(
+            "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."
+        )
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training
