@@ -12,13 +12,14 @@ from hf_pairs import SIDE, WRITERS, decoder_config, write_llava, write_smolvlm
 from pairs import VOCAB, random_batch, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 
 from ldistill.data.samples import Turn
@@ -364,21 +365,25 @@ def test_a_sentencepiece_teacher_is_compared(tmp_path):
     """Vicuna's folder has `tokenizer.model` alone."""
     sentencepiece = pytest.importorskip("sentencepiece")
     text = [f"the quick brown fox {n} jumps over lazy dogs {n * 7}" for n in range(200)]
-    model = tmp_path / "teacher" / "tokenizer"
-    model.parent.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_prefix=str(model), vocab_size=340, model_type="bpe",
-        byte_fallback=True, minloglevel=2,
+        sentence_iterator=iter(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=340,
+        model_type="bpe", byte_fallback=True, minloglevel=2,
     )  # fmt: skip
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
-    (model.parent / "tokenizer_config.json").write_text(json.dumps(config))
-    decoder_config("llama", 340).save_pretrained(model.parent)
-    own = AutoTokenizer.from_pretrained(model.parent)
-    own.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    own.save_pretrained(tmp_path / "student")
-    mine = AutoTokenizer.from_pretrained(tmp_path / "student")
-    check_tokenizers(mine, model.parent, 340)
-    assert mine.convert_tokens_to_ids("<image>") == 340
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = {model.id_to_piece(i): i for i in range(340)}
+    assert "\u2581fox" in pieces
+
+    def student(vocabulary):
+        word_level = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        return PreTrainedTokenizerFast(tokenizer_object=word_level, unk_token="<unk>")
+
+    check_tokenizers(student(pieces | {"<image>": 340}), tmp_path, 340)
+    pieces["\u2581fox"], pieces["\u2581dogs"] = pieces["\u2581dogs"], pieces["\u2581fox"]
+    with pytest.raises(ValueError, match="2 of 337 ids below 340 differ"):
+        check_tokenizers(student(pieces), tmp_path, 340)
+    (tmp_path / "tokenizer.model").write_bytes(b"no model at all")
+    with pytest.raises(ValueError, match="cannot be read"):
+        check_tokenizers(student(pieces), tmp_path, 340)
 
 
 def test_sliding_windows_only_where_rows_outgrow_them(tmp_path):
