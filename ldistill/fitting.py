@@ -117,16 +117,9 @@ def check_tokenizers(
     if not any((teacher_folder / name).is_file() for name in files):
         logger.warning("%s holds no tokenizer: not compared with the student's.", teacher_folder)
         return
-    try:
-        theirs = AutoTokenizer.from_pretrained(teacher_folder)
-    except (ValueError, OSError, ImportError) as error:
-        raise ValueError(
-            f"the tokenizer of teacher {str(teacher_folder)!r} cannot be loaded ({error}). A "
-            "SentencePiece tokenizer needs: pip install sentencepiece protobuf."
-        ) from error
-    mine, other = _by_id(tokenizer), _by_id(theirs)
-    special = set(tokenizer.all_special_ids) | set(theirs.all_special_ids)
-    special |= set(tokenizer.added_tokens_decoder) | set(theirs.added_tokens_decoder)
+    mine, special = _ordinary(tokenizer)
+    other, theirs = _teacher_tokens(teacher_folder)
+    special |= theirs
     shared = [i for i in range(teacher_vocab) if (i in mine or i in other) and i not in special]
     differing = [i for i in shared if mine.get(i) != other.get(i)]
     if differing:
@@ -140,5 +133,37 @@ def check_tokenizers(
         )
 
 
-def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    return {index: token for token, index in tokenizer.get_vocab().items()}
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, str], set[int]]:
+    """Tokens by id, and the ids of special and added ones."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return {index: token for token, index in tokenizer.get_vocab().items()}, special
+
+
+def _teacher_tokens(folder: Path) -> tuple[dict[int, str], set[int]]:
+    """As :func:`_ordinary`; a SentencePiece file alone (Vicuna's) is read as it is.
+
+    transformers would convert it, for which sentencepiece's protobuf classes must fit the installed
+    protobuf: they often do not.
+    """
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return _sentencepiece_tokens(folder / "tokenizer.model")
+    try:
+        return _ordinary(AutoTokenizer.from_pretrained(folder))
+    except (ValueError, OSError, ImportError) as error:
+        raise ValueError(
+            f"the tokenizer of teacher {str(folder)!r} cannot be loaded: {error}"
+        ) from error
+
+
+def _sentencepiece_tokens(path: Path) -> tuple[dict[int, str], set[int]]:
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ValueError(f"{path} needs: pip install sentencepiece.") from error
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy it again.") from error
+    ids = range(model.get_piece_size())
+    special = {i for i in ids if model.is_control(i) or model.is_unknown(i)}
+    return {i: model.id_to_piece(i) for i in ids}, special

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     Idefics3Config,
@@ -142,7 +141,7 @@ def write_llava(
     same = _decoder_of(student) if same_weights else None
     write_teacher(root, decoder_config(kind, **decoder), same)
     write_llama_tokenizer(root / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(root / "teacher")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "teacher")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # id VOCAB
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     images = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE)
@@ -160,7 +159,7 @@ def write_smolvlm(root: Path, *, same_weights: bool = False, seed: int = 0, **de
     """``root/student`` (SmolVLM, which is an Idefics3) and ``root/teacher`` (a small SmolLM2)."""
     torch.manual_seed(seed)
     write_tokenizer(root / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(root / "teacher")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "teacher")
     places = [f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)]
     own = ["<global-img>", *places, "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     tokenizer.add_special_tokens({"additional_special_tokens": own})
