@@ -8,15 +8,12 @@ import torch
 
 from ldistill.bench_batch import MIXES
 from ldistill.memory import BACKENDS
-from ldistill.pair_shapes import PAIRS as PAIR_NAMES
-from ldistill.pair_shapes import usual_run
+from ldistill.pair_shapes import RECIPES
 from ldistill.recipe import load_recipe
 
 MODES = ("ce", "naive", "ours")
 COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Pair → recipe whose row length, rows, α and τ the step takes.
-PAIRS = {"tiny": "tiny"} | dict.fromkeys(PAIR_NAMES[1:], "lingudistill")
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,15 @@ class StepOptions:
         device = _check_device(device)
         if device == "cpu" and attention == "flex_attention":
             raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
-        recipe, usual = load_recipe(PAIRS[pair]), usual_run(pair)
+        # row length, rows, α and τ are those of the pair's recipe
+        recipe = load_recipe(RECIPES[pair])
         if rows is None:
             small = device == "cuda" or pair == "tiny"
-            rows = usual.get("micro_batch", recipe["per_device_train_batch_size"]) if small else 1
+            rows = recipe["per_device_train_batch_size"] if small else 1
         return cls(
             pair=pair,
             rows=rows,
-            length=length or usual.get("length", recipe["max_length"]),
+            length=length or recipe["max_length"],
             alpha=recipe["alpha"],
             temperature=recipe["temperature"],
             steps=steps,
@@ -108,7 +106,7 @@ def _check_choices(
     attention: str,
 ) -> None:
     for name, value, known in (
-        ("pair", pair, PAIRS),
+        ("pair", pair, RECIPES),
         ("dtype", dtype or "fp32", DTYPES),
         ("mix", mix, MIXES),
         ("attention", attention, BACKENDS),

@@ -30,22 +30,24 @@ from ldistill.students.hf_vlm import FAMILIES, tokens_per_tile
 from ldistill.students.nanovlm import NanoVLM, decoder_config
 from ldistill.students.nanovlm_config import NanoVLMConfig
 
-PAIRS = ("tiny", "nanovlm-460m", "smolvlm-256m", "smolvlm-500m", "llava-7b", "llava-13b")
-# Student and teacher of the named pairs, whose shapes are known here: planning needs no hub.
-CHECKPOINTS = {
-    "nanovlm-460m": ("lusxvr/nanoVLM-460M-8k", "HuggingFaceTB/SmolLM2-360M-Instruct"),
-    "smolvlm-256m": (
-        "HuggingFaceTB/SmolVLM-256M-Instruct",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    ),
-    "smolvlm-500m": (
-        "HuggingFaceTB/SmolVLM-500M-Instruct",
-        "HuggingFaceTB/SmolLM2-360M-Instruct",
-    ),
-    "llava-7b": ("llava-hf/llava-1.5-7b-hf", "lmsys/vicuna-7b-v1.5"),
-    "llava-13b": ("llava-hf/llava-1.5-13b-hf", "lmsys/vicuna-13b-v1.5"),
+# Named pairs and the recipes that train them.
+RECIPES = {
+    "tiny": "tiny",
+    "nanovlm-460m": "lingudistill",
+    "smolvlm-256m": "smolvlm-256m",
+    "smolvlm-500m": "smolvlm-500m",
+    "llava-7b": "llava-7b",
+    "llava-13b": "llava-13b",
 }
-KNOWN_STUDENTS = {student: name for name, (student, _) in CHECKPOINTS.items()}
+PAIRS = tuple(RECIPES)
+# Students whose configurations are known here, so that planning them needs no hub.
+KNOWN_STUDENTS = {
+    "lusxvr/nanoVLM-460M-8k": "nanovlm-460m",
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm-256m",
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "smolvlm-500m",
+    "llava-hf/llava-1.5-7b-hf": "llava-7b",
+    "llava-hf/llava-1.5-13b-hf": "llava-13b",
+}
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def pair_shape(name: str) -> PairShape:
         FileNotFoundError: a recipe's checkpoint is not at hand.
     """
     if name in PAIRS:
-        return _of_config(name, student_config(name), usual_run(name))
+        return _of_config(name, student_config(name), _usual_run(RECIPES[name]))
     if name in KNOWN_STUDENTS:
         return pair_shape(KNOWN_STUDENTS[name])
     if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
@@ -141,26 +143,22 @@ def pair_shape(name: str) -> PairShape:
 
 
 def _of_recipe(name: str) -> PairShape:
-    recipe = load_recipe(name)
-    student = recipe["student"]
+    student = load_recipe(name)["student"]
     known = KNOWN_STUDENTS.get(student)
     config = student_config(known) if known else _folder_config(resolve(student))
+    return _of_config(name, config, _usual_run(name))
+
+
+def _usual_run(recipe: str) -> dict[str, int]:
+    """Fields of a :class:`PairShape` that a recipe sets."""
+    values = load_recipe(recipe)
     fields = {
         "length": "max_length",
         "micro_batch": "per_device_train_batch_size",
         "global_batch": "global_batch_size",
         "steps": "max_steps",
     }
-    return _of_config(name, config, {k: recipe[v] for k, v in fields.items() if recipe.get(v)})
-
-
-def usual_run(name: str) -> dict[str, int]:
-    """Fields of a named pair's :class:`PairShape` that its usual run sets otherwise."""
-    if name.startswith("llava"):
-        return {"length": 2048, "micro_batch": 4}
-    if name == "tiny":
-        return {"length": 256, "micro_batch": 16, "global_batch": 16, "steps": 300}
-    return {}
+    return {name: values[field] for name, field in fields.items() if values.get(field)}
 
 
 # ---- configurations ----

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldistill.pair_shapes import CHECKPOINTS, PAIRS
+from ldistill.pair_shapes import KNOWN_STUDENTS, RECIPES
 from ldistill.scale_hardware import GIB, Strategy
 from ldistill.scale_memory import Memory
 from ldistill.scale_plan import Layout, Plan
@@ -160,7 +160,7 @@ def command(plan: Plan) -> str:
         launcher += f" --hostfile hosts --num_nodes {cluster.nodes}"
     parts = [
         f"{launcher} ldistill/train.py --deepspeed ds_configs/{strategy.zero.name}.json",
-        *_pair_flags(plan.shape.name),
+        _pair_flags(plan.shape.name),
         f"--per_device_train_batch_size {strategy.micro_batch}",
         f"--global_batch_size {request.global_batch} --max_length {request.length}",
     ]
@@ -170,8 +170,7 @@ def command(plan: Plan) -> str:
         parts.append(f"--teacher_engine {strategy.teacher}")
     if strategy.teacher_offload:
         parts.append("--teacher_offload true")
-    if strategy.checkpointing:
-        parts.append("--gradient_checkpointing true")
+    parts.append(f"--gradient_checkpointing {str(strategy.checkpointing).lower()}")
     if strategy.lora:
         parts.append(f"--lora_rank {strategy.lora}")
     if strategy.attention != "sdpa":
@@ -179,16 +178,12 @@ def command(plan: Plan) -> str:
     return " ".join(parts)
 
 
-def _pair_flags(name: str) -> list[str]:
-    """What names the pair on the command line; a folder or unknown name is left to the user."""
-    if name in CHECKPOINTS:
-        student, teacher = CHECKPOINTS[name]
-        return [f"--recipe lingudistill --student {student} --teacher {teacher}"]
-    if name in PAIRS:  # tiny, the default
-        return []
+def _pair_flags(name: str) -> str:
+    """What names the pair on the command line."""
     if Path(name).is_dir():
-        return [f"--recipe lingudistill --student {name} --teacher ITS_LM"]
-    return [f"--recipe {name}"]
+        return f"--recipe lingudistill --student {name} --teacher ITS_LM"
+    known = KNOWN_STUDENTS.get(name, name)
+    return f"--recipe {RECIPES.get(known, known)}"
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
