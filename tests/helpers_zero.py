@@ -51,7 +51,7 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=config)
     sent: Counter[str] = Counter()
     count_collectives(sent)
-    batch = random_batch(shape, [[30, 34]], seed=engine.global_rank)
+    batch = random_batch(student, [[30, 34]], seed=engine.global_rank)
     plan = distiller.plan(batch)
     gradients = 0
     for step in range(2):

@@ -10,7 +10,7 @@ from ldistill.memory import attach, choose_attention
 from ldistill.students.nanovlm import NanoVLM
 
 CONFIG = small_config()
-BATCH = random_batch(CONFIG, [[40, 20], [64]])
+BATCH = random_batch(NanoVLM(CONFIG), [[40, 20], [64]])
 
 
 def hidden(backend: str) -> torch.Tensor:

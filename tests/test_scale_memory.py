@@ -85,7 +85,7 @@ class Saved:
 def test_activations_are_what_autograd_saves(dtype, attention, rows):
     student = NanoVLM(CONFIG).to(dtype).train()
     attach(student.decoder, attention)
-    batch = random_batch(CONFIG, [[40, 24]] * rows)
+    batch = random_batch(student, [[40, 24]] * rows)
     inputs = student.embed(batch["input_ids"], batch["pixel_values"]).detach().requires_grad_()
     saved = Saved(student)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
@@ -101,7 +101,7 @@ def test_recomputing_keeps_the_inputs_of_layers():
     student = NanoVLM(CONFIG).train()
     attach(student.decoder, "sdpa")
     student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = random_batch(CONFIG, [[40, 24]] * 2)
+    batch = random_batch(student, [[40, 24]] * 2)
     inputs = student.embed(batch["input_ids"], batch["pixel_values"]).detach().requires_grad_()
     saved = Saved(student)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
@@ -126,7 +126,7 @@ def _layer_bytes(strategy: Strategy) -> float:
 def test_memory_and_teacher_are_counted_to_the_byte():
     student, lm = NanoVLM(CONFIG), LlamaForCausalLM(teacher_config(CONFIG))
     distiller = Distiller(student, Teacher(lm), weights())
-    batch = random_batch(CONFIG, [[40, 24]] * 2)
+    batch = random_batch(student, [[40, 24]] * 2)
     with recording(distiller.slots) as recorded:
         student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
         kept = recorded()
