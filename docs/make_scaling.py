@@ -14,9 +14,10 @@ from pathlib import Path
 
 from ldistill.pair_shapes import PairShape, pair_shape
 from ldistill.scale_hardware import GIB, ZEROS, Cluster, Strategy
+from ldistill.scale_layouts import Request
 from ldistill.scale_memory import memory
 from ldistill.scale_network import HOST, NODE, WORLD, network_seconds, transfers
-from ldistill.scale_plan import Plan, Request, make_plan
+from ldistill.scale_plan import Plan, make_plan
 from ldistill.scale_report import Block
 
 HERE = Path(__file__).resolve().parent
@@ -236,7 +237,8 @@ def draw(path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ldistill"  # the same bytes every time
+    # the same bytes every time; text as text
+    matplotlib.rcParams |= {"svg.hashsalt": "ldistill", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")

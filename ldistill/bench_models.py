@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ldistill.bench_batch import BatchShape
-from ldistill.pair_shapes import base_vocabulary, teacher_config
+from ldistill.pair_configs import base_vocabulary, teacher_config
 from ldistill.students.hf_vlm import HFVLM, tokens_per_tile
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig

@@ -8,7 +8,7 @@ import torch
 
 from ldistill.bench_batch import MIXES
 from ldistill.memory import BACKENDS
-from ldistill.pair_shapes import RECIPES
+from ldistill.pair_configs import RECIPES
 from ldistill.recipe import load_recipe
 
 MODES = ("ce", "naive", "ours")

@@ -66,7 +66,8 @@ def plan(
 
     from ldistill.pair_shapes import pair_shape
     from ldistill.scale_hardware import Cluster
-    from ldistill.scale_plan import Request, make_plan
+    from ldistill.scale_layouts import Request
+    from ldistill.scale_plan import make_plan
     from ldistill.scale_report import as_dict, blocks, command, headline
 
     cluster = Cluster.of(

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldistill.pair_shapes import KNOWN_STUDENTS, RECIPES
+from ldistill.pair_configs import KNOWN_STUDENTS, RECIPES
 from ldistill.scale_hardware import GIB, Strategy
+from ldistill.scale_layouts import Layout
 from ldistill.scale_memory import Memory
-from ldistill.scale_plan import Layout, Plan
+from ldistill.scale_plan import Plan
 
 _PARTS = {
     "weights": "weights, bf16",

@@ -21,7 +21,8 @@ from ldistill.bench_profile import PARTS, profile_step
 from ldistill.bench_report import append_csv
 from ldistill.bench_step import StepBench, measure_step
 from ldistill.flops import count_step, step_flops, vision_flops
-from ldistill.pair_shapes import _of_config, student_config
+from ldistill.pair_configs import student_config
+from ldistill.pair_shapes import shape_of
 from ldistill.rows import plan_rows
 from ldistill.students.nanovlm import decoder_config, vision_config
 
@@ -208,7 +209,7 @@ def test_other_families_run_through_the_same_bench(family, monkeypatch):
     """Small models of the very classes: naive and ours still agree."""
     made = small_hf_config(family)
     monkeypatch.setattr(bench_step, "student_config", lambda name: made)
-    monkeypatch.setattr(bench_step, "pair_shape", lambda name: _of_config(name, made, {}))
+    monkeypatch.setattr(bench_step, "pair_shape", lambda name: shape_of(name, made, {}))
     bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=96))
     torch.manual_seed(1)
     spread(bench.distiller.student)

@@ -13,7 +13,7 @@ from helpers_zero import SHAPE
 from pairs import small_config
 from runs import REPO, environment, free_port
 
-from ldistill.pair_shapes import _of_config
+from ldistill.pair_shapes import shape_of
 from ldistill.scale_hardware import ZEROS, Cluster, Strategy
 from ldistill.scale_memory import memory
 from ldistill.scale_network import transfers
@@ -62,7 +62,7 @@ def test_two_ranks_hold_and_send_what_is_planned(name, reuse, tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(values), encoding="utf-8")
     found = run_ranks(config, tmp_path / "found.json")
-    shape = _of_config("small", small_config(**SHAPE), {})
+    shape = shape_of("small", small_config(**SHAPE), {})
     sharded = zero.stage == 3
     strategy = Strategy(zero, "zero3" if sharded else "replicated", 1)
     cluster = Cluster.of(RANKS)

@@ -13,14 +13,15 @@ from transformers import LlamaForCausalLM
 
 from ldistill.distiller import Distiller
 from ldistill.memory import attach, recording
-from ldistill.pair_shapes import PAIRS, _of_config, count, pair_shape
+from ldistill.pair_configs import PAIRS
+from ldistill.pair_shapes import count, pair_shape, shape_of
 from ldistill.scale_hardware import GIB, ZEROS, Cluster, Strategy
 from ldistill.scale_memory import activations, kv_memory, lora_weights, memory
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.teacher import Teacher
 
 CONFIG = small_config()
-SHAPE = _of_config("small", CONFIG, {})
+SHAPE = shape_of("small", CONFIG, {})
 # The estimators know no frozen weights.
 TRAINED = dataclasses.replace(pair_shape("llava-7b"), vision_weights=0)
 
@@ -119,7 +120,7 @@ def test_recomputing_keeps_the_inputs_of_layers():
 
 def _layer_bytes(strategy: Strategy) -> float:
     """A layer's share: what one more layer adds."""
-    deeper = _of_config("deeper", small_config(lm_n_blocks=CONFIG.lm_n_blocks + 1), {})
+    deeper = shape_of("deeper", small_config(lm_n_blocks=CONFIG.lm_n_blocks + 1), {})
     return activations(deeper, strategy, 64, 4) - activations(SHAPE, strategy, 64, 4)
 
 

@@ -14,11 +14,13 @@ from ldistill.bench_batch import count_rows, mix_weights, paper_batch
 from ldistill.bench_models import batch_shape
 from ldistill.cli import app
 from ldistill.flops import PEAKS, count_step, step_flops
-from ldistill.pair_shapes import pair_shape, student_config
+from ldistill.pair_configs import student_config
+from ldistill.pair_shapes import pair_shape
 from ldistill.rows import plan_rows
 from ldistill.scale_hardware import GIB, GPUS, ZEROS, Cluster
+from ldistill.scale_layouts import Request, fits
 from ldistill.scale_network import HOST, NODE, WORLD
-from ldistill.scale_plan import Request, fits, make_plan
+from ldistill.scale_plan import make_plan
 
 LLAVA = pair_shape("llava-13b")
 NANO = pair_shape("nanovlm-460m")
