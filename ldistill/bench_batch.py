@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldistill.flops import StepCounts
 from ldistill.rows import IGNORE
 from ldistill.sources import SourceWeights, category_of
-from ldistill.students.nanovlm_config import NanoVLMConfig
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
 LENGTHS: dict[str, tuple[int, int, int]] = {
@@ -45,6 +46,48 @@ _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
 
 
+@dataclass(frozen=True)
+class BatchShape:
+    """What a batch depends on of a student.
+
+    Args:
+        image_tokens: positions of one picture.
+        image_size: its side in pixels.
+        image_token_id: the token that stands there.
+        vocabulary: tokens of the LM; ids of text are drawn from it.
+    """
+
+    image_tokens: int
+    image_size: int
+    image_token_id: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What one packed row holds on average, over many."""
+
+    tokens: float
+    tiles: float
+    pairs: float
+    supervised: float
+    teacher_rows: float
+    teacher_pairs: float
+
+    def times(self, rows: float, length: int, *, teacher: bool = True) -> StepCounts:
+        """Counts of so many rows, with or without a teacher."""
+        taught = rows if teacher else 0
+        return StepCounts(
+            positions=round(rows * length),
+            pairs=round(rows * self.pairs),
+            tiles=round(rows * self.tiles),
+            rows=round(rows * self.supervised),
+            teacher_rows=round(taught * self.teacher_rows),
+            teacher_pairs=round(taught * self.teacher_pairs),
+            kd_rows=round(taught * self.teacher_rows),
+        )
+
+
 class _Place(NamedTuple):
     """A document in the batch: row, first position, length, answer tokens, source."""
 
@@ -70,13 +113,42 @@ def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
     return SourceWeights.build(LENGTHS, distil=MIXES[mix], alpha=alpha, temperature=temperature)
 
 
-def paper_batch(
-    config: NanoVLMConfig, rows: int, limit: int, *, seed: int = 0
-) -> dict[str, Tensor]:
+def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int = 64) -> RowCounts:
+    """Averages over packed rows of the mix, without making them.
+
+    Args:
+        image_tokens: positions of one picture.
+        limit: tokens in a row.
+        mix: ``paper`` or ``uniform``.
+        rows: how many are averaged over.
+
+    Raises:
+        ValueError: a row has no room for one document.
+    """
+    alphas = mix_weights(mix, 1.0, 1.0).alpha
+    places = _places(image_tokens, rows, limit, 0)
+    taught = [place for place in places if alphas[place.source] > 0]
+
+    def seen(place: _Place) -> int:
+        """Positions the answer's rows see: one more from row to row, the last sees length - 1."""
+        last = place.length - 1
+        return place.answer * last - place.answer * (place.answer - 1) // 2
+
+    return RowCounts(
+        tokens=sum(place.length for place in places) / rows,
+        tiles=len(places) / rows,
+        pairs=sum(place.length * (place.length + 1) // 2 for place in places) / rows,
+        supervised=sum(place.answer for place in places) / rows,
+        teacher_rows=sum(place.answer for place in taught) / rows,
+        teacher_pairs=sum(map(seen, taught)) / rows,
+    )
+
+
+def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> dict[str, Tensor]:
     """A packed batch with the keys, shapes and dtypes of ``ldistill.data.collate``.
 
     Args:
-        config: of the student; gives vocabulary, picture size and tokens a picture.
+        shape: of the student.
         rows: batch rows.
         limit: tokens in a row.
         seed: the same one gives the same batch.
@@ -84,14 +156,9 @@ def paper_batch(
     Raises:
         ValueError: a row has no room for one document.
     """
-    shortest = _HEAD + config.mp_image_token_length + _SHORTEST_TEXT
-    if rows < 1 or limit < shortest:
-        raise ValueError(
-            f"a batch needs at least 1 row of {shortest} tokens, got {rows} of {limit}."
-        )
-    places = list(_places(config, rows, limit, shortest, np.random.default_rng(seed)))
+    places = _places(shape.image_tokens, rows, limit, seed)
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, config.lm_base_vocab_size, (rows, limit), generator=generator)
+    ids = torch.randint(3, shape.vocabulary, (rows, limit), generator=generator)
     batch = {
         "input_ids": ids,
         "position_ids": torch.zeros_like(ids),
@@ -99,7 +166,7 @@ def paper_batch(
         "document_ids": torch.full_like(ids, -1),
     }
     for place in places:
-        _write(batch, place, config)
+        _write(batch, place, shape)
     _pad(batch)
     columns = {
         "batch": [p.row for p in places],
@@ -109,13 +176,23 @@ def paper_batch(
         "sample": list(range(len(places))),
     }
     batch |= {f"doc_{name}": torch.tensor(values) for name, values in columns.items()}
-    side = config.vit_img_size
+    side = shape.image_size
     batch["pixel_values"] = torch.rand(len(places), 3, side, side, generator=generator)
     return batch
 
 
-def _places(
-    config: NanoVLMConfig, rows: int, limit: int, shortest: int, rng: np.random.Generator
+def _places(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Place]:
+    """Documents of a batch, row after row."""
+    shortest = _HEAD + image_tokens + _SHORTEST_TEXT
+    if rows < 1 or limit < shortest:
+        raise ValueError(
+            f"a batch needs at least 1 row of {shortest} tokens, got {rows} of {limit}."
+        )
+    return list(_fill(image_tokens, rows, limit, shortest, np.random.default_rng(seed)))
+
+
+def _fill(
+    image_tokens: int, rows: int, limit: int, shortest: int, rng: np.random.Generator
 ) -> Iterator[_Place]:
     """Fill row after row; the category with fewer answer tokens so far comes next."""
     names = list(LENGTHS)
@@ -130,7 +207,7 @@ def _places(
             category = min(answered, key=answered.__getitem__)
             source = int(rng.choice(by_category[category]))
             text = _draw_length(names[source], rng)
-            length = _HEAD + config.mp_image_token_length + max(text, _SHORTEST_TEXT)
+            length = _HEAD + image_tokens + max(text, _SHORTEST_TEXT)
             length = min(length, limit - start)
             answer = min(round(ANSWER_SHARE * length), length - shortest + _SHORTEST_TEXT - 1)
             answered[category] += answer
@@ -144,16 +221,14 @@ def _draw_length(name: str, rng: np.random.Generator) -> int:
     return int(min(median * math.exp(spread * rng.standard_normal()), longest))
 
 
-def _write(batch: dict[str, Tensor], place: _Place, config: NanoVLMConfig) -> None:
+def _write(batch: dict[str, Tensor], place: _Place, shape: BatchShape) -> None:
     """Positions, picture and labels of one document: picture first, answer last."""
     row, end = place.row, place.start + place.length
     first = 0 if place.start == 0 else int(batch["document_ids"][row, place.start - 1]) + 1
     batch["document_ids"][row, place.start : end] = first
     batch["position_ids"][row, place.start : end] = torch.arange(place.length)
     picture = place.start + _HEAD
-    batch["input_ids"][row, picture : picture + config.mp_image_token_length] = (
-        config.image_token_id
-    )
+    batch["input_ids"][row, picture : picture + shape.image_tokens] = shape.image_token_id
     answer = slice(end - place.answer - 1, end - 1)  # labels are shifted by one
     batch["labels"][row, answer] = batch["input_ids"][row, end - place.answer : end]
 

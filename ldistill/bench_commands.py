@@ -1,6 +1,6 @@
 """The `ldistill bench` command: what a training step costs, and what its data cost.
 
-ldistill bench step --pair tiny
+ldistill bench step --pair tiny --plot step.png
 ldistill bench data shards/ --workers 0,2,4,8 --csv data.csv
 ldistill bench step --pair nanovlm-460m --rows 8 --csv step.csv
 ldistill bench kernels attention --device cpu
@@ -19,11 +19,17 @@ app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=T
 
 @app.command()
 def step(
-    pair: Annotated[str, typer.Option(help="Shapes: tiny or nanovlm-460m.")] = "tiny",
+    pair: Annotated[
+        str,
+        typer.Option(
+            help="Shapes: tiny, nanovlm-460m, smolvlm-256m, smolvlm-500m, llava-7b, llava-13b."
+        ),
+    ] = "tiny",
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
     rows: Annotated[
         int | None, typer.Option(help="Packed rows a step. Default: the recipe's; 1 on a CPU.")
     ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a row. Default: the recipe's.")] = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each mode.", min=1)] = 10,
     warmup: Annotated[int, typer.Option(help="Steps before that.", min=0)] = 2,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda if any.")] = None,
@@ -32,25 +38,45 @@ def step(
     ] = None,
     kernels: Annotated[str, typer.Option(help="auto, triton or reference.")] = "auto",
     attention: Annotated[
-        str, typer.Option(help="Student: sdpa, flash_attention_2 or eager.")
-    ] = "sdpa",
+        str,
+        typer.Option(
+            help="Student: sdpa, flash_attention_2, flex_attention, eager; auto: the fastest here."
+        ),
+    ] = "auto",
     mix: Annotated[
         str, typer.Option(help="paper: language sources distil; uniform: all do.")
     ] = "paper",
     modes: Annotated[str, typer.Option(help="ce, naive, ours, by commas.")] = "ce,naive,ours",
     memory: Annotated[bool, typer.Option(help="Also measure peak memory.")] = True,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Also time compiled decoder blocks.")
+    ] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute the decoder's activations.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw where the time goes into this PNG.")
+    ] = None,
 ) -> None:
     """One training step with random weights: labels alone, naive distillation, ours."""
     from rich.console import Console
 
     from ldistill.bench_options import StepOptions
-    from ldistill.bench_report import append_csv, describe, step_table
+    from ldistill.bench_profile import draw_profile
+    from ldistill.bench_report import (
+        append_csv,
+        compile_lines,
+        describe,
+        parts_table,
+        step_table,
+    )
     from ldistill.bench_step import measure_step
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     options = StepOptions.resolve(
         pair=pair,
         rows=rows,
+        length=length,
         steps=steps,
         warmup=warmup,
         device=device,
@@ -60,10 +86,18 @@ def step(
         mix=mix,
         modes=tuple(part.strip() for part in modes.split(",") if part.strip()),
         memory=memory,
+        compile=compile,
+        checkpointing=checkpointing,
     )
     console.print(describe(options), highlight=False)
     results = measure_step(options, lambda text: console.print(text, highlight=False))
     console.print(step_table(results))
+    console.print(parts_table(results))
+    for line in compile_lines(results):
+        console.print(line, highlight=False)
+    if plot:
+        draw_profile(results, describe(results[0].options), plot)
+        console.print(f"where the time goes: {plot}", highlight=False)
     if csv:
         append_csv(csv, results)
         console.print(f"rows appended to {csv}", highlight=False)

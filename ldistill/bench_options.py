@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import LlamaForCausalLM
 
 from ldistill.bench_batch import MIXES
+from ldistill.memory import BACKENDS
+from ldistill.pair_configs import RECIPES
 from ldistill.recipe import load_recipe
-from ldistill.students.nanovlm_config import NanoVLMConfig
 
 MODES = ("ce", "naive", "ours")
+COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Pair → recipe whose row length, rows, α and τ the step takes.
-PAIRS = {"tiny": "tiny", "nanovlm-460m": "lingudistill"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,15 @@ class StepOptions:
     mix: str
     modes: tuple[str, ...]
     memory: bool
+    compile: bool = False
+    checkpointing: bool = False
+
+    @property
+    def timed_modes(self) -> tuple[str, ...]:
+        """Modes, and those of them that are timed with compiled decoder blocks, too."""
+        if not self.compile:
+            return self.modes
+        return self.modes + tuple(mode + COMPILED for mode in self.modes if mode != "naive")
 
     @classmethod
     def resolve(
@@ -42,6 +50,7 @@ class StepOptions:
         *,
         pair: str = "tiny",
         rows: int | None = None,
+        length: int | None = None,
         steps: int = 10,
         warmup: int = 2,
         device: str | None = None,
@@ -51,22 +60,27 @@ class StepOptions:
         mix: str = "paper",
         modes: tuple[str, ...] = MODES,
         memory: bool = True,
+        compile: bool = False,
+        checkpointing: bool = False,
     ) -> StepOptions:
         """Defaults from the pair's recipe and from this machine.
 
         Raises:
-            ValueError: unknown pair, dtype, mix, mode or device.
+            ValueError: unknown pair, dtype, mix, mode, attention or device.
         """
-        _check_choices(pair, dtype, mix, modes, rows)
+        _check_choices(pair, dtype, mix, modes, rows, attention)
         device = _check_device(device)
-        recipe = load_recipe(PAIRS[pair])
+        if device == "cpu" and attention == "flex_attention":
+            raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
+        # row length, rows, α and τ are those of the pair's recipe
+        recipe = load_recipe(RECIPES[pair])
         if rows is None:
             small = device == "cuda" or pair == "tiny"
             rows = recipe["per_device_train_batch_size"] if small else 1
         return cls(
             pair=pair,
             rows=rows,
-            length=recipe["max_length"],
+            length=length or recipe["max_length"],
             alpha=recipe["alpha"],
             temperature=recipe["temperature"],
             steps=steps,
@@ -78,16 +92,24 @@ class StepOptions:
             mix=mix,
             modes=tuple(mode for mode in MODES if mode in modes),
             memory=memory,
+            compile=compile,
+            checkpointing=checkpointing,
         )
 
 
 def _check_choices(
-    pair: str, dtype: str | None, mix: str, modes: tuple[str, ...], rows: int | None
+    pair: str,
+    dtype: str | None,
+    mix: str,
+    modes: tuple[str, ...],
+    rows: int | None,
+    attention: str,
 ) -> None:
     for name, value, known in (
-        ("pair", pair, PAIRS),
+        ("pair", pair, RECIPES),
         ("dtype", dtype or "fp32", DTYPES),
         ("mix", mix, MIXES),
+        ("attention", attention, BACKENDS),
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
@@ -106,15 +128,3 @@ def _check_device(device: str | None) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
     return device
-
-
-def pair_config(pair: str) -> NanoVLMConfig:
-    """Shapes of a pair's student."""
-    if pair == "nanovlm-460m":
-        return NanoVLMConfig()
-    from ldistill.tiny.align import student_config
-    from ldistill.tiny.pretrain import lm_config
-    from ldistill.tiny.tokenizer import VOCABULARY
-
-    with torch.device("meta"):
-        return student_config(LlamaForCausalLM(lm_config(VOCABULARY)))

@@ -12,12 +12,17 @@ import torch
 from rich.table import Table
 
 from ldistill.bench_options import StepOptions
+from ldistill.bench_profile import PARTS
 from ldistill.run_folder import environment
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One mode's cost; memory in MiB, None where it was not measured or nothing to compare with."""
+    """One mode's cost; memory in MiB, None where it was not measured or nothing to compare with.
+
+    ``compile_gain``: time of the same mode with eager blocks over this one's. ``parts``:
+    milliseconds of one instrumented step by what they went into.
+    """
 
     mode: str
     ms: float
@@ -32,6 +37,8 @@ class StepResult:
     teacher_mib: float
     supervised_rows: int
     teacher_rows: int
+    compile_gain: float | None
+    parts: dict[str, float]
     options: StepOptions
 
 
@@ -39,8 +46,8 @@ def describe(options: StepOptions) -> str:
     """One line: what is measured on what."""
     return (
         f"{options.pair}: {options.rows} rows of {options.length} tokens, {options.dtype} on "
-        f"{device_name(options.device)}, mix {options.mix}, {options.steps} steps after "
-        f"{options.warmup}"
+        f"{device_name(options.device)}, attention {options.attention}, mix {options.mix}, "
+        f"{options.steps} steps after {options.warmup}"
     )
 
 
@@ -83,6 +90,27 @@ def step_table(results: list[StepResult]) -> Table:
     return table
 
 
+def parts_table(results: list[StepResult]) -> Table:
+    """Where each mode's step spends its time."""
+    table = Table(title="where the time goes, ms (share)", title_justify="left")
+    table.add_column("mode")
+    for part in PARTS:
+        table.add_column(part, justify="right")
+    for r in results:
+        total = sum(r.parts.values())
+        table.add_row(r.mode, *(f"{r.parts[p]:,.1f} ({r.parts[p] / total:.0%})" for p in PARTS))
+    return table
+
+
+def compile_lines(results: list[StepResult]) -> list[str]:
+    """What compiling the decoder blocks brought, a line per mode."""
+    return [
+        f"{r.mode}: {r.compile_gain:.2f} × as fast as with eager blocks"
+        for r in results
+        if r.compile_gain is not None
+    ]
+
+
 def _ratio(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
@@ -96,8 +124,11 @@ def csv_row(result: StepResult, versions: dict[str, Any]) -> dict[str, Any]:
     """
     options = result.options
     measured = {
-        name: getattr(result, name) for name in StepResult.__dataclass_fields__ if name != "options"
+        name: getattr(result, name)
+        for name in StepResult.__dataclass_fields__
+        if name not in ("options", "parts")
     }
+    measured |= {f"{part}_ms": result.parts[part] for part in PARTS}
     row = {
         "pair": options.pair,
         "mode": measured.pop("mode"),
@@ -108,6 +139,7 @@ def csv_row(result: StepResult, versions: dict[str, Any]) -> dict[str, Any]:
         "mix": options.mix,
         "kernels": options.kernels,
         "attention": options.attention,
+        "checkpointing": options.checkpointing,
         "steps": options.steps,
     }
     row |= {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in measured.items()}

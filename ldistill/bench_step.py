@@ -4,8 +4,9 @@
 
 A step is planning, forward, backward and AdamW on one packed batch of the paper's mix, the same for
 all modes. Modes take turns, so that a drifting machine slows all of them; ratios are medians over
-the rounds. Peak memory is measured apart, each mode alone: on a GPU what the allocator held, on a
-CPU what a fresh process grew by, libraries not counted.
+the rounds. A GPU's step is timed by the wall, a CPU's by the time its threads computed. Peak memory
+is measured apart, each mode alone: on a GPU what the allocator held, on a CPU what a fresh process
+grew by, libraries not counted.
 
 Weights, gradients and optimizer states all have ``dtype``: a run with fp32 master weights holds
 more in every mode, and the ratios only shrink.
@@ -13,9 +14,9 @@ more in every mode, and the ratios only shrink.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,19 +24,21 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from ldistill.bench_batch import mix_weights, paper_batch
+from ldistill.bench_models import batch_shape, random_lm, random_student
 from ldistill.bench_naive import naive_counts, naive_loss
-from ldistill.bench_options import DTYPES, StepOptions, pair_config
+from ldistill.bench_options import COMPILED, DTYPES, StepOptions
+from ldistill.bench_profile import profile_step
 from ldistill.bench_report import StepResult
 from ldistill.distiller import Distiller
-from ldistill.flops import count_step, peak_flops, student_flops, synchronise
+from ldistill.flops import count_step, peak_flops, seconds, step_flops, synchronise
 from ldistill.objective import Objective
 from ldistill.pair import freeze_vision, parameter_groups
-from ldistill.students.nanovlm import NanoVLM, decoder_config
-from ldistill.students.nanovlm_config import NanoVLMConfig
+from ldistill.pair_configs import student_config
+from ldistill.pair_shapes import pair_shape
 from ldistill.teacher import Teacher
 
 
@@ -51,14 +54,14 @@ class StepBench:
         modes = modes or options.modes
         torch.manual_seed(0)
         self.options, self.device = options, torch.device(options.device)
-        dtype, config = DTYPES[options.dtype], pair_config(options.pair)
-        student = NanoVLM(config).to(device=self.device, dtype=dtype)
+        dtype, config = DTYPES[options.dtype], student_config(options.pair)
+        self.shape = pair_shape(options.pair)
+        student = random_student(config, self.device, dtype)
         freeze_vision(student)
         weights = mix_weights(options.mix, options.alpha, options.temperature)
         teacher = None
         if set(modes) - {"ce"}:
-            teacher = Teacher(random_lm(config), options.kernels)
-            teacher.place(self.device, dtype)
+            teacher = Teacher(random_lm(config, self.device, dtype), options.kernels)
         self.labels_only = mix_weights(options.mix, 0.0, 1.0)
         self.weights = weights
         self.distiller = Distiller(
@@ -68,44 +71,70 @@ class StepBench:
             Objective(kernels=options.kernels),
             attention=options.attention,
         )
+        if options.checkpointing:
+            self.distiller.activation_checkpointing_enable()
+        self.compiled: dict[nn.Module, Any] = {}
+        if options.compile:
+            self.distiller.compile_blocks()
+            layers = student.backbone.layers
+            self.compiled = {layer: layer._compiled_call_impl for layer in layers}
         groups = parameter_groups(student, 1e-4, 1e-4, 0.0)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.host_batch = paper_batch(config, options.rows, options.length)
+        self.host_batch = paper_batch(batch_shape(config), options.rows, options.length)
+        self.move_batch()
+
+    def move_batch(self) -> None:
+        """The batch on the device."""
         self.batch = {name: value.to(self.device) for name, value in self.host_batch.items()}
 
     def plan(self, mode: str) -> Any:
         """Rows of the batch, on the host: labels alone know no teacher rows."""
-        self.distiller.weights = self.labels_only if mode == "ce" else self.weights
+        labels_only = mode.startswith("ce")
+        self.distiller.weights = self.labels_only if labels_only else self.weights
         return self.distiller.plan(self.host_batch)
 
     def loss(self, mode: str) -> Tensor:
         """Forward of one mode; the same scalar for ``naive`` and ``ours``."""
+        for layer, compiled in self.compiled.items():
+            # torch has no public way back; setting a stance would undo flex_attention's own compile
+            layer._compiled_call_impl = compiled if COMPILED in mode else None
         plan = self.plan(mode)
         rows, plan = len(plan.supervised), plan.to(self.device)
         if mode == "naive":
             return naive_loss(self.distiller, self.batch, plan, rows)
-        return self.distiller(self.batch, plan, rows, mode == "ours")["loss"]
+        return self.distiller(self.batch, plan, rows, mode.startswith("ours"))["loss"]
 
     def step(self, mode: str) -> None:
         """Forward, backward, AdamW."""
         self.loss(mode).backward()
+        self.update()
+
+    def update(self) -> None:
+        """AdamW on the gradients there are."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def timed_step(self, mode: str) -> float:
-        """Seconds of a step."""
+        """Seconds of a step, by :func:`seconds`."""
         synchronise(self.device)
-        start = time.perf_counter()
+        start = seconds(self.device)
         self.step(mode)
         synchronise(self.device)
-        return time.perf_counter() - start
+        return seconds(self.device) - start
 
     def flops(self, mode: str) -> float:
-        """FLOPs of a step as this mode runs it."""
-        student, counts = self.distiller.student, count_step(self.host_batch, self.plan(mode))
-        # The stock LM runs its k and v projections, which scope `full` leaves out.
-        scope = "visual" if mode == "naive" else "full"
-        return student_flops(student, naive_counts(counts) if mode == "naive" else counts, scope)
+        """FLOPs of a step as this mode runs it; recomputed activations are not counted."""
+        counts, shape = count_step(self.host_batch, self.plan(mode)), self.shape
+        naive = mode == "naive"
+        return step_flops(
+            shape.decoder,
+            naive_counts(counts) if naive else counts,
+            vision_flops_per_tile=shape.vision_flops,
+            projector_weights=shape.projector_weights,
+            tokens_per_tile=shape.image_tokens,
+            # The stock LM runs its k and v projections, which scope `full` leaves out.
+            kv_scope="visual" if naive else "full",
+        )
 
     def materialise_optimizer(self) -> None:
         """Make AdamW's states, so that the first step already peaks where all others do."""
@@ -114,13 +143,6 @@ class StepBench:
                 parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def random_lm(config: NanoVLMConfig) -> LlamaForCausalLM:
-    """A teacher of the student decoder's shape over the base vocabulary."""
-    shape = decoder_config(config)
-    shape.vocab_size = config.lm_base_vocab_size
-    return LlamaForCausalLM(shape)
 
 
 def measure_step(
@@ -135,6 +157,8 @@ def measure_step(
     Raises:
         ValueError: a mode needs more memory than this machine has.
     """
+    if options.attention == "auto":
+        options = dataclasses.replace(options, attention=fastest_attention(options, say))
     memory = {}
     if options.memory:
         for mode in options.modes:
@@ -144,12 +168,44 @@ def measure_step(
     rate, source = peak_flops(bench.device, DTYPES[options.dtype])
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     rounds = _timed_rounds(bench, say)
-    return [_result(bench, mode, rounds, memory, rate) for mode in options.modes]
+    return [_result(bench, mode, rounds, memory, rate) for mode in options.timed_modes]
+
+
+def fastest_attention(options: StepOptions, say: Callable[[str], None]) -> str:
+    """The backend with the shortest forward and backward of the student on this very batch."""
+    candidates = available_attention(options.device, DTYPES[options.dtype])
+    if len(candidates) == 1:
+        say(f"attention: {candidates[0]} (nothing else runs here).")
+        return candidates[0]
+    bench = StepBench(dataclasses.replace(options, attention=candidates[0]), ("ce",))
+    times = {}
+    for backend in candidates:
+        bench.distiller.use_attention(backend)
+        bench.loss("ce").backward()  # flex_attention compiles here
+        times[backend] = min(bench.timed_step("ce") for _ in range(3))
+    best = min(times, key=times.__getitem__)
+    shown = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items())
+    say(f"attention: {best}, the fastest of {shown} a step.")
+    del bench
+    _free(options.device)
+    return best
+
+
+def available_attention(device: str, dtype: torch.dtype) -> list[str]:
+    """Backends that can train the packed student here; ``eager`` never wins and is left out."""
+    from transformers.utils import is_flash_attn_2_available
+
+    found = ["sdpa"]
+    if device == "cuda":
+        found.append("flex_attention")
+        if is_flash_attn_2_available() and dtype != torch.float32:
+            found.append("flash_attention_2")
+    return found
 
 
 def _timed_rounds(bench: StepBench, say: Callable[[str], None]) -> list[dict[str, float]]:
     """Seconds of every mode, round by round; the order turns, so that no mode always goes first."""
-    modes, options = bench.options.modes, bench.options
+    modes, options = bench.options.timed_modes, bench.options
     rounds = []
     for number in range(options.warmup + options.steps):
         turn = number % len(modes)
@@ -172,8 +228,12 @@ def _result(
 ) -> StepResult:
     times = [times[mode] for times in rounds]
     middle = statistics.median(times)
-    versus = [t[mode] / t["ce"] for t in rounds if "ce" in t]
-    teacher = _weights_mib(bench.distiller.teacher.lm) if mode != "ce" else 0.0
+    plain = mode.removesuffix(COMPILED)
+    # compiled is held against compiled
+    base_mode = "ce" + mode.removeprefix(plain)
+    versus = [t[mode] / t[base_mode] for t in rounds if base_mode in t]
+    gain = [t[plain] / t[mode] for t in rounds if plain != mode]
+    teacher = _weights_mib(bench.distiller.teacher.lm) if plain != "ce" else 0.0
     peak, base = memory.get(mode), memory.get("ce")
     plan = bench.plan(mode)
     return StepResult(
@@ -192,8 +252,15 @@ def _result(
         teacher_rows=bench.options.rows * bench.options.length
         if mode == "naive"
         else len(plan.teacher),
+        compile_gain=statistics.median(gain) if gain else None,
+        parts=profile_step(bench, mode, lambda: _settled_seconds(bench.device)),
         options=bench.options,
     )
+
+
+def _settled_seconds(device: torch.device) -> float:
+    synchronise(device)
+    return seconds(device)
 
 
 def _weights_mib(lm: LlamaForCausalLM) -> float:
@@ -225,9 +292,14 @@ def _peak_on_gpu(options: StepOptions, mode: str) -> float:
     synchronise(bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
     del bench
-    gc.collect()
-    torch.cuda.empty_cache()
+    _free(options.device)
     return peak
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _growth_of_process(options: StepOptions, mode: str) -> float:

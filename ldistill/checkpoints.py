@@ -47,7 +47,10 @@ def _hub_folder(repo_id: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(repo_id, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):  # such as lmsys/vicuna-7b-v1.5
+            snapshot_download(repo_id, allow_patterns=["pytorch_model*"])
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder here nor a model the hub gave us "

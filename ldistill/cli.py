@@ -18,6 +18,7 @@ from ldistill.bench_commands import app as bench_app
 from ldistill.data.commands import app as shards_app
 from ldistill.evaluation.commands import evaluate_command
 from ldistill.evaluation.compare_command import compare
+from ldistill.scale_commands import plan
 from ldistill.study.commands import app as study_app
 from ldistill.tiny.commands import app as tiny_app
 
@@ -33,6 +34,7 @@ app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
+app.command()(plan)
 
 
 @app.callback(invoke_without_command=True)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldistill.memory import KVMemory, attach, packed_flash_kwargs, recording
+from ldistill.memory import KVMemory, attach, choose_attention, packed_flash_kwargs, recording
 from ldistill.objective import COLUMNS, Objective
 from ldistill.rows import RowPlan, TeacherRows, plan_rows, teacher_rows
 from ldistill.sources import SourceWeights
+from ldistill.students.student import Student
 from ldistill.teacher import Teacher
 
 KV_GRADS = ("detached", "through")
@@ -24,19 +25,18 @@ class Distiller(nn.Module):
     """What is trained.
 
     Args:
-        student: ``forward(input_ids, position_ids, pixel_values) -> hidden``, ``lm_head``,
-            ``decoder``.
+        student: of any family.
         teacher: None for a run on labels alone.
         weights: α and τ by source.
         objective: how CE and KL are mixed.
         kv_scope: ``full``, ``prompt`` or ``visual``.
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
-        attention: ``sdpa``, ``flash_attention_2`` or ``eager``, for the student.
+        attention: the student's backend, one of ``memory.BACKENDS``.
     """
 
     def __init__(
         self,
-        student: nn.Module,
+        student: Student,
         teacher: Teacher | None,
         weights: SourceWeights,
         objective: Objective | None = None,
@@ -55,13 +55,21 @@ class Distiller(nn.Module):
         self.weights = weights
         self.objective = objective or Objective()
         self.kv_scope, self.kv_grad = kv_scope, kv_grad
-        self.attention = attention
-        self.slots = attach(student.decoder, attention)
+        self.use_attention(attention)
+
+    def use_attention(self, backend: str) -> None:
+        """Run the student's attention through another backend from now on."""
+        self.attention = choose_attention(backend)
+        self.slots = attach(self.student.backbone, self.attention)
 
     @property
     def teacher_vocab(self) -> int:
-        """Token ids the teacher knows; those beyond stand for the picture."""
-        return self.teacher.vocab_size if self.teacher else self.student.config.lm_base_vocab_size
+        """Token ids the teacher knows; those beyond stand for the picture.
+
+        An LM may have more embeddings than tokens; the student's image token can be one of them.
+        """
+        image = self.student.image_token_id
+        return min(self.teacher.vocab_size, image) if self.teacher else image
 
     def plan(self, batch: dict[str, Tensor]) -> RowPlan:
         """Rows of a batch that still lies on the CPU."""
@@ -157,10 +165,10 @@ class Distiller(nn.Module):
 
     def _blank_memory(self, batch: dict[str, Tensor]) -> KVMemory:
         """Memory that nothing sees, of one zero expanded to the student's shape."""
-        config = self.student.decoder.config
-        head_dim = self.student.decoder.model.layers[0].self_attn.head_dim
+        backbone = self.student.backbone
+        config, head_dim = backbone.config, backbone.layers[0].self_attn.head_dim
         shape = (batch["input_ids"].shape[0], config.num_key_value_heads)
-        dtype = self.student.decoder.dtype
+        dtype = backbone.dtype
         zero = torch.zeros(*shape, batch["input_ids"].shape[1], head_dim, dtype=dtype)
         zero = zero.to(batch["input_ids"].device)
         return KVMemory([zero] * config.num_hidden_layers, [zero] * config.num_hidden_layers)
@@ -178,7 +186,7 @@ class Distiller(nn.Module):
                 "gradient checkpointing drops the graph that kv_grad through needs: use "
                 "--kv_grad detached, or train without --gradient_checkpointing."
             )
-        decoder, kwargs = self.student.decoder, activation_checkpointing_kwargs or {}
+        decoder, kwargs = self.student.backbone, activation_checkpointing_kwargs or {}
         # transformers renamed the method between 5.17 and 5.23.
         name = "activation_checkpointing_enable"
         enable = getattr(decoder, name, decoder.gradient_checkpointing_enable)
@@ -192,7 +200,7 @@ class Distiller(nn.Module):
 
     def compile_blocks(self) -> None:
         """`torch.compile` every decoder block: one graph serves all layers."""
-        for layer in self.student.decoder.model.layers:
+        for layer in self.student.backbone.layers:
             layer.compile()
 
 

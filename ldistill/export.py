@@ -1,4 +1,4 @@
-"""From a run to what others load: the nanoVLM checkpoint, and its decoder as a plain Llama."""
+"""From a run to what others load: the student's own checkpoint, and its decoder as a plain LM."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 
 from ldistill import run_folder
-from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+from ldistill.students.formats import is_complete, load_processor, load_student
 from ldistill.trainer import STUDENT
-
-_FILES = ("config.json", "model.safetensors")
 
 
 def find_student(run: Path) -> Path:
@@ -26,7 +24,7 @@ def find_student(run: Path) -> Path:
     if last := get_last_checkpoint(str(run)):
         candidates.append(Path(last) / STUDENT)
     for candidate in candidates:
-        if all((candidate / name).is_file() for name in _FILES):
+        if is_complete(candidate):
             return candidate
     raise FileNotFoundError(
         f"{run} holds no trained student yet: neither a result nor checkpoints."
@@ -40,13 +38,14 @@ def export_student(run: Path, out: Path) -> Path:
         ValueError: ``out`` holds other files.
     """
     source = find_student(run)
-    others = [p.name for p in out.iterdir() if p.name not in _FILES] if out.is_dir() else []
+    names = sorted(path.name for path in source.iterdir())
+    others = [p.name for p in out.iterdir() if p.name not in names] if out.is_dir() else []
     if others:
         raise ValueError(
             f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another."
         )
     out.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in names:
         shutil.copyfile(source / name, out / name)
     return source
 
@@ -56,16 +55,13 @@ def export_decoder(student: Path, out: Path, tokenizer: str | None = None) -> No
 
     The image tokens stay in the vocabulary: the embedding keeps its shape.
     """
-    model = load_nanovlm(student)
-    processor = load_processor(student, tokenizer)
-    config = model.decoder.config
-    config.bos_token_id = processor.tokenizer.bos_token_id
-    config.eos_token_id = processor.tokenizer.eos_token_id
-    config.pad_token_id = processor.tokenizer.pad_token_id
-    config.architectures = ["LlamaForCausalLM"]
-    config._attn_implementation = "sdpa"
-    model.decoder.generation_config.bos_token_id = config.bos_token_id
-    model.decoder.generation_config.eos_token_id = config.eos_token_id
-    model.decoder.generation_config.pad_token_id = config.pad_token_id
-    model.decoder.save_pretrained(out)
-    processor.tokenizer.save_pretrained(out)
+    lm = load_student(student).causal_lm()
+    tokenizer_ = load_processor(student, tokenizer).tokenizer
+    for config in (lm.config, lm.generation_config):
+        config.bos_token_id = tokenizer_.bos_token_id
+        config.eos_token_id = tokenizer_.eos_token_id
+        config.pad_token_id = tokenizer_.pad_token_id
+    lm.config.architectures = [type(lm).__name__]
+    lm.config._attn_implementation = "sdpa"
+    lm.save_pretrained(out)
+    tokenizer_.save_pretrained(out)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ldistill.students.student import Student
 
 # Dense bf16 rates by the vendors' datasheets, FLOP/s.
 PEAKS: dict[str, float] = {
@@ -100,26 +102,29 @@ def step_flops(
     return 3 * student + vision_flops_per_tile * counts.tiles + teacher
 
 
-def student_flops(student: Any, counts: StepCounts, kv_scope: str = "full") -> float:
-    """:func:`step_flops` of a nanoVLM student, from its configuration alone.
+def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") -> float:
+    """:func:`step_flops` of a student, from its configuration alone.
 
     Shapes are not read off the parameters: under ZeRO-3 a rank holds none of them whole.
     """
-    config = student.config
     return step_flops(
-        student.decoder.config,
+        student.backbone.config,
         counts,
         vision_flops_per_tile=vision_flops(student.vision.config),
-        projector_weights=config.mp_pixel_shuffle_factor**2
-        * config.vit_hidden_dim
-        * config.lm_hidden_dim,
-        tokens_per_tile=config.mp_image_token_length,
+        projector_weights=linear_weights(student.projector),
+        tokens_per_tile=student.tokens_per_tile,
         kv_scope=kv_scope,
     )
 
 
+def linear_weights(module: nn.Module) -> int:
+    """Weights of all linear layers within."""
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    return sum(layer.in_features * layer.out_features for layer in layers)
+
+
 def vision_flops(config: Any) -> float:
-    """Forward FLOPs of a SigLIP tower on one tile."""
+    """Forward FLOPs of a SigLIP or CLIP tower on one tile."""
     hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     layer = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
     embed = 3 * config.patch_size**2 * hidden
@@ -157,17 +162,28 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of five matrix products, FLOP/s."""
+    """Best of ten matrix products, FLOP/s."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         synchronise(device)
-        start = time.perf_counter()
+        start = seconds(device)
         a @ a
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, seconds(device) - start)
     return 2 * size**3 / best
+
+
+def seconds(device: torch.device) -> float:
+    """Clock of a measurement: a GPU's is the wall; a CPU's is the time this process computed.
+
+    Others on the same machine take turns with it, which the wall would count; the CPU time of all
+    threads, divided by their number, is what the wall shows on an idle machine.
+    """
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    return time.perf_counter()
 
 
 def synchronise(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+from ldistill.students.formats import load_processor, load_student
 
 
 def answer(
@@ -23,7 +23,7 @@ def answer(
     """A student's answer.
 
     Args:
-        student: nanoVLM folder or hub id.
+        student: folder or hub id.
         prompt: the user's turn.
         images: pictures, before the prompt.
         max_new_tokens: at most so many tokens.
@@ -45,14 +45,14 @@ def answer(
         tiles.append(tile)
         grids.append(grid)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_nanovlm(student).eval().to(device)
+    model = load_student(student).eval().to(device)
     ids = torch.as_tensor(processor.prompt([], prompt, grids), dtype=torch.long)[None]
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     new = model.generate(
         ids.to(device),
         torch.cat(tiles).to(device) if tiles else None,
         max_new_tokens=max_new_tokens,
-        eos_token_id=processor.tokenizer.eos_token_id,
+        eos_token_id=processor.stop_token_ids,
         pad_token_id=processor.pad_token_id,
         **({"do_sample": False} | sampling),
     )

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     eager_mask,
     flash_attention_mask,
+    flex_attention_mask,
     sdpa_mask,
 )
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
@@ -28,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 PREFIX = "ldistill_"
-BACKENDS = ("sdpa", "flash_attention_2", "eager")
+BACKENDS = ("auto", "sdpa", "flash_attention_2", "flex_attention", "eager")
 
 
 class KVSlot:
@@ -84,6 +87,18 @@ def _flash_attention_2(
     return output, None
 
 
+def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
+    """SDPA's mask in the dtype it adds to scores.
+
+    Given a boolean one, SDPA widens it anew in every layer, and autograd keeps every copy until
+    backward; this one tensor serves all layers.
+    """
+    visible = sdpa_mask(*args, **kwargs)
+    if visible is None:
+        return None
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
+
+
 def _recording(attend: Callable) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         slot = getattr(module, "kv_slot", None)
@@ -95,22 +110,38 @@ def _recording(attend: Callable) -> Callable:
 
 
 _ATTENTIONS = {
-    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "sdpa": (sdpa_attention_forward, shared_sdpa_mask),
     "eager": (eager_attention_forward, eager_mask),
     "flash_attention_2": (_flash_attention_2, flash_attention_mask),
+    "flex_attention": (flex_attention_forward, flex_attention_mask),
 }
 
 
-def attach(decoder: nn.Module, backend: str = "sdpa") -> list[KVSlot]:
+def choose_attention(asked: str) -> str:
+    """``auto`` is flash-attn's variable-length kernel where it is installed, else ``sdpa``.
+
+    flash-attn computes in bf16 or fp16 alone. ``flex_attention`` compiles at the first step, and
+    whether it pays is for `ldistill bench step --attention auto` to measure, which tries them all.
+    """
+    if asked != "auto":
+        return asked
+    from transformers.utils import is_flash_attn_2_available
+
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+
+def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     """Make a transformers decoder leave its keys and values in slots, one per layer.
 
     Args:
-        decoder: a ``...ForCausalLM`` of the Llama kind (``decoder.model.layers[l].self_attn``).
-        backend: ``sdpa``, ``flash_attention_2`` (needs flash-attn) or ``eager``.
+        decoder: of the Llama kind (``layers[l].self_attn``), with or without its head.
+        backend: ``sdpa``, ``flash_attention_2`` (needs flash-attn), ``flex_attention`` (compiled
+            at first use), ``eager``, or ``auto`` for :func:`choose_attention`.
 
     Raises:
         ValueError: unknown backend, or flash-attn asked for and not installed.
     """
+    backend = choose_attention(backend)
     if backend not in _ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     if backend == "flash_attention_2":
@@ -119,9 +150,10 @@ def attach(decoder: nn.Module, backend: str = "sdpa") -> list[KVSlot]:
     attend, mask = _ATTENTIONS[backend]
     ALL_ATTENTION_FUNCTIONS.register(name, _recording(attend))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    decoder.config._attn_implementation = name
+    backbone = decoder.base_model
+    backbone.config._attn_implementation = name
     slots = []
-    for layer in decoder.model.layers:
+    for layer in backbone.layers:
         slot = KVSlot()
         layer.self_attn.kv_slot = slot
         slots.append(slot)

@@ -43,9 +43,15 @@ class PairArguments:
         "auto",
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
-    attention: str = _doc("Student attention: sdpa | flash_attention_2 | eager.", "sdpa")
+    attention: str = _doc(
+        "Student attention: auto | sdpa | flash_attention_2 | flex_attention | eager.", "sdpa"
+    )
     kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
     compile_blocks: bool = _doc("torch.compile every decoder block of the student.", False)
+    lora_rank: int = _doc(
+        "Rank of LoRA adapters on a frozen decoder, merged at export; 0: none.", 0
+    )
+    lora_alpha: float | None = _doc("Scale of the adapters; default twice the rank.")
 
 
 @dataclass
@@ -252,6 +258,10 @@ def _check(recipe: Recipe) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+    if recipe.pair.attention == "flex_attention" and not torch.cuda.is_available():
+        raise ValueError(
+            "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."
+        )
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training

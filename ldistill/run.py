@@ -27,9 +27,11 @@ from ldistill.data.stream import make_loader
 from ldistill.distiller import Distiller
 from ldistill.evaluation.during import evaluator_of
 from ldistill.flops import peak_flops
+from ldistill.lora import add_lora
 from ldistill.metrics import Meter
 from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
+from ldistill.partition import whole_numel
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
 from ldistill.ranks import from_first, is_first, say, wait
 from ldistill.recipe import Recipe
@@ -160,10 +162,15 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         tokenizer=options.tokenizer,
         kernels=options.kernels,
         zero_init=zero_init,
+        partition=True,
+        dtype=dtype if zero_stage(recipe) >= 0 else torch.float32,  # autocast wants float32
+        max_length=recipe.data.max_length,
         tiling=recipe.data.tiling,
         max_images=recipe.data.max_images,
     )
     freeze_vision(pair.student)
+    if options.lora_rank:
+        add_lora(pair.student, options.lora_rank, options.lora_alpha)
     if pair.teacher is not None:
         if engine == "replicated":
             pair.teacher.place(args.device, dtype)
@@ -262,8 +269,8 @@ def _settle_steps(recipe: Recipe, plan: Plan) -> None:
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     args = recipe.training
-    total = sum(p.numel() for p in pair.student.parameters())
-    trained = sum(p.numel() for p in pair.student.parameters() if p.requires_grad)
+    total = sum(whole_numel(p) for p in pair.student.parameters())
+    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
     saves = args.save_strategy != "no"
     run_folder.check_disk(folder, trained, total, (args.save_total_limit or 2) if saves else 0)
 
@@ -291,11 +298,11 @@ def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, float] | No
 
 def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
     from ldistill.evaluation.items import evaluate, load_items
-    from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+    from ldistill.students.formats import load_processor, load_student
 
     items = load_items(recipe.run.eval_items)
     say(f"evaluating {when} on {len(items)} held-out items ...")
-    model = load_nanovlm(student).to(recipe.training.device)
+    model = load_student(student).to(recipe.training.device)
     processor = load_processor(student, recipe.pair.tokenizer)
     return evaluate(model, processor, items)
 

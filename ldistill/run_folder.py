@@ -44,6 +44,8 @@ IDENTITY = (
     "gate",
     "kv_scope",
     "kv_grad",
+    "lora_rank",
+    "lora_alpha",
     "seed",
 )
 _PACKAGES = (

@@ -11,8 +11,8 @@ module's tree, or it would be saved, broadcast and counted with the student.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ldistill.memory import KVMemory
+from ldistill.partition import partitioned_by
 from ldistill.rows import TeacherRows
 from ldistill.students.head import LMHead
 from ldistill.students.rotary import keep_float32
@@ -133,23 +134,8 @@ def load_lm(folder: Path, zero_init: dict[str, Any] | None = None) -> PreTrained
         zero_init: DeepSpeed configuration under whose ZeRO-3 the weights are partitioned while
             loading; None keeps them whole even where the student is being partitioned.
     """
-    with _zero_context(zero_init):
+    with partitioned_by(zero_init):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-
-
-@contextmanager
-def _zero_context(config: dict[str, Any] | None) -> Iterator[None]:
-    """Partition (or not) what `from_pretrained` loads, whatever the student's engine wants."""
-    from transformers.integrations import deepspeed as integration
-
-    outer = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    kept = integration.HfDeepSpeedConfig(config) if config is not None else None
-    try:
-        yield
-    finally:
-        del kept
-        integration._hf_deepspeed_config_weak_ref = outer
 
 
 def shard(teacher: Teacher, engine: str, dtype: torch.dtype, offload: bool = False) -> None:

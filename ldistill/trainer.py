@@ -25,7 +25,6 @@ from ldistill.flops import count_step, student_flops
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
 from ldistill.state import gather_trained
-from ldistill.students.nanovlm_format import export_like
 
 STUDENT = "student"
 DATA_STATE = "data.json"
@@ -229,7 +228,7 @@ class DistillTrainer(Trainer):
             )
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            export_like(self.pair.student_folder, trained, folder / STUDENT)
+            self.pair.export(trained, folder / STUDENT)
             if not self.is_deepspeed_enabled:
                 once = {id(tensor): name for name, tensor in trained.items()}  # a tied pair once
                 save_file({name: trained[name] for name in once.values()}, folder / WEIGHTS)

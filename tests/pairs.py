@@ -12,6 +12,7 @@ from ldistill.sources import SourceWeights
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import CHAT_TEMPLATE, NanoVLMConfig, extra_tokens
 from ldistill.students.nanovlm_format import save_nanovlm
+from ldistill.students.student import Student
 
 VOCAB = 320
 TEXT = [
@@ -126,7 +127,7 @@ def weights(alpha=(0.7, 0.0), temperature: float = 4.0) -> SourceWeights:
 
 
 def random_batch(
-    config: NanoVLMConfig,
+    student: Student,
     rows: list[list[int]],
     *,
     seq: int = 64,
@@ -140,7 +141,7 @@ def random_batch(
     the two sources.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, per_tile = (len(rows), seq), config.mp_image_token_length
+    size, per_tile = (len(rows), seq), student.tokens_per_tile
     batch = {
         "input_ids": torch.full(size, 2),
         "position_ids": torch.zeros(size, dtype=torch.long),
@@ -151,10 +152,10 @@ def random_batch(
     for b, lengths in enumerate(rows):
         start = 0
         for number, length in enumerate(lengths):
-            ids = torch.randint(3, config.lm_base_vocab_size, (length,), generator=generator)
+            ids = torch.randint(3, VOCAB, (length,), generator=generator)
             offset = 2 + per_tile if images else 0
             if images:
-                ids[2:offset] = config.image_token_id
+                ids[2:offset] = student.image_token_id
             end = start + length
             batch["input_ids"][b, start:end] = ids
             batch["position_ids"][b, start:end] = torch.arange(length)
@@ -170,7 +171,7 @@ def random_batch(
         batch["position_ids"][b, start:] = torch.arange(seq - start)
     batch |= {f"doc_{k}": torch.tensor(v, dtype=torch.long) for k, v in table.items()}
     tiles = len(table["batch"]) if images else 0
-    side = config.vit_img_size
+    side = student.tile_size
     batch["pixel_values"] = torch.rand(tiles, 3, side, side, generator=generator)
     return batch
 

@@ -15,7 +15,7 @@ from helpers_data import picture
 from ldistill.data.samples import Sample, Turn
 from ldistill.data.shards import build_shards
 from ldistill.metrics import read_metrics
-from ldistill.students.nanovlm_format import load_processor
+from ldistill.students.formats import load_processor
 
 REPO = Path(__file__).resolve().parents[1]
 WORDS = [

@@ -11,13 +11,18 @@ from pairs import spread
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from ldistill import bench_step
 from ldistill.bench_batch import mix_weights, paper_batch
 from ldistill.bench_commands import app
+from ldistill.bench_models import batch_shape
 from ldistill.bench_naive import naive_counts
-from ldistill.bench_options import StepOptions, pair_config
+from ldistill.bench_options import StepOptions
+from ldistill.bench_profile import PARTS, profile_step
 from ldistill.bench_report import append_csv
 from ldistill.bench_step import StepBench, measure_step
 from ldistill.flops import count_step, step_flops, vision_flops
+from ldistill.pair_configs import student_config
+from ldistill.pair_shapes import shape_of
 from ldistill.rows import plan_rows
 from ldistill.students.nanovlm import decoder_config, vision_config
 
@@ -70,8 +75,8 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 
 @pytest.mark.parametrize("mix", ["paper", "uniform"])
 def test_the_batch_keeps_the_papers_mix(mix):
-    config = pair_config("nanovlm-460m")
-    batch = paper_batch(config, 8, 1024)
+    config = student_config("nanovlm-460m")
+    batch = paper_batch(batch_shape(config), 8, 1024)
     plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
@@ -81,8 +86,8 @@ def test_the_batch_keeps_the_papers_mix(mix):
 
 
 def test_the_batch_is_one_the_collator_could_have_made():
-    config = pair_config("tiny")
-    batch = paper_batch(config, 3, 200)
+    config = student_config("tiny")
+    batch = paper_batch(batch_shape(config), 3, 200)
     images = (batch["input_ids"] == config.image_token_id).sum()
     assert images == len(batch["pixel_values"]) * config.mp_image_token_length
     labelled = batch["labels"] >= 0
@@ -95,20 +100,20 @@ def test_the_batch_is_one_the_collator_could_have_made():
         assert batch["document_ids"][row, inside].unique().numel() == 1
         assert not labelled[row, inside][-1]
     assert (batch["labels"][batch["document_ids"] < 0] == -100).all()
-    again = paper_batch(config, 3, 200)
+    again = paper_batch(batch_shape(config), 3, 200)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
 
 
 def test_a_row_too_short_for_a_document_is_refused():
     with pytest.raises(ValueError, match="at least 1 row of 30 tokens"):
-        paper_batch(pair_config("tiny"), 1, 29)
+        paper_batch(batch_shape(student_config("tiny")), 1, 29)
 
 
 @pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
 def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
-    config = pair_config(pair)
-    batch = paper_batch(config, 16, 256 if pair == "tiny" else 1024)
+    config = student_config(pair)
+    batch = paper_batch(batch_shape(config), 16, 256 if pair == "tiny" else 1024)
     vocab = config.lm_base_vocab_size
 
     def flops(alpha: float, *, naive: bool = False) -> float:
@@ -157,6 +162,78 @@ def test_the_command_prints_a_row_per_mode_and_appends_csv(tmp_path):
     assert int(rows[1]["teacher_rows"]) > int(rows[2]["teacher_rows"]) > 0
 
 
+def test_parts_of_a_step_are_told_and_drawn(tmp_path):
+    picture = tmp_path / "new" / "step.png"
+    arguments = ["step", "--rows", "1", "--steps", "1", "--warmup", "0", "--no-memory"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "where the time goes, ms (share)" in result.output
+    assert "attention: sdpa (nothing else runs here)." in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_sum_to_the_step_and_labels_alone_have_no_teacher(bench):
+    now = [0.0]
+
+    def clock() -> float:
+        """Every look at it is a second: parts are then exact."""
+        now[0] += 1
+        return now[0]
+
+    start = now[0]
+    ours = profile_step(bench, "ours", clock)
+    looks = now[0] - start
+    assert sum(ours.values()) == pytest.approx(1e3 * (looks - 5), abs=1)  # four gaps between parts
+    assert all(ours[part] > 0 for part in PARTS)
+    ce = profile_step(bench, "ce", clock)
+    assert ce["teacher"] == 0
+    assert profile_step(bench, "naive", clock)["teacher"] > 0
+    assert "hidden" not in vars(bench.distiller.teacher)
+    assert not bench.distiller.student._forward_hooks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_timed_beside_eager_ones():
+    options = tiny(steps=1, warmup=1, modes=("ce", "ours"), memory=False, compile=True)
+    results = {result.mode: result for result in measure_step(options)}
+    assert list(results) == ["ce", "ours", "ce compiled", "ours compiled"]
+    assert results["ce"].compile_gain is None
+    assert results["ours compiled"].compile_gain > 0
+    assert results["ours compiled"].teacher_rows == results["ours"].teacher_rows > 0
+    bench = StepBench(options)
+    assert bench.loss("ours compiled").item() == pytest.approx(bench.loss("ours").item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_other_families_run_through_the_same_bench(family, monkeypatch):
+    """Small models of the very classes: naive and ours still agree."""
+    made = small_hf_config(family)
+    monkeypatch.setattr(bench_step, "student_config", lambda name: made)
+    monkeypatch.setattr(bench_step, "pair_shape", lambda name: shape_of(name, made, {}))
+    bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=96))
+    torch.manual_seed(1)
+    spread(bench.distiller.student)
+    spread(bench.distiller.teacher.lm)
+    ours, naive = bench.loss("ours").item(), bench.loss("naive").item()
+    assert naive == pytest.approx(ours, rel=1e-5)
+    assert ours != pytest.approx(bench.loss("ce").item(), rel=1e-3)
+    assert bench.flops("naive") > bench.flops("ours") > bench.flops("ce") > 0
+
+
+def small_hf_config(family: str):
+    """The public configuration of a family with everything made small."""
+    config = student_config("llava-7b" if family == "llava" else "smolvlm-256m")
+    small = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    for part, heads, kv_heads in ((config.text_config, 6, 6 if family == "llava" else 2),):
+        for name, value in small.items():
+            setattr(part, name, value)
+        part.num_attention_heads, part.num_key_value_heads, part.head_dim = heads, kv_heads, 8
+    for name, value in (small | {"num_attention_heads": 6, "image_size": 56}).items():
+        setattr(config.vision_config, name, value)
+    config.vision_config.patch_size = 14 if family == "llava" else 7
+    return config
+
+
 def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
     options = tiny(steps=1, warmup=0, modes=("ce",), memory=False)
     results = measure_step(options)
@@ -175,13 +252,15 @@ def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pair": "huge"}, "pair must be one of tiny, nanovlm-460m, got 'huge'"),
+        ({"pair": "huge"}, "pair must be one of tiny, nanovlm-460m, .*, got 'huge'"),
         ({"modes": ("ours", "best")}, "among ce, naive, ours, got 'best'"),
         ({"modes": ()}, "no mode"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"mix": "half"}, "mix must be one of paper, uniform"),
         ({"rows": 0}, "rows must be at least 1"),
         ({"device": "tpu"}, "device must be cpu or cuda"),
+        ({"attention": "fast"}, "attention must be one of auto, sdpa"),
+        ({"attention": "flex_attention"}, "no backward for flex_attention on a CPU"),
     ],
 )
 def test_wrong_options_are_named(changes, message):

@@ -37,7 +37,7 @@ def step(root, kernels: str, scope: str, kv_grad: str):
         pair.student, pair.teacher, weights(), objective, kv_scope=scope, kv_grad=kv_grad
     ).to(DEVICE)
     pair.teacher.place(torch.device(DEVICE), torch.float32)
-    batch = random_batch(pair.student.config, [[16, 14], [20]], seq=40)
+    batch = random_batch(pair.student, [[16, 14], [20]], seq=40)
     plan = distiller.plan(batch)
     moved = {k: v.to(DEVICE) for k, v in batch.items()}
     output = distiller(moved, plan.to(torch.device(DEVICE)), float(len(plan.supervised)), True)

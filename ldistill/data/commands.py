@@ -74,7 +74,7 @@ def build(
         from ldistill.data.build_types import BuildOptions
         from ldistill.data.input_options import InputOptions
         from ldistill.data.inputs import open_inputs
-        from ldistill.students.nanovlm_format import load_processor
+        from ldistill.students.formats import load_processor
 
         extra = known_sources.parse_extra(extra_sources or [])
         wanted = tuple(known_sources.resolve_sources(sources, extra)) if sources else None

@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -51,6 +51,23 @@ class ImageTokens:
         places = range(1, self.max_grid + 1)
         tiles = [self.tile.format(row=row, col=col) for row in places for col in places]
         return [self.image, *([self.whole] if self.whole else []), *tiles]
+
+    def needed(self, tiling: bool) -> list[str]:
+        """Those the tokenizer must have."""
+        return self.all() if tiling else self.all()[: 1 + bool(self.whole)]
+
+    def picture(self, grid: Grid, per_tile: int) -> str:
+        """The text of one picture: its whole view, then its tiles row by row."""
+        rows, cols = grid
+        patches = self.image * per_tile
+        text = (self.whole or "") + patches
+        if rows * cols > 1:
+            text += "".join(
+                self.tile.format(row=row + 1, col=col + 1) + patches
+                for row in range(rows)
+                for col in range(cols)
+            )
+        return text
 
 
 @dataclass(frozen=True)
@@ -110,8 +127,7 @@ class Processor:
                 f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
                 f"tokens exist for {self.tokens.max_grid} x {self.tokens.max_grid}: lower max_side"
             )
-        whole_view = 1 + bool(self.tokens.whole)
-        needed = self.tokens.all() if self.images.tiling else self.tokens.all()[:whole_view]
+        needed = self.tokens.needed(self.images.tiling)
         missing = [token for token in needed if token not in vocabulary]
         if missing:
             raise ValueError(
@@ -123,18 +139,11 @@ class Processor:
 
     def image_text(self, grids: Sequence[Grid]) -> str:
         """The text that stands for the pictures, in front of the first question."""
-        tokens, tile = self.tokens, self.tokens.image * self.images.tokens_per_tile
         text = ""
-        for number, (rows, cols) in enumerate(grids):
+        for number, grid in enumerate(grids):
             if len(grids) > 1:
                 text += f"<image: {number}>"
-            text += (tokens.whole or "") + tile
-            if rows * cols > 1:
-                text += "".join(
-                    tokens.tile.format(row=row + 1, col=col + 1) + tile
-                    for row in range(rows)
-                    for col in range(cols)
-                )
+            text += self.tokens.picture(grid, self.images.tokens_per_tile)
         return text
 
     def clean(self, text: str) -> str:
@@ -143,7 +152,7 @@ class Processor:
             text = self._literal.sub("", text)
         return text
 
-    def _messages(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[dict[str, str]]:
+    def _messages(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[dict[str, Any]]:
         messages = []
         for turn in turns:
             messages.append({"role": "user", "content": self.clean(turn.user)})
@@ -152,12 +161,16 @@ class Processor:
             messages[0]["content"] = self.image_text(grids) + messages[0]["content"]
         return messages
 
-    def _render(self, messages: list[dict[str, str]], generation: bool = False) -> str:
+    def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=generation
         )
 
-    def _answer_spans(self, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+    def _tokenise(self, text: str, **options: Any) -> Any:
+        """Ids of rendered text: its template has written every special token it needs."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+    def _answer_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Character spans [start, end) of the answers with the end mark the template gives them."""
         spans = []
         for answer in range(1, len(messages), 2):
@@ -183,9 +196,7 @@ class Processor:
             raise ValueError("a document needs at least one turn")
         messages = self._messages(turns, tile_grids)
         text = self._render(messages)
-        coded = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        coded = self._tokenise(text, return_offsets_mapping=True)
         ids = np.asarray(coded["input_ids"], dtype=np.int32)
         ends = np.asarray(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
         target = np.zeros(len(ids), dtype=bool)
@@ -211,8 +222,12 @@ class Processor:
         """Ids (int32 [n]) of a conversation up to where the next answer is to be generated."""
         messages = self._messages([*turns_so_far, Turn(question, "")], grids)[:-1]
         text = self._render(messages, generation=True)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+        return np.asarray(self._tokenise(text)["input_ids"], dtype=np.int32)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens at which an answer ends."""
+        return [self.tokenizer.eos_token_id]
 
     # pictures --------------------------------------------------------------------------------
 

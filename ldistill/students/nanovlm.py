@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from ldistill.students.head import LMHead
 from ldistill.students.nanovlm_config import NanoVLMConfig
 from ldistill.students.rotary import keep_float32
+from ldistill.students.student import Student
 
 
 class Projector(nn.Module):
@@ -32,8 +39,8 @@ class Projector(nn.Module):
         return self.proj(x)
 
 
-class NanoVLM(nn.Module):
-    """The student. ``forward`` gives hidden states: the objective applies the head itself."""
+class NanoVLM(Student):
+    """nanoVLM out of transformers' modules; everything it can do is :class:`Student`'s."""
 
     def __init__(self, config: NanoVLMConfig) -> None:
         super().__init__()
@@ -44,10 +51,18 @@ class NanoVLM(nn.Module):
         )
         self.decoder = build_decoder(config)
         self.image_token_id = config.image_token_id
+        self.tokens_per_tile = config.mp_image_token_length
+        self.tile_size = config.vit_img_size
+        self.base_vocab_size = config.lm_base_vocab_size
+
+    @property
+    def backbone(self) -> LlamaModel:
+        """The decoder without its head."""
+        return self.decoder.model
 
     @property
     def lm_head(self) -> LMHead:
-        """Head of the decoder: call it, never read its weight (ZeRO-3 gathers on call)."""
+        """Head of the decoder."""
         return self.decoder.lm_head
 
     def project(self, pixel_values: Tensor) -> Tensor:
@@ -58,70 +73,9 @@ class NanoVLM(nn.Module):
             ).last_hidden_state
         return self.projector(patches).flatten(0, 1)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Token embeddings with the image tokens' places filled by the projector, in order.
-
-        Args:
-            input_ids: int64 [batch, seq].
-            pixel_values: [tiles, 3, H, W], or None or no tiles for text alone.
-
-        Returns:
-            [batch, seq, hidden].
-        """
-        embeds = self.decoder.get_input_embeddings()(input_ids)
-        if pixel_values is None or pixel_values.shape[0] == 0:
-            return embeds + self._unused_image(embeds) if self.training else embeds
-        image = self.project(pixel_values).to(embeds.dtype)
-        mask = (input_ids == self.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(mask, image)
-
-    def _unused_image(self, like: Tensor) -> Tensor:
-        """0, by way of vision tower and projector: every rank must run the same modules.
-
-        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
-        projector would have no gradient to reduce.
-        """
-        size = self.config.vit_img_size
-        blank = torch.zeros(1, 3, size, size, dtype=like.dtype, device=like.device)
-        return self.project(blank).sum().to(like.dtype) * 0
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **attention: Tensor | int,
-    ) -> Tensor:
-        """Hidden states after the final norm, [batch, seq, hidden].
-
-        Position ids that restart at 0 mark the documents of a packed row: transformers builds the
-        block-diagonal mask from them when no attention mask is given.
-        """
-        output = self.decoder.model(
-            inputs_embeds=self.embed(input_ids, pixel_values),
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **attention,
-        )
-        return output.last_hidden_state
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **options,
-    ) -> Tensor:
-        """New tokens [batch, new] after left-padded prompts; options as in ``generate``."""
-        embeds = self.embed(input_ids, pixel_values)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        return self.decoder.generate(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
-        )
+    def causal_lm(self) -> LlamaForCausalLM:
+        """The decoder: a Llama as it is."""
+        return self.decoder
 
 
 def vision_config(config: NanoVLMConfig) -> SiglipVisionConfig:

@@ -7,8 +7,9 @@ that q, k and v of the vision tower are stacked on disk, and that a tied embeddi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from ldistill.checkpoints import resolve
 from ldistill.data.processor import ImageSettings, Processor
+from ldistill.lora import LowRank, updated
+from ldistill.students.formats import StudentFormat
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
 
@@ -99,8 +102,16 @@ def from_disk(disk: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
     return state
 
 
-def load_nanovlm(name: str | Path) -> NanoVLM:
+def load_nanovlm(
+    name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
+) -> NanoVLM:
     """Student from a folder or hub id, strictly.
+
+    Args:
+        name: folder, ``pkg://`` or hub id.
+        partition: without effect: it is small, so every rank loads it whole and DeepSpeed
+            partitions it afterwards.
+        dtype: of the weights.
 
     Raises:
         FileNotFoundError: no such checkpoint, or no ``model.safetensors`` in it.
@@ -117,7 +128,7 @@ def load_nanovlm(name: str | Path) -> NanoVLM:
     rotary = model.decoder.model.rotary_emb
     rotary.inv_freq = disk[INV_FREQ].float()
     rotary.original_inv_freq = rotary.inv_freq.clone()
-    return model
+    return model.to(dtype)
 
 
 def save_nanovlm(model: NanoVLM, folder: Path) -> None:
@@ -127,12 +138,12 @@ def save_nanovlm(model: NanoVLM, folder: Path) -> None:
     _write(disk, model.config, {EMBEDDING: HEAD} if tied else None, folder)
 
 
-def export_like(base: Path, trained: dict[str, Tensor], folder: Path) -> None:
+def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
     """Write a checkpoint with the keys, shapes, dtypes and configuration of the one it came from.
 
     Args:
         base: folder the training began from; gives all that was not trained, bit for bit.
-        trained: whole tensors by our keys, in any dtype.
+        updates: whole tensors by our keys, in any dtype, or low-rank additions.
         folder: where to write.
     """
     config = NanoVLMConfig.load(base)
@@ -140,7 +151,8 @@ def export_like(base: Path, trained: dict[str, Tensor], folder: Path) -> None:
     old = _read_tensors(path)
     with torch.device("meta"):
         keys = list(NanoVLM(config).state_dict())
-    new = to_disk(from_disk(old, keys) | trained, old[INV_FREQ], EMBEDDING not in old)
+    state = {key: updated(t, updates.get(key)) for key, t in from_disk(old, keys).items()}
+    new = to_disk(state, old[INV_FREQ], EMBEDDING not in old)
     disk = {name: new[name].to(tensor.dtype) for name, tensor in old.items()}
     _write(disk, config, read_metadata(path), folder)
 
@@ -229,3 +241,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Metadata of a safetensors file (nanoVLM records the tied pair there)."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
+
+
+def _reads(config: Mapping[str, Any]) -> bool:
+    return "vit_hidden_dim" in config
+
+
+FORMAT = StudentFormat("nanoVLM", _reads, load_nanovlm, load_processor, export_like)

@@ -25,7 +25,7 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
 from ldistill.tiny.world import World
 
-ALIGNMENT = Phase(steps=700, batch_size=32, rate=5e-4)
+ALIGNMENT = Phase(steps=1200, batch_size=32, rate=5e-4)
 TEACHER_NAME = "pkg://ldistill.tiny/pair/teacher"
 
 

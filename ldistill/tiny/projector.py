@@ -21,7 +21,7 @@ from ldistill.tiny.sight import KINDS, slot_labels
 from ldistill.tiny.training import Phase, optimise, pixels
 from ldistill.tiny.world import PICTURED, World, stream
 
-WORDS = Phase(steps=400, batch_size=48, rate=2e-3)
+WORDS = Phase(steps=500, batch_size=48, rate=2e-3)
 PICTURES = 1700  # for the regression
 RIDGE = 1e-4
 SHARPNESS = 10.0

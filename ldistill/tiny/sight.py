@@ -19,7 +19,7 @@ from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels
 from ldistill.tiny.world import COLOURS, MARKS, PICTURED, PIECES, World, stream
 
-SIGHT = Phase(steps=700, batch_size=48, rate=2e-3)
+SIGHT = Phase(steps=1000, batch_size=48, rate=2e-3)
 WRITING = ("", *PIECES, *string.digits)
 KINDS = (WRITING, ("", *MARKS), ("", *COLOURS))
 SLOTS = LINES * COLUMNS
