@@ -124,7 +124,7 @@ class HFProcessor(Processor):
         super().__init__(tokenizer, images, tokens)
         self.image_processor = image_processor
         self._end = ""
-        mark = self._end_mark()
+        self._prefix, mark = self._around_answer()
         if not mark:
             if tokenizer.eos_token is None:
                 raise ValueError("neither chat template nor tokenizer ends an answer: no eos_token")
@@ -133,16 +133,22 @@ class HFProcessor(Processor):
         stops = [tokenizer.eos_token_id, known]
         self._stops = list(dict.fromkeys(i for i in stops if i is not None))
 
-    def _end_mark(self) -> str:
-        """What the template writes behind an answer, without the blanks around it."""
-        rendered = self._render(self._messages([Turn("question", "answer")], []))
-        before, found, mark = rendered.rpartition("answer")
-        if not found or "question" not in before:
+    def _around_answer(self) -> tuple[str, str]:
+        """What the template writes before an answer, and behind it without the blanks there."""
+        messages = self._messages([Turn("question", "answer")], [])
+        asked = self._render(messages[:1], generation=True)
+        before, found, mark = self._render(messages).rpartition("answer")
+        if not found or "question" not in asked or not before.startswith(asked):
             raise ValueError(
                 "the chat template does not render user and assistant text given as a list of "
                 "{type: text, text: ...}: it is not the template of a vision-language model"
             )
-        return mark.strip()
+        return before.removeprefix(asked), mark.strip()
+
+    @property
+    def answer_prefix(self) -> str:
+        """A blank in both families: ``ASSISTANT: answer``, ``Assistant: answer``."""
+        return self._prefix
 
     @property
     def stop_token_ids(self) -> list[int]:
