@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from transformers import (
 from ldistill.checkpoints import resolve
 from ldistill.data.images import ImageSettings
 from ldistill.lora import LowRank, updated
-from ldistill.partition import partitioned_by
+from ldistill.partition import partitioned_by, partitioned_by_the_run
 from ldistill.students.formats import StudentFormat, weight_files
 from ldistill.students.hf_vlm import FAMILIES, HFVLM, tokens_per_tile
 from ldistill.students.hf_vlm_processor import (
@@ -79,7 +78,7 @@ def load_hf_vlm(
     disk = _disk_shapes(folder)
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True}
     try:
-        with nullcontext() if partition else partitioned_by(None):
+        with partitioned_by_the_run() if partition else partitioned_by(None):
             vlm, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit its own config.json: {error}") from error
