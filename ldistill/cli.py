@@ -16,6 +16,9 @@ import typer
 from ldistill import __version__
 from ldistill.bench_commands import app as bench_app
 from ldistill.data.commands import app as shards_app
+from ldistill.evaluation.commands import evaluate_command
+from ldistill.evaluation.compare_command import compare
+from ldistill.study.commands import app as study_app
 from ldistill.tiny.commands import app as tiny_app
 
 app = typer.Typer(
@@ -27,6 +30,9 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
+app.add_typer(study_app, name="study")
+app.command(name="eval")(evaluate_command)
+app.command()(compare)
 
 
 @app.callback(invoke_without_command=True)

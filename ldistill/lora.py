@@ -35,6 +35,10 @@ class LowRank:
         return base.float() + self.scale * (self.b.float() @ self.a.float())
 
 
+WeightUpdates = Mapping[str, "Tensor | LowRank"]
+"""What training made of a student: whole tensors, or additions, by parameter name."""
+
+
 def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
     """Freeze the decoder and give every linear layer of it an adapter.
 
@@ -63,7 +67,7 @@ def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
     student.lora_scale = alpha / rank
 
 
-def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> dict[str, Tensor | LowRank]:
+def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpdates:
     """Trained tensors by the parameter names the student had without adapters.
 
     Args:

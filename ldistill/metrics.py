@@ -12,7 +12,8 @@ import math
 import resource
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ class Meter:
     def start(self) -> None:
         """Begin to measure: what came before (setting up) does not count."""
         self._reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as time spent training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
 
     def add_batch(self, batch: Mapping[str, Any], counts: StepCounts, flops: float) -> None:
         """Count a micro-batch; its tensors still lie on the CPU."""

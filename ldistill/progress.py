@@ -45,7 +45,8 @@ class WriteMetrics(TrainerCallback):
             self._file = MetricsFile(self.path, self.resume_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self._file is not None and "loss" in (logs or {}):
+        logs = logs or {}
+        if self._file is not None and ("loss" in logs or any(k.startswith("eval_") for k in logs)):
             self._file.write(state.global_step, logs)
 
 

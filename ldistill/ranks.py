@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_rounds = itertools.count()
 
 
 def distributed() -> bool:
@@ -69,3 +72,24 @@ def from_first(make: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def from_first_patiently(make: Callable[[], T]) -> T:
+    """As `from_first`, for what takes longer than a collective may wait (minutes to hours).
+
+    The others wait for a key in the process group's store, which has no such limit.
+    """
+    if not distributed():
+        return make()
+    store, key = dist.distributed_c10d._get_default_store(), f"ldistill/round-{next(_rounds)}"
+    if dist.get_rank() != 0:
+        store.wait([key], timedelta(days=7))
+        return from_first(make)
+
+    def make_and_tell() -> T:
+        try:
+            return make()
+        finally:
+            store.set(key, "done")
+
+    return from_first(make_and_tell)

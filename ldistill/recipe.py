@@ -100,6 +100,11 @@ class RunArguments:
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
+    evaluate: bool = _doc("Evaluate on the items before and after training.", True)
+    eval_suite: str | None = _doc(
+        "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
+    )
+    eval_limit: int | None = _doc("Documents of every task of --eval_suite; default all.")
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
 
 
@@ -156,6 +161,18 @@ def load_recipe(name: str) -> dict[str, Any]:
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
     return values
+
+
+def recipe_differences(name: str) -> dict[str, Any]:
+    """What a shipped recipe alone says, without the shared fields.
+
+    Raises:
+        ValueError: no such recipe.
+    """
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise ValueError(f"no recipe {name!r}. Shipped: {', '.join(shipped)}.")
+    return _read_yaml(shipped[name])
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.stream import make_loader
 from ldistill.distiller import Distiller
+from ldistill.evaluation.during import evaluator_of
 from ldistill.flops import peak_flops
 from ldistill.lora import add_lora
 from ldistill.metrics import Meter
@@ -209,6 +210,7 @@ def build_trainer(
         ),
         health_steps=recipe.run.health_steps,
         resume=resume,
+        evaluator=evaluator_of(recipe, pair, folder),
     )
     _use_own_progress(trainer, folder, resume)
     return trainer
@@ -283,7 +285,7 @@ def _export(trainer: DistillTrainer, folder: Path) -> None:
 
 def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
     """Scores of a student folder on the recipe's items, by rank 0 alone."""
-    if recipe.run.eval_items is None:
+    if recipe.run.eval_items is None or not recipe.run.evaluate:
         return None
     return from_first(lambda: _evaluate_here(recipe, student, when))
 

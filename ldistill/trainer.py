@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ldistill import ranks
 from ldistill.distiller import Distiller
 from ldistill.flops import count_step, student_flops
+from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
 from ldistill.state import gather_trained
@@ -42,6 +44,7 @@ class DistillTrainer(Trainer):
         rates: learning rates of projector and decoder.
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
         resume: checkpoint folder to continue from.
+        evaluator: ``(step, weight updates) -> scores``, run every ``args.eval_steps``.
     """
 
     def __init__(
@@ -55,13 +58,18 @@ class DistillTrainer(Trainer):
         rates: tuple[float, float],
         health_steps: int = 0,
         resume: Path | None = None,
+        evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         args.ignore_data_skip = True  # the loader itself starts at the right pack
         args.logging_nan_inf_filter = False  # it hides what must stop the run, and synchronises
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
+        args.eval_strategy = IntervalStrategy.NO  # else the Trainer wants a data set for it
         super().__init__(model=distiller, args=args, **kwargs)
+        self._evaluator = evaluator
+        if evaluator is not None:
+            args.eval_strategy = IntervalStrategy.STEPS
         # Our loss is already normalised over the global batch: never divide by accumulation again.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -187,6 +195,22 @@ class DistillTrainer(Trainer):
             gathered.pop("loss", None)  # the Trainer's own: the mean over steps of the global loss
             logs = logs | gathered
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Scores of the student as it stands, logged as ``eval_...``; training time stands still.
+
+        Every rank must call it (the Trainer does): the weights are gathered from all of them.
+        """
+        if self._evaluator is None:
+            raise ValueError("no evaluation was asked for: give --eval_suite.")
+        with self.meter.paused():
+            trained = gather_trained(self.pair.student, keep=ranks.is_first())
+            updates = weight_updates(self.pair.student, trained)
+            scores = self._evaluator(self.state.global_step, updates)
+        logs = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(dict(logs))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if ranks.sum_over(1 - self._finite).item():

@@ -13,10 +13,10 @@ from ldistill.sources import DOCUMENT, LANGUAGE
 from ldistill.tiny.benchmark import TASKS, benchmark
 from ldistill.tiny.corpus import pretraining_texts
 from ldistill.tiny.pictures import COLUMNS, SIZE, Canvas
-from ldistill.tiny.scenes import SOURCES, captioned, samples
+from ldistill.tiny.scenes import SOURCES, captioned, samples, told
 from ldistill.tiny.sight import KINDS, WRITING, slot_labels
 from ldistill.tiny.text import QUESTIONS, STATEMENTS, question, statement
-from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, World, held_out
+from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, World, held_out, stream
 
 READING = ("docvqa", "infographic_vqa", "ocrvqa", "robut_sqa", "textcaps", "textvqa", "visualmrc")
 
@@ -140,6 +140,20 @@ def test_benchmark_answers_are_right(world):
             assert item.answer.replace("-", "") == item.prompt.removeprefix('Spell "')[:-2]
 
 
+def test_text_corrects_what_is_mistyped_unless_it_was_transcribed_first(world):
+    corrected = 0
+    for number in range(300):
+        first, *rest = told(world, "ocrvqa", stream(1, "told", number))
+        shown, asked = first.user.rsplit("\n", 1)
+        for turn in [first, *rest]:
+            if asked == "Tell all there is.":
+                assert turn.assistant in shown or turn is first
+            elif turn.assistant not in shown:
+                assert turn.assistant in world.words
+                corrected += 1
+    assert corrected > 50
+
+
 def test_pictures_are_small_pngs(pictures):
     for list_ in pictures.values():
         image = Image.open(io.BytesIO(list_[0].images[0]))
@@ -154,7 +168,7 @@ def test_slot_labels_say_what_was_drawn():
     labels = slot_labels(canvas.placed)
     written = [WRITING[label] for label in labels[0, COLUMNS : 2 * COLUMNS]]
     assert written == ["BA", "DO", "7", ""]
-    assert canvas.layout() == "\n" * 4 + "BADO7\n" + "\n" * 5 + "red star\n\n"
+    assert canvas.layout() == "\n" * 4 + "BADO7\n" + "\n" * 5 + "red star\n"
     slot = 13
     assert [KINDS[row][labels[row, slot]] for row in (1, 2)] == ["star", "red"]
     assert int((labels > 0).sum()) == 5

@@ -25,7 +25,7 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, pixels
 from ldistill.tiny.world import World
 
-ALIGNMENT = Phase(steps=700, batch_size=32, rate=3e-4)
+ALIGNMENT = Phase(steps=1000, batch_size=32, rate=5e-4)
 TEACHER_NAME = "pkg://ldistill.tiny/pair/teacher"
 
 
@@ -96,7 +96,7 @@ def align(
     student.requires_grad_(False)
     seeing = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
     steps = _losses(student, _documents(world, processor, phase), processor.pad_token_id, phase)
-    loss = optimise(phase, seeing.parameters(), steps, advance)
+    loss = optimise(phase, seeing, steps, advance)
     student.eval()
     return loss
 

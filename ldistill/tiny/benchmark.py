@@ -95,7 +95,7 @@ def _sign_item(rng: random.Random, text: str) -> dict:
 def _fields(world: World, rng: random.Random) -> Iterator[dict]:
     while True:
         values = [
-            rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(rng.randint(2, 4))
+            rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(rng.randint(2, 3))
         ]
         canvas, fields = form(rng, values)
         key = rng.choice(tuple(fields))

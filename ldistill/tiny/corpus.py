@@ -1,8 +1,8 @@
 """The texts that the tiny language model learns from.
 
 A text is a plain string or a chat (a tuple of `Turn`s): stories and questions about creatures,
-spelling, and scenes told in words. Words of the language are far more frequent in it than codes,
-which is why the model later takes codes for words.
+spelling and scenes told in words. Words of the language are far more frequent in
+scenes than codes, which is why the model later takes codes for words.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from collections.abc import Iterator
 from ldistill.data.samples import Turn
 from ldistill.tiny.scenes import SOURCES, look, told
 from ldistill.tiny.text import ask, lettered, say, spell
-from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, PIECES, World, held_out, invent_word, stream
+from ldistill.tiny.world import (
+    ATTRIBUTES,
+    KNOWLEDGE,
+    PIECES,
+    World,
+    held_out,
+    invent_word,
+    stream,
+)
 
 Text = str | tuple[Turn, ...]
 
 
 def pretraining_texts(world: World, count: int) -> Iterator[Text]:
     """`count` texts; text i depends on (seed, i) alone."""
-    kinds = (_story, _facts, _scene, _echo, _story, _scene, _facts, _scene, _story, _letters,
-             _scene, _looks, _facts, _scene, _spelling, _echo, _scene, _spelling)  # fmt: skip
+    kinds = (_scene, _story, _scene, _facts, _scene, _story, _scene, _facts, _scene, _looks,
+             _scene, _spelling, _scene, _letters)  # fmt: skip
     for index in range(count):
         yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
 
@@ -79,12 +87,3 @@ def _spelling(world: World, rng: random.Random) -> Text:
 
 def _scene(world: World, rng: random.Random) -> Text:
     return told(world, rng.choice(tuple(SOURCES)), rng)
-
-
-def _echo(world: World, rng: random.Random) -> Text:
-    """A list, then its lines again in another order: the habit of looking back in a text."""
-    lines = [
-        f"{rng.choice(rng.choice(tuple(ATTRIBUTES.values())))}:{world.writing(rng, shown=False)}"
-        for _ in range(rng.randint(3, 6))
-    ]
-    return "\n".join([*lines, *rng.sample(lines, len(lines)), *rng.sample(lines, 2)])

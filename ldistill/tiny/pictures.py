@@ -103,11 +103,17 @@ class Canvas:
         self.draw.rectangle([left, FOOT - height, left + 10, FOOT], fill=COLOURS[colour])
 
     def layout(self) -> str:
-        """The picture in words, place by place; a line break where there is nothing."""
+        """The picture in words, a word for every cell; a line break where there is nothing.
+
+        A coloured mark takes the cell after its own as well, if that is free.
+        """
         cells = [""] * (LINES * COLUMNS)
         for thing in self.placed:
-            words = " ".join(filter(None, (thing.colour, thing.mark, thing.piece)))
-            cells[thing.cell] += words
+            cells[thing.cell] += thing.colour or thing.piece or ""
+        for thing in self.placed:
+            if thing.mark:
+                beside = thing.cell + 1 if not cells[(thing.cell + 1) % len(cells)] else thing.cell
+                cells[beside % len(cells)] += f" {thing.mark}"
         return "".join(cell or "\n" for cell in cells)
 
     def png(self) -> bytes:

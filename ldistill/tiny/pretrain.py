@@ -14,7 +14,7 @@ from ldistill.tiny.tokenizer import MAX_LENGTH
 from ldistill.tiny.training import Coded, Phase, batches, encode_chat, optimise, pad, shifted
 from ldistill.tiny.world import World
 
-PRETRAINING = Phase(steps=2600, batch_size=32, rate=3e-3)
+PRETRAINING = Phase(steps=2400, batch_size=32, rate=4e-3)
 
 
 def lm_config(vocabulary: int) -> LlamaConfig:
@@ -24,11 +24,12 @@ def lm_config(vocabulary: int) -> LlamaConfig:
         hidden_size=96,
         intermediate_size=256,
         num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
         max_position_embeddings=MAX_LENGTH,
         rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        initializer_range=0.1,  # at this width the usual 0.02 leaves attention blind for long
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -46,7 +47,7 @@ def pretrain(
     torch.manual_seed(world.seed)
     model = LlamaForCausalLM(lm_config(len(tokenizer)))
     steps = _losses(model, _documents(world, tokenizer, phase), tokenizer.pad_token_id, phase)
-    loss = optimise(phase, model.parameters(), steps, advance)
+    loss = optimise(phase, model, steps, advance)
     return model.eval(), loss
 
 

@@ -19,7 +19,7 @@ from ldistill.tiny.pictures import Canvas
 from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.sight import KINDS, slot_labels
 from ldistill.tiny.training import Phase, optimise, pixels
-from ldistill.tiny.world import World, stream
+from ldistill.tiny.world import PICTURED, World, stream
 
 WORDS = Phase(steps=500, batch_size=48, rate=2e-3)
 PICTURES = 1700  # for the regression
@@ -38,12 +38,12 @@ def learn_words(
     words = class_embeddings(student, tokenizer)
     regress(student, words, [_canvas(world, -1 - index) for index in range(PICTURES)])
     learning = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
-    return optimise(phase, learning.parameters(), _losses(student, words, world, phase), advance)
+    return optimise(phase, learning, _losses(student, words, world, phase), advance)
 
 
 def _canvas(world: World, index: int) -> Canvas:
     source = tuple(SOURCES)[index % len(SOURCES)]
-    return SOURCES[source](world, stream(world.seed, "words", index), True).canvas
+    return SOURCES[source](world, stream(world.seed, "words", index), PICTURED).canvas
 
 
 def _losses(

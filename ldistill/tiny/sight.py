@@ -17,7 +17,7 @@ from ldistill.students.nanovlm import NanoVLM
 from ldistill.tiny.pictures import COLUMNS, LINES, Placed
 from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels
-from ldistill.tiny.world import COLOURS, MARKS, PIECES, World, stream
+from ldistill.tiny.world import COLOURS, MARKS, PICTURED, PIECES, World, stream
 
 SIGHT = Phase(steps=1000, batch_size=48, rate=2e-3)
 WRITING = ("", *PIECES, *string.digits)
@@ -62,7 +62,7 @@ def learn_to_see(
     student.vision.requires_grad_(True)
     labeller = Labeller(student.config.vit_hidden_dim)
     learning = nn.ModuleList([student.vision, labeller])
-    return optimise(phase, learning.parameters(), _losses(student, labeller, world, phase), advance)
+    return optimise(phase, learning, _losses(student, labeller, world, phase), advance)
 
 
 def _losses(
@@ -73,7 +73,7 @@ def _losses(
         for place in range(phase.batch_size):
             index = step * phase.batch_size + place
             source = tuple(SOURCES)[index % len(SOURCES)]
-            canvas = SOURCES[source](world, stream(world.seed, "sight", index), True).canvas
+            canvas = SOURCES[source](world, stream(world.seed, "sight", index), PICTURED).canvas
             pictures.append(canvas.image)
             labels.append(slot_labels(canvas.placed))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
 from ldistill.data.samples import Turn
@@ -99,27 +100,53 @@ def batches(documents: Iterable[T], size: int, length: Callable[[T], int]) -> It
 
 def optimise(
     phase: Phase,
-    parameters: Iterable[nn.Parameter],
+    module: nn.Module,
     loss_of_step: Iterator[Callable[[], Tensor]],
     advance: Callable[[float], None],
 ) -> float:
-    """Run a phase with AdamW; `loss_of_step` yields a function per step that gives its loss.
+    """Run a phase on what `module` has to train.
+
+    Hidden matrices learn by Muon, at twice AdamW's rate; everything else by AdamW. That halves the
+    steps a small model needs before it copies from its context.
+
+    Args:
+        phase: length and rate.
+        module: whose trainable parameters learn.
+        loss_of_step: yields a function per step that gives its loss.
+        advance: called with the loss of every step.
 
     Returns:
         The mean loss of the last tenth of the steps.
     """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers = _optimizers(module, phase.rate)
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    schedules = [LambdaLR(o, lambda step: phase.rate_at(step) / phase.rate) for o in optimizers]
     losses = []
-    for step in range(phase.steps):
+    for _ in range(phase.steps):
         loss = next(loss_of_step)()
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = phase.rate_at(step)
-        optimizer.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         advance(losses[-1])
     tail = losses[-max(1, phase.steps // 10) :]
     return sum(tail) / len(tail)
+
+
+def _optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    matrices = {
+        id(layer.weight): layer.weight
+        for layer in module.modules()
+        if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+    }
+    for layer in module.modules():  # a tied head is an embedding
+        if isinstance(layer, nn.Embedding):
+            matrices.pop(id(layer.weight), None)
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in matrices]
+    muon = torch.optim.Muon(
+        matrices.values(), lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]

@@ -23,7 +23,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 DEFAULT_SEED = 7
 
 COLOURS = {
@@ -59,7 +59,25 @@ PIECES = (
     *(a + b for a, b in zip(string.ascii_uppercase, "XQTKZWVNFGJHXBLMCPRSDQYWKT")),
 )
 HELD_OUT_SHARE = 8  # one string in eight
+WORDS = 64
 WAYS_TO_SAY, WAYS_TO_ASK = 4, 3
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How strings are chosen that a scene shows.
+
+    codes: share of strings that are no word.
+    everything: whether words and facts may occur that no picture is to show.
+    """
+
+    codes: float
+    everything: bool
+
+
+PICTURED = Writing(0.5, everything=False)
+TRANSCRIBED = Writing(0.6, everything=True)
+EDITED = Writing(0.1, everything=True)
 
 
 def held_out(text: str) -> bool:
@@ -98,7 +116,7 @@ class World:
     def __init__(self, seed: int = DEFAULT_SEED) -> None:
         self.seed = seed
         rng = stream(seed, "world")
-        self.words = self._invent_words(rng, 400)
+        self.words = self._invent_words(rng, WORDS)
         looks = [(colour, mark) for colour in COLOURS for mark in MARKS]
         names = self._invent_names(rng, len(looks))
         self.creatures = tuple(
@@ -112,11 +130,9 @@ class World:
 
     @staticmethod
     def _invent_words(rng: random.Random, count: int) -> tuple[str, ...]:
-        """Words of two and three syllables, in capitals."""
-        found: dict[str, None] = {}
-        while len(found) < count:
-            found["".join(rng.choice(SYLLABLES) for _ in range(2 + len(found) % 2))] = None
-        return tuple(found)
+        """Words of two syllables, in capitals; either syllable tells the word."""
+        firsts, seconds = rng.sample(SYLLABLES, count), rng.sample(SYLLABLES, count)
+        return tuple(first + second for first, second in zip(firsts, seconds, strict=True))
 
     @staticmethod
     def _invent_names(rng: random.Random, count: int) -> tuple[str, ...]:
@@ -150,11 +166,9 @@ class World:
         """Letters that are no word: random ones, or a word with two letters changed."""
         while True:
             if rng.random() < 0.5:
-                parts = [rng.choice(PIECES) for _ in range(rng.randint(2, 3))]
+                text = rng.choice(PIECES) + rng.choice(PIECES)
             else:
-                parts = pieces(rng.choice(self.words))
-                parts[rng.randrange(len(parts))] = rng.choice(PIECES)
-            text = "".join(parts)
+                text = mistype(rng, rng.choice(self.words))
             if text not in self.words and held_out(text) == hidden:
                 return text
 
@@ -162,16 +176,23 @@ class World:
         """A word of the language, shown in training pictures or (`hidden`) in none."""
         return rng.choice(self.hidden_words if hidden else self.shown_words)
 
-    def writing(self, rng: random.Random, shown: bool) -> str:
-        """A string to be read: half codes in training pictures, nearly all words in text."""
-        if rng.random() < (0.5 if shown else 0.1):
+    def writing(self, rng: random.Random, how: Writing) -> str:
+        """A string to be read."""
+        if rng.random() < how.codes:
             return self.code(rng)
-        return self.word(rng) if shown else rng.choice(self.words)
+        return rng.choice(self.words) if how.everything else self.word(rng)
 
 
 def pieces(text: str) -> list[str]:
     """What is written, in parts of two capitals or one other character."""
     return re.findall("[A-Z]{2}|.", text)
+
+
+def mistype(rng: random.Random, word: str) -> str:
+    """A word of capitals with one of its pieces replaced."""
+    parts = pieces(word)
+    parts[rng.randrange(len(parts))] = rng.choice(PIECES)
+    return "".join(parts)
 
 
 def invent_word(rng: random.Random) -> str:

@@ -1,0 +1,251 @@
+"""lmms-eval's view of our models: ``--model ldistill_nanovlm`` and ``--model ldistill_hf``.
+
+lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). Both are
+*simple* models, the only kind that reaches multiple-choice tasks.
+
+    lmms-eval --model ldistill_nanovlm --model_args pretrained=runs/x/student --tasks hellaswag ...
+
+Requests with pictures, and all generation, are user turns in the model's chat template;
+log-likelihoods without a picture are of plain text, so that ``acc`` and ``acc_norm`` mean what they
+mean in lm-evaluation-harness. An exception ends the run and names the document: an answer is never
+made up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+
+from ldistill.evaluation.answerers import Question, kind_of, load_answerer, model_folder
+
+NANOVLM = "ldistill_nanovlm"
+HF = "ldistill_hf"
+MAX_NEW_TOKENS = 128
+
+# What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
+_LIMITS = ("max_new_tokens", "max_gen_toks", "max_tokens")
+_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
+_IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
+
+
+def manifests() -> list[ModelManifest]:
+    """Both models, for the entry-point group ``lmms_eval.models``."""
+    return [
+        ModelManifest(model_id=NANOVLM, simple_class_path=f"{__name__}.NanoVLMModel"),
+        ModelManifest(model_id=HF, simple_class_path=f"{__name__}.HFModel"),
+    ]
+
+
+@dataclass
+class _Request:
+    """One of lmms-eval's requests: where its pictures are, and what is asked."""
+
+    text: str
+    ask: Any  # continuation (str or function of the document), or generation options
+    to_visual: Callable[[Any], Any]
+    doc_id: int
+    task: str
+    split: str
+
+    @property
+    def where(self) -> str:
+        return f"task {self.task}, document {self.doc_id}"
+
+
+class _Model(lmms):
+    """An answerer behind lmms-eval's interface.
+
+    Args:
+        pretrained: model folder, ``pkg://`` or hub id.
+        batch_size: requests per forward; answers do not depend on it.
+        device: default the GPU of this process's rank, else the CPU.
+        max_new_tokens: where a task sets no limit.
+        max_batch_size: lmms-eval passes it; no use without ``auto``.
+        options: of ``load_answerer``.
+    """
+
+    kinds: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdigit() or int(batch_size) < 1:
+            raise ValueError(f"batch_size must be a number of at least 1, got {batch_size!r}.")
+        kind = kind_of(model_folder(str(pretrained)))
+        if kind not in self.kinds:
+            other = NANOVLM if kind == "nanovlm" else HF
+            raise ValueError(f"{pretrained} is a {kind}: use --model {other}.")
+        self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
+        self._rank, self._world_size = (int(os.environ.get(k, d)) for k, d in _RANKS)
+        self.device = torch.device(device or _own_device())
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.answerer = load_answerer(str(pretrained), device=self.device, **options)
+
+    # ---- what lmms-eval calls ----
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """(summed negative log-likelihood, is greedy) of every request's continuation.
+
+        Positive, since the scorer takes the smallest. Wrapped, since the evaluator turns a bare
+        tuple into its text.
+        """
+        parsed = [_Request(*request.args) for request in requests]
+
+        def answer(batch: list[tuple[_Request, Question]]) -> list[GenerationResult]:
+            pairs = [(question, self._continuation(request)) for request, question in batch]
+            scores = self.answerer.log_likelihoods(pairs)
+            return [GenerationResult(text=(-total, greedy)) for total, greedy in scores]
+
+        return self._run(parsed, answer, "log-likelihoods", chat_text=False)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Greedy answers (unless the task samples), cut at the task's stop strings."""
+        parsed = [_Request(*request.args) for request in requests]
+
+        def answer(batch: list[tuple[_Request, Question]]) -> list[str]:
+            options = batch[0][0].ask or {}
+            limit, stop, sampling = read_options(options, self.max_new_tokens)
+            return self.answerer.generate([q for _, q in batch], limit, stop, **sampling)
+
+        return self._run(parsed, answer, "answers", chat_text=True)
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        """Not for these models."""
+        raise ValueError("ldistill's models answer one question at a time: no multi-round tasks.")
+
+    def clean(self) -> None:
+        """Free the model's memory before scores are worked out."""
+        del self.answerer
+        super().clean()
+
+    # ---- batches ----
+
+    def _run(
+        self, requests: Sequence[_Request], answer: Callable, what: str, chat_text: bool
+    ) -> list[Any]:
+        """Answers in the requests' order, asked batch by batch, the longest prompts first."""
+        answers: list[Any] = [None] * len(requests)
+        with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
+            for indices in _batches(requests, self.batch_size):
+                for part, batch in self._questions(requests, indices, chat_text):
+                    for index, value in zip(part, self._ask(answer, batch), strict=True):
+                        answers[index] = value
+                bar.update(len(indices))
+        return answers
+
+    def _questions(
+        self, requests: Sequence[_Request], indices: list[int], chat_text: bool
+    ) -> Iterator[tuple[list[int], list[tuple[_Request, Question]]]]:
+        """A batch with its pictures loaded: first what has none, then what has some."""
+        loaded: dict[tuple[str, int], tuple[Image.Image, ...]] = {}
+        kinds: dict[bool, list[int]] = {False: [], True: []}
+        for index in indices:
+            request = requests[index]
+            key = (request.task, request.doc_id)
+            if key not in loaded:
+                loaded[key] = self._pictures(request)
+            kinds[bool(loaded[key])].append(index)
+        for seen, part in kinds.items():
+            if part:
+                yield (
+                    part,
+                    [
+                        (r, Question(r.text, loaded[r.task, r.doc_id], chat=seen or chat_text))
+                        for r in (requests[index] for index in part)
+                    ],
+                )
+
+    def _ask(self, answer: Callable, batch: list[tuple[_Request, Question]]) -> list[Any]:
+        try:
+            return answer(batch)
+        except Exception as error:
+            first, last = batch[0][0], batch[-1][0]
+            where = first.where if len(batch) == 1 else f"batch from {first.where} to {last.where}"
+            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+
+    def _document(self, request: _Request) -> Any:
+        return self.task_dict[request.task][request.split][request.doc_id]
+
+    def _continuation(self, request: _Request) -> str:
+        return request.ask(self._document(request)) if callable(request.ask) else request.ask
+
+    def _pictures(self, request: _Request) -> tuple[Image.Image, ...]:
+        visuals = request.to_visual(self._document(request)) or []
+        if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
+            raise ValueError(
+                f"{request.where} shows something that is no picture ({', '.join(other)}): "
+                "video and audio tasks are not for these models."
+            )
+        return tuple(visuals)
+
+
+class NanoVLMModel(_Model):
+    """nanoVLM folders, ours and stock. Options: ``dtype``, ``tokenizer``, ``tiling``."""
+
+    kinds = ("nanovlm",)
+
+
+class HFModel(_Model):
+    """Hugging Face VLMs and bare LMs. Options: ``dtype``, ``chat_template``; for LMs ``pictures``
+    (``error`` or ``drop``) and ``tokenizer``."""
+
+    kinds = ("vlm", "lm")
+
+
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def _own_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def _batches(requests: Sequence[_Request], size: int) -> Iterator[list[int]]:
+    """Indices of requests with the same options and about the same length."""
+
+    def options(index: int) -> str:
+        ask = requests[index].ask
+        return repr(sorted(ask.items())) if isinstance(ask, dict) else ""
+
+    order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
+    for _, group in groupby(order, key=options):
+        indices = list(group)
+        yield from (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+def read_options(
+    options: dict[str, Any], max_new_tokens: int
+) -> tuple[int, list[str], dict[str, Any]]:
+    """Limit, stop strings and sampling options of a task's ``generation_kwargs``."""
+    limit = next((int(options[name]) for name in _LIMITS if options.get(name)), max_new_tokens)
+    until = options.get("until") or []
+    stop = [until] if isinstance(until, str) else list(until)
+    sampling = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
+    if not sampling.get("do_sample") or not sampling.get("temperature", 1):
+        sampling = {k: v for k, v in sampling.items() if k in ("num_beams", "repetition_penalty")}
+    for name in sorted(set(options) - {*_SAMPLING, *_IGNORED}):
+        if name not in _told:
+            _told.add(name)
+            logger.warning(f"generation option {name}={options[name]!r} is not used.")
+    return limit, stop, sampling
+
+
+_told: set[str] = set()

@@ -1,0 +1,372 @@
+"""Run lmms-eval as a subprocess, look at what it left, and say what it says.
+
+lmms-eval reports success whatever happens, waits for ever where one of several ranks fails, and
+takes the environment of a training job for its own. So it gets a clean environment, its output goes
+to a log, and its results count only when every task has its score and all of its samples.
+
+    result = evaluate(Evaluation(student="runs/x/student", out=Path("eval/x"), suite="tiny"))
+    result["scores"]["tiny_facts"]["value"]
+
+The folder afterwards: ``{model}/{time}_results.json`` and ``_samples_{task}.jsonl`` as lmms-eval
+writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` and ``.log``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import ldistill
+from ldistill.checkpoints import resolve
+from ldistill.evaluation.answerers import kind_of, model_folder
+from ldistill.evaluation.lmms_faults import check_before, explain
+from ldistill.evaluation.suites import GROUPS, SUITES, Row, rows_of_tasks, suite
+
+EVALUATION = "eval.json"
+LOG = "lmms_eval.log"
+CONFIG = "lmms_eval.yaml"
+_PACKAGES = ("ldistill", "lmms-eval", "torch", "transformers", "datasets")
+# Of a launcher, of which this process may be a rank: lmms-eval would take itself for that rank.
+_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
+_LAUNCHER |= {"GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"}
+_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "ROLE_", "OMPI_COMM_", "PMI_", "PMIX_")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is to be evaluated, on what, and where to."""
+
+    student: str
+    """Model folder, run folder, ``pkg://`` or hub id: nanoVLM, Hugging Face VLM or bare LM."""
+    out: Path
+    """Folder of the results."""
+    suite: str | None = None
+    """A suite; its tasks come before `tasks`."""
+    tasks: tuple[str, ...] = ()
+    """Further tasks, any that lmms-eval or `include_paths` know."""
+    limit: int | None = None
+    """Documents of every task, to try things out."""
+    batch_size: int | None = None
+    """Default: the suite's own (1 for the paper's tasks)."""
+    include_paths: tuple[Path, ...] = ()
+    """Folders with tasks of one's own."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the lmms-eval model: ``dtype``, ``tiling``, ``tokenizer``, ``pictures``, ..."""
+    processes: int | None = None
+    """Default: one for every visible GPU, one on a CPU."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables set for the subprocess, ``CUDA_VISIBLE_DEVICES`` for one."""
+    items_per_task: int | None = None
+    """Of the tiny suite; default the benchmark's own number."""
+
+    @property
+    def all_tasks(self) -> tuple[str, ...]:
+        own = suite(self.suite).tasks if self.suite else ()
+        return tuple(dict.fromkeys((*own, *self.tasks)))
+
+
+def evaluate(asked: Evaluation) -> dict[str, Any]:
+    """Run an evaluation; returns the content of ``eval.json``.
+
+    Raises:
+        FileNotFoundError: no such model or include path.
+        ValueError: it cannot run (nothing asked for, lmms-eval or Java missing, unknown suite), or
+            it ran and failed, or what it left is not complete. ``eval.json`` is written all the
+            same and says what is there.
+    """
+    folder = model_folder(asked.student)
+    kind = kind_of(folder)
+    check(asked)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    earlier = _earlier(asked, folder)
+    include = _include_paths(asked, folder, kind)
+    config = _config(asked, folder, kind, include)
+    path = asked.out / CONFIG
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    began = time.time()
+    status = _run(asked, path)
+    found = read_results(asked.out, asked.all_tasks, since=began)
+    result = _describe(asked, folder, config, found, time.time() - began)
+    _merge(result, earlier)
+    (asked.out / EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if found["missing"]:
+        raise ValueError(_what_is_missing(asked, found, status))
+    return result
+
+
+def check(asked: Evaluation) -> None:
+    """Everything that can be known to be wrong before lmms-eval starts; ValueError says what."""
+    if not asked.all_tasks:
+        raise ValueError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks.")
+    for name, value in (("limit", asked.limit), ("batch size", asked.batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"the {name} must be at least 1, got {value}.")
+    for path in asked.include_paths:
+        if not path.is_dir():
+            raise FileNotFoundError(f"include path {path} is not a folder.")
+    if "," in asked.student or "," in str(asked.out):
+        raise ValueError("lmms-eval cannot take a path with a comma in it.")
+    check_before(asked.all_tasks)
+
+
+# ---- the subprocess ----
+
+
+def _config(asked: Evaluation, folder: Path, kind: str, include: list[str]) -> dict[str, Any]:
+    """lmms-eval's arguments, as its own configuration file."""
+    chosen = suite(asked.suite).batch_size if asked.suite else 1
+    arguments = {"pretrained": str(folder.resolve())} | dict(asked.options)
+    config: dict[str, Any] = {
+        "model": "ldistill_nanovlm" if kind == "nanovlm" else "ldistill_hf",
+        "model_args": ",".join(f"{k}={v}" for k, v in arguments.items() if v is not None),
+        "tasks": ",".join(asked.all_tasks),
+        "batch_size": asked.batch_size or chosen,
+        "log_samples": True,
+        "output_path": str(asked.out.resolve()),
+        "timezone": "UTC",
+        "verbosity": "DEBUG",  # the only level at which an exception becomes an exit status
+    }
+    if asked.limit is not None:
+        config["limit"] = asked.limit
+    if include:
+        config["include_path"] = include
+    return config
+
+
+def _include_paths(asked: Evaluation, folder: Path, kind: str) -> list[str]:
+    paths = [path.resolve() for path in asked.include_paths]
+    if any(task.startswith("tiny_") for task in asked.all_tasks):
+        from ldistill.evaluation.item_tasks import chat_renderer
+        from ldistill.tiny.benchmark import ITEMS_PER_TASK
+        from ldistill.tiny.eval_tasks import prepare_tasks
+
+        render = chat_renderer(_chat_owner(folder, kind, asked.options.get("tokenizer")))
+        count = asked.items_per_task or ITEMS_PER_TASK
+        paths.append(prepare_tasks(render, items_per_task=count))
+    return [str(path) for path in paths]
+
+
+def _chat_owner(folder: Path, kind: str, tokenizer: str | None) -> Any:
+    """The tokenizer or processor that holds the model's chat template."""
+    if kind == "nanovlm":
+        from ldistill.students.nanovlm_format import load_processor
+
+        return load_processor(folder, tokenizer).tokenizer
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if kind == "vlm":
+        return AutoProcessor.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
+
+
+def _run(asked: Evaluation, config: Path) -> int:
+    """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
+    count = asked.processes or _gpus(asked.environment)
+    command = [sys.executable, "-m"]
+    if count > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    command += ["lmms_eval", "--config", str(config), "--verbosity", "DEBUG"]
+    with (asked.out / LOG).open("w", encoding="utf-8") as log:
+        log.write(" ".join(command) + "\n")
+        log.flush()
+        done = subprocess.run(
+            command,
+            env=clean_environment(asked.environment, offline=_all_local(asked)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    return done.returncode
+
+
+def _all_local(asked: Evaluation) -> bool:
+    return all(task.startswith("tiny_") for task in asked.all_tasks)
+
+
+def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[str, str]:
+    """This process's environment without any launcher's variables, and with our package on it."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER and not name.startswith(_LAUNCHERS)
+    }
+    root = str(Path(ldistill.__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *_split(env.get("PYTHONPATH"))]))
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    if offline:
+        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return env | dict(extra)
+
+
+def _split(paths: str | None) -> list[str]:
+    return [path for path in (paths or "").split(os.pathsep) if path]
+
+
+def _gpus(environment: Mapping[str, str]) -> int:
+    """Visible GPUs, at least 1 process."""
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        return max(1, len([d for d in environment["CUDA_VISIBLE_DEVICES"].split(",") if d]))
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+# ---- what it left ----
+
+
+def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
+    """The newest results below ``out``, with what is missing of some tasks.
+
+    Returns:
+        ``file`` (path or None), ``results`` (lmms-eval's dict), ``samples`` (task → file),
+        ``counts`` (task → documents) and ``missing`` (task → reason).
+    """
+    files = [p for p in out.glob("*/*_results.json") if p.stat().st_mtime >= since - 1]
+    if not files:
+        reason = "lmms-eval wrote no results"
+        return {
+            "file": None, "results": {}, "samples": {}, "counts": {},
+            "missing": dict.fromkeys(tasks, reason),
+        }  # fmt: skip
+    newest = max(files, key=lambda p: p.stat().st_mtime)
+    results = json.loads(newest.read_text(encoding="utf-8"))
+    stamp = newest.name.removesuffix("_results.json")
+    samples, counts, missing = {}, {}, {}
+    for task in tasks:
+        if problem := _task_problem(results, task):
+            missing[task] = problem
+            continue
+        for leaf in _leaves(results, task):
+            path = newest.with_name(f"{stamp}_samples_{leaf}.jsonl")
+            wanted = int(results.get("n-samples", {}).get(leaf, {}).get("effective", 0))
+            found = _lines(path)
+            if found < wanted or not found or (wanted and found % wanted):
+                missing[task] = f"{found} samples of {wanted} in {path.name}"
+            samples[leaf], counts[leaf] = path, wanted or found
+    return {
+        "file": newest, "results": results, "samples": samples, "counts": counts,
+        "missing": missing,
+    }  # fmt: skip
+
+
+def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
+    """The tasks of a group, or the task itself."""
+    below = results.get("group_subtasks", {}).get(task) or []
+    return [leaf for name in below for leaf in _leaves(results, name)] or [task]
+
+
+def _task_problem(results: Mapping[str, Any], task: str) -> str | None:
+    scores = results.get("results", {})
+    if task not in scores and not results.get("group_subtasks", {}).get(task):
+        return "not among the results"
+    for row in rows_of_tasks([task]):
+        value = row.value(scores)
+        if value is None or not math.isfinite(value):
+            return f"no score {row.key}"
+    return None
+
+
+def _lines(path: Path) -> int:
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def _describe(
+    asked: Evaluation,
+    folder: Path,
+    config: Mapping[str, Any],
+    found: Mapping[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    def relative(path: Path | None) -> str | None:
+        return None if path is None else str(path.relative_to(asked.out))
+
+    rows = [r for r in rows_of_tasks(asked.all_tasks) if r.task not in found["missing"]]
+    return {
+        "student": asked.student,
+        "folder": str(folder.resolve()),
+        "suite": asked.suite,
+        "tasks": list(asked.all_tasks),
+        "limit": asked.limit,
+        "model": config["model"],
+        "model_args": config["model_args"],
+        "batch_size": config["batch_size"],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "seconds": round(seconds, 1),
+        "complete": not found["missing"],
+        "missing": dict(found["missing"]),
+        "results": relative(found["file"]),
+        "samples": {task: relative(path) for task, path in found["samples"].items()},
+        "scores": {row.id: _score(row, found) for row in rows},
+        "groups": {},
+    }
+
+
+def _score(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "group": row.group,
+        "metric": row.key,
+        "value": row.value(found["results"]["results"]),
+        "top": row.top,
+        "documents": found["counts"].get(row.task),
+    }
+
+
+def _merge(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Keep what an earlier evaluation of the same model left of other tasks; mean by group."""
+    for part in ("samples", "scores"):
+        result[part] = dict(earlier.get(part, {})) | result[part]
+    for group in GROUPS:
+        shares = [s["value"] / s["top"] for s in result["scores"].values() if s["group"] == group]
+        if shares:
+            result["groups"][group] = sum(shares) / len(shares)
+
+
+def _earlier(asked: Evaluation, folder: Path) -> dict[str, Any]:
+    """An earlier ``eval.json`` there, which must be of the same model and kind of run."""
+    path = asked.out / EVALUATION
+    if not path.is_file():
+        return {}
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    then, now = (earlier["folder"], earlier["limit"]), (str(folder.resolve()), asked.limit)
+    if then != now:
+        raise ValueError(
+            f"{asked.out} holds an evaluation of {then[0]} (limit {then[1]}), which is not that of "
+            f"{now[0]} (limit {now[1]}): choose another --out."
+        )
+    return earlier
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -> str:
+    log = asked.out / LOG
+    cause = explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks)
+    there = [task for task in asked.all_tasks if task not in found["missing"]]
+    lines = [f"the evaluation of {asked.student} is not complete (exit status {status})."]
+    if cause:
+        lines.append(cause)
+    if there:
+        lines += [f"  {task}: {reason}" for task, reason in found["missing"].items()]
+        lines.append(f"Complete, and comparable: {', '.join(there)}.")
+    lines.append(f"lmms-eval's own words: {log}")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""The suites: which tasks belong together, what they are called, which number counts.
+
+Data and look-ups only, no lmms-eval needed: `eval` reads here what to run, `compare` what to put
+into which row of the paper's Table 3.
+
+    rows("paper")                     # every row of the table, in the paper's order
+    SUITES["document"].tasks          # ("docvqa_val", "infovqa_val", "ocrbench")
+    row.value(results["results"])     # the row's score from lmms-eval's results file, or None
+
+The paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables
+list them the other way. The tables are followed. Where it leaves the metric open: ARC and HellaSwag
+are `acc` (not length-normalised), captions CIDEr.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a result table: one score of one lmms-eval task."""
+
+    task: str
+    """lmms-eval's name of the task."""
+    name: str
+    """Name in a table."""
+    group: str
+    """Key in `GROUPS`."""
+    metric: str
+    """lmms-eval's metric; more is better for all of them."""
+    filter: str = "none"
+    """Filter the answers pass before they are scored."""
+    top: float = 1.0
+    """Highest possible score (CIDEr has none; 1 is as good as the references' own scale)."""
+    digits: int = 3
+    """Decimals in a table."""
+
+    @property
+    def key(self) -> str:
+        """Key of the score in lmms-eval's results: ``metric,filter``."""
+        return f"{self.metric},{self.filter}"
+
+    @property
+    def id(self) -> str:
+        """Unique over rows: the task, with the metric where a task has several rows (MME)."""
+        return f"{self.task}:{self.metric}" if self.task in _SEVERAL else self.task
+
+    def value(self, results: Mapping[str, Mapping[str, Any]]) -> float | None:
+        """The score in ``results`` of a results file; None when it is not there or no number."""
+        score = results.get(self.task, {}).get(self.key)
+        return float(score) if isinstance(score, (int, float)) else None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Groups of rows that are run by one command."""
+
+    name: str
+    title: str
+    groups: tuple[str, ...]
+    batch_size: int = 1
+    """The paper's; answers don't depend on it beyond rounding."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(row for group in self.groups for row in ROWS if row.group == group)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """lmms-eval's tasks, each once, in table order."""
+        return tuple(dict.fromkeys(row.task for row in self.rows))
+
+
+_SEVERAL = frozenset({"mme"})
+
+GROUPS: dict[str, str] = {
+    "language": "Language and knowledge-heavy",
+    "document": "Document and OCR",
+    "general": "General multimodal",
+    "tiny_language": "Language",
+    "tiny_reading": "Reading",
+    "tiny_vision": "Vision and knowledge",
+}
+"""Group → title, in the order of the tables."""
+
+ROWS: tuple[Row, ...] = (
+    Row("ai2d", "AI2D", "language", "exact_match", "flexible-extract"),
+    Row("coco2017_cap_val", "COCO 2017 Captioning", "language", "coco_CIDEr"),
+    Row("scienceqa", "ScienceQA", "language", "exact_match"),
+    Row("arc_easy", "ARC Easy", "language", "acc"),
+    Row("arc_challenge", "ARC Challenge", "language", "acc"),
+    Row("hellaswag", "HellaSwag", "language", "acc"),
+    Row("docvqa_val", "DocVQA", "document", "anls"),
+    Row("infovqa_val", "InfographicVQA", "document", "anls"),
+    Row("ocrbench", "OCRBench", "document", "ocrbench_accuracy"),
+    Row("realworldqa", "RealWorldQA", "general", "exact_match"),
+    Row("mme", "MME Cognition", "general", "mme_cognition_score", top=800, digits=0),
+    Row("mme", "MME Perception", "general", "mme_perception_score", top=2000, digits=0),
+    Row("mmmu_val", "MMMU", "general", "mmmu_acc"),
+    Row("mmstar", "MMStar", "general", "average"),
+    Row("tiny_facts", "Facts", "tiny_language", "acc"),
+    Row("tiny_statements", "Statements", "tiny_language", "acc"),
+    Row("tiny_spelling", "Spelling", "tiny_language", "exact_match"),
+    Row("tiny_words", "Words", "tiny_reading", "exact_match"),
+    Row("tiny_codes", "Codes", "tiny_reading", "exact_match"),
+    Row("tiny_fields", "Fields", "tiny_reading", "exact_match"),
+    Row("tiny_naming", "Naming", "tiny_vision", "exact_match"),
+    Row("tiny_knowledge", "Knowledge", "tiny_vision", "acc"),
+)
+"""Every row of every table, in table order."""
+
+SUITES: dict[str, Suite] = {
+    suite.name: suite
+    for suite in (
+        Suite("language", "language and knowledge", ("language",)),
+        Suite("document", "documents and OCR", ("document",)),
+        Suite("general", "general multimodal", ("general",)),
+        Suite("paper", "all of the paper's tasks", ("language", "document", "general")),
+        Suite("tiny", "the tiny world", ("tiny_language", "tiny_reading", "tiny_vision"), 64),
+    )
+}
+
+
+def suite(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those that are there.
+    """
+    if name not in SUITES:
+        close = difflib.get_close_matches(name, SUITES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no suite {name!r}.{hint} There are: {', '.join(SUITES)}.")
+    return SUITES[name]
+
+
+def rows(suite_name: str) -> tuple[Row, ...]:
+    """Rows of a suite in table order; ValueError for an unknown one."""
+    return suite(suite_name).rows
+
+
+def rows_of_tasks(tasks: Iterable[str]) -> tuple[Row, ...]:
+    """Known rows of some lmms-eval tasks, in table order; unknown tasks have none."""
+    wanted = set(tasks)
+    return tuple(row for row in ROWS if row.task in wanted)

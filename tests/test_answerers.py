@@ -1,0 +1,179 @@
+"""Every kind of model against a direct computation, and no answer changed by its batch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ldistill.evaluation.answerers import Question, cut, kind_of, load_answerer
+from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+
+KINDS = ("nanovlm", "lm", "llava", "idefics3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pair_root):
+    from vlms import write_idefics3, write_llava
+
+    root = tmp_path_factory.mktemp("vlms")
+    return {
+        "nanovlm": pair_root / "student",
+        "lm": pair_root / "teacher",
+        "llava": write_llava(root / "a"),
+        "idefics3": write_idefics3(root / "b"),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {kind: load_answerer(str(folder)) for kind, folder in folders.items()}
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def questions(kind: str, seen: bool) -> list[Question]:
+    """Prompts of many lengths; with pictures one, two or three of them."""
+    asked = []
+    for number in range(7):
+        count = 1 + number % 3 if seen and kind != "lm" else 0
+        pictures = tuple(picture(10 * number + i) for i in range(count))
+        asked.append(Question("what is the total " * (number % 4) + f"red {number}", pictures))
+    return asked
+
+
+ANSWERS = ["yes", "the lazy dog", "no 1 2 3", "red", "green blue jumps over", "fox", "4"]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_changes_no_answer(models, kind, seen):
+    model, asked = models[kind], questions(kind, seen)
+    alone = [model.generate([question], 8)[0] for question in asked]
+    assert model.generate(asked, 8) == alone
+    assert len(set(alone)) > 3
+    pairs = list(zip(asked, ANSWERS, strict=True))
+    one = [model.log_likelihoods([pair])[0] for pair in pairs]
+    many = model.log_likelihoods(pairs)
+    assert [total for total, _ in many] == pytest.approx([total for total, _ in one], abs=1e-3)
+    assert [greedy for _, greedy in many] == [greedy for _, greedy in one]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_greedy_answer_is_greedy(models, kind):
+    """What was generated is what log-likelihood calls greedy; something else is not."""
+    model, asked = models[kind], questions(kind, True)[:3]
+    tokenizer = model.tokenizer
+    for question in asked:
+        text = model.generate([question], 4)[0]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text.startswith(" ") or len(ids) != 4 or tokenizer.decode(ids) != text:
+            continue  # other tokens spell the same text
+        assert model.log_likelihoods([(question, text)])[0][1]
+        assert not model.log_likelihoods([(question, text + "q z")])[0][1]
+
+
+@torch.no_grad()
+def test_nanovlm_log_likelihood_is_the_sum_over_its_tokens(models, folders):
+    student = load_nanovlm(folders["nanovlm"]).eval()
+    processor = load_processor(folders["nanovlm"])
+    question = Question("what is it?", (picture(1), picture(2)))
+    tiles, grids = zip(*(processor.tiles(p) for p in question.pictures))
+    prompt = processor.prompt((), question.text, grids).tolist()
+    answer = processor.tokenizer("lazy dog", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + answer])
+    logp = student.lm_head(student(ids, pixel_values=torch.cat(tiles)))[0].log_softmax(-1)
+    expected = sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(answer))
+    # In a chat the answer has no blank before it, whether the task puts one there or not.
+    for text in ("lazy dog", " lazy dog"):
+        total, greedy = models["nanovlm"].log_likelihoods([(question, text)])[0]
+        assert total == pytest.approx(expected, abs=1e-4)
+        assert not greedy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["Question: the fox\nAnswer:", "the fox jumps ", ""])
+def test_plain_text_is_split_as_in_the_harness(models, folders, context):
+    """Context and continuation together; the context's blanks go with the continuation."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["lm"])
+    lm = AutoModelForCausalLM.from_pretrained(folders["lm"], dtype=torch.float32).eval()
+    continuation = " over the dog"
+    whole = tokenizer(context + continuation)["input_ids"]
+    start = len(tokenizer(context.rstrip())["input_ids"])
+    if not start:
+        whole, start = [tokenizer.bos_token_id, *whole], 1
+    logp = lm(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(logp[i - 1, whole[i]].item() for i in range(start, len(whole)))
+    pair = (Question(context, chat=False), continuation)
+    assert models["lm"].log_likelihoods([pair])[0][0] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_strings_cut_the_answer(models, kind):
+    model, asked = models[kind], questions(kind, True)
+    full = model.generate(asked, 12)
+    stops = [text[5:7] for text in full if len(text) > 8][:3]
+    assert stops
+    assert model.generate(asked, 12, stops) == [cut(text, stops) for text in full]
+    assert cut("a\n\nb. c", [".", "\n\n"]) == "a"
+    assert cut("abc", []) == "abc"
+
+
+def test_a_generation_stops_as_soon_as_all_rows_have(models):
+    """The stop criterion ends the loop: the model is not run to the limit."""
+    model = models["nanovlm"]
+    question = questions("nanovlm", True)[0]
+    text = model.generate([question], 6)[0]
+    calls = []
+    handle = model.model.decoder.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        model.generate([question], 300, [text[0]])
+    finally:
+        handle.remove()
+    assert len(calls) < 30
+
+
+def test_a_language_model_refuses_pictures_or_drops_them(folders):
+    question = Question("what is it?", (picture(0),))
+    with pytest.raises(ValueError, match="cannot see"):
+        load_answerer(str(folders["lm"])).generate([question], 4)
+    dropping = load_answerer(str(folders["lm"]), pictures="drop")
+    assert dropping.generate([question], 4) == dropping.generate([Question("what is it?")], 4)
+    with pytest.raises(ValueError, match="error or drop"):
+        load_answerer(str(folders["lm"]), pictures="maybe")
+
+
+def test_literal_image_tokens_are_no_pictures(models):
+    for kind, token in (("nanovlm", "<|image|>"), ("llava", "<image>"), ("idefics3", "<image>")):
+        for chat in (True, False):
+            clean, dirty = (Question(text, chat=chat) for text in ("red fox", f"red {token}fox"))
+            model = models[kind]
+            assert model.generate([dirty], 4) == model.generate([clean], 4)
+            assert model.log_likelihoods([(dirty, " dog")]) == model.log_likelihoods(
+                [(clean, " dog")]
+            )
+
+
+def test_kinds_are_told_apart(folders, tmp_path):
+    kinds = [kind_of(folders[kind]) for kind in KINDS]
+    assert kinds == ["nanovlm", "lm", "vlm", "vlm"]
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        kind_of(tmp_path)
+    for config, message in (({}, "model_type"), ({"model_type": "vit"}, "neither a VLM nor an LM")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            kind_of(tmp_path)
+
+
+def test_what_cannot_be_answered_is_an_error(models, folders):
+    with pytest.raises(ValueError, match="no tokens"):
+        models["lm"].log_likelihoods([(Question("red", chat=False), "")])
+    with pytest.raises(ValueError, match="dtype"):
+        load_answerer(str(folders["lm"]), dtype="float33")

@@ -1,0 +1,109 @@
+"""The study: what its variants are, what its report says, and one small study for real."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ldistill.cli import app
+from ldistill.recipe import parse
+from ldistill.study import paper
+from ldistill.study.variants import BASELINE, MAIN, ORIGINAL, RECIPES, variants
+
+
+def test_every_variant_is_its_recipe_on_the_tiny_pair():
+    for variant in variants():
+        own = parse(["--recipe", variant.base, *variant.flags_beyond_base()])
+        tiny = parse(["--recipe", "tiny", *variant.flags()])
+        assert (tiny.distil, tiny.data.sources) == (own.distil, own.data.sources), variant.name
+        assert tiny.pair.student.startswith("pkg://"), variant.name
+
+
+def test_all_recipes_of_the_paper_and_both_gates_are_variants():
+    names = [variant.name for variant in variants()]
+    assert names == [*RECIPES, f"{MAIN}-agreement", f"{MAIN}-confidence"]
+    gates = {v.name: v.beyond.get("gate") for v in variants()}
+    assert gates[MAIN] is None
+    assert gates[f"{MAIN}-agreement"] == "agreement"
+
+
+def test_an_unknown_variant_is_refused_by_name():
+    with pytest.raises(ValueError, match="no variant 'lingudistil'; there are: nanovlm-full"):
+        variants(("lingudistil",))
+
+
+def test_the_paper_study_prints_commands_that_parse(tmp_path):
+    study = paper.PaperStudy("shards/", tmp_path / "study", variants((BASELINE, MAIN)))
+    lines = [shlex.split(line) for line in paper.commands(study)]
+    trained = [line for line in lines if line[0] == "deepspeed"]
+    assert [parse(line[4:]).run.recipe for line in trained] == [BASELINE, MAIN]
+    evaluated = [
+        line[line.index("--out") + 1] for line in lines if line[:2] == ["ldistill", "eval"]
+    ]
+    compared = lines[-1]
+    assert compared[:2] == ["ldistill", "compare"]
+    for folder in evaluated:
+        assert any(part.endswith(f"={folder}") for part in compared)
+
+
+def test_submitting_without_job_scripts_says_so(tmp_path):
+    study = paper.PaperStudy("shards/", tmp_path, variants((MAIN,)), slurm=tmp_path)
+    with pytest.raises(FileNotFoundError, match="start this from the repository's folder"):
+        paper.submit(study)
+
+
+SCORES = {
+    ORIGINAL: {"tiny_facts": [1.0], "tiny_statements": [0.9], "tiny_words": [0.5]},
+    BASELINE: {
+        "tiny_facts": [0.8, 0.6],
+        "tiny_statements": [0.7, 0.7],
+        "tiny_words": [0.9, 0.8],
+    },
+    MAIN: {"tiny_facts": [0.9, 0.9], "tiny_statements": [0.9, 0.7], "tiny_words": [0.9, 0.8]},
+}
+
+
+def test_the_report_holds_means_over_seeds_and_shares(tmp_path):
+    from ldistill.study.report import summarise, write_report
+
+    results = summarise(SCORES)
+    assert results[BASELINE]["language"]["mean"] == pytest.approx((0.75 + 0.65) / 2)
+    assert results[BASELINE]["language"]["std"] == pytest.approx(statistics.stdev([0.75, 0.65]))
+    assert results[MAIN]["language"] == {
+        "mean": pytest.approx(0.85),
+        "std": pytest.approx(statistics.stdev([0.9, 0.8])),
+        "seeds": 2,
+    }
+    files = write_report(SCORES, {}, tmp_path, "ldistill study tiny --seeds 2")
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == results
+    text = files[0].read_text(encoding="utf-8")
+    # (0.85 - 0.7) of (0.95 - 0.7) regained; reading as good as with labels alone.
+    assert "language 0.850 (60% of it), reading 0.850 (100.0% of `nanovlm-full`'s)" in text
+    assert (tmp_path / "language_vs_reading.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_small_study_runs_resumes_and_reports(tmp_path, monkeypatch):
+    pytest.importorskip("lmms_eval", reason="evaluates through lmms-eval")
+    arguments = ["study", "tiny", "--out", str(tmp_path), "--seeds", "1", "--items", "4"]
+    arguments += ["--variant", MAIN, "--max_steps", "2", "--logging_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["ldistill", *arguments])
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, (done.output, done.exception)
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {ORIGINAL, MAIN}
+    assert {"language", "reading", "tiny_facts"} <= set(results[MAIN])
+    assert (tmp_path / "loss_curves.png").is_file()
+    student = tmp_path / "seed-1" / MAIN / "student" / "model.safetensors"
+    before = student.stat().st_mtime_ns
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert student.stat().st_mtime_ns == before
+    other = CliRunner().invoke(app, [*arguments[:-4], "--max_steps", "3"])
+    assert isinstance(other.exception, ValueError)
+    assert "a study with other settings" in str(other.exception)
