@@ -8,7 +8,7 @@ processor gives it. Training needs an end mark behind every answer; where the te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,7 @@ class HFProcessor(Processor):
         image_processor: transformers'.
         images: tile size and tokens.
         tokens: how a picture stands in the text.
+        options: passed to the image processor with every picture.
 
     Raises:
         ValueError: as :class:`Processor`, or the template does not render pictures and answers.
@@ -120,9 +121,10 @@ class HFProcessor(Processor):
         image_processor: BaseImageProcessor,
         images: ImageSettings,
         tokens: ImageTokens,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__(tokenizer, images, tokens)
-        self.image_processor = image_processor
+        self.image_processor, self._options = image_processor, dict(options)
         self._end = ""
         self._prefix, mark = self._around_answer()
         if not mark:
@@ -189,10 +191,8 @@ class HFProcessor(Processor):
     def tiles(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
         """(float32 [tiles, 3, S, S], normalised by the image processor; (rows, cols))."""
         grid = self.images.grid(*image.size)
-        options: dict[str, Any] = {"return_tensors": "pt"}
-        if isinstance(self.images, Idefics3Settings):
-            options["do_image_splitting"] = self.images.tiling
-        pixels = self.image_processor(images=[image], **options)["pixel_values"]
+        made = self.image_processor(images=[image], return_tensors="pt", **self._options)
+        pixels = made["pixel_values"]
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         side = self.images.tile_size
         if pixels.shape != (self.images.tiles(grid), 3, side, side):
