@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ldistill.students.student import Student
@@ -39,7 +40,7 @@ WeightUpdates = Mapping[str, "Tensor | LowRank"]
 """What training made of a student: whole tensors, or additions, by parameter name."""
 
 
-def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
+def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int = 0) -> None:
     """Freeze the decoder and give every linear layer of it an adapter.
 
     Args:
@@ -47,6 +48,8 @@ def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
         rank: of the adapters, at least 1.
         alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default twice the
             rank.
+        seed: of the adapters' first values, which so depend on nothing that ran before: every
+            engine and number of ranks begins alike.
 
     Raises:
         ValueError: a rank below 1, or peft is not installed.
@@ -63,7 +66,9 @@ def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
     student.lm_head.requires_grad_(False)
     student.backbone.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0)
-    inject_adapter_in_model(config, student.backbone)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, student.backbone)
     student.lora_scale = alpha / rank
 
 
