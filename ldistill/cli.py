@@ -62,11 +62,11 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option(help="Where to write.")],
     decoder_only: Annotated[
-        bool, typer.Option(help="Also write the decoder as a transformers Llama: OUT/decoder.")
+        bool, typer.Option(help="Also write the decoder as a plain transformers LM: OUT/decoder.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
 ) -> None:
-    """Write the student of a run as the nanoVLM checkpoint it came from."""
+    """Write the student of a run as the checkpoint it came from."""
     from ldistill.export import export_decoder, export_student
 
     source = export_student(run, out)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ldistill.students.student import Student
@@ -35,7 +36,11 @@ class LowRank:
         return base.float() + self.scale * (self.b.float() @ self.a.float())
 
 
-def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
+WeightUpdates = Mapping[str, "Tensor | LowRank"]
+"""What training made of a student: whole tensors, or additions, by parameter name."""
+
+
+def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int = 0) -> None:
     """Freeze the decoder and give every linear layer of it an adapter.
 
     Args:
@@ -43,6 +48,8 @@ def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
         rank: of the adapters, at least 1.
         alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default twice the
             rank.
+        seed: of the adapters' first values, which so depend on nothing that ran before: every
+            engine and number of ranks begins alike.
 
     Raises:
         ValueError: a rank below 1, or peft is not installed.
@@ -59,11 +66,13 @@ def add_lora(student: Student, rank: int, alpha: float | None = None) -> None:
     student.lm_head.requires_grad_(False)
     student.backbone.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0)
-    inject_adapter_in_model(config, student.backbone)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, student.backbone)
     student.lora_scale = alpha / rank
 
 
-def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> dict[str, Tensor | LowRank]:
+def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpdates:
     """Trained tensors by the parameter names the student had without adapters.
 
     Args:

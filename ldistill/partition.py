@@ -28,6 +28,19 @@ def partitioned_by(config: dict[str, Any] | None) -> Iterator[None]:
         integration._hf_deepspeed_config_weak_ref = outer
 
 
+@contextmanager
+def partitioned_by_the_run() -> Iterator[None]:
+    """Partition what is loaded within as the run's own configuration says (whole below stage 3)."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        # Partitioning counts the ranks by DeepSpeed's own communication, which starts later else.
+        deepspeed.init_distributed()
+    yield
+
+
 def whole_numel(parameter: nn.Parameter) -> int:
     """Elements of the whole parameter, also where this rank holds only a part of it."""
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -170,7 +170,7 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
     )
     freeze_vision(pair.student)
     if options.lora_rank:
-        add_lora(pair.student, options.lora_rank, options.lora_alpha)
+        add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
     if pair.teacher is not None:
         if engine == "replicated":
             pair.teacher.place(args.device, dtype)

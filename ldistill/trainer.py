@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ldistill import ranks
 from ldistill.distiller import Distiller
 from ldistill.flops import count_step, student_flops
+from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
 from ldistill.state import gather_trained
@@ -43,7 +44,7 @@ class DistillTrainer(Trainer):
         rates: learning rates of projector and decoder.
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
         resume: checkpoint folder to continue from.
-        evaluator: ``(step, trained weights) -> scores``, run every ``args.eval_steps``.
+        evaluator: ``(step, weight updates) -> scores``, run every ``args.eval_steps``.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class DistillTrainer(Trainer):
         rates: tuple[float, float],
         health_steps: int = 0,
         resume: Path | None = None,
-        evaluator: Callable[[int, dict[str, Tensor]], dict[str, float]] | None = None,
+        evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         args.ignore_data_skip = True  # the loader itself starts at the right pack
@@ -204,7 +205,8 @@ class DistillTrainer(Trainer):
             raise ValueError("no evaluation was asked for: give --eval_suite.")
         with self.meter.paused():
             trained = gather_trained(self.pair.student, keep=ranks.is_first())
-            scores = self._evaluator(self.state.global_step, trained)
+            updates = weight_updates(self.pair.student, trained)
+            scores = self._evaluator(self.state.global_step, updates)
         logs = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)

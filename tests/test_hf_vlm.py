@@ -127,6 +127,7 @@ def test_answers_and_their_end_marks_are_supervised(roots):
         assert processor.stop_token_ids == [tokenizer.eos_token_id] + (
             [tokenizer.convert_tokens_to_ids("<end_of_utterance>")] if kind == "smolvlm" else []
         )
+        assert processor.answer_prefix == " "
         assert processor.fingerprint() == load_processor(roots[kind] / "student").fingerprint()
 
 

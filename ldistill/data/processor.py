@@ -225,6 +225,11 @@ class Processor:
         return np.asarray(self._tokenise(text)["input_ids"], dtype=np.int32)
 
     @property
+    def answer_prefix(self) -> str:
+        """What the template writes between the generation prompt and an answer."""
+        return ""
+
+    @property
     def stop_token_ids(self) -> list[int]:
         """Tokens at which an answer ends."""
         return [self.tokenizer.eos_token_id]

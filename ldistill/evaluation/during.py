@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ldistill import ranks
 from ldistill.evaluation.lmms_run import Evaluation, check, evaluate
-from ldistill.students.nanovlm_format import export_like
+from ldistill.students.formats import export_like
 
 if TYPE_CHECKING:
+    from ldistill.lora import WeightUpdates
     from ldistill.pair import Pair
     from ldistill.recipe import Recipe
 
@@ -60,14 +60,14 @@ class SuiteEvaluator:
         self.options = dict(options or {})
         check(self._asked(0))
 
-    def __call__(self, step: int, trained: dict[str, Tensor]) -> dict[str, float]:
+    def __call__(self, step: int, updates: WeightUpdates) -> dict[str, float]:
         """Scores by row and by group, on every rank. Every rank must call it.
 
         Args:
             step: of the training.
-            trained: the student's trained weights, whole; only the first rank's are read.
+            updates: what training made of the student; only the first rank's are read.
         """
-        return ranks.from_first_patiently(lambda: self._evaluate(step, trained))
+        return ranks.from_first_patiently(lambda: self._evaluate(step, updates))
 
     def _asked(self, step: int) -> Evaluation:
         out = self.folder / f"step-{step}"
@@ -82,12 +82,12 @@ class SuiteEvaluator:
             environment={"CUDA_VISIBLE_DEVICES": visible_device(self.device)},
         )
 
-    def _evaluate(self, step: int, trained: dict[str, Tensor]) -> dict[str, float]:
+    def _evaluate(self, step: int, updates: WeightUpdates) -> dict[str, float]:
         asked = self._asked(step)
         shutil.rmtree(asked.out, ignore_errors=True)  # of a run that was resumed before this step
         print(f"evaluating step {step} on suite {self.suite} ...", flush=True)
         try:
-            export_like(self.base, trained, Path(asked.student))
+            export_like(self.base, updates, Path(asked.student))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the allocator only keeps, the other process can use
             result = evaluate(asked)

@@ -258,7 +258,8 @@ class _Runner:
         for item in items:
             prompt, picture = self.prompt(item)
             for choice in item.choices:
-                rows.append(prompt + self.ids(f" {choice}" if item.style == "text" else choice))
+                before = " " if item.style == "text" else self.processor.answer_prefix
+                rows.append(prompt + self.ids(before + choice))
                 starts.append(len(prompt))
                 tiles += [] if picture is None else [picture]
         scores = self._log_likelihood(rows, starts, tiles).tolist()
@@ -291,7 +292,7 @@ class _Runner:
             "attention_mask": mask,
             "max_new_tokens": self.max_new_tokens,
             "do_sample": False,
-            "eos_token_id": self.tokenizer.eos_token_id,
+            "eos_token_id": self.processor.stop_token_ids,
             "pad_token_id": self.processor.pad_token_id,
         }
         if self.is_student:

@@ -95,7 +95,7 @@ class HFVLM(Student):
         with torch.device("meta"), partitioned_by(None):
             shell = AutoModelForCausalLM.from_config(self.backbone.config)
         shell.model, shell.lm_head = self.backbone, self.lm_head
-        return shell.eval() if not self.training else shell
+        return shell.train(self.training)
 
 
 def tokens_per_tile(config: PretrainedConfig) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from transformers import (
 from ldistill.checkpoints import resolve
 from ldistill.data.images import ImageSettings
 from ldistill.lora import LowRank, updated
-from ldistill.partition import partitioned_by
+from ldistill.partition import partitioned_by, partitioned_by_the_run
 from ldistill.students.formats import StudentFormat, weight_files
 from ldistill.students.hf_vlm import FAMILIES, HFVLM, tokens_per_tile
 from ldistill.students.hf_vlm_processor import (
@@ -79,7 +78,7 @@ def load_hf_vlm(
     disk = _disk_shapes(folder)
     options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True}
     try:
-        with nullcontext() if partition else partitioned_by(None):
+        with partitioned_by_the_run() if partition else partitioned_by(None):
             vlm, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
     except RuntimeError as error:
         raise ValueError(f"{folder} does not fit its own config.json: {error}") from error
@@ -178,26 +177,27 @@ def load_processor(
         raise ValueError(f"the processor of {str(folder)!r} cannot be loaded: {error}") from error
     values, _ = ProcessorMixin.get_processor_dict(folder)
     tok.chat_template = values.get("chat_template") or tok.chat_template
-    images, tokens = _IMAGES[config.model_type](config, image_processor, tiling, max_images)
+    family = _IMAGES[config.model_type]
+    images, tokens, options = family(config, image_processor, tiling, max_images)
     _check_image_token(tok, tokens.image, config, source)
-    return HFProcessor(tok, image_processor, images, tokens)
+    return HFProcessor(tok, image_processor, images, tokens, options)
 
 
 def _llava_images(
     config: PretrainedConfig, image_processor: Any, tiling: bool, max_images: int
-) -> tuple[ImageSettings, LlavaTokens]:
+) -> tuple[ImageSettings, LlavaTokens, dict[str, Any]]:
     if tiling:
         raise ValueError(
             "tiling: LLaVA-1.5 sees a picture as one tile; leave --tiling out, or use SmolVLM."
         )
     side = config.vision_config.image_size
     settings = ImageSettings(side, tokens_per_tile(config), max_side=side, max_images=max_images)
-    return settings, LlavaTokens()
+    return settings, LlavaTokens(), {}
 
 
 def _idefics3_images(
     config: PretrainedConfig, image_processor: Any, tiling: bool, max_images: int
-) -> tuple[Idefics3Settings, Idefics3Tokens]:
+) -> tuple[Idefics3Settings, Idefics3Tokens, dict[str, Any]]:
     side = config.vision_config.image_size
     settings = Idefics3Settings(
         side,
@@ -206,7 +206,7 @@ def _idefics3_images(
         tiling=tiling,
         max_images=max_images,
     )
-    return settings, Idefics3Tokens()
+    return settings, Idefics3Tokens(), {"do_image_splitting": tiling}
 
 
 _IMAGES = {"llava": _llava_images, "idefics3": _idefics3_images, "smolvlm": _idefics3_images}

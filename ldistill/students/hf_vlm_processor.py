@@ -8,7 +8,7 @@ processor gives it. Training needs an end mark behind every answer; where the te
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +109,7 @@ class HFProcessor(Processor):
         image_processor: transformers'.
         images: tile size and tokens.
         tokens: how a picture stands in the text.
+        options: passed to the image processor with every picture.
 
     Raises:
         ValueError: as :class:`Processor`, or the template does not render pictures and answers.
@@ -120,11 +121,12 @@ class HFProcessor(Processor):
         image_processor: BaseImageProcessor,
         images: ImageSettings,
         tokens: ImageTokens,
+        options: Mapping[str, Any],
     ) -> None:
         super().__init__(tokenizer, images, tokens)
-        self.image_processor = image_processor
+        self.image_processor, self._options = image_processor, dict(options)
         self._end = ""
-        mark = self._end_mark()
+        self._prefix, mark = self._around_answer()
         if not mark:
             if tokenizer.eos_token is None:
                 raise ValueError("neither chat template nor tokenizer ends an answer: no eos_token")
@@ -133,16 +135,22 @@ class HFProcessor(Processor):
         stops = [tokenizer.eos_token_id, known]
         self._stops = list(dict.fromkeys(i for i in stops if i is not None))
 
-    def _end_mark(self) -> str:
-        """What the template writes behind an answer, without the blanks around it."""
-        rendered = self._render(self._messages([Turn("question", "answer")], []))
-        before, found, mark = rendered.rpartition("answer")
-        if not found or "question" not in before:
+    def _around_answer(self) -> tuple[str, str]:
+        """What the template writes before an answer, and behind it without the blanks there."""
+        messages = self._messages([Turn("question", "answer")], [])
+        asked = self._render(messages[:1], generation=True)
+        before, found, mark = self._render(messages).rpartition("answer")
+        if not found or "question" not in asked or not before.startswith(asked):
             raise ValueError(
                 "the chat template does not render user and assistant text given as a list of "
                 "{type: text, text: ...}: it is not the template of a vision-language model"
             )
-        return mark.strip()
+        return before.removeprefix(asked), mark.strip()
+
+    @property
+    def answer_prefix(self) -> str:
+        """A blank in both families: ``ASSISTANT: answer``, ``Assistant: answer``."""
+        return self._prefix
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -183,10 +191,8 @@ class HFProcessor(Processor):
     def tiles(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
         """(float32 [tiles, 3, S, S], normalised by the image processor; (rows, cols))."""
         grid = self.images.grid(*image.size)
-        options: dict[str, Any] = {"return_tensors": "pt"}
-        if isinstance(self.images, Idefics3Settings):
-            options["do_image_splitting"] = self.images.tiling
-        pixels = self.image_processor(images=[image], **options)["pixel_values"]
+        made = self.image_processor(images=[image], return_tensors="pt", **self._options)
+        pixels = made["pixel_values"]
         pixels = pixels.reshape(-1, *pixels.shape[-3:])
         side = self.images.tile_size
         if pixels.shape != (self.images.tiles(grid), 3, side, side):
