@@ -123,21 +123,50 @@ def _newest(tables: dict) -> dict:
     return tables[max(fitting, default=min(tables))]
 
 
+@lru_cache
 def forward_table() -> dict[tuple[int, int, int, bool], Config]:
     """(device class, head dim bucket, element size, dense) -> Config."""
     return _newest(_FORWARD)
 
 
+@lru_cache
 def backward_table() -> dict[tuple[int, int, int], BackwardConfig]:
     """(device class, head dim bucket, element size) -> BackwardConfig."""
     return _newest(_BACKWARD)
 
 
-def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
-    """What compile_check builds of a table entry: (head dim, with mask and second segment)."""
+@dataclass(frozen=True)
+class CaseShape:
+    """One thing that compile_check builds of a table entry.
+
+    `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
+    the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
+    """
+
+    element: str
+    head_dim: int
+    full: bool
+    core: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.element} D{self.head_dim} {'two segments' if self.full else 'plain'}"
+
+
+def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
+    """What is built of the entry of a head dim bucket, an element size and a device class."""
     if kib == INTERPRETER:
         return []
-    return [(bucket, False), (bucket, True)] + ([(80, True)] if bucket == 96 else [])
+    if itemsize == 4:
+        return [
+            CaseShape("fp32", bucket, full, bucket == 64 and not full) for full in (False, True)
+        ]
+    common = bucket in (64, 128)
+    shapes = [CaseShape("bf16", bucket, full, common) for full in (False, True)]
+    if common:
+        shapes.append(CaseShape("fp16", bucket, False, False))
+    odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
+    return shapes + ([CaseShape("bf16", odd, True, False)] if odd else [])
 
 
 _FP32_FORWARD = {
