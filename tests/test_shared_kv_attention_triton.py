@@ -21,6 +21,7 @@ from ldistill_kernels.shared_kv_attention.configs import (
     BackwardConfig,
     Config,
     override,
+    split_backward,
     split_head_dim,
 )
 from ldistill_kernels.testing import AttentionCase, make_case, pack_documents, second_segment
@@ -80,6 +81,12 @@ def test_long_documents_with_invisible_positions_and_a_second_segment():
     assert_within_budget(run(case, UNEVEN), case)
 
 
+def test_ranges_of_memory_tiles_are_searched_by_several_programs(monkeypatch):
+    monkeypatch.setattr(triton_bwd, "PREPARE_TILES", 2)  # 8 and 5 tiles of the two segments
+    case = to_device(second_segment(make_case(LONG, seq=55, heads=(2, 1))))
+    assert_within_budget(run(case), case)
+
+
 @pytest.mark.parametrize("heads", RATIOS)
 def test_every_head_ratio(heads):
     case = to_device(make_case([[(0, 5, 2), (5, 4, 1)], [(1, 7, 3)]], seq=9, heads=heads))
@@ -95,10 +102,12 @@ def test_every_kind_of_head_dim(head_dim):
 
 def test_two_tiles_cover_every_head_dim():
     for head_dim in range(1, 257):
-        main, tail = split_head_dim(head_dim)
-        assert head_dim <= main + tail <= max(16, 1 << (head_dim - 1).bit_length())
-        assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in (main, tail))
-    assert split_head_dim(80) == (64, 16)
+        for main, tail in (split_head_dim(head_dim), split_backward(head_dim)):
+            assert head_dim <= main + tail <= max(16, 1 << (head_dim - 1).bit_length())
+            assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in (main, tail))
+    assert split_head_dim(80) == split_backward(80) == (64, 16)
+    assert split_head_dim(96) == (64, 32)
+    assert split_backward(96) == (128, 0)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -87,12 +87,20 @@ def dim_bucket(head_dim: int) -> int:
     return next(bound for bound in DIM_BUCKETS if head_dim <= bound)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Two powers of two that cover the head dim with less padding than one: 80 -> 64 + 16."""
+def split_head_dim(head_dim: int, worth: float = 1.0) -> tuple[int, int]:
+    """Two powers of two that cover the head dim with less padding than one: 80 -> 64 + 16.
+
+    One, and 0, unless the two together are smaller than `worth` of it.
+    """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     main = whole // 2
     tail = max(16, 1 << (head_dim - main - 1).bit_length()) if head_dim > main else 0
-    return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
+    return (main, tail) if main >= 16 and main + tail < worth * whole else (whole, 0)
+
+
+def split_backward(head_dim: int) -> tuple[int, int]:
+    """The backward holds four such pairs in registers: 64 + 32 needs more of them than one 128."""
+    return split_head_dim(head_dim, worth=0.7)
 
 
 @lru_cache
@@ -171,7 +179,7 @@ def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
 
 _FP32_FORWARD = {
     64: Config(32, 32, 8, 1, 255),
-    96: Config(32, 32, 8, 1, 255),
+    96: Config(32, 16, 8, 1, 255),
     128: Config(32, 32, 8, 1, 255),
     256: Config(16, 16, 8, 1, 255),
 }
@@ -203,7 +211,7 @@ _FORWARD = {
         (99, 64, 2, False): Config(64, 32, 4, 3, 255),
         (99, 96, 2, True): Config(128, 32, 8, 2),
         (99, 96, 2, False): Config(64, 32, 8, 2),
-        (99, 128, 2, True): Config(128, 32, 8, 2),
+        (99, 128, 2, True): Config(64, 32, 8, 2),
         (99, 128, 2, False): Config(64, 32, 8, 2),
         (99, 256, 2, True): Config(32, 32, 8, 1, 255),
         (99, 256, 2, False): Config(32, 32, 8, 1, 255),
@@ -228,11 +236,11 @@ _BACKWARD = {
         (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
-        (163, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (163, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),
         (163, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (99, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (99, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),
         (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},

@@ -23,7 +23,7 @@ from ldistill_kernels.shared_kv_attention.configs import (
     backward_config,
     backward_table,
     case_shapes,
-    split_head_dim,
+    split_backward,
 )
 from ldistill_kernels.shared_kv_attention.primitives import (
     LOG2E,
@@ -449,7 +449,7 @@ def _launch(
     ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=q.device)
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
     grid = triton.cdiv(rows * q_heads, PREPARE_ROWS) + 4 * (
         triton.cdiv(tiles1, PREPARE_TILES) + triton.cdiv(tiles2, PREPARE_TILES)
@@ -535,7 +535,7 @@ def _types(element: str, full: bool) -> dict[str, str]:
 
 
 def _constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     constants = {
         "ALIGN": 8, "GROUP": 3, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "HAS_VISIBLE": full,
         "HAS_SECOND": full, "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m,
@@ -553,7 +553,7 @@ def _prepare_types(element: str, full: bool) -> dict[str, str]:
 
 
 def _prepare_constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     constants = {
         "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": PREPARE_ROWS,
         "BLOCK_N": config.dkv_n, "TILES": PREPARE_TILES, "HAS_GRAD_LSE": full, "HAS_SECOND": full,
