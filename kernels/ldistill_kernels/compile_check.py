@@ -1,6 +1,6 @@
 """Compile every shipped kernel configuration for every supported GPU, on a machine without one.
 
-    python -m ldistill_kernels.compile_check                    # all, about half an hour on 2 cores
+    python -m ldistill_kernels.compile_check                    # all
     python -m ldistill_kernels.compile_check --core             # the part that CI compiles
     python -m ldistill_kernels.compile_check --arch 90 --only "attention forward" --jobs 4
 
