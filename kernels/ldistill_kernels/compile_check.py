@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         line = f"{line} {result.shared:>7} {result.seconds:>7.1f}  {result.problem}"
         print(line.rstrip(), flush=True)
     problems = sum(bool(result.problem) for result in results)
-    print(f"{len(results)} compiled in {time.monotonic() - begin:.0f} s, {problems} with a problem")
+    seconds = time.monotonic() - begin
+    print(f"{len(results)} compiled, {problems} with a problem, {seconds:.0f} s")
     return 1 if problems else 0
 
 
