@@ -62,8 +62,51 @@ def test_command_writes_table_csv_and_plot(tmp_path, capsys, monkeypatch):
     attention.main([*arguments, "--providers", "ours", "--passes", "forward"])
     with table.open() as lines:
         rows = list(csv.DictReader(lines))
-    assert len(rows) == 2 * 6 + 1
+    names = ["ours", "ours two segments", "plain", "sdpa", "sdpa repeat", "gather+sdpa",
+             "gather+sdpa repeat"]  # fmt: skip
+    kinds = ["forward"] * len(names) + ["backward"] * len(names) + ["forward"]
+    assert [row["pass"] for row in rows] == kinds
+    assert [row["provider"] for row in rows] == [*names, *names, "ours"]
+    assert all(float(row["x ours"]) == 1 for row in rows if row["provider"] == "ours")
     assert all(float(row["ms"]) > 0 for row in rows)
     assert {"device", "torch", "triton", "commit"} <= set(rows[0])
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "two segments" in capsys.readouterr().out
+
+
+def test_what_is_not_installed_is_said_and_left_out(capsys):
+    registry = common.Registry()
+    here, there = registry.add("here", package="torch"), registry.add("there", package="no_such")
+    assert here(len) is there(len) is len
+    assert dict(registry) == {"here": len}
+    registry.print_missing()
+    assert capsys.readouterr().out == "there: left out, no_such is not installed\n"
+
+
+def test_dense_baselines_gather_nothing():
+    problem = SMALL["dense"].problem("cpu", torch.float32)
+    q = problem.case.q
+    assert problem.unpack(q).data_ptr() == q.data_ptr()
+    torch.testing.assert_close(problem.pack(problem.unpack(q)), q, rtol=0, atol=0)
+
+
+def test_sweep_stops_in_time_and_orders_what_it_has(monkeypatch):
+    monkeypatch.setattr(attention, "ours", providers.plain)
+    options = attention.parse(["--device", "cpu", "--repeats", "2", "--passes", "forward"])
+    now = attention.time.monotonic()
+    assert not list(attention.sweep("dense", SMALL["dense"], options, ends=now - 1))
+    found = list(attention.sweep("dense", SMALL["dense"], options, ends=now + 600))
+    assert len(found) == 2 * 3 * 2 * 3
+    assert found[0]["config"] == "64x64x4x3"
+    assert all(record["ms"] > 0 for record in found)
+
+
+def test_ldistill_bench_kernels_starts_it():
+    from typer.testing import CliRunner
+
+    from ldistill.bench_commands import app
+
+    small = ["--device", "cpu", "--shapes", "dense-128", "--providers", "ours", "--repeats", "2"]
+    assert CliRunner().invoke(app, ["kernels", "attention", *small]).exit_code == 0
+    assert CliRunner().invoke(app, ["kernels", "attention", "--shapes", "none"]).exit_code == 2
+    assert "attention or loss" in CliRunner().invoke(app, ["kernels", "fourier"]).output

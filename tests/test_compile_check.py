@@ -1,5 +1,6 @@
 """compile_check on a machine without a GPU: what passes, and what it must report."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -63,6 +64,28 @@ def test_a_problem_makes_the_exit_status_1(monkeypatch, capsys):
     monkeypatch.setattr(compile_check, "check", lambda *_: iter(results[:1]))
     assert compile_check.main(["--arch", "90"]) == 0
     assert "1 compiled, 0 with a problem" in capsys.readouterr().out
+
+
+def test_the_part_for_ci_covers_every_kernel_on_every_architecture():
+    cases = compile_check.shipped_cases()
+    for arch in compile_check.SHARED_MEMORY:
+        here = [case for case in cases if arch in case.archs]
+        core = [case for case in here if case.core]
+        assert {case.kernel for case in core} == {case.kernel for case in here}
+        names = " ".join(case.name for case in core)
+        for kind in ("forward", "backward", "prepare"):
+            for shape in ("bf16 D64 plain", "bf16 D64 two", "bf16 D128 plain", "bf16 D128 two"):
+                assert f"attention {kind} {shape}" in names, (arch, kind, shape)
+
+
+def test_one_binary_is_compiled_once(monkeypatch):
+    case = next(c for c in compile_check.shipped_cases() if 90 in c.archs)
+    same = dataclasses.replace(case, name="under another name")
+    other = dataclasses.replace(case, name="with other warps", num_warps=case.num_warps * 2)
+    done = []
+    monkeypatch.setattr(compile_check, "compile_case", lambda case, arch: done.append(case.name))
+    list(compile_check.check([case, same, other], [90], jobs=1))
+    assert done == [case.name, "with other warps"]
 
 
 def test_every_architecture_has_a_configuration_of_every_pass():

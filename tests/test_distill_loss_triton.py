@@ -247,6 +247,15 @@ class TestOnDevice:
         for name, grad in zip(wanted, grads, strict=True):
             assert torch.equal(grad, want_grads[name])
 
+    def test_fullgraph_compile(self):
+        inputs = make(300, 130, 1000, 990, dtype=torch.bfloat16)
+        want, want_grads = gradients(inputs)
+        wanted = leaves(inputs)
+        out = torch.compile(distill_loss, fullgraph=True)(**inputs)
+        torch.testing.assert_close(out.loss, want.loss)
+        for name, grad in zip(wanted, torch.autograd.grad(out.loss, wanted.values()), strict=True):
+            torch.testing.assert_close(grad, want_grads[name])
+
     def test_nothing_is_read_back(self):
         inputs = make(300, 130, 1000, 990, dtype=torch.bfloat16)
         gradients(inputs)

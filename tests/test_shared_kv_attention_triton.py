@@ -3,6 +3,7 @@
 The interpreter is exact in fp32 and fp16 and wrong in bf16, which only the `gpu` tests use.
 """
 
+import mmap
 import os
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when the kernels are defined
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 
 from helpers_attention import DOCUMENTS, RATIOS, VARIANTS, assert_within_budget, gradients
 
@@ -19,6 +21,7 @@ from ldistill_kernels.shared_kv_attention.configs import (
     BackwardConfig,
     Config,
     override,
+    split_backward,
     split_head_dim,
 )
 from ldistill_kernels.testing import AttentionCase, make_case, pack_documents, second_segment
@@ -47,7 +50,7 @@ def run(case, configs=SMALL, **options):
 def poisoned_outputs():
     """torch.empty holds NaN, so a kernel that leaves an element out is seen."""
     before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
@@ -78,13 +81,19 @@ def test_long_documents_with_invisible_positions_and_a_second_segment():
     assert_within_budget(run(case, UNEVEN), case)
 
 
+def test_ranges_of_memory_tiles_are_searched_by_several_programs(monkeypatch):
+    monkeypatch.setattr(triton_bwd, "PREPARE_TILES", 2)  # 8 and 5 tiles of the two segments
+    case = to_device(second_segment(make_case(LONG, seq=55, heads=(2, 1))))
+    assert_within_budget(run(case), case)
+
+
 @pytest.mark.parametrize("heads", RATIOS)
 def test_every_head_ratio(heads):
     case = to_device(make_case([[(0, 5, 2), (5, 4, 1)], [(1, 7, 3)]], seq=9, heads=heads))
     assert_within_budget(run(case), case)
 
 
-@pytest.mark.parametrize("head_dim", [1, 40, 80, 96, 256])
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 72, 80, 96, 128, 192, 256])
 def test_every_kind_of_head_dim(head_dim):
     documents = [[(0, 5, 2), (5, 9, 3)]]
     case = to_device(make_case(documents, seq=15, heads=(2, 1), head_dim=head_dim))
@@ -93,13 +102,15 @@ def test_every_kind_of_head_dim(head_dim):
 
 def test_two_tiles_cover_every_head_dim():
     for head_dim in range(1, 257):
-        main, tail = split_head_dim(head_dim)
-        assert head_dim <= main + tail <= max(16, 1 << (head_dim - 1).bit_length())
-        assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in (main, tail))
-    assert split_head_dim(80) == (64, 16)
+        for main, tail in (split_head_dim(head_dim), split_backward(head_dim)):
+            assert head_dim <= main + tail <= max(16, 1 << (head_dim - 1).bit_length())
+            assert all(d == 0 or (d >= 16 and d & (d - 1) == 0) for d in (main, tail))
+    assert split_head_dim(80) == split_backward(80) == (64, 16)
+    assert split_head_dim(96) == (64, 32)
+    assert split_backward(96) == (128, 0)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_documents_strides_and_layouts(seed):
     generator = torch.Generator().manual_seed(seed)
     documents = pack_documents(3, 40, [1, 6, 25], [0, 1, 6, 25], generator)
@@ -222,6 +233,33 @@ def test_unchecked_nonsense_reads_no_foreign_memory():
     assert (out[[0, 2, 3, 4]] == 0).all()
 
 
+def test_offsets_beyond_int32():
+    """Positions 2^27 elements apart, so that the 17th lies beyond 2^31; few pages are touched."""
+    if DEVICE == "cuda":
+        pytest.skip("test_strides_beyond_int32 does it there")
+    case = to_device(make_case([[(0, 12, 3), (12, 8, 8)]], seq=20, heads=(2, 1)), torch.float16)
+    expected = run(case)
+    far = case.cast(torch.float16, requires_grad=True)
+    names = ("k", "v", "grad_k", "grad_v")
+    space = mmap.mmap(-1, 20 * 2**28, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    line = torch.frombuffer(space, dtype=torch.float16)  # zeros
+    views = {
+        name: torch.as_strided(line, (1, 1, 20, 16), (16, 16, 2**27, 1), 16 * i)
+        for i, name in enumerate(names)
+    }
+    far.k = views["k"].copy_(case.k).requires_grad_()
+    far.v = views["v"].copy_(case.v).requires_grad_()
+    buffers = {name: views[name] for name in ("grad_k", "grad_v")}
+    with override(**SMALL):
+        out, lse = shared_kv_attention(
+            *far.positional, **far.options, **buffers, kernels="triton", return_lse=True
+        )
+        loss = (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        (loss + lse.sin().sum()).backward()
+    actual = out.detach(), lse.detach(), far.q.grad, *buffers.values()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_table_configurations_run_in_the_interpreter():
     case = to_device(VARIANTS["second"])
     assert_within_budget(run(case, {}), case)
@@ -257,15 +295,23 @@ def test_strides_beyond_int32():
     seq, stride = 40, 2**26  # 40 x 2^26 elements apart: offsets pass 2^31
     documents = [[(0, 17, 17), (17, 23, 23)]]
     case = to_device(make_case(documents, seq=seq, heads=(2, 1), head_dim=64), torch.bfloat16)
-    storage = torch.empty(seq * stride, dtype=torch.bfloat16, device=DEVICE)
     far = case.cast(torch.bfloat16)
-    far.k = torch.as_strided(storage, (1, 1, seq, 64), (64, 64, stride, 1), 0)
-    far.v = torch.as_strided(storage, (1, 1, seq, 64), (64, 64, stride, 1), 4096)
+    far.k, far.v = (
+        torch.empty_strided((1, 1, seq, 64), (64, 64, stride, 1), dtype=x.dtype, device=DEVICE)
+        for x in (case.k, case.v)
+    )
     far.k.copy_(case.k)
     far.v.copy_(case.v)
-    out = shared_kv_attention(*far.positional, **far.options, kernels="triton")
-    expected = shared_kv_attention(*case.positional, **case.options, kernels="triton")
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    torch.testing.assert_close(run(far, {}), run(case, {}), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_fullgraph_compile_on_a_gpu():
+    case = to_device(second_segment(make_case(LONG, seq=55, heads=(3, 1), head_dim=64)))
+    case = case.cast(torch.bfloat16)
+    compiled = torch.compile(shared_kv_attention, fullgraph=True)
+    expected = gradients(shared_kv_attention, case, return_lse=True)
+    torch.testing.assert_close(gradients(compiled, case, return_lse=True), expected)
 
 
 @pytest.mark.gpu
@@ -279,6 +325,7 @@ def test_cuda_graph_replays_with_new_rows():
         return out, *torch.autograd.grad(out, (case.q, case.k, case.v), torch.ones_like(out))
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)

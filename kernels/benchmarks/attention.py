@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from attention_plot import plot
 from attention_providers import PROVIDERS, Attention, Problem, ours
 from common import append_csv, ceilings, machine, measure, print_table
 from torch import Tensor
@@ -54,17 +56,23 @@ class Shape:
 
 
 LENGTHS, ROWS = (120, 150, 180, 210, 240), (5, 10, 20, 50)  # as the recipes' data packs
-GPU_SHAPES = {
-    **{f"packed-b{b}": Shape(b, 1024, lengths=LENGTHS, rows=ROWS) for b in (8, 32, 128)},
-    "tiny-documents": Shape(32, 1024, lengths=(16, 24, 32), rows=(2, 4, 8)),
-    **{f"dense-{s // 1024}k": Shape(max(1, 8192 // s), s) for s in (1024, 2048, 4096, 8192)},
-    "packed-7b": Shape(8, 1024, (32, 32), 128, LENGTHS, ROWS),
+GPU_SHAPES = {  # what matters most first: a run that is short of time leaves out the rest
+    "packed-b32": Shape(32, 1024, lengths=LENGTHS, rows=ROWS),
+    "dense-4k": Shape(2, 4096),
     "dense-4k-d128": Shape(2, 4096, (32, 32), 128),
+    "packed-b128": Shape(128, 1024, lengths=LENGTHS, rows=ROWS),
+    "packed-b8": Shape(8, 1024, lengths=LENGTHS, rows=ROWS),
+    "dense-8k": Shape(1, 8192),
+    "dense-2k": Shape(4, 2048),
+    "dense-1k": Shape(8, 1024),
+    "packed-7b": Shape(8, 1024, (32, 32), 128, LENGTHS, ROWS),
+    "packed-tiny": Shape(32, 1024, lengths=(16, 24, 32), rows=(2, 4, 8)),
     "dense-4k-13b": Shape(2, 4096, (40, 40), 128),
 }
 CPU_SHAPES = {
     "packed-small": Shape(2, 512, (6, 2), lengths=LENGTHS, rows=ROWS),
-    "dense-small": Shape(1, 256, (6, 2)),
+    "packed-wide": Shape(1, 512, (4, 4), 128, LENGTHS, ROWS),
+    **{f"dense-{seq}": Shape(1, seq, (6, 2)) for seq in (128, 256, 512)},
 }
 
 
@@ -102,7 +110,7 @@ def work(problem: Problem, backward: bool) -> tuple[float, float]:
     return flops, 2 * rows + 2 * memory
 
 
-def launch_us(function: Any, calls: int = 50) -> float:
+def launch_us(function: Any, calls: int = 30) -> float:
     """Host time of one call: what a layer costs when the GPU is faster than Python."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -143,43 +151,64 @@ def records(name: str, shape: Shape, options: Any) -> Iterator[dict[str, Any]]:
     """One record per provider and pass; a provider that cannot run says why."""
     problem = shape.problem(options.device, options.torch_dtype)
     truth = exact(problem)
-    for provider, kind in itertools.product(options.providers, options.passes):
-        head = {"shape": name, "seq": shape.seq, "pass": kind, "provider": provider}
-        backward = kind == "backward"
+    for provider in options.providers:
+        head = {"shape": name, "seq": shape.seq, "head dim": shape.head_dim, "provider": provider}
         torch.compiler.reset()
         try:
             attend = PROVIDERS[provider](problem)
             # Of two segments the second takes its part of dk and dv.
             count = 2 if provider == "ours two segments" else len(truth)
-            error = gate(attend, problem, truth[: count if backward else 1])
+            error = gate(attend, problem, truth[: count if "backward" in options.passes else 1])
             if not error <= GATE_ERROR[options.torch_dtype]:
                 yield head | {"note": f"off by {error:.1%}, not timed"}
                 continue
-            yield head | timed(attend, problem, backward, options) | {"error": error}
+            for kind in options.passes:
+                columns = timed(attend, problem, kind == "backward", options)
+                yield head | {"pass": kind} | columns | {"error": error}
         except Exception as error:  # a peer that lacks a shape must not end the run
-            yield head | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
+            yield head | {"note": reason(error)}
 
 
-def sweep(name: str, shape: Shape, options: Any) -> Iterator[dict[str, Any]]:
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:80]
+
+
+def against_ours(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By pass, each with its time as a multiple of ours: what a record says at a glance."""
+    ours = {r["pass"]: r["ms"] for r in found if r["provider"] == "ours" and "ms" in r}
+    for record in found:
+        if "ms" in record and record["pass"] in ours:
+            record["x ours"] = record["ms"] / ours[record["pass"]]
+    return sorted(found, key=lambda record: record.get("pass", ""), reverse=True)
+
+
+SWEEP = {
+    "forward": (Config, ((64, 128), (64, 32, 128), (4, 8), (3, 2, 4))),
+    "backward": (BackwardConfig, ((64, 128), (32, 64), (32, 64), (64, 128), (4, 8), (2, 1, 3))),
+}
+
+
+def sweep(name: str, shape: Shape, options: Any, ends: float) -> Iterator[dict[str, Any]]:
     """Ours with other tiles, forward and backward; the table in configs.py is made from this."""
     problem = shape.problem(options.device, options.torch_dtype)
     truth = exact(problem)
-    tiles = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-    choices: list[tuple[str, Any]] = [("forward", Config(*tile)) for tile in tiles]
-    tiles = itertools.product((64, 128), (32, 64), (32, 64), (64, 128), (4, 8), (1, 2, 3))
-    choices += [("backward", BackwardConfig(*tile)) for tile in tiles]
-    for kind, config in choices:
-        if kind not in options.passes:
-            continue
-        head = {"shape": name, "pass": kind, "config": str(config)}
-        try:
-            with override(**{kind: config}):
-                attend = ours(problem)
-                error = gate(attend, problem, truth if kind == "backward" else truth[:1])
-                if error <= GATE_ERROR[options.torch_dtype]:
-                    yield head | timed(attend, problem, kind == "backward", options)
-        except Exception as error:  # tiles that need too much shared memory
-            yield head | {"note": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
+    for kind in options.passes:
+        make, choices = SWEEP[kind]
+        for tile in itertools.product(*choices):
+            if time.monotonic() > ends:
+                print(f"{name}: time is up, the {kind} tiles from {tile} on are left out")
+                break
+            head = {"shape": name, "pass": kind, "config": "x".join(map(str, tile))}
+            try:
+                with override(**{kind: make(*tile)}):
+                    attend = ours(problem)
+                    error = gate(attend, problem, truth if kind == "backward" else truth[:1])
+                    if error <= GATE_ERROR[options.torch_dtype]:
+                        yield head | timed(attend, problem, kind == "backward", options)
+                    else:
+                        yield head | {"note": f"off by {error:.1%}, not timed"}
+            except Exception as error:  # tiles that need too much shared memory
+                yield head | {"note": reason(error)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -192,9 +221,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--sweep", action="store_true", help="time ours with other tiles")
-    parser.add_argument("--seconds", type=float, help="start no new shape after this long")
+    parser.add_argument("--seconds", type=float, help="start no new shape or tile after this long")
     parser.add_argument("--csv", help="append the records to this file")
-    parser.add_argument("--plot", help="draw throughput over length and the roofline here (PNG)")
+    parser.add_argument(
+        "--plot", help="draw times, throughput over length and the roofline here (PNG)"
+    )
     options = parser.parse_args(arguments)
     cpu = options.device == "cpu"
     options.shapes = options.shapes or list(CPU_SHAPES if cpu else GPU_SHAPES)
@@ -207,52 +238,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """Print a table per shape; CSV and plot on request."""
     options = parse(arguments)
-    about, begin = machine(options.device), time.monotonic()
+    about = machine(options.device)
+    ends = time.monotonic() + (options.seconds or float("inf"))
     top = ceilings(options.device, options.torch_dtype)
     print(*(f"{key} {value}" for key, value in about.items()), sep=", ")
-    print(f"ceilings: {top.tflops:.3g} TFLOP/s {options.torch_dtype}, {top.tbytes:.3g} TB/s\n")
+    print(f"ceilings: {top.tflops:.3g} TFLOP/s {options.torch_dtype}, {top.tbytes:.3g} TB/s")
+    PROVIDERS.print_missing()
     everything = []
     for name in options.shapes:
-        if options.seconds and time.monotonic() - begin > options.seconds:
-            print(f"{name}: left out, {options.seconds:.0f} seconds are over")
+        if time.monotonic() > ends:
+            print(f"\n{name}: left out, {options.seconds:.0f} seconds are over")
             continue
         shape = (GPU_SHAPES | CPU_SHAPES)[name]
-        found = list((sweep if options.sweep else records)(name, shape, options))
-        print_table(found)
-        print(flush=True)
-        everything += [about | record for record in found]
+        if options.sweep:
+            found = sorted(sweep(name, shape, options, ends), key=lambda r: r.get("ms", 1e9))
+        else:
+            found = against_ours(list(records(name, shape, options)))
+        print(f"\n{name}: {shape}")
+        print_table(found, hidden=("shape", "seq", "head dim"))
+        sys.stdout.flush()
+        everything += [about | {"dtype": str(options.torch_dtype)} | record for record in found]
         if options.csv:
-            append_csv(options.csv, [about | record for record in found])
-    if options.plot:
+            append_csv(options.csv, everything[-len(found) :])
+    if options.plot and not options.sweep:
         plot(everything, top, options.plot)
-
-
-def plot(found: list[dict[str, Any]], top: Any, path: str) -> None:
-    """Left: forward throughput over length of the dense shapes. Right: roofline of all of ours."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    measured = [r for r in found if "TFLOP/s" in r]
-    dense = [r for r in measured if r["shape"].startswith("dense") and r["pass"] == "forward"]
-    for provider in dict.fromkeys(r.get("provider", "ours") for r in dense):
-        line = sorted((r["seq"], r["TFLOP/s"]) for r in dense if r.get("provider") == provider)
-        left.plot(*zip(*line), marker="o", label=provider)
-    left.set(xlabel="positions of one document", ylabel="TFLOP/s on visible pairs", xscale="log")
-    if dense:
-        left.legend()
-    x = [0.5, top.tflops / top.tbytes, 1e4]
-    right.plot(x, [min(top.tflops, value * top.tbytes) for value in x], color="black")
-    for kind, marker in (("forward", "o"), ("backward", "s")):
-        mine = [r for r in measured if r["pass"] == kind and r.get("provider") == "ours"]
-        right.scatter([r["flop/byte"] for r in mine], [r["TFLOP/s"] for r in mine], marker=marker,
-                      label=kind)  # fmt: skip
-    right.set(xlabel="flop per byte", ylabel="TFLOP/s", xscale="log", yscale="log")
-    right.legend()
-    figure.suptitle(", ".join(found[0][key] for key in ("device", "torch", "commit")))
-    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ k and v where the student left them: every gather, pad and scatter is inside and
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from common import Registry
 from torch import Tensor
 
 from ldistill_kernels import shared_kv_attention
 from ldistill_kernels.testing import AttentionCase
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+PROVIDERS = Registry()  # name -> function of a Problem that gives an Attention
 
 
 @dataclass
@@ -42,6 +43,11 @@ class Problem:
             for i, j in itertools.pairwise(edges)
             if j > i
         ]
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.case.q.shape[1] // self.case.k.shape[1]
 
     @cached_property
     def pairs(self) -> int:
@@ -77,17 +83,25 @@ class Problem:
         start, position = (torch.where(valid, x.long()[index], 0) for x in self.case.positional[4:])
         return ((columns >= start[..., None]) & (columns <= position[..., None]))[:, None]
 
+    def unpack(self, q: Tensor) -> Tensor:
+        """Packed rows -> [batch, heads, rows of a batch row, head_dim]; a view where all exist."""
+        if self.dense:
+            return q.unflatten(0, (self.case.k.shape[0], -1)).transpose(1, 2)
+        return q[self.batch_rows[0]].transpose(1, 2)
 
-def scatter_back(padded: Tensor, valid: Tensor) -> Tensor:
-    """[groups, heads, longest, head_dim] -> packed rows; rows are in order of their groups."""
-    return padded.transpose(1, 2)[valid]
+    def pack(self, out: Tensor) -> Tensor:
+        """The way back."""
+        out = out.transpose(1, 2)
+        return out.flatten(0, 1) if self.dense else out[self.batch_rows[1]]
 
 
+@PROVIDERS.add("ours")
 def ours(problem: Problem) -> Attention:
     index = problem.case.positional[3:]
     return lambda q, k, v: shared_kv_attention(q, k, v, *index, check=False)
 
 
+@PROVIDERS.add("ours two segments")
 def ours_two_segments(problem: Problem) -> Attention:
     """The same result with the later half of each document in a packed second segment."""
     case, ranges, length = problem.case, [], 0
@@ -108,43 +122,43 @@ def ours_two_segments(problem: Problem) -> Attention:
     return lambda q, k, v: shared_kv_attention(q, k, v, case.batch, case.start, position, **options)
 
 
+@PROVIDERS.add("plain")
 def plain(problem: Problem) -> Attention:
     """Matmul, masked softmax, matmul, heads repeated: what one writes first."""
-    (index, valid), mask = problem.batch_rows, problem.mask
-    group = problem.case.q.shape[1] // problem.case.k.shape[1]
+    mask, group = problem.mask, problem.group
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = q[index].transpose(1, 2)
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        scores = (rows @ k.mT).float() * q.shape[-1] ** -0.5
+        scores = (problem.unpack(q) @ k.mT).float() * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype)
-        return scatter_back(weights @ v, valid)
+        return problem.pack(weights @ v)
 
     return attend
 
 
+@PROVIDERS.add("sdpa")
 def sdpa(problem: Problem) -> Attention:
     """SDPA over whole batch rows: causal flash where all rows are there, else with a mask."""
-    index, valid = problem.batch_rows
     mask = None if problem.dense else problem.mask
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = q[index].transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            rows, k, v, attn_mask=mask, is_causal=problem.dense, enable_gqa=True
+            problem.unpack(q), k, v, attn_mask=mask, is_causal=problem.dense, enable_gqa=True
         )
-        return scatter_back(out, valid)
+        return problem.pack(out)
 
     return attend
 
 
+@PROVIDERS.add("sdpa repeat")
 def sdpa_repeat(problem: Problem) -> Attention:
     """The same with key and value heads repeated, which reaches kernels that know no groups."""
-    attend, group = sdpa(problem), problem.case.q.shape[1] // problem.case.k.shape[1]
+    attend, group = sdpa(problem), problem.group
     return lambda q, k, v: attend(q, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
 
 
-def gather_sdpa(problem: Problem) -> Attention:
+@PROVIDERS.add("gather+sdpa")
+def gather_sdpa(problem: Problem, repeat: int = 1) -> Attention:
     """Documents gathered into a padded batch of their own, then SDPA with a mask."""
     documents, case = problem.documents, problem.case
     rows, valid = problem.padded([list(range(d[3], d[4])) for d in documents])
@@ -155,14 +169,23 @@ def gather_sdpa(problem: Problem) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (x[batch, :, places].transpose(1, 2) for x in (k, v))
+        if repeat > 1:
+            keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
         out = F.scaled_dot_product_attention(
-            q[rows].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
+            q[rows].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=repeat == 1
         )
-        return scatter_back(out, valid)
+        return out.transpose(1, 2)[valid]
 
     return attend
 
 
+@PROVIDERS.add("gather+sdpa repeat")
+def gather_sdpa_repeat(problem: Problem) -> Attention:
+    """The same with key and value heads repeated."""
+    return gather_sdpa(problem, problem.group)
+
+
+@PROVIDERS.add("flex")
 def flex(problem: Problem) -> Attention:
     """FlexAttention, compiled, its block mask ready."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -178,12 +201,13 @@ def flex(problem: Problem) -> Attention:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = q[index].transpose(1, 2)
-        return scatter_back(compiled(rows, k, v, block_mask=block_mask, enable_gqa=True), valid)
+        rows = problem.unpack(q)
+        return problem.pack(compiled(rows, k, v, block_mask=block_mask, enable_gqa=True))
 
     return attend
 
 
+@PROVIDERS.add("flash-attn", package="flash_attn")
 def flash_attn(problem: Problem) -> Attention:
     """FlashAttention's variable-length function over contiguous copies of the documents."""
     from flash_attn import flash_attn_varlen_func
@@ -201,17 +225,3 @@ def flash_attn(problem: Problem) -> Attention:
         return flash_attn_varlen_func(q, keys, values, cu_q, cu_k, *longest, causal=True)
 
     return attend
-
-
-# Name -> maker. The order is the order of the table.
-PROVIDERS: dict[str, Callable[[Problem], Attention]] = {
-    "ours": ours,
-    "ours two segments": ours_two_segments,
-    "gather+sdpa": gather_sdpa,
-    "sdpa": sdpa,
-    "sdpa repeat": sdpa_repeat,
-    "flex": flex,
-    "plain": plain,
-}
-if importlib.util.find_spec("flash_attn"):
-    PROVIDERS["flash-attn"] = flash_attn

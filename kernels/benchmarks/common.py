@@ -1,4 +1,9 @@
-"""What the kernel benchmarks share: timing, ceilings of the machine, table and CSV.
+"""What the kernel benchmarks share: providers, timing, ceilings of the machine, tables, figures.
+
+PROVIDERS = Registry()
+
+@PROVIDERS.add("flash-attn", package="flash_attn")
+def flash_attn(problem): ...
 
 timing = measure(lambda: step(x), "cuda", repeats=20)
 print_table(records); append_csv("out.csv", records)
@@ -7,6 +12,7 @@ print_table(records); append_csv("out.csv", records)
 from __future__ import annotations
 
 import csv
+import importlib.util
 import statistics
 import subprocess
 import time
@@ -18,7 +24,32 @@ from typing import Any
 
 import torch
 
+SECONDS = 3.0  # of repeats of one measurement, where the number of repeats allows
 FLUSH_BYTES = 256 * 2**20  # written before each repeat, so that no repeat starts from a warm cache
+
+
+class Registry(dict[str, Callable[..., Any]]):
+    """Name -> provider, in the order of the table; `missing` says which cannot run here and why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: dict[str, str] = {}
+
+    def add(self, name: str, package: str | None = None) -> Callable[[Any], Any]:
+        """Decorator that registers a provider; one whose package is not installed is missing."""
+
+        def register(provider: Any) -> Any:
+            if package and importlib.util.find_spec(package) is None:
+                self.missing[name] = f"{package} is not installed"
+            else:
+                self[name] = provider
+            return provider
+
+        return register
+
+    def print_missing(self) -> None:
+        for name, reason in self.missing.items():
+            print(f"{name}: left out, {reason}")
 
 
 @dataclass(frozen=True)
@@ -36,13 +67,27 @@ class Timing:
 
 
 def measure(function: Callable[[], Any], device: str, repeats: int = 20) -> Timing:
-    """Time a function: twice to warm up, then `repeats` times from a cold cache."""
-    for _ in range(2):
-        function()
+    """Time a function: twice to warm up, then up to `repeats` times from a cold cache.
+
+    A slow function is repeated as often as fits into SECONDS, three times at least.
+    """
     cuda = torch.device(device).type == "cuda"
+    function()
+    repeats = min(repeats, max(3, int(SECONDS / _seconds(function, cuda))))
     times = (_cuda_times if cuda else _cpu_times)(function, repeats)
     low, *_, high = statistics.quantiles(times, n=5) if repeats > 1 else times * 2
     return Timing(statistics.median(times), low, high, _peak_mib(function) if cuda else None)
+
+
+def _seconds(function: Callable[[], Any], cuda: bool) -> float:
+    """Roughly what one call takes, launches included."""
+    if cuda:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return max(time.perf_counter() - begin, 1e-6)
 
 
 def _cpu_times(function: Callable[[], Any], repeats: int) -> list[float]:
@@ -106,18 +151,28 @@ def machine(device: str) -> dict[str, str]:
         version = triton.__version__
     except ModuleNotFoundError:
         version = "none"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     name = torch.cuda.get_device_name() if torch.device(device).type == "cuda" else "CPU"
     return {"device": name, "torch": torch.__version__, "triton": version,
-            "commit": commit.stdout.strip() or "unknown"}  # fmt: skip
+            "commit": _commit()}  # fmt: skip
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """One line per record, columns in order of first appearance."""
-    columns = list(dict.fromkeys(name for record in records for name in record))
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def print_table(records: list[dict[str, Any]], hidden: tuple[str, ...] = ()) -> None:
+    """One line per record, columns in order of first appearance, empty and hidden ones left out."""
+    columns = dict.fromkeys(
+        name for record in records for name, value in record.items() if value not in (None, "")
+    )
+    columns = [name for name in columns if name not in hidden]
     lines = [columns, *([_text(record.get(name)) for name in columns] for record in records)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
@@ -132,6 +187,43 @@ def _text(value: Any) -> str:
 
 def _whole(value: Any) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
+
+
+def pyplot() -> Any:
+    """Matplotlib without a display, in the style of all figures; None, said so, without it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figure: matplotlib is not installed")
+        return None
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+        "grid.color": "#e4e6ea", "axes.axisbelow": True, "legend.frameon": False,
+        "legend.fontsize": 8, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8,
+        "ytick.labelsize": 8, "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    })  # fmt: skip
+    return plt
+
+
+# Told apart by readers who are colour-blind, too (Okabe and Ito).
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#000000")
+
+
+def colours(records: list[dict[str, Any]]) -> dict[str, str]:
+    """One colour per provider, the same in every panel."""
+    names = dict.fromkeys(record["provider"] for record in records if "provider" in record)
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+
+def save(figure: Any, path: str, records: list[dict[str, Any]]) -> None:
+    """Write a figure, under it where its numbers come from."""
+    about = ", ".join(f"{key} {records[0][key]}" for key in ("device", "torch", "triton", "commit"))
+    figure.supxlabel(about, fontsize=7, color="#5a606b")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def append_csv(path: str, records: list[dict[str, Any]]) -> None:

@@ -15,150 +15,37 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.util
 import platform
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from common import Timing, append_csv, ceilings, machine, measure, print_table
+from common import (
+    Timing,
+    append_csv,
+    ceilings,
+    colours,
+    machine,
+    measure,
+    print_table,
+    pyplot,
+    save,
+)
+from loss_providers import PROVIDERS, Heads, Loss, Shape, floor, plain
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ldistill_kernels import distill_loss
-from ldistill_kernels.distill_loss.testing import plain_distill_loss
-
-ALPHA, TEMPERATURE = 0.5, 2.0
 GATE_ROWS, GATE_ERROR = 128, 0.03
 GPU_GRID = {"hidden": [576, 960, 2048, 4096], "vocab": [49152, 128256],
             "rows": [1024, 2048, 4096, 8192, 16384, 32768]}  # fmt: skip
-CPU_GRID = {"hidden": [64, 256], "vocab": [8192], "rows": [256, 1024]}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One point of the grid; student and teacher alike."""
-
-    hidden: int
-    vocab: int
-    rows: int
-
-    @property
-    def flops(self) -> int:
-        """Of the four products."""
-        return 8 * self.hidden * self.vocab * self.rows
-
-
-@dataclass
-class Heads:
-    """States, heads and labels of one measurement."""
-
-    h_s: Tensor
-    w_s: Tensor
-    h_t: Tensor
-    w_t: Tensor
-    labels: Tensor
-
-    @classmethod
-    def draw(cls, shape: Shape, device: str, dtype: torch.dtype) -> Heads:
-        """Random ones whose logits have a standard deviation of about 2."""
-        gen = torch.Generator(device).manual_seed(0)
-
-        def normal(rows: int, std: float) -> Tensor:
-            values = torch.randn(rows, shape.hidden, generator=gen, device=device)
-            return (values * std).to(dtype)
-
-        std = 2.0 * shape.hidden**-0.5
-        labels = torch.randint(shape.vocab, (shape.rows,), generator=gen, device=device)
-        return cls(normal(shape.rows, 1.0).requires_grad_(),
-                   normal(shape.vocab, std).requires_grad_(),
-                   normal(shape.rows, 1.0), normal(shape.vocab, std), labels)  # fmt: skip
-
-    def head_rows(self, rows: int) -> Heads:
-        """The first rows, as leaves of their own."""
-        return Heads(self.h_s[:rows].detach().requires_grad_(), self.w_s, self.h_t[:rows],
-                     self.w_t, self.labels[:rows])  # fmt: skip
-
-    def double(self) -> Heads:
-        values = (x.detach().double() for x in (self.h_s, self.w_s, self.h_t, self.w_t))
-        h_s, w_s, h_t, w_t = values
-        return Heads(h_s.requires_grad_(), w_s.requires_grad_(), h_t, w_t, self.labels)
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.h_s, self.w_s, self.h_t, self.w_t, self.labels
-
-    @property
-    def weights(self) -> dict[str, float]:
-        rows = self.labels.numel()
-        return {"ce_weight": (1 - ALPHA) / rows, "kd_weight": ALPHA / rows,
-                "temperature": TEMPERATURE}  # fmt: skip
-
-
-Loss = Callable[[Heads], Tensor]
-
-
-def ours(heads: Heads) -> Tensor:
-    return distill_loss(*heads.tensors, **heads.weights).loss
-
-
-def plain(heads: Heads) -> Tensor:
-    """Materialised logits, plain PyTorch, gradients from autograd."""
-    return plain_distill_loss(*heads.tensors, **heads.weights)[0]
-
-
-def chunked_autograd(heads: Heads, rows: int = 1024) -> Tensor:
-    """As training libraries in plain PyTorch do it: fp32 chunks, recomputed in the backward."""
-    weights, total = heads.weights, 0.0
-
-    def part(h_s: Tensor, w_s: Tensor, h_t: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = h_s.float() @ w_s.float().t(), h_t.float() @ heads.w_t.float().t()
-        ce = F.cross_entropy(student, labels, reduction="sum")
-        log_q = F.log_softmax(student / TEMPERATURE, -1)
-        log_p = F.log_softmax(teacher / TEMPERATURE, -1)
-        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-        return weights["ce_weight"] * ce + weights["kd_weight"] * TEMPERATURE**2 * kl
-
-    for lo in range(0, heads.labels.numel(), rows):
-        span = slice(lo, lo + rows)
-        total = total + checkpoint(part, heads.h_s[span], heads.w_s, heads.h_t[span],
-                                   heads.labels[span], use_reentrant=False)  # fmt: skip
-    return total
-
-
-def liger() -> Loss:
-    """Liger's chunked distillation loss, which contains the cross-entropy."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    module = LigerFusedLinearJSDLoss(
-        weight_hard_loss=1 - ALPHA, weight_soft_loss=ALPHA * TEMPERATURE**2, beta=0.0,
-        temperature=TEMPERATURE, compiled=torch.cuda.is_available(),
-    )  # fmt: skip
-    return lambda heads: module(heads.h_s, heads.w_s, heads.h_t, heads.w_t, heads.labels)
-
-
-def providers() -> dict[str, Loss]:
-    """Name -> loss; those whose package is missing are left out."""
-    found: dict[str, Loss] = {"ours": ours, "plain": plain, "chunked-autograd": chunked_autograd}
-    if importlib.util.find_spec("liger_kernel"):
-        found["liger"] = liger()
-    return found
+CPU_GRID = {"hidden": [64, 256], "vocab": [8192], "rows": [256, 512, 1024]}
 
 
 def forward_backward(loss: Loss, heads: Heads) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(heads), (heads.h_s, heads.w_s))
-
-
-def floor(heads: Heads) -> tuple[Tensor, ...]:
-    """The four products in the dtype of the heads, and nothing else."""
-    with torch.no_grad():
-        logits = heads.h_s @ heads.w_s.t()
-        teacher = heads.h_t @ heads.w_t.t()
-        return logits @ heads.w_s, logits.t() @ heads.h_s, teacher
 
 
 def gate(loss: Loss, heads: Heads) -> float:
@@ -183,8 +70,8 @@ def measurements(
                 yield at | {"provider": name, "note": f"gradients off by {error:.1%}, not timed"}
                 continue
             timing = timed(lambda loss=loss: forward_backward(loss, heads), device, repeats)
-        except torch.OutOfMemoryError:
-            yield at | {"provider": name, "note": "out of memory"}
+        except Exception as error:  # a peer that lacks a shape or memory must not end the run
+            yield at | {"provider": name, "note": f"{type(error).__name__}: {error}"[:80]}
             continue
         yield record(shape, name, timing, base.median) | {"error": error}
 
@@ -203,7 +90,7 @@ def resident_peak_mib(run: Callable[[], Any]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the recorded peak starts again from here
     before = _status_mib("VmRSS")
     run()
-    return _status_mib("VmHWM") - before
+    return max(_status_mib("VmHWM") - before, 0.0)
 
 
 def _status_mib(name: str) -> float:
@@ -220,23 +107,43 @@ def record(shape: Shape, name: str, timing: Timing, floor_ms: float) -> dict[str
 
 
 def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Time over rows, one panel per pair of sizes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [line for line in lines if "ms" in line]
+    """Time above, peak memory below, over rows; a column per pair of sizes."""
+    timed, plt = [line for line in lines if "ms" in line], pyplot()
+    if plt is None or not timed:
+        return
     sizes = sorted({(line["hidden"], line["vocab"]) for line in timed})
-    figure, axes = pyplot.subplots(1, len(sizes), figsize=(4 * len(sizes), 3.2), squeeze=False)
-    for axis, (hidden, vocab) in zip(axes[0], sizes):
+    width = max(4 * len(sizes), 7)
+    figure, axes = plt.subplots(2, len(sizes), figsize=(width, 6), squeeze=False, sharex="col",
+                                sharey="row", layout="constrained")  # fmt: skip
+    palette = colours([line for line in timed if line["provider"] != "floor"])
+    for column, (hidden, vocab) in zip(axes.T, sizes):
         here = [line for line in timed if (line["hidden"], line["vocab"]) == (hidden, vocab)]
-        for name in dict.fromkeys(line["provider"] for line in here):
-            points = [(x["rows"], x["ms"]) for x in here if x["provider"] == name]
-            axis.loglog(*zip(*points), marker="o", markersize=3, label=name)
-        axis.set(title=f"hidden {hidden}, vocabulary {vocab}", xlabel="rows", ylabel="ms")
-    axes[0][0].legend(fontsize=7)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+        for axis, key in zip(column, ("ms", "peak MiB")):
+            draw_over_rows(axis, here, key, palette)
+        column[0].set_title(f"hidden {hidden}, vocabulary {vocab}")
+        column[1].set_xlabel("rows")
+    axes[0][0].set_ylabel("ms, forward and backward")
+    axes[1][0].set_ylabel("peak MiB beyond the inputs")
+    axes[0][0].legend()
+    save(figure, path, lines)
+    plt.close(figure)
+
+
+def draw_over_rows(
+    axis: Any, lines: list[dict[str, Any]], key: str, palette: dict[str, str]
+) -> None:
+    for name in dict.fromkeys(line["provider"] for line in lines):
+        points = sorted((x["rows"], x[key]) for x in lines if x["provider"] == name and x[key])
+        if not points or (name == "floor" and key != "ms"):
+            continue
+        style = {"color": palette.get(name, "black"), "marker": "o", "markersize": 4}
+        if name == "floor":
+            style |= {"linestyle": "--", "marker": None, "label": "four bare products"}
+        axis.plot(*zip(*points), **{"label": name} | style)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    rows = sorted({line["rows"] for line in lines})
+    axis.set_xticks(rows, [str(count) for count in rows])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -247,8 +154,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--providers", nargs="+")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, help="start no new shape after this long")
     parser.add_argument("--csv", help="append the records to this file")
-    parser.add_argument("--png", help="draw time over rows into this file")
+    parser.add_argument("--png", help="draw time and memory over rows here")
     options = parser.parse_args(arguments)
     grid = CPU_GRID if options.device == "cpu" else GPU_GRID
     for name, values in grid.items():
@@ -262,21 +170,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Print a table per shape; write CSV and PNG on request."""
     options = parse(arguments)
-    found, dtype = providers(), getattr(torch, options.dtype)
-    unknown = sorted(set(options.providers or ()) - set(found))
+    dtype, ends = getattr(torch, options.dtype), time.monotonic() + (options.seconds or 1e9)
+    unknown = sorted(set(options.providers or ()) - set(PROVIDERS))
     if unknown:
-        raise SystemExit(f"no provider {', '.join(unknown)} here, only {', '.join(found)}")
-    chosen = {name: found[name] for name in options.providers or found}
+        raise SystemExit(f"no provider {', '.join(unknown)} here, only {', '.join(PROVIDERS)}")
+    chosen = {name: PROVIDERS[name] for name in options.providers or PROVIDERS}
     top = ceilings(options.device, dtype)
     where = machine(options.device) | {"dtype": options.dtype, "ceiling TFLOP/s": top.tflops}
     print(", ".join(f"{key} {value}" for key, value in where.items()))
+    PROVIDERS.print_missing()
     records = []
     for sizes in product(options.hidden, options.vocab, options.rows):
-        lines = list(measurements(Shape(*sizes), options.device, dtype, chosen, options.repeats))
-        print_table(lines)
-        records += [line | where for line in lines]
-    if options.csv:
-        append_csv(options.csv, records)
+        shape = Shape(*sizes)
+        if time.monotonic() > ends:
+            print(f"\n{shape}: left out, {options.seconds:.0f} seconds are over")
+            continue
+        lines = list(measurements(shape, options.device, dtype, chosen, options.repeats))
+        print(f"\n{shape}")
+        print_table(lines, hidden=("hidden", "vocab", "rows"))
+        records += [where | line for line in lines]
+        if options.csv:
+            append_csv(options.csv, records[-len(lines) :])
     if options.png:
         draw(records, options.png)
     return 0

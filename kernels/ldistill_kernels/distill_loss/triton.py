@@ -42,7 +42,9 @@ def _compile_case(grad: str, variant: str, vocab: int | None) -> CompileCase:
     types |= {"vocab_s": "i32", "vocab": "i32", "beta": "fp32"}
     types = {name: kind for name, kind in types.items() if name not in constants}
     name = f"loss rows {grad} {variant} vocab {vocab or 'any'}"
-    return CompileCase(name, __name__, "distill_rows_kernel", types, constants, num_warps=warps)
+    return CompileCase(
+        name, __name__, "distill_rows_kernel", types, constants, num_warps=warps, core=True
+    )
 
 
 def launch_config(vocab: int) -> tuple[int, int]:

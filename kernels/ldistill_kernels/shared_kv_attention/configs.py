@@ -87,12 +87,20 @@ def dim_bucket(head_dim: int) -> int:
     return next(bound for bound in DIM_BUCKETS if head_dim <= bound)
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """Two powers of two that cover the head dim with less padding than one: 80 -> 64 + 16."""
+def split_head_dim(head_dim: int, worth: float = 1.0) -> tuple[int, int]:
+    """Two powers of two that cover the head dim with less padding than one: 80 -> 64 + 16.
+
+    One, and 0, unless the two together are smaller than `worth` of it.
+    """
     whole = max(16, 1 << (head_dim - 1).bit_length())
     main = whole // 2
     tail = max(16, 1 << (head_dim - main - 1).bit_length()) if head_dim > main else 0
-    return (main, tail) if main >= 16 and main + tail < whole else (whole, 0)
+    return (main, tail) if main >= 16 and main + tail < worth * whole else (whole, 0)
+
+
+def split_backward(head_dim: int) -> tuple[int, int]:
+    """The backward holds four such pairs in registers: 64 + 32 needs more of them than one 128."""
+    return split_head_dim(head_dim, worth=0.7)
 
 
 @lru_cache
@@ -123,26 +131,55 @@ def _newest(tables: dict) -> dict:
     return tables[max(fitting, default=min(tables))]
 
 
+@lru_cache
 def forward_table() -> dict[tuple[int, int, int, bool], Config]:
     """(device class, head dim bucket, element size, dense) -> Config."""
     return _newest(_FORWARD)
 
 
+@lru_cache
 def backward_table() -> dict[tuple[int, int, int], BackwardConfig]:
     """(device class, head dim bucket, element size) -> BackwardConfig."""
     return _newest(_BACKWARD)
 
 
-def case_shapes(bucket: int, kib: int) -> list[tuple[int, bool]]:
-    """What compile_check builds of a table entry: (head dim, with mask and second segment)."""
+@dataclass(frozen=True)
+class CaseShape:
+    """One thing that compile_check builds of a table entry.
+
+    `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
+    the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
+    """
+
+    element: str
+    head_dim: int
+    full: bool
+    core: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.element} D{self.head_dim} {'two segments' if self.full else 'plain'}"
+
+
+def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
+    """What is built of the entry of a head dim bucket, an element size and a device class."""
     if kib == INTERPRETER:
         return []
-    return [(bucket, False), (bucket, True)] + ([(80, True)] if bucket == 96 else [])
+    if itemsize == 4:
+        return [
+            CaseShape("fp32", bucket, full, bucket == 64 and not full) for full in (False, True)
+        ]
+    common = bucket in (64, 128)
+    shapes = [CaseShape("bf16", bucket, full, common) for full in (False, True)]
+    if common:
+        shapes.append(CaseShape("fp16", bucket, False, False))
+    odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
+    return shapes + ([CaseShape("bf16", odd, True, False)] if odd else [])
 
 
 _FP32_FORWARD = {
     64: Config(32, 32, 8, 1, 255),
-    96: Config(32, 32, 8, 1, 255),
+    96: Config(32, 16, 8, 1, 255),
     128: Config(32, 32, 8, 1, 255),
     256: Config(16, 16, 8, 1, 255),
 }
@@ -171,10 +208,10 @@ _FORWARD = {
         (163, 256, 2, True): Config(32, 32, 8, 2, 255),
         (163, 256, 2, False): Config(32, 32, 8, 2, 255),
         (99, 64, 2, True): Config(128, 64, 8, 2),
-        (99, 64, 2, False): Config(64, 32, 4, 3),
+        (99, 64, 2, False): Config(64, 32, 4, 3, 255),
         (99, 96, 2, True): Config(128, 32, 8, 2),
         (99, 96, 2, False): Config(64, 32, 8, 2),
-        (99, 128, 2, True): Config(128, 32, 8, 2),
+        (99, 128, 2, True): Config(64, 32, 8, 2),
         (99, 128, 2, False): Config(64, 32, 8, 2),
         (99, 256, 2, True): Config(32, 32, 8, 1, 255),
         (99, 256, 2, False): Config(32, 32, 8, 1, 255),
@@ -199,11 +236,11 @@ _BACKWARD = {
         (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
-        (163, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (163, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),
         (163, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (99, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (99, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),
         (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},

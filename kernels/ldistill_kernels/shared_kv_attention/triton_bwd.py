@@ -8,6 +8,8 @@ tile of rows and walk over its memory like the forward. Every gradient element h
 adds in a fixed order, so results are bit-identical from run to run.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,10 +19,11 @@ from ldistill_kernels.compile_check import CompileCase
 from ldistill_kernels.shared_kv_attention.configs import (
     DEVICE_CLASSES,
     BackwardConfig,
+    CaseShape,
     backward_config,
     backward_table,
     case_shapes,
-    split_head_dim,
+    split_backward,
 )
 from ldistill_kernels.shared_kv_attention.primitives import (
     LOG2E,
@@ -40,7 +43,7 @@ from ldistill_kernels.shared_kv_attention.primitives import (
 )
 
 PREPARE_ROWS = 64  # (row, head) pairs of one program
-PREPARE_TILES = 128  # tiles of memory positions of one program
+PREPARE_TILES = 128  # tiles of memory positions of one search
 
 
 @triton.jit
@@ -61,22 +64,18 @@ def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.con
 
 
 @triton.jit
-def _write_ranges(
-    ranges, tile, count, first, last, low_outer, low, high_outer, high, seq, shift, rows, steps,
-    HAS_OUTER: tl.constexpr,
+def _write_range(
+    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, rows,
+    steps, HAS_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """Rows that see some of [first, last): 0..3; rows between 1 and 2 see all of it."""
-    inside = tile < count
-    for i in tl.static_range(4):
-        if i == 0:
-            row = _rows_below(first + 1, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
-        elif i == 1:
-            row = _rows_below(last, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
-        elif i == 2:
-            row = _rows_below(first + 1, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
-        else:
-            row = _rows_below(last, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
-        tl.store(ranges + tile * 4 + i, row, mask=inside)
+    """One of four bounds: rows 0..3 see some of [first, last), rows 1..2 all of it."""
+    if search < 2:
+        target = tl.where(search == 0, first + 1, last)
+        row = _rows_below(target, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
+    else:
+        target = tl.where(search == 2, first + 1, last)
+        row = _rows_below(target, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
+    tl.store(ranges + tile * 4 + search, row, mask=tile < count)
 
 
 PREPARE_INTEGERS = (
@@ -110,19 +109,24 @@ def prepare_kernel(
             total -= tl.load(grad_lse + row * stride_lr + head * stride_lh, mask=inside, other=0.0)
         tl.store(delta + pair, total, mask=inside)
     else:
-        tile = (pid - programs) * TILES + tl.arange(0, TILES)
-        first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
-        last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
-        _write_ranges(
-            ranges, tile, tiles1, first, last, batch, start, batch, position, seq, 1, rows, steps,
-            True,
-        )  # fmt: skip
-        if HAS_SECOND:
+        # The steps of a search wait for one another: each of the four has programs of its own.
+        search, group = (pid - programs) % 4, (pid - programs) // 4
+        groups1 = tl.cdiv(tiles1, TILES)
+        if group < groups1:
+            tile = group * TILES + tl.arange(0, TILES)
+            first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
+            last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
+            _write_range(
+                ranges, tile, tiles1, search, first, last, batch, start, batch, position, seq, 1,
+                rows, steps, True,
+            )  # fmt: skip
+        elif HAS_SECOND:
+            tile = (group - groups1) * TILES + tl.arange(0, TILES)
             first = tile * BLOCK_N
             last = tl.minimum(first + BLOCK_N, rows2)
-            _write_ranges(
-                ranges + tiles1 * 4, tile, tiles2, first, last, start2, start2, end2, end2, seq, 0,
-                rows, steps, False,
+            _write_range(
+                ranges + tiles1 * 4, tile, tiles2, search, first, last, start2, start2, end2, end2,
+                seq, 0, rows, steps, False,
             )  # fmt: skip
 
 
@@ -196,17 +200,18 @@ def _memory_gradients(
     ADD_V: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the columns [column, column + BLOCK_N) of one head; `ranges` at their entry."""
+    first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
+    full_last, last = tl.load(ranges + 2) * GROUP, tl.load(ranges + 3) * GROUP
+    seen = last > first  # a tile that no row sees is not read, and nothing is added to it
     columns = column + tl.arange(0, BLOCK_N)
     place = (columns - origin).to(tl.int64)
-    keep = column_mask(columns, end, place * stride_visible, visible, True, HAS_VISIBLE)
+    keep = column_mask(columns, end, place * stride_visible, visible, True, HAS_VISIBLE) & seen
     k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
     v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
     k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, True)
     v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, True)
     dk1, dk2 = zero_pair(BLOCK_N, D1, D2)
     dv1, dv2 = zero_pair(BLOCK_N, D1, D2)
-    first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
-    full_last, last = tl.load(ranges + 2) * GROUP, tl.load(ranges + 3) * GROUP
     before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with rows that see a part only
     full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
     for i in tl.range(before, before + full):
@@ -228,11 +233,13 @@ def _memory_gradients(
     if DK:
         dk1, dk2 = _finish(dk1, dk2, keep, scale, D2)
         offsets = tl.multiple_of(base_dk + place * stride_dk, ALIGN)
-        store_pair(dk, offsets, exists, dk1, dk2, D1, D2, HEAD_DIM, ADD_K)
+        written = exists & seen if ADD_K else exists
+        store_pair(dk, offsets, written, dk1, dk2, D1, D2, HEAD_DIM, ADD_K)
     if DV:
         dv1, dv2 = _finish(dv1, dv2, keep, 1.0, D2)
         offsets = tl.multiple_of(base_dv + place * stride_dv, ALIGN)
-        store_pair(dv, offsets, exists, dv1, dv2, D1, D2, HEAD_DIM, ADD_V)
+        written = exists & seen if ADD_V else exists
+        store_pair(dv, offsets, written, dv1, dv2, D1, D2, HEAD_DIM, ADD_V)
 
 
 @triton.jit
@@ -442,10 +449,10 @@ def _launch(
     ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=q.device)
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
-    grid = triton.cdiv(rows * q_heads, PREPARE_ROWS) + triton.cdiv(
-        max(tiles1, tiles2), PREPARE_TILES
+    grid = triton.cdiv(rows * q_heads, PREPARE_ROWS) + 4 * (
+        triton.cdiv(tiles1, PREPARE_TILES) + triton.cdiv(tiles2, PREPARE_TILES)
     )
     prepare_kernel[(grid,)](
         out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
@@ -462,7 +469,7 @@ def _launch(
     backward_kernel[(grid,)](
         q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta,
         ranges, dq, dk, dv, dk2, dv2, rows, batches, seq, rows2, kv_heads, row_tiles, tiles1,
-        tiles2, scale, scale * LOG2E.value,
+        tiles2, scale, scale * math.log2(math.e),
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
         *strides(v2), *grad_out.stride()[:2], *strides(dq), *strides(dk, 3), *strides(dv, 3),
         *strides(dk2), *strides(dv2),
@@ -479,34 +486,37 @@ def compile_cases() -> list[CompileCase]:
     """Every shipped configuration of the backward, bare and with everything switched on."""
     cases = []
     for (kib, bucket, size), config in backward_table().items():
-        for head_dim, full in case_shapes(bucket, kib):
-            element = "bf16" if size == 2 else "fp32"
-            label = f"{element} D{head_dim} {'two segments' if full else 'plain'}"
-            cases.append(
-                CompileCase(
-                    f"attention backward {label} dq {config.dq_m}x{config.dq_n} "
-                    f"dkv {config.dkv_m}x{config.dkv_n}",
-                    module=__name__,
-                    kernel="backward_kernel",
-                    types=_types(element, full),
-                    constants=_constants(head_dim, full, config),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    max_registers=config.max_registers,
-                    archs=DEVICE_CLASSES[kib],
-                )
-            )
-            cases.append(
-                CompileCase(
-                    f"attention prepare {label} tiles of {config.dkv_n}",
-                    module=__name__,
-                    kernel="prepare_kernel",
-                    types=_prepare_types(element, full),
-                    constants=_prepare_constants(head_dim, full, config),
-                    archs=DEVICE_CLASSES[kib],
-                )
-            )
+        for shape in case_shapes(bucket, size, kib):
+            cases += _cases(shape, config, DEVICE_CLASSES[kib])
     return cases
+
+
+def _cases(shape: CaseShape, config: BackwardConfig, archs: tuple[int, ...]) -> list[CompileCase]:
+    """Both kernels of one shape."""
+    return [
+        CompileCase(
+            f"attention backward {shape.label} dq {config.dq_m}x{config.dq_n} "
+            f"dkv {config.dkv_m}x{config.dkv_n}",
+            module=__name__,
+            kernel="backward_kernel",
+            types=_types(shape.element, shape.full),
+            constants=_constants(shape.head_dim, shape.full, config),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            max_registers=config.max_registers,
+            archs=archs,
+            core=shape.core,
+        ),
+        CompileCase(
+            f"attention prepare {shape.label} tiles of {config.dkv_n}",
+            module=__name__,
+            kernel="prepare_kernel",
+            types=_prepare_types(shape.element, shape.full),
+            constants=_prepare_constants(shape.head_dim, shape.full, config),
+            archs=archs,
+            core=shape.core,
+        ),
+    ]
 
 
 _SECOND = ("start2", "end2")
@@ -525,7 +535,7 @@ def _types(element: str, full: bool) -> dict[str, str]:
 
 
 def _constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     constants = {
         "ALIGN": 8, "GROUP": 3, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "HAS_VISIBLE": full,
         "HAS_SECOND": full, "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m,
@@ -543,7 +553,7 @@ def _prepare_types(element: str, full: bool) -> dict[str, str]:
 
 
 def _prepare_constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_head_dim(head_dim)
+    d1, d2 = split_backward(head_dim)
     constants = {
         "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": PREPARE_ROWS,
         "BLOCK_N": config.dkv_n, "TILES": PREPARE_TILES, "HAS_GRAD_LSE": full, "HAS_SECOND": full,

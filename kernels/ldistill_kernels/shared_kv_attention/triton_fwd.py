@@ -5,6 +5,8 @@ fills 128 rows without a gap and each key is loaded once for the whole group. So
 in base 2. Tiles of columns that every row sees skip the mask.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,6 @@ from ldistill_kernels.shared_kv_attention.configs import (
 )
 from ldistill_kernels.shared_kv_attention.primitives import (
     LN2,
-    LOG2E,
     NOTHING,
     add_product,
     alignment,
@@ -37,6 +38,8 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     strides,
     zero_pair,
 )
+
+BASE2 = math.log2(math.e)  # folded into the scale: exp(x) = exp2(x * BASE2)
 
 
 @triton.jit
@@ -188,7 +191,7 @@ def attention_forward(
     with torch.cuda.device_of(q):  # Triton launches on the current device
         forward_kernel[grid](
             q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-            rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * LOG2E.value,
+            rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * BASE2,
             *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
             *strides(v2),
             ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
@@ -206,20 +209,20 @@ def compile_cases() -> list[CompileCase]:
     for (kib, bucket, size, dense), config in forward_table().items():
         if dense and forward_table()[kib, bucket, size, False] == config:
             continue
-        for head_dim, full in case_shapes(bucket, kib):
-            element = "bf16" if size == 2 else "fp32"
+        for shape in case_shapes(bucket, size, kib):
             cases.append(
                 CompileCase(
-                    f"attention forward {element} D{head_dim} {'two segments' if full else 'plain'}"
-                    f" {'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}",
+                    f"attention forward {shape.label} {'dense' if dense else 'sparse'} "
+                    f"{config.block_m}x{config.block_n}",
                     module=__name__,
                     kernel="forward_kernel",
-                    types=_types(element, full),
-                    constants=_constants(head_dim, full, config),
+                    types=_types(shape.element, shape.full),
+                    constants=_constants(shape.head_dim, shape.full, config),
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,
                     max_registers=config.max_registers,
                     archs=DEVICE_CLASSES[kib],
+                    core=shape.core,
                 )
             )
     return cases
