@@ -199,7 +199,7 @@ def open_setup(
 
     Raises as `ShardIndex.load` and `load_processor` do, and ValueError when the two do not fit.
     """
-    from ldistill.students.nanovlm_format import load_processor
+    from ldistill.students.formats import load_processor
     from ldistill.tiny.prepare import STUDENT
 
     index = ShardIndex.load(shards, sources)
