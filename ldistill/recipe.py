@@ -97,6 +97,9 @@ class RunArguments:
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
+    stop_file: str | None = _doc(
+        "Its appearance stops the run with a checkpoint, exit 85; default $LDISTILL_STOP_FILE."
+    )
 
 
 OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
@@ -195,12 +198,13 @@ def parse(argv: list[str]) -> Recipe:
 
 
 def _recipe_name(argv: list[str]) -> str:
-    for index, arg in enumerate(argv):
+    name = DEFAULT_RECIPE
+    for index, arg in enumerate(argv):  # the last one counts, as with every other flag
         if arg == "--recipe" and index + 1 < len(argv):
-            return argv[index + 1]
+            name = argv[index + 1]
         if arg.startswith("--recipe="):
-            return arg.removeprefix("--recipe=")
-    return DEFAULT_RECIPE
+            name = arg.removeprefix("--recipe=")
+    return name
 
 
 def _check_flags(given: set[str]) -> None:

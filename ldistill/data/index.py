@@ -27,6 +27,7 @@ from ldistill.data.samples import Sample
 FORMAT = 1
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
+SLICES_NAME = ".slices"
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 def _no_shards(root: Path) -> str:
     if not root.is_dir():
         return f"no shards: the folder {root} does not exist. Build it with `ldistill shards build`"
+    if (root / SLICES_NAME).is_dir():
+        return f"{root} is built in slices: join them with `ldistill shards merge {root}`"
     if any(root.glob("*/.build")):
         return f"the build of {root} is unfinished: run the same `ldistill shards build` again"
     return f"no shards in {root} (expected SOURCE/{INDEX_NAME}): see `ldistill shards build --help`"

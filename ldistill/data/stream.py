@@ -25,6 +25,7 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.plan import OverLong, Plan
 from ldistill.data.processor import IGNORE, Document, Processor
 from ldistill.data.samples import BadImage
+from ldistill.stopping import outlive_signals
 
 OnBadSample = Literal["error", "drop"]
 
@@ -174,4 +175,5 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=multiprocessing_context if num_workers else None,
+        worker_init_fn=outlive_signals,
     )
