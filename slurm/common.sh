@@ -35,7 +35,7 @@ eval "${SETUP-[[ ! -f .venv/bin/activate ]] || source .venv/bin/activate}"
 
 # train RECIPE ZERO [arguments of train.py]: a run, from its newest checkpoint if it has one.
 train() {
-  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} crashes=0 before code
+  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards=${SHARDS-shards} crashes=0 before code
   shift 2
   output=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
   alone_in "$output"
@@ -43,8 +43,7 @@ train() {
   rm -f "$LDISTILL_STOP_FILE"
   trap 'echo "told to stop: $(date)"; touch "$LDISTILL_STOP_FILE"' USR1
   set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" --output_dir "$output" \
-    --resume_from_checkpoint auto ${SHARDS+${SHARDS:+--shards "$SHARDS"}} "$@"
-  [[ -n ${SHARDS+set} ]] || set -- --shards shards "$@"
+    --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
   while :; do
     before=$(newest)
     run_ranks python -u ldistill/train.py "$@"

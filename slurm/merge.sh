@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Join the slices that slurm/shards.sh built:   sbatch slurm/merge.sh --out shards/
+# Join the slices that slurm/shards.sh built:   sbatch slurm/merge.sh shards/
 #SBATCH --job-name=merge
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

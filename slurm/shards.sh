@@ -3,7 +3,7 @@
 # them. The result is the same, byte for byte, as one machine's.
 #     sbatch slurm/shards.sh --dataset HuggingFaceM4/the_cauldron --out shards/
 #     job=$(SLICES=8 sbatch --parsable --array=0-31 slurm/shards.sh --dataset big/ --out shards/)
-#     sbatch --dependency=afterok:$job slurm/merge.sh --out shards/
+#     sbatch --dependency=afterok:$job slurm/merge.sh shards/
 # SOURCES: full (the 17), lang or a,b,c. SLICES: parts of every source, default 1; with more, let
 # merge.sh join them. Arguments go to `ldistill shards build`. Other options: slurm/common.sh
 #SBATCH --job-name=shards
@@ -15,14 +15,16 @@
 #SBATCH --output=slurm/logs/%x-%A_%a.log
 #SBATCH --requeue --open-mode=append
 source slurm/common.sh
-names=$(python -c 'import sys; from ldistill.sources import resolve_sources as names
-print(*(names(sys.argv[1]) if sys.argv[1] in ("full", "lang") else sys.argv[1].split(",")))' "${SOURCES:-full}")
+names=$(on_one python -c 'import sys; from ldistill.sources import SUBSETS
+print(*SUBSETS.get(sys.argv[1], sys.argv[1].split(",")))' "${SOURCES:-full}") || exit
 units=()
-for source in $names; do for ((i = 1; i <= ${SLICES:-1}; i++)); do units+=("$source $i"); done; done
-for ((u = SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN; u < ${#units[@]}; u += SLURM_ARRAY_TASK_COUNT)); do
+for source in $names; do
+  for ((i = 1; i <= ${SLICES:-1}; i++)); do units+=("$source $i/${SLICES:-1}"); done
+done
+first=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
+for ((u = first; u < ${#units[@]}; u += SLURM_ARRAY_TASK_COUNT)); do
   read -r source slice <<< "${units[u]}"
-  echo "$source, slice $slice of ${SLICES:-1}"
-  slicing=()
-  ((${SLICES:-1} == 1)) || slicing=(--slice "$slice/$SLICES")
+  echo "$source, slice $slice"
+  [[ $slice == 1/1 ]] || slicing=(--slice "$slice")
   on_one ldistill shards build --sources "$source" "${slicing[@]}" "$@" || exit
 done

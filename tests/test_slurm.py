@@ -1,0 +1,211 @@
+"""The scripts of `slurm/` on a real two-node SLURM: runs, preemption, crashes, mistakes, arrays."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers_data import make_student, picture
+from runs import REPO, losses
+from slurm_cluster import Cluster, missing_programs
+from test_shards import digests
+from typer.testing import CliRunner
+
+from ldistill.data.commands import app
+from ldistill.metrics import read_metrics
+from ldistill.recipe import load_recipe, shipped_recipes
+from ldistill.stopping import STOPPED_EXIT_CODE
+from ldistill.tiny.prepare import prepare
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"no {', '.join(missing_programs())}: apt-get install slurm-wlm munge",
+    ),
+]
+STEPS = 16
+CPU = ("--gpus-per-node=0",)
+BOTH = ("--nodes=2", *CPU)
+SCRIPTS = ("selective", "uniform", "baseline", "variants", "llava7b", "llava13b")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    made = Cluster()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """The tiny recipe in a few small steps."""
+    root = tmp_path_factory.mktemp("slurm")
+    data = prepare(root / "cache", samples_per_source=12, items_per_task=2, show_progress=False)
+    values = load_recipe("tiny") | {"prepare": None, "shards": str(data.shards)}
+    values |= {"global_batch_size": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
+    values |= {"max_steps": STEPS, "save_steps": 5, "health_steps": 0, "disable_tqdm": True}
+    for name in ("tiny", "other"):
+        (root / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return root
+
+
+def submit(cluster, world: Path, name: str, *args: str, script="selective", flags=BOTH, **env):
+    env = {"RECIPE": str(world / "tiny.yaml"), "SHARDS": "", "OUTPUT_DIR": str(world / name)} | env
+    return cluster.submit(script, *args, log=world / f"{name}.log", flags=flags, **env)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    file = folder / "metrics.jsonl"
+    while not (file.is_file() and len(file.read_text().splitlines()) >= step):
+        assert time.monotonic() < deadline, f"{folder} did not come to step {step}"
+        time.sleep(0.05)
+
+
+def wait_for_text(log: Path, text: str) -> None:
+    deadline = time.monotonic() + 120
+    while text not in (log.read_text() if log.is_file() else ""):
+        assert time.monotonic() < deadline, f"{log} does not say {text!r}"
+        time.sleep(0.1)
+
+
+def ended(cluster, job: str, state: str, code: str, log: Path) -> dict[str, str]:
+    """What SLURM says of a job that must have ended so."""
+    [shown] = cluster.wait(job)
+    assert (shown["JobState"], shown["ExitCode"]) == (state, code), log.read_text()[-4000:]
+    return shown
+
+
+def test_a_preempted_run_goes_back_to_the_queue_and_gives_the_undisturbed_losses(cluster, world):
+    whole, cut = world / "whole", world / "cut"
+    job = submit(cluster, world, whole.name)
+    shown = ended(cluster, job, "COMPLETED", "0:0", world / "whole.log")
+    assert shown["NumNodes"] == "2"
+    assert len(losses(whole)) == STEPS
+    assert (whole / "student" / "model.safetensors").is_file()
+
+    job = submit(cluster, world, cut.name)
+    wait_for_step(cut, 2)
+    cluster.call("scancel", "--batch", "--signal=USR1", job)  # what SLURM sends before the limit
+    wait_for_text(world / "cut.log", "back to the queue")
+    stopped = json.loads((cut / "stopped.json").read_text())["step"]
+    assert 2 <= stopped < STEPS
+    assert not (cut / "student").exists()
+    shown = ended(cluster, job, "COMPLETED", "0:0", world / "cut.log")
+    assert shown["Restarts"] == "1"
+    assert [r["step"] for r in read_metrics(cut / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert losses(cut) == losses(whole)
+    assert not (cut / "stopped.json").exists()
+    assert not list((REPO / "slurm" / "logs").glob(f"stop-{job}*"))
+
+
+def test_a_killed_rank_ends_all_is_tried_again_and_then_given_up(cluster, world):
+    folder, log = world / "killed", world / "killed.log"
+    job = submit(cluster, world, folder.name, MAX_CRASHES="1", BACKOFF="1")
+    first = cluster.rank(job, 1)
+    wait_for_step(folder, 1)
+    first.kill()
+    wait_for_text(log, "crashed with 137; trying again in 1 s")
+    cluster.rank(job, 0).kill()
+    ended(cluster, job, "FAILED", "137:0", log)
+    assert "crashed with 137 2 times without getting further; not tried again" in log.read_text()
+    assert not cluster.leftovers(job)
+
+
+def test_mistakes_end_the_job_at_once_with_a_sentence(cluster, world):
+    """No GPU where the script asks for one; a run folder that another job is writing to."""
+    if torch.cuda.is_available():
+        pytest.skip("the node would find a GPU")
+    job = submit(cluster, world, "blind", flags=())  # as the script says: one node, one GPU
+    sleeper = cluster.call("sbatch", "--parsable", "--wrap", "sleep 60").strip()
+    ended(cluster, job, "FAILED", "2:0", world / "blind.log")
+    text = (world / "blind.log").read_text()
+    assert "the job asked for 1 GPUs a node, but PyTorch finds none" in text
+    assert "trying again" not in text
+    (world / "busy").mkdir()
+    (world / "busy" / "slurm_job").write_text(sleeper)
+    job = submit(cluster, world, "busy", flags=CPU)
+    ended(cluster, job, "FAILED", "2:0", world / "busy.log")
+    assert f"job {sleeper} is writing to" in (world / "busy.log").read_text()
+    cluster.call("scancel", sleeper)
+
+
+def test_variants_are_an_array_with_a_run_folder_each(cluster, world):
+    recipes = f"{world / 'tiny.yaml'} {world / 'other.yaml'}"
+    flags = ("--array=0-1", *CPU)
+    options = {"script": "variants", "flags": flags, "RECIPE": recipes}
+    job = submit(cluster, world, "variants", "--max_steps", "1", **options)
+    assert [t["JobState"] for t in cluster.wait(job)] == ["COMPLETED"] * 2
+    for name in ("tiny", "other"):
+        assert len(losses(world / "variants" / name)) == 1
+        assert (world / "variants" / name / "student").is_dir()
+
+
+def test_shards_of_an_array_are_those_of_one_machine(cluster, tmp_path):
+    """Two sources in two slices each, over two tasks; a dependent job joins them."""
+    records = []
+    for number in range(21):
+        (tmp_path / f"{number}.png").write_bytes(picture(seed=number))
+        talk = [{"from": "human", "value": f"<image>q{number}"}, {"from": "gpt", "value": "yes"}]
+        source = ("vsr", "docvqa")[number % 2]
+        records.append(
+            {"id": f"{number}", "image": f"{number}.png", "conversations": talk, "source": source}
+        )
+    (tmp_path / "mixed.json").write_text(json.dumps(records))
+    student = make_student(tmp_path / "student")
+    common = ["--dataset", str(tmp_path / "mixed.json"), "--student", str(student)]
+    common += ["--workers", "1", "--shard-size", "10KB", "--out"]
+    many = str(tmp_path / "many")
+    job = cluster.submit(
+        "shards", *common, many, log=tmp_path / "shards-%a.log", flags=("--array=0-1",),
+        SOURCES="vsr,docvqa", SLICES="2",
+    )  # fmt: skip
+    after = (f"--dependency=afterok:{job}",)
+    merge = cluster.submit("merge", many, log=tmp_path / "merge.log", flags=after)
+    result = CliRunner().invoke(app, ["build", *common, str(tmp_path / "one")])
+    assert result.exit_code == 0, result.output
+    ended(cluster, merge, "COMPLETED", "0:0", tmp_path / "merge.log")
+    assert "vsr, slice 2/2" in (tmp_path / "shards-1.log").read_text()
+    assert digests(tmp_path / "many") == digests(tmp_path / "one")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_ask_for_what_exists(cluster, tmp_path, script):
+    """Every script up to the command of its ranks, which is printed instead of run."""
+    flags = ("--nodes=1", "--ntasks-per-node=1", *CPU)
+    flags += ("--array=6",) if script == "variants" else ()
+    log, out = tmp_path / "log", tmp_path / "out"
+    options = {"CONTAINER": "echo", "OUTPUT_DIR": str(out)}
+    cluster.wait(cluster.submit(script, "--alpha", "0.1", log=log, flags=flags, **options))
+    text = log.read_text()
+    [config] = re.findall(r"--deepspeed (\S+)", text)
+    [recipe] = re.findall(r"--recipe (\S+)", text)
+    assert (REPO / config).is_file()
+    assert recipe in (*shipped_recipes(), "llava-7b", "llava-13b")
+    assert f"--output_dir {out}" in text
+    assert "--shards shards --alpha 0.1" in text, "the user's arguments come last"
+
+
+def test_evaluation_waits_for_the_run(cluster, world, tmp_path):
+    first = cluster.call("sbatch", "--parsable", "--wrap", "sleep 2").strip()
+    flags = (*CPU, f"--dependency=afterok:{first}")
+    env = {"CONTAINER": "echo", "OUTPUT_DIR": "runs/mine"}
+    job = cluster.submit("eval", "--limit", "5", log=tmp_path / "log", flags=flags, **env)
+    ended(cluster, job, "COMPLETED", "0:0", tmp_path / "log")
+    expected = "ldistill eval --student runs/mine/student --suite paper --out runs/mine/eval"
+    assert f"{expected} --limit 5" in (tmp_path / "log").read_text()
+
+
+def test_the_exit_code_is_written_once_in_the_scripts():
+    """What the shell knows of train.py's exit status is what train.py does."""
+    text = (REPO / "slurm" / "common.sh").read_text()
+    assert f"\nSTOPPED={STOPPED_EXIT_CODE} " in text
