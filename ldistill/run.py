@@ -34,7 +34,7 @@ from ldistill.recipe import Recipe
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.stopping import StopRequest
 from ldistill.teacher import choose_engine, shard, zero3_config
-from ldistill.tracking import keep_wandb_run
+from ldistill.tracking import keep_wandb_run, use_patient_wandb
 from ldistill.trainer import DistillTrainer, move_student
 
 
@@ -224,6 +224,7 @@ def build_trainer(
         stop=StopRequest(recipe.run.stop_file),
     )
     _use_own_progress(trainer, folder, resume)
+    use_patient_wandb(trainer)
     return trainer
 
 

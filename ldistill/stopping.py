@@ -24,6 +24,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ldistill import ranks
+from ldistill.tracking import close_wandb
 
 STOPPED_EXIT_CODE = 85
 STOP_FILE_VARIABLE = "LDISTILL_STOP_FILE"
@@ -112,7 +113,7 @@ class StopRequest:
             (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if self.stop_file is not None:
                 self.stop_file.unlink(missing_ok=True)  # answered; the next start is a new one
-            _close_wandb()
+            close_wandb()
             print(f"\n{stopped}", flush=True)
         ranks.wait()  # a launcher may kill the other ranks as soon as one has left
         raise stopped
@@ -152,10 +153,3 @@ def _obey_parent(parent: int) -> None:
         received = signal.sigwaitinfo(SIGNALS)
         if received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)
-
-
-def _close_wandb() -> None:
-    """Upload what is still under way, if this process has a Weights & Biases run."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and getattr(wandb, "run", None) is not None:
-        wandb.finish()

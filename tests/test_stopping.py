@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from pairs import write_pair
 from runs import REPO, environment, free_port, launch, losses, write_recipe, write_shards
@@ -44,7 +45,7 @@ def arguments(world: Path, folder: Path, *more: str) -> list[str]:
 
 
 def start(world: Path, folder: Path, *more: str, ranks: int = 2, **env: str) -> list:
-    """The ranks of a run, each with its data workers in a process group of its own."""
+    """The ranks of a run."""
     port, processes = str(free_port()), []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
@@ -53,7 +54,7 @@ def start(world: Path, folder: Path, *more: str, ranks: int = 2, **env: str) -> 
             subprocess.Popen(
                 [sys.executable, "ldistill/train.py", *arguments(world, folder, *more)],
                 cwd=REPO, env=own | {"MASTER_ADDR": "127.0.0.1"}, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )
         )  # fmt: skip
     return processes
@@ -95,11 +96,20 @@ def check_stopped(folder: Path, why: str) -> int:
 def test_signal_to_all_processes_of_one_rank_stops_both_and_resuming_changes_nothing(
     world, undisturbed
 ):
-    """A scheduler signals data workers, too: they must live until the checkpoint is saved."""
+    """A scheduler signals whatever a rank started: data workers, the service of wandb.
+
+    The workers must live until the checkpoint is saved; wandb dies and takes nothing with it.
+    """
     folder = world / "signalled"
-    processes = start(world, folder)
+    wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(world / "signalled-wandb")}
+    (world / "signalled-wandb").mkdir()
+    processes = start(world, folder, "--report_to", "wandb", **wandb)
     wait_for_step(folder, 3)
-    os.killpg(processes[1].pid, signal.SIGTERM)
+    first = psutil.Process(processes[0].pid)
+    children = first.children(recursive=True)
+    assert len(children) > 1  # a data worker, wandb's service
+    for process in (*children, first):
+        process.send_signal(signal.SIGTERM)
     outputs = finish(processes)
     assert [p.returncode for p in processes] == [STOPPED_EXIT_CODE] * 2, outputs
     assert "is saved" in outputs[0]
