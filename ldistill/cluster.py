@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,9 @@ from ldistill import ranks
 
 GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
 """GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
+ERROR_EXIT_CODE = 2
+EXIT_FILE_VARIABLE = "LDISTILL_EXIT_FILE"
+"""File for the exit code of a run that ends early; set by `slurm/common.sh`."""
 CLOCK_TOLERANCE = 60.0
 """Seconds that the clocks of two machines may differ: the newest checkpoint is found by name and
 time, logs are put in order, and munge refuses what is older than some minutes."""
@@ -90,6 +94,16 @@ def check_clocks() -> None:
         )
 
 
+def leave_code(code: int) -> None:
+    """Write the run's exit code where the job's script asked for it.
+
+    Whoever starts many ranks learns the highest of their codes, and ranks that it kills because
+    another one has left count as 128 and more: the code that says why is lost.
+    """
+    if file := os.environ.get(EXIT_FILE_VARIABLE):
+        Path(file).write_text(f"{code}\n", encoding="utf-8")
+
+
 def tell(error: BaseException) -> None:
     """Print an error once, whatever number of ranks has it; call it last, on each of them.
 
@@ -105,5 +119,6 @@ def tell(error: BaseException) -> None:
         place = f" on rank {rank} ({socket.gethostname()})"
     if rank == 0 or not shared:
         print(f"\nerror{place}: {error}", file=sys.stderr, flush=True)
+        leave_code(ERROR_EXIT_CODE)
     if shared:
         ranks.wait()

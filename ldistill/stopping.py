@@ -24,6 +24,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ldistill import ranks
+from ldistill.cluster import leave_code
 from ldistill.tracking import close_wandb
 
 STOPPED_EXIT_CODE = 85
@@ -114,6 +115,7 @@ class StopRequest:
             if self.stop_file is not None:
                 self.stop_file.unlink(missing_ok=True)  # answered; the next start is a new one
             close_wandb()
+            leave_code(STOPPED_EXIT_CODE)
             print(f"\n{stopped}", flush=True)
         ranks.wait()  # a launcher may kill the other ranks as soon as one has left
         raise stopped

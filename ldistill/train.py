@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line; returns the exit status: 0 done, 2 an error to put right, 85 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
-    from ldistill.cluster import check_launch, tell
+    from ldistill.cluster import ERROR_EXIT_CODE, check_launch, tell
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.run import run
     from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LDISTILL_DEBUG") == "1":
             raise
         tell(error)
-        return 2
+        return ERROR_EXIT_CODE
     return 0
 
 

@@ -40,7 +40,9 @@ train() {
   output=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
   alone_in "$output"
   export LDISTILL_STOP_FILE=$PWD/slurm/logs/stop-$SLURM_JOB_ID
-  rm -f "$LDISTILL_STOP_FILE"
+  export LDISTILL_EXIT_FILE=$PWD/slurm/logs/exit-$SLURM_JOB_ID
+  rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"
+  trap 'rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"' EXIT
   trap 'echo "told to stop: $(date)"; touch "$LDISTILL_STOP_FILE"' USR1
   set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" --output_dir "$output" \
     --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
@@ -48,10 +50,12 @@ train() {
     before=$(newest)
     run_ranks python -u ldistill/train.py "$@"
     code=$?
-    [[ $code -eq 0 || $code -eq $MISTAKE ]] && exit $code
-    [[ -e $output/stopped.json ]] && requeue
+    # srun's status may be that of ranks it killed because the first one had left.
+    [[ ! -s $LDISTILL_EXIT_FILE ]] || code=$(<"$LDISTILL_EXIT_FILE")
+    [[ $code -ne 0 && $code -ne $MISTAKE ]] || exit "$code"
+    [[ $code -ne $STOPPED ]] || requeue
     [[ $(newest) == "$before" ]] || crashes=0
-    ((crashes++ < ${MAX_CRASHES:-3})) || { echo "error: crashed with $code $crashes times without getting further; not tried again." >&2; exit $code; }
+    ((crashes++ < ${MAX_CRASHES:-3})) || { echo "error: crashed with $code $crashes times without getting further; not tried again." >&2; exit "$code"; }
     echo "crashed with $code; trying again in $((${BACKOFF:-30} << (crashes - 1))) s"
     pause $((${BACKOFF:-30} << (crashes - 1)))
   done
@@ -60,7 +64,7 @@ train() {
 # run_ranks COMMAND...: on every task of the job, as torch.distributed expects it. One rank's failure
 # ends all. srun runs in the background, since a trap waits for what runs in the foreground.
 run_ranks() {
-  rm -f "${output:-.}/stopped.json"
+  rm -f "$LDISTILL_EXIT_FILE"
   export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
   export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
   export LDISTILL_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-0}

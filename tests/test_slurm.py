@@ -16,6 +16,7 @@ from slurm_cluster import Cluster, missing_programs
 from test_shards import digests
 from typer.testing import CliRunner
 
+from ldistill.cluster import ERROR_EXIT_CODE
 from ldistill.data.commands import app
 from ldistill.metrics import read_metrics
 from ldistill.recipe import load_recipe, shipped_recipes
@@ -105,7 +106,7 @@ def test_a_preempted_run_goes_back_to_the_queue_and_gives_the_undisturbed_losses
     assert [r["step"] for r in read_metrics(cut / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert losses(cut) == losses(whole)
     assert not (cut / "stopped.json").exists()
-    assert not list((REPO / "slurm" / "logs").glob(f"stop-{job}*"))
+    assert not list((REPO / "slurm" / "logs").glob(f"*-{job}"))
 
 
 def test_a_killed_rank_ends_all_is_tried_again_and_then_given_up(cluster, world):
@@ -114,10 +115,16 @@ def test_a_killed_rank_ends_all_is_tried_again_and_then_given_up(cluster, world)
     first = cluster.rank(job, 1)
     wait_for_step(folder, 1)
     first.kill()
-    wait_for_text(log, "crashed with 137; trying again in 1 s")
+    wait_for_text(log, "; trying again in 1 s")
     cluster.rank(job, 0).kill()
-    ended(cluster, job, "FAILED", "137:0", log)
-    assert "crashed with 137 2 times without getting further; not tried again" in log.read_text()
+    [shown] = cluster.wait(job)
+    text = log.read_text()
+    assert shown["JobState"] == "FAILED", text
+    # The status of the rank that was killed, or of the one that lost its peer.
+    [code] = re.findall(
+        r"crashed with (\d+) 2 times without getting further; not tried again", text
+    )
+    assert shown["ExitCode"] == f"{code}:0"
     assert not cluster.leftovers(job)
 
 
@@ -131,6 +138,10 @@ def test_mistakes_end_the_job_at_once_with_a_sentence(cluster, world):
     text = (world / "blind.log").read_text()
     assert "the job asked for 1 GPUs a node, but PyTorch finds none" in text
     assert "trying again" not in text
+    # Two ranks with the same mistake: one of them is killed as the other leaves.
+    job = submit(cluster, world, "unknown", "--alhpa", "1")
+    ended(cluster, job, "FAILED", "2:0", world / "unknown.log")
+    assert "Did you mean --alpha" in (world / "unknown.log").read_text()
     (world / "busy").mkdir()
     (world / "busy" / "slurm_job").write_text(sleeper)
     job = submit(cluster, world, "busy", flags=CPU)
@@ -205,7 +216,8 @@ def test_evaluation_waits_for_the_run(cluster, world, tmp_path):
     assert f"{expected} --limit 5" in (tmp_path / "log").read_text()
 
 
-def test_the_exit_code_is_written_once_in_the_scripts():
-    """What the shell knows of train.py's exit status is what train.py does."""
+def test_exit_codes_of_scripts_and_program_agree():
+    """What the shell takes for a stop or a mistake is what train.py means by it."""
     text = (REPO / "slurm" / "common.sh").read_text()
     assert f"\nSTOPPED={STOPPED_EXIT_CODE} " in text
+    assert f"\nMISTAKE={ERROR_EXIT_CODE} " in text
