@@ -70,7 +70,7 @@ def run(recipe: Recipe) -> Path:
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
     with trainer.stop.listening(folder):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    trainer.stop.raise_if_stopped(trainer.state, folder)
+        trainer.stop.raise_if_stopped(trainer.state, folder)
     _export(trainer, folder)
     after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,8 +91,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is None and ranks.is_first():
-            told = b"\nasked to stop: a checkpoint is saved after this step\n"
-            os.write(sys.stderr.fileno(), told)  # a handler must not use buffered streams
+            # To stderr past its buffer, which a handler must not touch.
+            os.write(2, b"\nasked to stop: a checkpoint is saved after this step\n")
         self._signal = signal.Signals(number).name
 
     def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
