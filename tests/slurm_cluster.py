@@ -123,12 +123,12 @@ class Cluster:
         lines = self.call("scontrol", "show", "job", "-o", job).strip().splitlines()
         return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
 
-    def wait(self, job: str, timeout: float = 240) -> list[dict[str, str]]:
+    def wait(self, job: str, timeout: float = 500) -> list[dict[str, str]]:
         """Until a job (or all tasks of an array) is over."""
         self._until(lambda: all(t["JobState"] in OVER for t in self.show(job)), timeout, job)
         return self.show(job)
 
-    def rank(self, job: str, number: int, timeout: float = 120) -> psutil.Process:
+    def rank(self, job: str, number: int, timeout: float = 400) -> psutil.Process:
         """The process of a rank, once it is there."""
         found: list[psutil.Process] = []
 

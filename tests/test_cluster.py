@@ -35,7 +35,7 @@ def test_a_shard_folder_missing_on_one_node_is_named(tmp_path):
                 command, cwd=tmp_path / rank, env=env, stderr=subprocess.PIPE, text=True
             )
         )
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert f"error: on {socket.gethostname()} (rank 1), but not elsewhere: no shards" in errors[0]
     assert "error" not in errors[1], "what all ranks share is told once"

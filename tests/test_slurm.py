@@ -65,7 +65,7 @@ def submit(cluster, world: Path, name: str, *args: str, script="selective", flag
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     file = folder / "metrics.jsonl"
     while not (file.is_file() and len(file.read_text().splitlines()) >= step):
         assert time.monotonic() < deadline, f"{folder} did not come to step {step}"
@@ -73,7 +73,7 @@ def wait_for_step(folder: Path, step: int) -> None:
 
 
 def wait_for_text(log: Path, text: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while text not in (log.read_text() if log.is_file() else ""):
         assert time.monotonic() < deadline, f"{log} does not say {text!r}"
         time.sleep(0.1)

@@ -62,7 +62,7 @@ def start(world: Path, folder: Path, *more: str, ranks: int = 2, **env: str) -> 
 
 def finish(processes: list) -> list[str]:
     try:
-        return [process.communicate(timeout=200)[0] for process in processes]
+        return [process.communicate(timeout=400)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -70,7 +70,7 @@ def finish(processes: list) -> list[str]:
 
 def wait_for_step(folder: Path, step: int) -> None:
     """Until a run has logged a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
         if (folder / "metrics.jsonl").is_file() and len(losses(folder)) >= step:
             return
