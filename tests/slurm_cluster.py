@@ -93,7 +93,10 @@ class Cluster:
         self._until(lambda: self.call("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", 30, "idle")
 
     def stop(self) -> None:
-        """End the jobs and every daemon, by the process ids they wrote."""
+        """End the jobs, then every daemon by the process id it wrote."""
+        user = psutil.Process().username()
+        subprocess.run(("scancel", "-u", user), env=self.env, capture_output=True)
+        time.sleep(1)
         for file in (*self.dir.glob("*.pid"), self.dir / "munge" / "pid"):
             if not file.is_file():
                 continue
