@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -90,7 +90,9 @@ class Cluster:
         self.call("slurmctld", "-c")
         for name in NODES:
             self.call("slurmd", "-N", name)
-        self._until(lambda: self.call("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", 30, "idle")
+        self.until(
+            lambda: self.call("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "idle nodes"
+        )
 
     def stop(self) -> None:
         """End the jobs, then every daemon by the process id it wrote."""
@@ -119,19 +121,19 @@ class Cluster:
         """Number of a new job of `slurm/{script}.sh`; one core a task, the log where asked."""
         flags = ("--cpus-per-task=1", f"--output={log}", *flags)
         command = ("sbatch", "--parsable", *flags, f"slurm/{script}.sh", *args)
-        return self.call(*command, env={"SETUP": ":", **env}).strip()
+        return self.call(*command, env={"SETUP": ":"} | env).strip()
 
     def show(self, job: str) -> list[dict[str, str]]:
         """What SLURM knows of a job, or of each task of an array."""
         lines = self.call("scontrol", "show", "job", "-o", job).strip().splitlines()
         return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
 
-    def wait(self, job: str, timeout: float = 500) -> list[dict[str, str]]:
+    def wait(self, job: str) -> list[dict[str, str]]:
         """Until a job (or all tasks of an array) is over."""
-        self._until(lambda: all(t["JobState"] in OVER for t in self.show(job)), timeout, job)
+        self.until(lambda: all(t["JobState"] in OVER for t in self.show(job)), f"the end of {job}")
         return self.show(job)
 
-    def rank(self, job: str, number: int, timeout: float = 400) -> psutil.Process:
+    def rank(self, job: str, number: int) -> psutil.Process:
         """The process of a rank, once it is there."""
         found: list[psutil.Process] = []
 
@@ -139,7 +141,7 @@ class Cluster:
             found[:] = [p for p in self.leftovers(job) if _environ(p).get("RANK") == str(number)]
             return bool(found)
 
-        self._until(look, timeout, f"rank {number} of job {job}")
+        self.until(look, f"rank {number} of job {job}")
         return found[0]
 
     def leftovers(self, job: str | None = None) -> list[psutil.Process]:
@@ -154,7 +156,8 @@ class Cluster:
         return found
 
     @staticmethod
-    def _until(condition, timeout: float, what: str) -> None:
+    def until(condition: Callable[[], bool], what: str, timeout: float = 400) -> None:
+        """Wait for something; AssertionError when it does not come about."""
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
