@@ -98,7 +98,9 @@ class Cluster:
         """End the jobs, then every daemon by the process id it wrote."""
         user = psutil.Process().username()
         subprocess.run(("scancel", "-u", user), env=self.env, capture_output=True)
-        time.sleep(1)
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline and self._jobs():
+            time.sleep(0.2)
         for file in (*self.dir.glob("*.pid"), self.dir / "munge" / "pid"):
             if not file.is_file():
                 continue
@@ -109,6 +111,10 @@ class Cluster:
             job.kill()
         time.sleep(1)
         shutil.rmtree(self.dir, ignore_errors=True)
+
+    def _jobs(self) -> bool:
+        shown = subprocess.run(("squeue", "-h"), env=self.env, capture_output=True, text=True)
+        return bool(shown.stdout.strip())
 
     def call(self, *command: str, env: Mapping[str, str] | None = None) -> str:
         result = subprocess.run(
