@@ -12,7 +12,7 @@ case ${FAULT:-} in
   crash) ((RANK == 1)) && kill -9 $$ ;;
   mistake) ((RANK == 1)) && { echo 2 > "$LDISTILL_EXIT_FILE"; exit 2; } ;;
   progress)
-    ((RANK == 1)) && sleep 30
+    ((RANK == 1)) && exec sleep 2   # ended before, or with rank 0
     mkdir "$out/checkpoint-$(($(find "$out" -name 'checkpoint-*' | wc -l) + 1))"
     [[ -e $out/checkpoint-4 ]] && exit 0 || exit 1 ;;
 esac

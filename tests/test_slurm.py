@@ -220,21 +220,24 @@ def test_shards_of_an_array_are_those_of_one_machine(cluster, tmp_path):
     assert digests(tmp_path / "many") == digests(tmp_path / "one")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_ask_for_what_exists(cluster, tmp_path, script):
+def test_scripts_ask_for_what_exists(cluster, tmp_path):
     """Every script up to the command of its ranks, which is printed instead of run."""
-    flags = ("--nodes=1", "--ntasks-per-node=1", *CPU)
-    flags += ("--array=6",) if script == "variants" else ()
-    log, out = tmp_path / "log", tmp_path / "out"
-    options = {"CONTAINER": "echo", "OUTPUT_DIR": str(out)}
-    cluster.wait(cluster.submit(script, "--alpha", "0.1", log=log, flags=flags, **options))
-    text = log.read_text()
-    [config] = re.findall(r"--deepspeed (\S+)", text)
-    [recipe] = re.findall(r"--recipe (\S+)", text)
-    assert (REPO / config).is_file()
-    assert recipe in (*shipped_recipes(), "llava-7b", "llava-13b")
-    assert f"--output_dir {out}" in text
-    assert "--shards shards --alpha 0.1" in text, "the user's arguments come last"
+    jobs = {}
+    for script in SCRIPTS:
+        flags = ("--nodes=1", "--ntasks-per-node=1", *CPU)
+        flags += ("--array=6",) if script == "variants" else ()
+        options = {"CONTAINER": "echo", "OUTPUT_DIR": str(tmp_path / "out" / script)}
+        log = tmp_path / f"{script}.log"
+        jobs[script] = cluster.submit(script, "--alpha", "0.1", log=log, flags=flags, **options)
+    for script, job in jobs.items():
+        cluster.wait(job)
+        text = text_of(tmp_path / f"{script}.log")
+        [config] = re.findall(r"--deepspeed (\S+)", text)
+        [recipe] = re.findall(r"--recipe (\S+)", text)
+        assert (REPO / config).is_file()
+        assert recipe in (*shipped_recipes(), "llava-7b", "llava-13b")
+        assert f"--output_dir {tmp_path / 'out' / script}" in text
+        assert "--shards shards --alpha 0.1" in text, "the user's arguments come last"
 
 
 def test_evaluation_waits_for_the_run(cluster, world, tmp_path):
