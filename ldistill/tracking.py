@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class PatientWandb(WandbCallback):
         try:
             report(*args, **kwargs)
         except Exception as error:  # of its sockets or its own, whatever they are
-            _tell_lost(error)
+            _tell_lost(f"{type(error).__name__}: {error}")
             self._wandb = None
 
 
@@ -75,12 +76,11 @@ def close_wandb() -> None:
     try:
         wandb.finish()
     except Exception as error:
-        _tell_lost(error)
+        _tell_lost(f"{type(error).__name__}: {error}")
 
 
-def _tell_lost(error: Exception) -> None:
-    print(
-        f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl has every record.",
-        file=sys.stderr,
-        flush=True,
-    )
+@cache
+def _tell_lost(why: str) -> None:
+    """Once for every reason."""
+    told = f"wandb is lost ({why}); metrics.jsonl has every record."
+    print(told, file=sys.stderr, flush=True)
