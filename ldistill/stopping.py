@@ -24,12 +24,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ldistill import ranks
 from ldistill.cluster import leave_code
+from ldistill.data.worker_signals import STOP_SIGNALS
 from ldistill.tracking import close_wandb
 
 STOPPED_EXIT_CODE = 85
 STOP_FILE_VARIABLE = "LDISTILL_STOP_FILE"
 STOPPED = "stopped.json"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
@@ -82,7 +82,7 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may handle signals; the file still works
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -135,22 +135,3 @@ class StopAtStep(TrainerCallback):
     ) -> None:
         if self.request.agreed:
             control.should_save = control.should_training_stop = True
-
-
-def outlive_signals(worker: int) -> None:
-    """Let a data worker live through signals that a scheduler sends to all processes of a job.
-
-    PyTorch's workers die of SIGTERM, and the rank with them, before it could save anything. Here
-    they obey SIGTERM from their parent alone. For ``DataLoader(worker_init_fn=...)``.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # not Linux
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_parent(parent: int) -> None:
-    while True:
-        received = signal.sigwaitinfo(SIGNALS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
-            os._exit(0)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Trainer
 from transformers.integrations import WandbCallback
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 RUN_ID = "wandb_run_id"
 

@@ -25,7 +25,7 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.plan import OverLong, Plan
 from ldistill.data.processor import IGNORE, Document, Processor
 from ldistill.data.samples import BadImage
-from ldistill.stopping import outlive_signals
+from ldistill.data.worker_signals import outlive_signals
 
 OnBadSample = Literal["error", "drop"]
 
