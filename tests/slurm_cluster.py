@@ -129,6 +129,11 @@ class Cluster:
         command = ("sbatch", "--parsable", *flags, f"slurm/{script}.sh", *args)
         return self.call(*command, env={"SETUP": ":"} | env).strip()
 
+    def sleeper(self, seconds: int) -> str:
+        """Number of a job that does nothing for so long."""
+        flags = ("--parsable", "--output=/dev/null", "--wrap", f"sleep {seconds}")
+        return self.call("sbatch", *flags).strip()
+
     def show(self, job: str) -> list[dict[str, str]]:
         """What SLURM knows of a job, or of each task of an array."""
         lines = self.call("scontrol", "show", "job", "-o", job).strip().splitlines()

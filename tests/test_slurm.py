@@ -122,7 +122,7 @@ def test_mistakes_end_the_job_at_once_with_a_sentence(cluster, world):
     if torch.cuda.is_available():
         pytest.skip("the node would find a GPU")
     job = submit(cluster, world, "blind", flags=())  # as the script says: one node, one GPU
-    sleeper = cluster.call("sbatch", "--parsable", "--wrap", "sleep 60").strip()
+    sleeper = cluster.sleeper(60)
     ended(cluster, job, "FAILED", "2:0", world / "blind.log")
     text = (world / "blind.log").read_text()
     assert "the job asked for 1 GPUs a node, but PyTorch finds none" in text
@@ -241,7 +241,7 @@ def test_scripts_ask_for_what_exists(cluster, tmp_path):
 
 
 def test_evaluation_waits_for_the_run(cluster, world, tmp_path):
-    first = cluster.call("sbatch", "--parsable", "--wrap", "sleep 2").strip()
+    first = cluster.sleeper(2)
     flags = (*CPU, f"--dependency=afterok:{first}")
     env = {"CONTAINER": "echo", "OUTPUT_DIR": "runs/mine"}
     job = cluster.submit("eval", "--limit", "5", log=tmp_path / "log", flags=flags, **env)
