@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ def from_first(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(box)
     result, error = box[0]
     if error is not None:
-        raise error
+        raise shared(error)
     return result
 
 
@@ -93,3 +94,35 @@ def from_first_patiently(make: Callable[[], T]) -> T:
             store.set(key, "done")
 
     return from_first(make_and_tell)
+
+
+def everywhere(make: Callable[[], T]) -> T:
+    """``make()`` on every rank, each its own result; an error on one is an error everywhere.
+
+    For what may differ between machines, such as the files on their disks. ``make`` must not
+    wait for other ranks.
+
+    Raises:
+        ValueError, OSError: the error, with the names of its machines where others have it not.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        result = make()
+    except (ValueError, OSError) as caught:
+        error = caught
+    found = gather((socket.gethostname(), None if error is None else str(error)))
+    texts = [text for _, text in found if text is not None]
+    if not texts:
+        return result
+    if len(texts) < len(found):
+        hosts = ", ".join(sorted({host for host, text in found if text is not None}))
+        failed = ", ".join(str(rank) for rank, (_, text) in enumerate(found) if text is not None)
+        error = ValueError(f"on {hosts} (rank {failed}), but not elsewhere: {texts[0]}")
+    assert error is not None
+    raise shared(error)
+
+
+def shared(error: T) -> T:
+    """Mark an error as one that every rank raises, so that only rank 0 need tell it."""
+    error.of_all_ranks = True  # type: ignore[attr-defined]
+    return error

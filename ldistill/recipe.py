@@ -111,6 +111,9 @@ class RunArguments:
     )
     eval_limit: int | None = _doc("Documents of every task of --eval_suite; default all.")
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
+    stop_file: str | None = _doc(
+        "Its appearance stops the run with a checkpoint, exit 85; default $LDISTILL_STOP_FILE."
+    )
 
 
 OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
@@ -221,12 +224,13 @@ def parse(argv: list[str]) -> Recipe:
 
 
 def _recipe_name(argv: list[str]) -> str:
-    for index, arg in enumerate(argv):
+    name = DEFAULT_RECIPE
+    for index, arg in enumerate(argv):  # the last one counts, as with every other flag
         if arg == "--recipe" and index + 1 < len(argv):
-            return argv[index + 1]
+            name = argv[index + 1]
         if arg.startswith("--recipe="):
-            return arg.removeprefix("--recipe=")
-    return DEFAULT_RECIPE
+            name = arg.removeprefix("--recipe=")
+    return name
 
 
 def _check_flags(given: set[str]) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill import run_folder
+from ldistill.cluster import check_clocks
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.read_ahead import settle_reads
@@ -33,10 +34,12 @@ from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.partition import whole_numel
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
-from ldistill.ranks import from_first, is_first, say, wait
+from ldistill.ranks import everywhere, from_first, is_first, say, wait
 from ldistill.recipe import Recipe
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.stopping import StopRequest
 from ldistill.teacher import choose_engine, shard, zero3_config
+from ldistill.tracking import keep_wandb_run, use_patient_wandb
 from ldistill.trainer import DistillTrainer, move_student
 
 
@@ -50,15 +53,21 @@ class Data:
 
 
 def run(recipe: Recipe) -> Path:
-    """Train, export and evaluate; returns the run's folder."""
+    """Train, export and evaluate; returns the run's folder.
+
+    Raises:
+        Stopped: asked to stop before the last step; the run can go on from its checkpoint.
+        ValueError, OSError: something to put right, found before the first step where it can be.
+        FloatingPointError: the loss or the weights are not finite.
+    """
     torch.manual_seed(recipe.training.seed)
     device = recipe.training.device  # also starts torch.distributed
+    check_clocks()
     folder, resume = _claim_folder(recipe)
     _prepare(recipe)
-    data = open_data(recipe)
+    data = everywhere(lambda: _open_whole_data(recipe))
     pair = open_pair(recipe, data.weights)
     data.index.check(pair.processor)
-    data.index.check_files()
     if data.index.store.remote:
         say(settle_reads(data.index, data.plan, recipe.training.world_size))
     _settle_steps(recipe, data.plan)
@@ -66,7 +75,9 @@ def run(recipe: Recipe) -> Path:
     _tell_plan(data.plan, folder)
     before = _evaluate(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with trainer.stop.listening(folder):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.stop.raise_if_stopped(trainer.state, folder)
     _export(trainer, folder)
     after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
@@ -93,6 +104,8 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
     from_first(
         lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite) or True
     )
+    if is_first():
+        keep_wandb_run(folder, args.report_to)
     return folder, resume
 
 
@@ -111,6 +124,12 @@ def _prepare(recipe: Recipe) -> None:
     made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
+
+
+def _open_whole_data(recipe: Recipe) -> Data:
+    data = open_data(recipe)
+    data.index.check_files()
+    return data
 
 
 def open_data(recipe: Recipe) -> Data:
@@ -217,8 +236,10 @@ def build_trainer(
         health_steps=recipe.run.health_steps,
         resume=resume,
         evaluator=evaluator_of(recipe, pair, folder),
+        stop=StopRequest(recipe.run.stop_file),
     )
     _use_own_progress(trainer, folder, resume)
+    use_patient_wandb(trainer)
     return trainer
 
 

@@ -5,6 +5,7 @@ plan.json          documents, packs, drops of an epoch
 metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
 checkpoint-N/      to resume from             student/           the exported student
 evaluation.json    before and after           logs of --report_to, if any
+stopped.json       stopped on request at ...  wandb_run_id       of every start of this run
 """
 
 from __future__ import annotations
@@ -74,12 +75,14 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
     """Checkpoint to resume from: a path, or the newest of the folder for ``true`` and ``auto``.
 
     Raises:
-        FileNotFoundError: asked for one, and there is none.
+        FileNotFoundError: asked for one, and there is none; ``auto`` then begins at step 0.
     """
     if asked is None or str(asked).lower() == "false":
         return None
     if str(asked).lower() in ("true", "auto"):
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None and str(asked).lower() == "auto":
+            return None
         if last is None:
             raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint-N folder.")
         return Path(last)

@@ -22,11 +22,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; returns the exit status: 0 done, 2 an error to put right, 85 stopped."""
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
+    from ldistill.cluster import ERROR_EXIT_CODE, check_launch, tell
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.run import run
+    from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
 
     if {"--help", "-h"} & set(argv):
         print_help()
@@ -38,16 +40,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     first = os.environ.get("RANK", "0") == "0"
     try:
+        check_launch()
         recipe = parse(argv)
         if first and not any(a.split("=")[0] == "--recipe" for a in argv):
             print(f"No --recipe was given: running the embedded default, '{DEFAULT_RECIPE}'.")
         run(recipe)
+    except Stopped:
+        return STOPPED_EXIT_CODE
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("LDISTILL_DEBUG") == "1":
             raise
-        if first or isinstance(error, FloatingPointError):
-            print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        return 2
+        tell(error)
+        return ERROR_EXIT_CODE
     return 0
 
 

@@ -26,6 +26,7 @@ from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
 from ldistill.state import gather_trained
+from ldistill.stopping import StopAtStep, StopRequest
 
 STUDENT = "student"
 DATA_STATE = "data.json"
@@ -45,6 +46,7 @@ class DistillTrainer(Trainer):
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
         resume: checkpoint folder to continue from.
         evaluator: ``(step, weight updates) -> scores``, run every ``args.eval_steps``.
+        stop: how the run may be asked to stop; default by signal and by the environment's file.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DistillTrainer(Trainer):
         health_steps: int = 0,
         resume: Path | None = None,
         evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None,
+        stop: StopRequest | None = None,
         **kwargs: Any,
     ) -> None:
         args.ignore_data_skip = True  # the loader itself starts at the right pack
@@ -75,6 +78,8 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.distiller, self.pair, self.meter = distiller, pair, meter
         self._make_loader, self._rates, self._health_steps = loader, rates, health_steps
+        self.stop = stop or StopRequest()
+        self.add_callback(StopAtStep(self.stop))
         self._resume, self._began = resume, False
         self._first_pack, self._first_step = _read_data_state(resume)
         self._finite = torch.ones((), device=args.device)
@@ -129,12 +134,13 @@ class DistillTrainer(Trainer):
         return samples, None
 
     def _agree(self, plans: list[Any]) -> tuple[float, list[bool]]:
-        """One reduction a step: rows of the global batch, who teaches, is all finite."""
+        """One reduction a step: rows of the global batch, who teaches, is all finite, to stop?"""
         own = [len(plan.teacher) for plan in plans]
-        counts = [sum(len(p.supervised) for p in plans), *own]
+        counts = [float(self.stop.asked), sum(len(p.supervised) for p in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite.double()[None]])
-        total, *teachers, broken = ranks.sum_over(vector).tolist()
+        asked, total, *teachers, broken = ranks.sum_over(vector).tolist()
+        self.stop.agreed |= asked > 0
         if broken:
             self._stop_not_finite()
         teacher = self.distiller.teacher

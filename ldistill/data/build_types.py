@@ -18,7 +18,7 @@ class SourceInput:
     `convert` turns a row into one Sample or Drop, plus drops of single turns; it runs in the
     workers and must be picklable. `identity` says, in JSON, what the rows are: a build resumes
     only on the same, non-empty identity. `length` is for the progress bar, `bytes` for the check
-    of the disk.
+    of the disk. `rows_end` is the number of rows, where known: all row numbers lie below it.
     """
 
     source: str
@@ -28,6 +28,8 @@ class SourceInput:
     identity: dict[str, Any] = field(default_factory=dict)
     length: int | None = None
     bytes: int = 0
+    rows_end: int | None = None
+    may_be_empty: bool = False
 
 
 @dataclass(frozen=True)

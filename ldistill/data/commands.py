@@ -1,4 +1,4 @@
-"""The `ldistill shards` command: build, verify, stats.
+"""The `ldistill shards` command: build, merge, verify, stats.
 
 ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/
 ldistill shards verify shards/
@@ -19,6 +19,7 @@ import typer
 if TYPE_CHECKING:
     from ldistill.data.build_types import BuildOptions, SourceInput, SourceReport
     from ldistill.data.processor import Processor
+    from ldistill.data.slices import Slice
     from ldistill.data.stats import SourceStats
 
 app = typer.Typer(help="Build, check and describe shards of training data.", no_args_is_help=True)
@@ -67,6 +68,12 @@ def build(
         Path | None, typer.Option(help="Folder of a LLaVA file's images. Default: the file's.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace sources built before.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--slice", help="Build only part i of n of every source, as i/n; see `shards merge`."
+        ),
+    ] = None,
 ) -> None:
     """Build shards. Run the same command again to go on after an interruption."""
     with readable_errors():
@@ -74,6 +81,7 @@ def build(
         from ldistill.data.build_types import BuildOptions
         from ldistill.data.input_options import InputOptions
         from ldistill.data.inputs import open_inputs
+        from ldistill.data.slices import Slice
         from ldistill.students.formats import load_processor
 
         extra = known_sources.parse_extra(extra_sources or [])
@@ -93,9 +101,27 @@ def build(
             workers=workers or cpu_count(),
             overwrite=overwrite,
         )
+        chosen = Slice.parse(part) if part else None
         inputs = open_inputs(dataset, options)
         processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
-        _print_reports(_build_with_bar(inputs, out, processor, cutting), out)
+        _print_reports(_build_with_bar(inputs, out, processor, cutting, chosen), out)
+
+
+@app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="Folder of shards, built with --slice.")],
+    sources: Annotated[str | None, typer.Option(help="a,b,c. Default: all.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace sources merged before.")] = False,
+) -> None:
+    """Join slices, built on any number of machines, to the shards that one would have built."""
+    with readable_errors():
+        from ldistill.data.slices import join_slices
+
+        reports = join_slices(folder, _chosen(sources), overwrite=overwrite)
+        if reports:
+            _print_reports(reports, folder)
+        else:
+            typer.echo(f"nothing to merge in {folder}: it is done")
 
 
 @app.command()
@@ -214,7 +240,11 @@ def _chosen(sources: str | None) -> list[str] | None:
 
 
 def _build_with_bar(
-    inputs: list[SourceInput], out: Path, processor: Processor, options: BuildOptions
+    inputs: list[SourceInput],
+    out: Path,
+    processor: Processor,
+    options: BuildOptions,
+    part: Slice | None,
 ) -> list[SourceReport]:
     from rich.progress import (
         BarColumn,
@@ -225,6 +255,7 @@ def _build_with_bar(
     )
 
     from ldistill.data.shards import build as build_sources
+    from ldistill.data.slices import build_slice
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn()) as bar:
@@ -234,6 +265,8 @@ def _build_with_bar(
             bar.start_task(tasks[entry.source])
             bar.advance(tasks[entry.source], rows)
 
+        if part is not None:
+            return build_slice(inputs, out, processor, options, part, advance)
         return build_sources(inputs, out, processor, options, advance)
 
 

@@ -97,6 +97,7 @@ def _table_input(source: str, table: Table, options: InputOptions) -> SourceInpu
         identity={"format": kind, "min_ratings": dict(options.min_ratings), **table.identity},
         length=table.length,
         bytes=table.bytes,
+        rows_end=table.length,
     )
 
 

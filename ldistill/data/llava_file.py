@@ -40,6 +40,7 @@ def open_llava(path: Path, options: InputOptions) -> list[SourceInput]:
             convert=LlavaJson(source, root),
             identity=identity,
             length=len(groups[source]),
+            rows_end=len(records),
         )
         for source in choose_sources(list(groups), str(path), options)
     ]

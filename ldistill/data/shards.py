@@ -32,6 +32,7 @@ from ldistill.data.processor import Processor
 from ldistill.data.samples import Drop, Sample
 
 LEAST_ROOM = 64 * 1024 * 1024
+PLAN_KEYS = ("format", "source", "category", "input", "options", "processor", "max_images")
 
 
 def build_shards(
@@ -88,9 +89,9 @@ class SourceBuild:
         self,
         entry: SourceInput,
         out: Path,
-        processor: Processor,
+        processor: Processor | None,
         options: BuildOptions,
-        workers: Workers,
+        workers: Any,
         advance: Advance,
     ) -> None:
         self.entry, self.processor, self.options = entry, processor, options
@@ -219,7 +220,7 @@ class SourceBuild:
         self.shards.append(shard)
 
     def _finish(self) -> None:
-        if not self.shards:
+        if not self.shards and not self.entry.may_be_empty:
             lost = ", ".join(f"{n} {reason}" for reason, n in self.progress.drops.items())
             shutil.rmtree(self.folder)
             raise ValueError(
@@ -231,7 +232,8 @@ class SourceBuild:
                 stale.unlink()
         part = self.folder / (SAMPLES_NAME + ".part")
         with part.open("wb") as file:
-            np.save(file, np.concatenate([shard.rows for shard in self.shards]))
+            tables = [np.empty(0, SAMPLE_DTYPE), *(shard.rows for shard in self.shards)]
+            np.save(file, np.concatenate(tables))
         part.replace(self.folder / SAMPLES_NAME)
         index = self._index() | {"samples_sha256": hash_file(self.folder / SAMPLES_NAME)}
         write_text(self.folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
@@ -242,11 +244,15 @@ class SourceBuild:
             **self.plan,
             "split": self.options.split,
             "plan": digest(self.plan),
-            "processor_parts": self.processor.parts,
-            "image_settings": asdict(self.processor.images),
+            **self._of_processor(),
             **self.progress.counts(),
             "shards": [asdict(shard.file) for shard in self.shards],
         }
+
+    def _of_processor(self) -> dict[str, Any]:
+        """What the index keeps of the processor, for readable errors and for readers."""
+        parts, images = self.processor.parts, self.processor.images
+        return {"processor_parts": parts, "image_settings": asdict(images)}
 
 
 def check_room(folder: Path, need: int) -> None:

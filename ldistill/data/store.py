@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
+SLICES_NAME = ".slices"
 READS = ("auto", "whole", "ranged")
 
 
@@ -80,6 +81,8 @@ class LocalStore:
                 f"no shards: the folder {root} does not exist. Build it with "
                 "`ldistill shards build`"
             )
+        if (root / SLICES_NAME).is_dir():
+            return f"{root} is built in slices: join them with `ldistill shards merge {root}`"
         if any(root.glob("*/.build")):
             return f"the build of {root} is unfinished: run the same `ldistill shards build` again"
         return (

@@ -26,6 +26,7 @@ from ldistill.data.plan import OverLong, Plan
 from ldistill.data.processor import IGNORE, Document, Processor
 from ldistill.data.read_ahead import ExpectantBatch, ReadAheadSampler, settle_reads
 from ldistill.data.samples import BadImage
+from ldistill.data.worker_signals import outlive_signals
 
 OnBadSample = Literal["error", "drop"]
 
@@ -192,4 +193,5 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=multiprocessing_context if num_workers else None,
+        worker_init_fn=outlive_signals,
     )

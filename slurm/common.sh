@@ -1,0 +1,120 @@
+# What the jobs of this folder share; sourced by them, never submitted itself.
+#
+#   sbatch slurm/selective.sh                                 the paper's run on one GPU
+#   sbatch slurm/selective.sh --learning_rate 5e-5            arguments go to train.py
+#   RECIPE=my.yaml OUTPUT_DIR=/scratch/me/run sbatch --account=lab --time=12:00:00 slurm/uniform.sh
+#   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/selective.sh     one rank a GPU
+#   sbatch --nodes=2 --gpus-per-node=0 slurm/selective.sh     CPU nodes, one rank each
+#
+# Submit from the repository's root, or with --chdir=ROOT. Account, partition, QOS, time, memory,
+# nodes and GPUs are sbatch flags (or SBATCH_ACCOUNT, SBATCH_PARTITION, ...); all else is a variable:
+#
+#   SETUP        shell code that makes `python` the right one: "module load cuda; source env/bin/activate"
+#                (default: .venv, if there is one)
+#   CONTAINER    what stands before each rank's command: "apptainer exec --nv ldistill.sif"
+#   SRUN_FLAGS   more flags for srun: "--container-image=ldistill.sqsh --network=..."
+#   RECIPE       name or file, instead of the script's own         OUTPUT_DIR  default runs/RECIPE
+#   ZERO         DeepSpeed configuration, instead of the script's own
+#   SHARDS       folder of shards, on every node; default shards; empty: the recipe makes its own
+#   MASTER_ADDR, MASTER_PORT    where rank 0 listens; default the first node, a port by the job's id
+#   MAX_CRASHES  how often a crash without a new checkpoint in between is tried again, in the same
+#                allocation (default 3), after BACKOFF seconds (default 30), then twice that, ...
+#   MAX_REQUEUES how often the job may go back to the queue (default 100)
+#
+# A preempted job, or one 300 s before its time limit, saves a checkpoint, goes back to the queue
+# and goes on in the same run folder. More: docs/operations.md.
+
+STOPPED=85   # ldistill.stopping.STOPPED_EXIT_CODE
+MISTAKE=2    # train.py has said what to change; trying again would not help
+
+[[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: submit this script with sbatch." >&2; exit $MISTAKE; }
+[[ -f ldistill/train.py ]] || { echo "error: submit from the repository's root, or with --chdir." >&2; exit $MISTAKE; }
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun no longer inherits it
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+eval "${SETUP-[[ ! -f .venv/bin/activate ]] || source .venv/bin/activate}"
+
+# train RECIPE ZERO [arguments of train.py]: a run, from its newest checkpoint if it has one.
+train() {
+  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards=${SHARDS-shards} crashes=0 before code
+  shift 2
+  output=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
+  alone_in "$output"
+  export LDISTILL_STOP_FILE=$PWD/slurm/logs/stop-$SLURM_JOB_ID
+  export LDISTILL_EXIT_FILE=$PWD/slurm/logs/exit-$SLURM_JOB_ID
+  rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"
+  trap 'rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"' EXIT
+  trap 'echo "told to stop: $(date)"; touch "$LDISTILL_STOP_FILE"' USR1
+  set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" --output_dir "$output" \
+    --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
+  while :; do
+    before=$(newest)
+    run_ranks python -u ldistill/train.py "$@"
+    code=$?
+    # srun's status may be that of ranks it killed because the first one had left.
+    [[ ! -s $LDISTILL_EXIT_FILE ]] || code=$(<"$LDISTILL_EXIT_FILE")
+    [[ $code -ne 0 && $code -ne $MISTAKE ]] || exit "$code"
+    [[ $code -ne $STOPPED ]] || requeue
+    [[ $(newest) == "$before" ]] || crashes=0
+    ((crashes++ < ${MAX_CRASHES:-3})) || { echo "error: crashed with $code $crashes times without getting further; not tried again." >&2; exit "$code"; }
+    echo "crashed with $code; trying again in $((${BACKOFF:-30} << (crashes - 1))) s"
+    pause $((${BACKOFF:-30} << (crashes - 1)))
+  done
+}
+
+# run_ranks COMMAND...: on every task of the job, as torch.distributed expects it. One rank's failure
+# ends all. srun runs in the background, since a trap waits for what runs in the foreground.
+run_ranks() {
+  rm -f "$LDISTILL_EXIT_FILE"
+  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+  export LDISTILL_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-0}
+  LDISTILL_GPUS_PER_NODE=${LDISTILL_GPUS_PER_NODE##*:}   # a100:8
+  # shellcheck disable=SC2016,SC2086
+  srun --kill-on-bad-exit=1 ${SRUN_FLAGS:-} ${CONTAINER:-} bash -c '
+    export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+    export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*}
+    exec "$@"' rank "$@" &
+  pause_until_end $!
+}
+
+# Ends with the process's status. A trapped signal ends `wait` alone, with 128 and more.
+pause_until_end() {
+  local code
+  while wait "$1"; code=$?; ((code > 128)) && kill -0 "$1" 2>/dev/null; do :; done
+  return $code
+}
+
+pause() { sleep "$1" & pause_until_end $!; }
+
+newest() { ls -d "$output"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
+
+# Back to the queue; this script ends here, to be started again under the same job id.
+requeue() {
+  if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
+    echo "stopped, and back in the queue $SLURM_RESTART_COUNT times already: submit it again." >&2
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    echo "back to the queue: $(date)"
+    sleep 600   # SLURM ends it
+  else
+    echo "stopped, but SLURM does not take it back: submit the same command again." >&2
+  fi
+  exit $STOPPED
+}
+
+# Two jobs that write to one run folder would ruin it.
+alone_in() {
+  local other
+  mkdir -p "$1"
+  other=$(cat "$1/slurm_job" 2>/dev/null)
+  if [[ -n $other && $other != "$SLURM_JOB_ID" && -n $(squeue -h -t R,CG,S -j "$other" 2>/dev/null) ]]; then
+    echo "error: job $other is writing to $1: wait for it, cancel it, or choose another OUTPUT_DIR." >&2
+    exit $MISTAKE
+  fi
+  echo "$SLURM_JOB_ID" > "$1/slurm_job"
+}
+
+# on_one COMMAND...: once, on the job's first node.
+on_one() {
+  # shellcheck disable=SC2086
+  srun --nodes=1 --ntasks=1 ${SRUN_FLAGS:-} ${CONTAINER:-} "$@"
+}

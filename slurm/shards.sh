@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Data preparation on any number of nodes: an array whose tasks share out the sources, or slices of
+# them. The result is the same, byte for byte, as one machine's.
+#     sbatch slurm/shards.sh --dataset HuggingFaceM4/the_cauldron --out shards/
+#     job=$(SLICES=8 sbatch --parsable --array=0-31 slurm/shards.sh --dataset big/ --out shards/)
+#     sbatch --dependency=afterok:$job slurm/merge.sh shards/
+# SOURCES: full (the 17), lang or a,b,c. SLICES: parts of every source, default 1; with more, let
+# merge.sh join them. Arguments go to `ldistill shards build`. Other options: slurm/common.sh
+#SBATCH --job-name=shards
+#SBATCH --array=0-16
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --time=12:00:00
+#SBATCH --output=slurm/logs/%x-%A_%a.log
+#SBATCH --requeue --open-mode=append
+source slurm/common.sh
+names=$(on_one python -c 'import sys; from ldistill.sources import SUBSETS
+print(*SUBSETS.get(sys.argv[1], sys.argv[1].split(",")))' "${SOURCES:-full}") || exit
+units=()
+for source in $names; do
+  for ((i = 1; i <= ${SLICES:-1}; i++)); do units+=("$source $i/${SLICES:-1}"); done
+done
+first=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN))
+for ((u = first; u < ${#units[@]}; u += SLURM_ARRAY_TASK_COUNT)); do
+  read -r source slice <<< "${units[u]}"
+  echo "$source, slice $slice"
+  [[ $slice == 1/1 ]] || slicing=(--slice "$slice")
+  on_one ldistill shards build --sources "$source" "${slicing[@]}" "$@" || exit
+done
