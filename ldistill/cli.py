@@ -17,6 +17,7 @@ from ldistill import __version__
 from ldistill.bench_commands import app as bench_app
 from ldistill.data.commands import app as shards_app
 from ldistill.tiny.commands import app as tiny_app
+from ldistill.torture.commands import torture
 
 app = typer.Typer(
     help="Give a vision-language model its language back.",
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
+app.command()(torture)
 
 
 @app.callback(invoke_without_command=True)

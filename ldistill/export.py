@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ldistill import run_folder
+from ldistill.checkpoint_folder import survey
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 from ldistill.trainer import STUDENT
 
@@ -23,8 +22,7 @@ def find_student(run: Path) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
     candidates = [run / run_folder.STUDENT, run / STUDENT]
-    if last := get_last_checkpoint(str(run)):
-        candidates.append(Path(last) / STUDENT)
+    candidates += [found.path / STUDENT for found in survey(run) if found.problem is None]
     for candidate in candidates:
         if all((candidate / name).is_file() for name in _FILES):
             return candidate

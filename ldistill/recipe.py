@@ -96,6 +96,7 @@ class RunArguments:
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
+    log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
 
 

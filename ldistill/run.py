@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldistill import run_folder
+from ldistill import checkpoint_folder, identity, resuming, run_folder, universal
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.stream import make_loader
@@ -30,6 +30,8 @@ from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
 from ldistill.ranks import from_first, is_first, say, wait
 from ldistill.recipe import Recipe
+from ldistill.sample_log import SampleLog
+from ldistill.saving import Saver
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.teacher import choose_engine, shard, zero3_config
 from ldistill.trainer import DistillTrainer, move_student
@@ -59,8 +61,12 @@ def run(recipe: Recipe) -> Path:
     _tell_plan(data.plan, folder)
     before = _evaluate(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _export(trainer, folder)
+    if resume is None or _step_of(resume) < recipe.training.max_steps:
+        trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
+        _export(trainer, folder)
+    else:
+        say(f"{resume} is the last step: nothing is left to train.")
+        _take_result(resume, folder)
     after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
         _report(recipe, folder, before, after)
@@ -82,9 +88,13 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
             lambda: str(chosen or run_folder.default_folder(recipe.run.recipe or "run"))
         )
     folder = Path(args.output_dir)
-    resume = run_folder.find_checkpoint(asked, folder)
+    resume = resuming.find_checkpoint(asked, folder)
+    restart = resume is None and resuming.wants_newest(asked)
     from_first(
-        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite) or True
+        lambda: (
+            run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
+            or True
+        )
     )
     return folder, resume
 
@@ -188,6 +198,15 @@ def build_trainer(
         options=recipe.data,
         args=args,
     )
+    about = identity.describe(
+        run_folder.run_id(folder),
+        pair,
+        data.index,
+        data.plan,
+        universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
+    )
+    resume, converted = _fit_checkpoint(recipe, resume, folder, about)
+    step = _step_of(resume) if resume else 0
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     trainer = DistillTrainer(
@@ -200,11 +219,41 @@ def build_trainer(
             recipe.run.projector_lr or args.learning_rate,
             recipe.run.decoder_lr or args.learning_rate,
         ),
+        saver=Saver(folder, about, args.save_total_limit),
         health_steps=recipe.run.health_steps,
         resume=resume,
+        converted=converted,
+        sample_log=SampleLog(folder, data.index, step) if recipe.run.log_samples else None,
     )
-    _use_own_progress(trainer, folder, resume)
+    _use_own_progress(trainer, folder, step)
     return trainer
+
+
+def _fit_checkpoint(
+    recipe: Recipe, resume: Path | None, folder: Path, about: dict[str, Any]
+) -> tuple[Path | None, bool]:
+    """The checkpoint as this run can load it, and whether it had to be converted.
+
+    Raises:
+        ValueError: it belongs to another run, pair or data set, or cannot be converted.
+    """
+    if resume is None:
+        return None, False
+    found = checkpoint_folder.read_manifest(resume).about
+    own = {"run": run_folder.run_id(resume.parent)}
+    identity.check_belongs(resume, found, about | own)
+    if found["layout"] == about["layout"]:
+        return resume, False
+    universal.check_convertible(resume, found["layout"], about["layout"])
+    say(f"{resume} has another layout ({found['layout']}): converting it ...")
+    target = from_first(lambda: str(universal.convert(resume, folder)))
+    config = recipe.training.deepspeed_plugin.deepspeed_config
+    config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
+    return Path(target), True
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
@@ -224,14 +273,13 @@ def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any)
     )
 
 
-def _use_own_progress(trainer: DistillTrainer, folder: Path, resume: Path | None) -> None:
+def _use_own_progress(trainer: DistillTrainer, folder: Path, step: int) -> None:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ShortProgress)
-    step = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer.add_callback(WriteMetrics(folder / run_folder.METRICS, step))
 
 
@@ -269,6 +317,10 @@ def _export(trainer: DistillTrainer, folder: Path) -> None:
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
+    _take_result(last, folder)
+
+
+def _take_result(last: Path, folder: Path) -> None:
     if is_first():
         move_student(last, folder / run_folder.STUDENT)
     wait()

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from ldistill.data.samples import Sample, Turn
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
+PAUSES = (0.1, 1.0)
+"""Seconds before a read that failed is tried again; after the last, the sample is unreadable."""
 SAMPLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # number of the shard within its source
@@ -166,10 +169,22 @@ def read_range(path: str, offset: int, size: int) -> bytes:
     return b"".join(parts)
 
 
+def _read_patiently(path: str, offset: int, size: int) -> bytes:
+    """`read_range`, tried again after a moment: network storage stumbles now and then."""
+    for pause in PAUSES:
+        try:
+            return read_range(path, offset, size)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read_range(path, offset, size)
+
+
 def load_sample(path: str, record: np.void, key: str) -> Sample:
     """Read one sample and check its CRC-32. Raises BadSample naming shard, key and reason."""
     try:
-        raw = read_range(path, int(record["offset"]), int(record["size"]))
+        raw = _read_patiently(path, int(record["offset"]), int(record["size"]))
     except OSError as error:
         raise BadSample("unreadable shard", path, key, str(error)) from error
     if len(raw) < record["size"]:
