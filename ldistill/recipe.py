@@ -119,7 +119,8 @@ class Recipe:
         own: dict[str, Any] = {}
         for group in (self.pair, self.data, self.distil, self.run):
             own |= dataclasses.asdict(group)
-        own |= {k: getattr(self.training, k) for k in sorted(self.given) if k not in own}
+        named = set(self.given) | {"optim"}  # a checkpoint holds the optimizer's state
+        own |= {k: getattr(self.training, k) for k in sorted(named) if k not in own}
         return own
 
 
