@@ -236,11 +236,18 @@ class DistillTrainer(Trainer):
         return prepared
 
     def _restore_groups(self) -> None:
-        """Weight decay by group: DeepSpeed's ZeRO-3 gives all groups that of the first."""
+        """Undo what DeepSpeed's ZeRO-3 does when it loads the universal format.
+
+        It gives all groups the options of the first, and all states one and the same step tensor,
+        which each of them then counts up.
+        """
         groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
         rates = self.lr_scheduler.get_last_lr()
         for group, wanted, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
             group["weight_decay"], group["lr"] = wanted["weight_decay"], rate
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter gathered to the logged loss."""

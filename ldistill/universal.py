@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +113,25 @@ def _complete(folder: Path) -> None:
     for moment in (folder / "zero").rglob("exp_avg.pt"):
         if not (moment.parent / "step.pt").exists():
             torch.save(step, moment.parent / "step.pt")
+        for name in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
+            _wrap(moment.parent / name)
     kept = {k: v for k, v in state.items() if k not in ("optimizer_state_dict", "fp32_flat_groups")}
     kept["optimizer_state_dict"] = {
         "state": {0: {"step": step}},
         "param_groups": state["param_groups"],
     }
+    kept.setdefault("ds_version", metadata.version("deepspeed"))  # ZeRO-3 does not write it
     torch.save(kept, path)
     for have, want in ((_STAGE12, _STAGE3), (_STAGE3, _STAGE12)):
         if (folder / have).exists() and not (folder / want).exists():
             shutil.copyfile(folder / have, folder / want)
+
+
+def _wrap(path: Path) -> None:
+    """ZeRO-3's converter writes bare tensors, which only ZeRO-3 reads; all read a wrapped one."""
+    value = torch.load(path, map_location="cpu", weights_only=False)
+    if not isinstance(value, dict):
+        torch.save({"param": value}, path)
 
 
 def _step(folder: Path, state: dict[str, Any]) -> Any:
