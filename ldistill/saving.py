@@ -50,8 +50,11 @@ class Saver:
         """Note what the disk refuses instead of raising it, so that collectives stay in step."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
-            self._failures.append(str(error).splitlines()[0])
+        except FloatingPointError:  # agreed upon already
+            raise
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
+            first = (str(error).splitlines() or [""])[0]
+            self._failures.append(f"{type(error).__name__}: {first}")
 
     def save(self, step: int, write: Callable[[], None]) -> Path:
         """Write, seal and publish the checkpoint of a step. Every rank must call it.

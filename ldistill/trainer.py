@@ -255,6 +255,8 @@ class DistillTrainer(Trainer):
             gathered = self.meter.flush()
             gathered.pop("loss", None)  # the Trainer's own: the mean over steps of the global loss
             logs = logs | gathered
+        # The Trainer counts from the restart; its "epoch" is the share of the run that is done.
+        self.state.epoch = self.state.global_step / self.args.max_steps
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

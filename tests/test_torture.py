@@ -14,8 +14,8 @@ from ldistill.torture.history import History, last_step
 from ldistill.torture.kills import torture
 
 pytestmark = pytest.mark.slow
-# fp32 sums in another order over 12 steps of AdamW.
-ELASTIC_TOLERANCE = 1e-4
+# fp32 sums in another order over 9 steps of AdamW; measured differences are below 1e-6.
+ELASTIC_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ class Mixture:
 
 ORDINARY = Mixture({"docvqa": 48, "vqav2": 48})
 TEXTUAL = Mixture({"docvqa": 16, "vqav2": 32}, text_only=0.8)
-HARDLY_DISTILLING = Mixture({"docvqa": 61, "vqav2": 3})
+HARDLY_DISTILLING = Mixture({"docvqa": 56, "vqav2": 8})
 
 
 def write_world(folder: Path, mixture: Mixture = ORDINARY) -> Path:
