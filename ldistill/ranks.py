@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,6 +58,27 @@ def gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(make: Callable[[], T]) -> T:
+    """``make()`` on every rank; where it fails on some, all raise a sentence that names one.
+
+    Raises:
+        ValueError, OSError: this rank's own where every rank failed, else ValueError.
+    """
+    value, problem = None, None
+    try:
+        value = make()
+    except (ValueError, OSError) as error:
+        problem = error
+    texts = gather(str(problem) if problem is not None else None)
+    if problem is not None and all(text is not None for text in texts):
+        raise problem
+    hosts = gather(socket.gethostname()) if any(texts) else []
+    for rank, text in enumerate(texts):
+        if text is not None:
+            raise ValueError(f"rank {rank} on {hosts[rank]}: {text}")
+    return value
 
 
 def from_first(make: Callable[[], T]) -> T:

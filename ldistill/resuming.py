@@ -8,12 +8,12 @@ share that work) and every pickle is searched for anything that is not plain dat
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 
 from ldistill import checkpoint_folder, ranks
-from ldistill.checkpoint_folder import Found
 
 AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
@@ -128,7 +128,19 @@ def foreign_code(checkpoint: Path) -> str | None:
     return None
 
 
-def later_than(folder: Path, checkpoint: Path) -> list[Found]:
-    """Complete checkpoints of a run that lie after the one it goes on from."""
+def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
+    """Rename a run's good checkpoints after the one it goes on from: ``given-up-checkpoint-N``.
+
+    A run that goes back to an earlier checkpoint takes another way from there; ``auto`` must not
+    return to the one it left. Call it on one rank.
+    """
     step = checkpoint_folder.read_manifest(checkpoint).step
-    return [f for f in checkpoint_folder.survey(folder) if f.step > step and f.problem is None]
+    moved = []
+    for found in checkpoint_folder.survey(folder):
+        if found.step > step and found.problem is None:
+            target = folder / f"given-up-{found.path.name}"
+            if target.exists():
+                shutil.rmtree(target)
+            moved.append(found.path.rename(target))
+            ranks.say(f"{found.path.name} is later than {checkpoint.name}: now {target.name}.")
+    return moved

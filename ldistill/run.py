@@ -28,7 +28,7 @@ from ldistill.metrics import Meter
 from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
-from ldistill.ranks import from_first, is_first, say, wait
+from ldistill.ranks import from_first, is_first, say, together, wait
 from ldistill.recipe import Recipe
 from ldistill.sample_log import SampleLog
 from ldistill.saving import Saver
@@ -52,10 +52,10 @@ def run(recipe: Recipe) -> Path:
     device = recipe.training.device  # also starts torch.distributed
     folder, resume = _claim_folder(recipe)
     _prepare(recipe)
-    data = open_data(recipe)
+    data = together(lambda: open_data(recipe))
     pair = open_pair(recipe, data.weights)
     data.index.check(pair.processor)
-    data.index.check_files()
+    together(data.index.check_files)
     _settle_steps(recipe, data.plan)
     _check_disk(recipe, pair, folder)
     _tell_plan(data.plan, folder)
@@ -96,6 +96,10 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
             or True
         )
     )
+    run_id = from_first(lambda: run_folder.run_id(folder))
+    together(lambda: run_folder.check_shared(folder, run_id))
+    if resume is not None and resume.parent.resolve() == folder.resolve():
+        from_first(lambda: resuming.give_up_later(folder, resume))
     return folder, resume
 
 

@@ -121,6 +121,19 @@ def run_id(folder: Path) -> str | None:
     return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
 
 
+def check_shared(folder: Path, expected: str | None) -> None:
+    """Refuse a run folder that this rank's node does not share with rank 0's.
+
+    Raises:
+        OSError: another run, or none, lies there on this node.
+    """
+    if run_id(folder) != expected:
+        raise OSError(
+            f"{folder} is not the folder that rank 0 sees: --output_dir must lie on a file system "
+            "that all nodes share."
+        )
+
+
 def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")

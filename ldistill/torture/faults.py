@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -205,6 +206,19 @@ def _unharmed(bench: Bench, title: str, fault: Fault) -> Row:
     return Row(title, _SAME, *_same(expected, history))
 
 
+def killed_worker(bench: Bench) -> Row:
+    """A data worker is killed, as by a machine short of memory."""
+    expected, run = bench.undisturbed(), bench.fresh("killed_worker")
+    with bench.start(run, dataloader_num_workers=1) as ranks:
+        ranks.wait_for(lambda: last_step(run) >= 4)
+        for worker in ranks.children(0):
+            os.kill(worker, signal.SIGKILL)
+        code, said = ranks.finish(bench.timeout), ranks.output()
+    problem = _judge(code, said, "worker")
+    outcome, passed = (problem, False) if problem else _same(expected, bench.complete(run))
+    return Row("a data worker is killed", _THEN, outcome, passed)
+
+
 def dead_storage(bench: Bench) -> Row:
     """Reads fail for good in mid-run; later they work again."""
     expected, run = bench.undisturbed(), bench.fresh("dead_storage")
@@ -270,6 +284,7 @@ FAULTS: dict[str, Callable[[Bench], Row]] = {
     "slow-reads": slow_reads,
     "failing-reads": failing_reads,
     "dead-storage": dead_storage,
+    "killed-worker": killed_worker,
     "text-only-rank": text_only_rank,
     "nothing-distils": nothing_distils,
 }

@@ -85,6 +85,12 @@ class Ranks:
         """Ranks that were started."""
         return len(self._processes)
 
+    def children(self, number: int) -> list[int]:
+        """Process ids that a rank started: its data workers."""
+        pid = self._processes[number].pid
+        listed = Path(f"/proc/{pid}/task/{pid}/children")
+        return [int(word) for word in listed.read_text().split()] if listed.exists() else []
+
     def alive(self) -> bool:
         """Whether all ranks still run."""
         return all(process.is_alive() for process in self._processes)
