@@ -3,6 +3,7 @@
     run/checkpoint-20/            complete: manifest.json lists every file with size and SHA-256
     run/.writing/checkpoint-30/   being written; nothing reads it
     run/.retired/checkpoint-10/   being deleted
+    run/.adapted/checkpoint-20/   a copy for other ranks or another ZeRO stage, while it is loaded
 
 A checkpoint is written aside by all ranks; its files are made durable and hashed; the manifest,
 listing them, is written last; one rename makes the whole visible. Killed between any two of these
@@ -25,6 +26,7 @@ from ldistill.data.archive import hash_file
 MANIFEST = "manifest.json"
 WRITING = ".writing"
 RETIRED = ".retired"
+ADAPTED = ".adapted"
 FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -62,8 +64,8 @@ def begin(root: Path, step: int) -> Path:
 
 
 def clear(root: Path) -> None:
-    """Remove what an earlier, killed process left half written or half deleted."""
-    for name in (WRITING, RETIRED):
+    """Remove what an earlier, killed process left half written, half deleted or half loaded."""
+    for name in (WRITING, RETIRED, ADAPTED):
         if (root / name).exists():
             shutil.rmtree(root / name)
 

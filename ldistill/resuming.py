@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ldistill import checkpoint_folder, ranks
+from ldistill import checkpoint_folder, identity, ranks, run_folder, universal
 
 AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
@@ -126,6 +127,40 @@ def foreign_code(checkpoint: Path) -> str | None:
         if odd := sorted(set(named) - _HARMLESS):
             return f"{name} would run code of its own ({', '.join(odd[:3])}): refused"
     return None
+
+
+def fit(
+    checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any
+) -> tuple[Path | None, bool]:
+    """The checkpoint as this run can load it, and whether it had to be converted.
+
+    Args:
+        checkpoint: found by :func:`find_checkpoint`.
+        about: what this run is (see `identity.describe`).
+        run: this run's folder.
+        plugin: accelerate's DeepSpeed plugin; told to load the universal format where needed.
+
+    Raises:
+        ValueError: it belongs to another run, pair or data set, or cannot be converted.
+    """
+    if checkpoint is None:
+        return None, False
+    found = checkpoint_folder.read_manifest(checkpoint).about
+    own = {"run": run_folder.run_id(checkpoint.parent)}
+    identity.check_belongs(checkpoint, found, about | own)
+    if found["layout"] == about["layout"]:
+        return checkpoint, False
+    universal.check_convertible(checkpoint, found["layout"], about["layout"])
+    ranks.say(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it ...")
+    target = ranks.from_first(lambda: str(universal.convert(checkpoint, run)))
+    config = plugin.deepspeed_config
+    config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
+    return Path(target), True
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step a checkpoint's name tells; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
 
 
 def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldistill import checkpoint_folder, identity, resuming, run_folder, universal
+from ldistill import identity, resuming, run_folder, universal
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.stream import make_loader
@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> Path:
     _tell_plan(data.plan, folder)
     before = _evaluate(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
-    if resume is None or _step_of(resume) < recipe.training.max_steps:
+    if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
         trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
         _export(trainer, folder)
     else:
@@ -209,8 +209,8 @@ def build_trainer(
         data.plan,
         universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
     )
-    resume, converted = _fit_checkpoint(recipe, resume, folder, about)
-    step = _step_of(resume) if resume else 0
+    resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
+    step = resuming.step_of(resume)
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     trainer = DistillTrainer(
@@ -231,33 +231,6 @@ def build_trainer(
     )
     _use_own_progress(trainer, folder, step)
     return trainer
-
-
-def _fit_checkpoint(
-    recipe: Recipe, resume: Path | None, folder: Path, about: dict[str, Any]
-) -> tuple[Path | None, bool]:
-    """The checkpoint as this run can load it, and whether it had to be converted.
-
-    Raises:
-        ValueError: it belongs to another run, pair or data set, or cannot be converted.
-    """
-    if resume is None:
-        return None, False
-    found = checkpoint_folder.read_manifest(resume).about
-    own = {"run": run_folder.run_id(resume.parent)}
-    identity.check_belongs(resume, found, about | own)
-    if found["layout"] == about["layout"]:
-        return resume, False
-    universal.check_convertible(resume, found["layout"], about["layout"])
-    say(f"{resume} has another layout ({found['layout']}): converting it ...")
-    target = from_first(lambda: str(universal.convert(resume, folder)))
-    config = recipe.training.deepspeed_plugin.deepspeed_config
-    config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Path(target), True
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ldistill import checkpoint_folder
+from ldistill.checkpoint_folder import ADAPTED
 
-ADAPTED = ".adapted"
 _STAGE12 = "mp_rank_00_model_states.pt"
 _STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
