@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ldistill import checkpoint_folder, ranks
+from ldistill.resuming import foreign_code
 
 LATEST = "latest"
 
@@ -39,6 +40,7 @@ class Saver:
     def __init__(self, folder: Path, about: dict[str, Any], keep: int | None) -> None:
         self.folder, self.about, self.keep = folder, about, keep
         self._failures: list[str] = []
+        self._checked = False
 
     @property
     def root(self) -> Path:
@@ -81,9 +83,17 @@ class Saver:
                 merged = {name: entry for part in parts for name, entry in part.items()}
                 checkpoint_folder.publish(target, step, merged, self.about)
         self._agree(step)
+        path = self.folder / target.name
         if ranks.is_first():
             checkpoint_folder.retire(self.folder, self.keep)
-        return self.folder / target.name
+            self._check_loadable(path)
+        return path
+
+    def _check_loadable(self, path: Path) -> None:
+        """Say at the first checkpoint, not after days, that this run will refuse its own."""
+        if not self._checked and (reason := foreign_code(path)):
+            ranks.say(f"warning: {path.name} cannot be resumed from: {reason}")
+        self._checked = True
 
     def _agree(self, step: int) -> None:
         found = [(r, text) for r, part in enumerate(ranks.gather(self._failures)) for text in part]
