@@ -44,7 +44,7 @@ def seen(plan: Plan, ranks: int, batch: int, start: int, stop: int) -> list[np.n
     return [parts[i % ranks][i // ranks] for i in range(stop - start)]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     ranks=st.integers(1, 24),
     batch=st.integers(1, 9),
