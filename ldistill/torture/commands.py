@@ -6,10 +6,17 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ldistill.torture.bench import Bench, Row
 
 
 def torture(
@@ -23,7 +30,7 @@ def torture(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random moments.")] = 0,
     workdir: Annotated[
-        Path | None, typer.Option(help="Keep runs and logs here; default a temporary folder.")
+        Path | None, typer.Option(help="Empty folder to keep runs and logs in; default: none kept.")
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here.")] = None,
 ) -> None:
@@ -39,6 +46,10 @@ def torture(
     chosen = _choose(fault, FAULTS)
     root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
     root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise ValueError(
+            f"{root} is not empty: runs of another torture would be mistaken for ours."
+        )
     console = Console()
     bench = Bench(root, ranks=ranks, steps=steps, stage=stage)
     began = time.monotonic()
@@ -57,7 +68,7 @@ def torture(
     raise typer.Exit(0 if passed else 1)
 
 
-def _choose(asked: list[str] | None, known: dict) -> list[str]:
+def _choose(asked: Sequence[str] | None, known: Iterable[str]) -> list[str]:
     if not asked:
         return list(known)
     if unknown := sorted(set(asked) - set(known) - {"none"}):
@@ -65,7 +76,13 @@ def _choose(asked: list[str] | None, known: dict) -> list[str]:
     return [name for name in asked if name != "none"]
 
 
-def _rows(bench, kills: int, seed: int, faults: list, console) -> list:
+def _rows(
+    bench: Bench,
+    kills: int,
+    seed: int,
+    faults: Sequence[Callable[[Bench], Row]],
+    console: Console,
+) -> list[Row]:
     from ldistill.torture.bench import Row
     from ldistill.torture.kills import torture as kill_at_random
 
@@ -84,7 +101,7 @@ def _rows(bench, kills: int, seed: int, faults: list, console) -> list:
     return rows
 
 
-def _table(rows: list, bench):
+def _table(rows: Sequence[Row], bench: Bench) -> Table:
     from rich.table import Table
 
     title = f"{bench.ranks} ranks, ZeRO-{bench.stage}, {bench.steps} steps"
