@@ -47,9 +47,7 @@ def torture(
     root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
-        raise ValueError(
-            f"{root} is not empty: runs of another torture would be mistaken for ours."
-        )
+        raise ValueError(f"{root} is not empty: choose an empty folder.")
     console = Console()
     bench = Bench(root, ranks=ranks, steps=steps, stage=stage)
     began = time.monotonic()
