@@ -22,7 +22,9 @@ def find_student(run: Path) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
     candidates = [run / run_folder.STUDENT, run / STUDENT]
-    candidates += [found.path / STUDENT for found in survey(run) if found.problem is None]
+    # Newest first, but what is known to be whole before what is not.
+    checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
+    candidates += [found.path / STUDENT for found in checkpoints]
     for candidate in candidates:
         if all((candidate / name).is_file() for name in _FILES):
             return candidate
