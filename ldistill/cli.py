@@ -21,6 +21,7 @@ from ldistill.evaluation.compare_command import compare
 from ldistill.scale_commands import plan
 from ldistill.study.commands import app as study_app
 from ldistill.tiny.commands import app as tiny_app
+from ldistill.torture.commands import torture
 
 app = typer.Typer(
     help="Give a vision-language model its language back.",
@@ -35,6 +36,7 @@ app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(plan)
+app.command()(torture)
 
 
 @app.callback(invoke_without_command=True)

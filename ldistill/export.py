@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from ldistill import run_folder
+from ldistill.checkpoint_folder import survey
 from ldistill.students.formats import is_complete, load_processor, load_student
 from ldistill.trainer import STUDENT
 
@@ -21,8 +20,9 @@ def find_student(run: Path) -> Path:
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
     candidates = [run / run_folder.STUDENT, run / STUDENT]
-    if last := get_last_checkpoint(str(run)):
-        candidates.append(Path(last) / STUDENT)
+    # Newest first, but what is known to be whole before what is not.
+    checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
+    candidates += [found.path / STUDENT for found in checkpoints]
     for candidate in candidates:
         if is_complete(candidate):
             return candidate

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ldistill import ranks
+from ldistill.checkpoint_folder import write_durably
 from ldistill.flops import StepCounts
 from ldistill.objective import COLUMNS
 from ldistill.sources import CATEGORIES, SourceWeights
@@ -86,6 +87,25 @@ class Meter:
     def add_sums(self, sums: Tensor) -> None:
         """Add a micro-batch's metrics matrix; no synchronisation."""
         self.sums += sums
+
+    def state(self) -> dict[str, Any]:
+        """What this rank gathered since the last logged step, as plain numbers."""
+        return {
+            "sums": self.sums.tolist(),
+            "counts": dict(self.counts),
+            "health": self.health.tolist(),
+            "drops": dict(self._drops),
+            "seconds": time.perf_counter() - self._since,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Add what another process had gathered: an interval cut by a restart is whole again."""
+        self.sums += torch.tensor(state["sums"], device=self.device)
+        self.health += torch.tensor(state["health"], device=self.device)
+        self._drops.update(state["drops"])
+        for name, value in state["counts"].items():
+            self.counts[name] += value
+        self._since -= state["seconds"]
 
     def flush(self) -> dict[str, float]:
         """Metrics since the last call, over all ranks. Every rank must call it."""
@@ -153,8 +173,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_metrics(path) if r["step"] <= resume_step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        rewrite_records(path, resume_step)
 
     def write(self, step: int, logs: Mapping[str, float]) -> None:
         record = {"step": step} | {k: v for k, v in logs.items() if _plain(v)}
@@ -164,6 +183,12 @@ class MetricsFile:
 
 def _plain(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def rewrite_records(path: Path, last_step: int) -> None:
+    """Cut a JSONL file of steps back to ``last_step``, all at once or not at all."""
+    kept = [r for r in read_metrics(path) if r["step"] <= last_step]
+    write_durably(path, "".join(json.dumps(r) + "\n" for r in kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

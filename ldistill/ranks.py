@@ -25,6 +25,11 @@ def count() -> int:
     return dist.get_world_size() if distributed() else 1
 
 
+def index() -> int:
+    """This rank's number."""
+    return dist.get_rank() if distributed() else 0
+
+
 def is_first() -> bool:
     """Whether this is rank 0."""
     return not distributed() or dist.get_rank() == 0

@@ -110,6 +110,7 @@ class RunArguments:
         "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
     )
     eval_limit: int | None = _doc("Documents of every task of --eval_suite; default all.")
+    log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
     stop_file: str | None = _doc(
         "Its appearance stops the run with a checkpoint, exit 85; default $LDISTILL_STOP_FILE."
@@ -135,7 +136,8 @@ class Recipe:
         own: dict[str, Any] = {}
         for group in (self.pair, self.data, self.distil, self.run):
             own |= dataclasses.asdict(group)
-        own |= {k: getattr(self.training, k) for k in sorted(self.given) if k not in own}
+        named = set(self.given) | {"optim"}  # a checkpoint holds the optimizer's state
+        own |= {k: getattr(self.training, k) for k in sorted(named) if k not in own}
         return own
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldistill import run_folder
+from ldistill import identity, resuming, run_folder, universal
 from ldistill.cluster import check_clocks
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
@@ -36,6 +36,8 @@ from ldistill.partition import whole_numel
 from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
 from ldistill.ranks import everywhere, from_first, is_first, say, wait
 from ldistill.recipe import Recipe
+from ldistill.sample_log import SampleLog
+from ldistill.saving import Saver
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.stopping import StopRequest
 from ldistill.teacher import choose_engine, shard, zero3_config
@@ -75,10 +77,14 @@ def run(recipe: Recipe) -> Path:
     _tell_plan(data.plan, folder)
     before = _evaluate(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
-    with trainer.stop.listening(folder):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        trainer.stop.raise_if_stopped(trainer.state, folder)
-    _export(trainer, folder)
+    if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
+        with trainer.stop.listening(folder):
+            trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
+            trainer.stop.raise_if_stopped(trainer.state, folder)
+        _export(trainer, folder)
+    else:
+        say(f"{resume} is the last step: nothing is left to train.")
+        _take_result(resume, folder)
     after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
         _report(recipe, folder, before, after)
@@ -100,10 +106,18 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
             lambda: str(chosen or run_folder.default_folder(recipe.run.recipe or "run"))
         )
     folder = Path(args.output_dir)
-    resume = run_folder.find_checkpoint(asked, folder)
+    resume = resuming.find_checkpoint(asked, folder)
+    restart = resume is None and resuming.wants_newest(asked)
     from_first(
-        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite) or True
+        lambda: (
+            run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
+            or True
+        )
     )
+    run_id = from_first(lambda: run_folder.run_id(folder))
+    everywhere(lambda: run_folder.check_shared(folder, run_id))
+    if resume is not None and resume.parent.resolve() == folder.resolve():
+        from_first(lambda: resuming.give_up_later(folder, resume))
     if is_first():
         keep_wandb_run(folder, args.report_to)
     return folder, resume
@@ -221,6 +235,15 @@ def build_trainer(
         options=recipe.data,
         args=args,
     )
+    about = identity.describe(
+        run_folder.run_id(folder),
+        pair,
+        data.index,
+        data.plan,
+        universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
+    )
+    resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
+    step = resuming.step_of(resume)
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     trainer = DistillTrainer(
@@ -233,12 +256,15 @@ def build_trainer(
             recipe.run.projector_lr or args.learning_rate,
             recipe.run.decoder_lr or args.learning_rate,
         ),
+        saver=Saver(folder, about, args.save_total_limit),
         health_steps=recipe.run.health_steps,
         resume=resume,
         evaluator=evaluator_of(recipe, pair, folder),
         stop=StopRequest(recipe.run.stop_file),
+        converted=converted,
+        sample_log=SampleLog(folder, data.index, step) if recipe.run.log_samples else None,
     )
-    _use_own_progress(trainer, folder, resume)
+    _use_own_progress(trainer, folder, step)
     use_patient_wandb(trainer)
     return trainer
 
@@ -260,14 +286,13 @@ def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any)
     )
 
 
-def _use_own_progress(trainer: DistillTrainer, folder: Path, resume: Path | None) -> None:
+def _use_own_progress(trainer: DistillTrainer, folder: Path, step: int) -> None:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ShortProgress)
-    step = int(resume.name.rpartition("-")[2]) if resume else 0
     trainer.add_callback(WriteMetrics(folder / run_folder.METRICS, step))
 
 
@@ -305,6 +330,10 @@ def _export(trainer: DistillTrainer, folder: Path) -> None:
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
+    _take_result(last, folder)
+
+
+def _take_result(last: Path, folder: Path) -> None:
     if is_first():
         move_student(last, folder / run_folder.STUDENT)
     wait()

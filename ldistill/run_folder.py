@@ -1,6 +1,8 @@
 """The folder of a run: what it holds, and when it may be written to.
 
 recipe.yaml        the resolved recipe        environment.json   versions and git state
+run.json           the run's id, which its checkpoints carry
+samples/           what each step trained on, with --log_samples
 plan.json          documents, packs, drops of an epoch
 metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
 checkpoint-N/      to resume from             student/           the exported student
@@ -14,14 +16,17 @@ import json
 import platform
 import shutil
 import subprocess
+import uuid
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+
+from ldistill.checkpoint_folder import write_durably
 
 RECIPE = "recipe.yaml"
+RUN = "run.json"
 PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
@@ -36,6 +41,9 @@ IDENTITY = (
     "max_length",
     "packing",
     "on_long",
+    "shuffle_window",
+    "tiling",
+    "max_images",
     "distil",
     "alpha",
     "temperature",
@@ -48,6 +56,7 @@ IDENTITY = (
     "lora_rank",
     "lora_alpha",
     "seed",
+    "optim",
 )
 _PACKAGES = (
     "ldistill",
@@ -71,28 +80,21 @@ def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
     return candidate
 
 
-def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
-    """Checkpoint to resume from: a path, or the newest of the folder for ``true`` and ``auto``.
-
-    Raises:
-        FileNotFoundError: asked for one, and there is none; ``auto`` then begins at step 0.
-    """
-    if asked is None or str(asked).lower() == "false":
-        return None
-    if str(asked).lower() in ("true", "auto"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None and str(asked).lower() == "auto":
-            return None
-        if last is None:
-            raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint-N folder.")
-        return Path(last)
-    if not Path(asked).is_dir():
-        raise FileNotFoundError(f"checkpoint {asked!r} does not exist.")
-    return Path(asked)
-
-
-def claim(folder: Path, recipe: dict[str, Any], resume: Path | None, overwrite: bool) -> None:
+def claim(
+    folder: Path,
+    recipe: dict[str, Any],
+    resume: Path | None,
+    overwrite: bool,
+    restart: bool = False,
+) -> None:
     """Make the folder this run's, or say why it cannot be.
+
+    Args:
+        folder: the run's.
+        recipe: resolved.
+        resume: checkpoint to go on from.
+        overwrite: replace another run.
+        restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
 
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
@@ -100,6 +102,8 @@ def claim(folder: Path, recipe: dict[str, Any], resume: Path | None, overwrite: 
     old = folder / RECIPE
     if resume is not None:
         _check_same_run(resume.parent / RECIPE, recipe)
+    elif old.exists() and restart and not overwrite:
+        _check_same_run(old, recipe)
     elif old.exists() and not overwrite:
         raise ValueError(
             f"{folder} already holds a run: continue it with --resume_from_checkpoint true, "
@@ -108,9 +112,29 @@ def claim(folder: Path, recipe: dict[str, Any], resume: Path | None, overwrite: 
     elif old.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    old.write_text(yaml.safe_dump(plain(recipe), sort_keys=False), encoding="utf-8")
-    text = json.dumps(environment(), indent=2)
-    (folder / "environment.json").write_text(text, encoding="utf-8")
+    if run_id(folder) is None:
+        write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
+    write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
+    write_durably(folder / "environment.json", json.dumps(environment(), indent=2))
+
+
+def run_id(folder: Path) -> str | None:
+    """Id of the run that a folder holds; None when none was begun there."""
+    path = folder / RUN
+    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
+
+
+def check_shared(folder: Path, expected: str | None) -> None:
+    """Refuse a run folder that this rank's node does not share with rank 0's.
+
+    Raises:
+        OSError: another run, or none, lies there on this node.
+    """
+    if run_id(folder) != expected:
+        raise OSError(
+            f"{folder} is not the folder that rank 0 sees: --output_dir must lie on a file system "
+            "that all nodes share."
+        )
 
 
 def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ldistill import ranks
+from ldistill import ranks, universal
 from ldistill.distiller import Distiller
 from ldistill.flops import count_step, student_flops
 from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
 from ldistill.pair import Pair, parameter_groups
+from ldistill.sample_log import SampleLog
+from ldistill.saving import LATEST, Saver
 from ldistill.state import gather_trained
 from ldistill.stopping import StopAtStep, StopRequest
 
@@ -44,9 +47,12 @@ class DistillTrainer(Trainer):
         meter: collects metrics.
         rates: learning rates of projector and decoder.
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
+        saver: writes the checkpoints.
         resume: checkpoint folder to continue from.
         evaluator: ``(step, weight updates) -> scores``, run every ``args.eval_steps``.
         stop: how the run may be asked to stop; default by signal and by the environment's file.
+        converted: ``resume`` is in DeepSpeed's universal format (see `universal.py`).
+        sample_log: notes which samples each step trains on.
     """
 
     def __init__(
@@ -58,10 +64,13 @@ class DistillTrainer(Trainer):
         loader: Any,
         meter: Meter,
         rates: tuple[float, float],
+        saver: Saver,
         health_steps: int = 0,
         resume: Path | None = None,
         evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None,
         stop: StopRequest | None = None,
+        converted: bool = False,
+        sample_log: SampleLog | None = None,
         **kwargs: Any,
     ) -> None:
         args.ignore_data_skip = True  # the loader itself starts at the right pack
@@ -80,8 +89,12 @@ class DistillTrainer(Trainer):
         self._make_loader, self._rates, self._health_steps = loader, rates, health_steps
         self.stop = stop or StopRequest()
         self.add_callback(StopAtStep(self.stop))
-        self._resume, self._began = resume, False
-        self._first_pack, self._first_step = _read_data_state(resume)
+        self._saver, self.resume, self._converted = saver, resume, converted
+        self._began, self._sample_log = False, sample_log
+        if sample_log is not None:
+            self.add_callback(sample_log)
+        self._data_state = _read_data_state(resume)
+        self._first_pack, self._first_step = self._data_state["packs"], self._data_state["step"]
         self._finite = torch.ones((), device=args.device)
         self._finite_sources = torch.ones(len(distiller.weights.names), device=args.device)
 
@@ -107,21 +120,18 @@ class DistillTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], int | None]:
         """The step's micro-batches with their rows planned and counted over all ranks."""
         if not self._began:
-            self._began = True
-            self.meter.start()
-            if (
-                self._resume is not None
-            ):  # the Trainer restores it only when it skips batches itself
-                self._load_rng_state(str(self._resume))
-        batches = [next(epoch_iterator) for _ in range(num_batches)]
+            self._begin()
+        batches, problem = _read(epoch_iterator, num_batches)
         plans = [self.distiller.plan(batch) for batch in batches]
-        total, run_teacher = self._agree(plans)
+        total, run_teacher = self._agree(plans, num_batches, problem)
         health = self._health_steps and self.state.global_step % self._health_steps == 0
         samples = []
         for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
             counts = count_step(batch, plan)
             flops = student_flops(self.distiller.student, counts, self.distiller.kv_scope)
             self.meter.add_batch(batch, counts, flops)
+            if self._sample_log is not None:
+                self._sample_log.add(batch)
             inputs = {
                 "batch": {k: v for k, v in batch.items() if isinstance(v, Tensor)},
                 "plan": plan,
@@ -133,16 +143,45 @@ class DistillTrainer(Trainer):
             samples.append(inputs)
         return samples, None
 
-    def _agree(self, plans: list[Any]) -> tuple[float, list[bool]]:
-        """One reduction a step: rows of the global batch, who teaches, is all finite, to stop?"""
-        own = [len(plan.teacher) for plan in plans]
-        counts = [float(self.stop.asked), sum(len(p.supervised) for p in plans), *own]
+    def _begin(self) -> None:
+        """What is restored when everything is set up, before the first batch."""
+        self._began = True
+        self.meter.start()
+        if self.resume is None:
+            return
+        self._load_rng_state(str(self.resume))  # the Trainer does when it skips batches itself
+        states = self._data_state["ranks"]
+        same = len(states) == self.args.world_size
+        mine = states[self.args.process_index :: self.args.world_size]
+        for state in mine:
+            self.meter.restore(state["meter"])
+        losses = [state["loss"] for state in (mine if same else states)]
+        self._tr_loss += sum(losses) / len(losses)
+        self._globalstep_last_logged = states[0]["logged"]
+        if self._converted:
+            ranks.wait()
+            if ranks.is_first():
+                universal.discard(self._saver.folder)
+
+    def _agree(
+        self, plans: list[Any], num_batches: int, problem: str | None
+    ) -> tuple[float, list[bool]]:
+        """One reduction a step: rows of the batch, who teaches, is all finite, readable, to stop?
+
+        What one rank alone could not read stops all of them here, instead of leaving the others in
+        a collective.
+        """
+        own = [len(plan.teacher) for plan in plans] or [0] * num_batches
+        flags = [self.stop.asked, problem is not None]
+        counts = [*map(float, flags), sum(len(p.supervised) for p in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite.double()[None]])
-        asked, total, *teachers, broken = ranks.sum_over(vector).tolist()
+        asked, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
         self.stop.agreed |= asked > 0
         if broken:
             self._stop_not_finite()
+        if unread:
+            self._stop_unreadable(problem)
         teacher = self.distiller.teacher
         collective = teacher is not None and teacher.collective
         return max(total, 1.0), [t > 0 for t in (teachers if collective else own)]
@@ -180,6 +219,16 @@ class DistillTrainer(Trainer):
             "good. Lower the learning rate, or look at those sources with `ldistill shards stats`."
         )
 
+    def _stop_unreadable(self, problem: str | None) -> None:
+        found = [(rank, text) for rank, text in enumerate(ranks.gather(problem)) if text]
+        rank, text = found[0]
+        raise ValueError(
+            f"{text} (step {self.state.global_step + 1}, rank {rank}). Nothing was trained on it: "
+            "mend the shards (`ldistill shards verify` names all that is damaged) and go on with "
+            "--resume_from_checkpoint auto, or let bad samples be dropped and counted with "
+            "--on_bad_sample drop."
+        )
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Counted by the meter instead."""
         return 0
@@ -194,12 +243,34 @@ class DistillTrainer(Trainer):
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self._converted:
+            self._restore_groups()
+        return prepared
+
+    def _restore_groups(self) -> None:
+        """Undo what DeepSpeed's ZeRO-3 does when it loads the universal format.
+
+        It gives all groups the options of the first, and all states one and the same step tensor,
+        which each of them then counts up.
+        """
+        groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
+        rates = self.lr_scheduler.get_last_lr()
+        for group, wanted, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
+            group["weight_decay"], group["lr"] = wanted["weight_decay"], rate
+        for state in self.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter gathered to the logged loss."""
         if "loss" in logs:
             gathered = self.meter.flush()
             gathered.pop("loss", None)  # the Trainer's own: the mean over steps of the global loss
             logs = logs | gathered
+        # The Trainer counts from the restart; its "epoch" is the share of the run that is done.
+        self.state.epoch = self.state.global_step / self.args.max_steps
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -221,7 +292,19 @@ class DistillTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if ranks.sum_over(1 - self._finite).item():
             self._stop_not_finite()
-        super()._save_checkpoint(model, trial)
+        write = super()._save_checkpoint
+        self._saver.save(self.state.global_step, lambda: write(model, trial))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saver.root)  # checkpoints are written aside, then renamed
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            self._saver.guard(self.model_wrapped)
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.should_save:
+            [parts] = Path(output_dir).glob("global_step*")
+            (Path(output_dir) / LATEST).write_text(parts.name, encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student in its own format, trained weights in full precision, the data's state."""
@@ -234,34 +317,54 @@ class DistillTrainer(Trainer):
                 f"{len(broken) - 1} more), so nothing was saved; the last checkpoint is good. "
                 "Lower the learning rate."
             )
+        state = {"packs": self.packs_done, "step": self.state.global_step}
+        state["ranks"] = ranks.gather(self._rank_state())
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.pair.export(trained, folder / STUDENT)
-            if not self.is_deepspeed_enabled:
-                once = {id(tensor): name for name, tensor in trained.items()}  # a tied pair once
-                save_file({name: trained[name] for name in once.values()}, folder / WEIGHTS)
-            state = {"packs": self.packs_done, "step": self.state.global_step}
-            (folder / DATA_STATE).write_text(json.dumps(state), encoding="utf-8")
+            with self._saver.attempt() if _internal_call else nullcontext():
+                self._write_student(folder, trained)
+                (folder / DATA_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def _rank_state(self) -> dict[str, Any]:
+        """What this rank has counted since the last logged step."""
+        loss, logged = float(self._tr_loss), self._globalstep_last_logged
+        return {"meter": self.meter.state(), "loss": loss, "logged": logged}
+
+    def _write_student(self, folder: Path, trained: dict[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pair.export(trained, folder / STUDENT)
+        if not self.is_deepspeed_enabled:
+            once = {id(tensor): name for name, tensor in trained.items()}  # a tied pair once
+            save_file({name: trained[name] for name in once.values()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         self.pair.student.load_state_dict(weights, strict=False)  # vision was never trained
 
 
-def _read_data_state(resume: Path | None) -> tuple[int, int]:
+def _read(iterator: Iterator, count: int) -> tuple[list[Any], str | None]:
+    """A step's micro-batches, or why there are none: one sentence."""
+    try:
+        return [next(iterator) for _ in range(count)], None
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker was killed
+        return [], str(error)
+
+
+def _read_data_state(resume: Path | None) -> dict[str, Any]:
     if resume is None:
-        return 0, 0
+        return {"packs": 0, "step": 0, "ranks": []}
     path = resume / DATA_STATE
     if not path.is_file():
         raise FileNotFoundError(
             f"{resume} holds no {DATA_STATE}: not a checkpoint of this program."
         )
-    state = json.loads(path.read_text(encoding="utf-8"))
-    return state["packs"], state["step"]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def move_student(checkpoint: Path, target: Path) -> None:
-    """Copy a checkpoint's student to where the run leaves its result."""
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(checkpoint / STUDENT, target)
+    """Copy a checkpoint's student to where the run leaves its result, whole or not at all."""
+    part = target.with_name(f".{target.name}.part")
+    for leftover in (part, target):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    shutil.copytree(checkpoint / STUDENT, part)
+    part.rename(target)

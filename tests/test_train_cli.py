@@ -12,6 +12,7 @@ import yaml
 from pairs import write_pair
 from runs import launch, write_recipe, write_shards
 
+from ldistill.checkpoint_folder import begin, publish, seal
 from ldistill.train import main
 
 
@@ -100,7 +101,9 @@ def test_output_folder_that_holds_a_run(capsys, world, tmp_path):
 
 def test_resuming_another_recipes_run(capsys, world, tmp_path):
     out = tmp_path / "other"
-    (out / "checkpoint-2").mkdir(parents=True)
+    folder = begin(out, 2)
+    (folder / "data.json").write_text("{}")
+    publish(folder, 2, seal(folder), {})
     recipe = yaml.safe_load((world / "recipe.yaml").read_text()) | {"alpha": 0.1}
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     args = ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(out)]

@@ -21,6 +21,8 @@ from ldistill.data.samples import Sample, Turn
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
+PAUSES = (0.1, 1.0)
+"""Seconds before a read that failed is tried again; after the last, the sample is unreadable."""
 SAMPLE_DTYPE = np.dtype(
     [
         ("shard", "<u4"),  # number of the shard within its source

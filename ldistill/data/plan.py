@@ -82,6 +82,12 @@ class Plan:
         self._cache: dict[int, Packs] = {}
         self._sizes: dict[int, int] = {}
 
+    @property
+    def identity(self) -> list[int]:
+        """What, beside the index, decides the stream of packs."""
+        options = (self.limit, self.seed, int(self.packing), *self._windows)
+        return [*options, int(self._usable.sum()), self.truncated]
+
     def _select(self, index: ShardIndex, over_long: OverLong) -> np.ndarray:
         """Mask of documents that take part; fills `drops`."""
         too_long = index.lengths > self.limit
