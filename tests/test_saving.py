@@ -74,13 +74,14 @@ def read_alone(root: Path) -> str:
             raise FileNotFoundError("no shards: the folder /data does not exist")
         return "there"
 
-    return ranks.together(read)
+    return ranks.everywhere(read)
 
 
 def test_what_one_rank_lacks_stops_both(tmp_path):
     results = on_two_ranks(read_alone, tmp_path)
     assert results[0] == results[1]
-    assert results[0].startswith("ValueError: rank 1 on ")
+    assert results[0].startswith("ValueError: on ")
+    assert "(rank 1), but not elsewhere" in results[0]
     assert "no shards: the folder /data does not exist" in results[0]
 
 
@@ -89,8 +90,8 @@ def test_alone_an_error_is_what_it_was():
         raise FileNotFoundError("gone")
 
     with pytest.raises(FileNotFoundError, match="gone"):
-        ranks.together(broken)
-    assert ranks.together(lambda: 3) == 3
+        ranks.everywhere(broken)
+    assert ranks.everywhere(lambda: 3) == 3
 
 
 def test_a_run_folder_that_nodes_do_not_share_is_refused(tmp_path):
