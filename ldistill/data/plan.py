@@ -85,7 +85,8 @@ class Plan:
     @property
     def identity(self) -> list[int]:
         """What, beside the index, decides the stream of packs."""
-        options = (self.limit, self.seed, int(self.packing), *self._windows)
+        windows = (self.shuffle_window, self._pack_window)
+        options = (self.limit, self.seed, int(self.packing), *windows)
         return [*options, int(self._usable.sum()), self.truncated]
 
     def _select(self, index: ShardIndex, over_long: OverLong) -> np.ndarray:
