@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ldistill import identity, resuming, run_folder, universal
 from ldistill.cluster import check_clocks
@@ -33,16 +31,17 @@ from ldistill.metrics import Meter
 from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.partition import whole_numel
-from ldistill.progress import ShortProgress, WriteMetrics, plot_curves
+from ldistill.progress import ShortProgress, WriteMetrics
 from ldistill.ranks import everywhere, from_first, is_first, say, wait
 from ldistill.recipe import Recipe
+from ldistill.run_result import evaluate_student, export_result, report, take_result
 from ldistill.sample_log import SampleLog
 from ldistill.saving import Saver
 from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.stopping import StopRequest
 from ldistill.teacher import choose_engine, shard, zero3_config
 from ldistill.tracking import keep_wandb_run, use_patient_wandb
-from ldistill.trainer import DistillTrainer, move_student
+from ldistill.trainer import DistillTrainer
 
 
 @dataclasses.dataclass
@@ -75,19 +74,19 @@ def run(recipe: Recipe) -> Path:
     _settle_steps(recipe, data.plan)
     _check_disk(recipe, pair, folder)
     _tell_plan(data.plan, folder)
-    before = _evaluate(recipe, pair.student_folder, "before training")
+    before = evaluate_student(recipe, pair.student_folder, "before training")
     trainer = build_trainer(recipe, pair, data, folder, resume, device)
     if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
         with trainer.stop.listening(folder):
             trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
             trainer.stop.raise_if_stopped(trainer.state, folder)
-        _export(trainer, folder)
+        export_result(trainer, folder)
     else:
         say(f"{resume} is the last step: nothing is left to train.")
-        _take_result(resume, folder)
-    after = _evaluate(recipe, folder / run_folder.STUDENT, "after training")
+        take_result(resume, folder)
+    after = evaluate_student(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
-        _report(recipe, folder, before, after)
+        report(recipe, folder, before, after)
     wait()
     return folder
 
@@ -125,7 +124,8 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
 
 def _prepare(recipe: Recipe) -> None:
     """Call the recipe's ``prepare`` function on rank 0; its result has ``shards`` and ``items``."""
-    if recipe.data.prepare is None:
+    ready = recipe.data.shards and (recipe.run.eval_items or not recipe.run.evaluate)
+    if recipe.data.prepare is None or ready:
         return
     module_name, _, function = recipe.data.prepare.partition(":")
     try:
@@ -319,74 +319,6 @@ def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
     saves = args.save_strategy != "no"
     run_folder.check_disk(folder, trained, total, (args.save_total_limit or 2) if saves else 0)
-
-
-# ---- after the last step ----
-
-
-def _export(trainer: DistillTrainer, folder: Path) -> None:
-    """The last state of the student, in the format it came in."""
-    last = folder / f"checkpoint-{trainer.state.global_step}"
-    if not last.is_dir():
-        last = folder / "final"
-        trainer.save_model(str(last))
-    _take_result(last, folder)
-
-
-def _take_result(last: Path, folder: Path) -> None:
-    if is_first():
-        move_student(last, folder / run_folder.STUDENT)
-    wait()
-
-
-def _evaluate(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
-    """Scores of a student folder on the recipe's items, by rank 0 alone."""
-    if recipe.run.eval_items is None or not recipe.run.evaluate:
-        return None
-    return from_first(lambda: _evaluate_here(recipe, student, when))
-
-
-def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
-    from ldistill.evaluation.items import evaluate, load_items
-    from ldistill.students.formats import load_processor, load_student
-
-    items = load_items(recipe.run.eval_items)
-    say(f"evaluating {when} on {len(items)} held-out items ...")
-    model = load_student(student).to(recipe.training.device)
-    processor = load_processor(student, recipe.pair.tokenizer)
-    return evaluate(model, processor, items)
-
-
-def _report(
-    recipe: Recipe,
-    folder: Path,
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
-) -> None:
-    drawn = plot_curves(folder / run_folder.METRICS, folder / run_folder.CURVES)
-    console = Console()
-    if before and after:
-        result = json.dumps({"before": before, "after": after}, indent=2)
-        (folder / run_folder.EVALUATION).write_text(result, encoding="utf-8")
-        console.print(_table(recipe, before, after))
-    console.print(f"student   {folder / run_folder.STUDENT}", highlight=False)
-    console.print(f"metrics   {folder / run_folder.METRICS}", highlight=False)
-    if drawn:
-        console.print(f"curves    {folder / run_folder.CURVES}", highlight=False)
-
-
-def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:
-    from ldistill.evaluation.items import load_items
-
-    table = Table(title="held-out items, accuracy", title_justify="left")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="right" if column else "left")
-    group_of = {item.task: item.group for item in load_items(recipe.run.eval_items)}
-    for group in dict.fromkeys(group_of.values()):
-        table.add_row(group, f"{before[group]:.3f}", f"{after[group]:.3f}", style="bold")
-        for task in (task for task, of in group_of.items() if of == group):
-            table.add_row(f"  {task}", f"{before[task]:.3f}", f"{after[task]:.3f}")
-    return table
 
 
 # ---- what the flags mean for the engines ----

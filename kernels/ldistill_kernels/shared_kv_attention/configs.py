@@ -237,7 +237,7 @@ _BACKWARD = {
         (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
         (163, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),
-        (163, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+        (163, 128, 2): BackwardConfig(64, 32, 32, 32, 8, 2),
         (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2),

@@ -44,6 +44,7 @@ from ldistill_kernels.shared_kv_attention.primitives import (
 
 PREPARE_ROWS = 64  # (row, head) pairs of one program
 PREPARE_TILES = 128  # tiles of memory positions of one search
+PREPARE_REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupancy
 
 
 @triton.jit
@@ -460,7 +461,7 @@ def _launch(
         *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
         BLOCK_M=PREPARE_ROWS, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
         HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=k2 is not None, num_warps=4,
-        enable_fp_fusion=True,
+        maxnreg=PREPARE_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
     dq_tiles = triton.cdiv(rows * (q_heads // kv_heads), config.dq_m) if wanted[0] else 0
     grid = (tiles1 + tiles2 + dq_tiles) * kv_heads
@@ -513,6 +514,7 @@ def _cases(shape: CaseShape, config: BackwardConfig, archs: tuple[int, ...]) -> 
             kernel="prepare_kernel",
             types=_prepare_types(shape.element, shape.full),
             constants=_prepare_constants(shape.head_dim, shape.full, config),
+            max_registers=PREPARE_REGISTERS,
             archs=archs,
             core=shape.core,
         ),
