@@ -42,7 +42,6 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     zero_pair,
 )
 
-PREPARE_ROWS = 64  # (row, head) pairs of one program
 PREPARE_TILES = 128  # tiles of memory positions of one search
 PREPARE_REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupancy
 
@@ -452,14 +451,15 @@ def _launch(
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
     d1, d2 = split_backward(head_dim)
     head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
-    grid = triton.cdiv(rows * q_heads, PREPARE_ROWS) + 4 * (
+    pairs = prepare_rows(head_dim)
+    grid = triton.cdiv(rows * q_heads, pairs) + 4 * (
         triton.cdiv(tiles1, PREPARE_TILES) + triton.cdiv(tiles2, PREPARE_TILES)
     )
     prepare_kernel[(grid,)](
         out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
         rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, rows.bit_length(),
         *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
-        BLOCK_M=PREPARE_ROWS, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
+        BLOCK_M=pairs, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
         HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=k2 is not None, num_warps=4,
         maxnreg=PREPARE_REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
@@ -481,6 +481,11 @@ def _launch(
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         enable_fp_fusion=True,
     )  # fmt: skip
+
+
+def prepare_rows(head_dim: int) -> int:
+    """(row, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
+    return 64 if head_dim <= 128 else 16
 
 
 def compile_cases() -> list[CompileCase]:
@@ -557,7 +562,7 @@ def _prepare_types(element: str, full: bool) -> dict[str, str]:
 def _prepare_constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
     d1, d2 = split_backward(head_dim)
     constants = {
-        "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": PREPARE_ROWS,
+        "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": prepare_rows(head_dim),
         "BLOCK_N": config.dkv_n, "TILES": PREPARE_TILES, "HAS_GRAD_LSE": full, "HAS_SECOND": full,
     }  # fmt: skip
     return constants | ({} if full else dict.fromkeys((*_SECOND, "grad_lse")))
