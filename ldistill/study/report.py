@@ -127,8 +127,9 @@ def plot_trade_off(results: Mapping, target: Path) -> bool:
     figure, axis = plt.subplots(figsize=(6.4, 4.6))
     for index, (name, result) in enumerate(points.items()):
         x, y = result["reading"], result["language"]
+        spread = {"xerr": x["std"], "yerr": y["std"], "capsize": 3} if x["seeds"] > 1 else {}
         axis.errorbar(
-            x["mean"], y["mean"], xerr=x["std"], yerr=y["std"], capsize=3, color=f"C{index % 10}",
+            x["mean"], y["mean"], **spread, color=f"C{index % 10}",
             marker="D" if name == ORIGINAL else "*" if name == MAIN else "o",
             markersize=12 if name == MAIN else 7, linestyle="none", label=name,
         )  # fmt: skip
@@ -158,9 +159,8 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
         axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(target, dpi=150)
+    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(target, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return True
 

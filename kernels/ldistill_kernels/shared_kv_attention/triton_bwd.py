@@ -485,7 +485,7 @@ def _launch(
 
 def prepare_rows(head_dim: int) -> int:
     """(row, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
-    return 64 if head_dim <= 128 else 16
+    return max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))
 
 
 def compile_cases() -> list[CompileCase]:
