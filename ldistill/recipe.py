@@ -309,7 +309,8 @@ def print_help() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=sys.stdout)
+    # A file or a pager has no width of its own.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     console.print("deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe NAME ...")
     console.print(f"Recipes: {', '.join(shipped_recipes())}; default {DEFAULT_RECIPE}.\n")
     for cls in OWN:

@@ -8,6 +8,7 @@ from zlib import crc32
 import numpy as np
 import pytest
 from helpers_data import make_processor, make_samples, picture
+from PIL import ImageFile
 
 from ldistill.data.build_types import BuildOptions
 from ldistill.data.images import check_image
@@ -84,8 +85,9 @@ def test_missing_and_stray_shards(root):
     assert problems[1].endswith("vsr-train-000000.tar is missing")
 
 
-def test_a_picture_that_does_not_decode_is_found_behind_right_checksums(tmp_path):
-    """Somebody rewrote the shard, hashes and all: only decoding tells."""
+def test_a_picture_that_does_not_decode_is_found_behind_right_checksums(tmp_path, monkeypatch):
+    """Somebody rewrote the shard, hashes and all: only decoding tells, whatever others told PIL."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does on import
     good, source = picture(kind="PNG"), "vsr"
     build_shards(
         {source: [Sample("0", source, (Turn("q", "a"),), (good,))]}, tmp_path, make_processor()

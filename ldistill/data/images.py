@@ -12,10 +12,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ldistill.data.samples import BadImage
 
@@ -98,14 +100,24 @@ def open_header(data: bytes) -> Image.Image:
     return image
 
 
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Decode nothing that is cut off, though a library loaded beside us told PIL to let it pass."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
 def open_image(data: bytes) -> Image.Image:
     """Decode to RGB, as stored: EXIF orientation is left alone, as in nanoVLM. Raises BadImage."""
     image = open_header(data)
     try:
-        if image.mode == "RGB":  # convert would copy it
+        with _whole():
             image.load()
-            return image
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
     except Exception as error:  # truncated or damaged pixel data, again in many exception types
         raise BadImage("undecodable image", str(error)) from error
 
@@ -120,7 +132,8 @@ def check_image(data: bytes) -> tuple[int, int, str]:
     width, height = image.size
     try:
         image.draft("RGB", (64, 64))
-        image.load()
+        with _whole():
+            image.load()
     except Exception as error:
         raise BadImage("undecodable image", str(error)) from error
     return width, height, str(image.format)
