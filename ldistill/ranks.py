@@ -54,6 +54,12 @@ def sum_over(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def leave() -> None:
+    """Close the process group. A rank that exits with it open may be aborted by its own threads."""
+    if distributed():
+        dist.destroy_process_group()
+
+
 def gather(value: T) -> list[T]:
     """Every rank's value (picklable), on every rank."""
     if not distributed():

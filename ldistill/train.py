@@ -65,5 +65,15 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
+def _leave(code: int) -> int:
+    """Close the process group where all ranks end alike: its threads must not outlive Python."""
+    from ldistill.ranks import leave
+    from ldistill.stopping import STOPPED_EXIT_CODE
+
+    if code in (0, STOPPED_EXIT_CODE):
+        leave()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_leave(main()))
