@@ -78,7 +78,7 @@ def submit(study: PaperStudy) -> list[str]:
         environment = {"RECIPE": variant.base, "OUTPUT_DIR": str(folder), "SHARDS": study.shards}
         train = _sbatch(study.slurm / "selective.sh", environment, variant.flags_beyond_base())
         waiting = {"STUDENT": str(folder / "student"), "SUITE": study.suite}
-        waiting["OUT"] = str(folder / "eval")
+        waiting["EVAL_DIR"] = str(folder / "eval")
         after = [f"--dependency=afterok:{train}"]
         jobs += [train, _sbatch(study.slurm / "eval.sh", waiting, options=after)]
     return jobs

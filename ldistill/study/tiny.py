@@ -19,9 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import ldistill
@@ -143,11 +141,6 @@ def metrics_files(study: TinyStudy) -> dict[str, Path]:
     """Variant → metrics of its first seed, for the loss curves."""
     files = {v.name: folder / run_folder.METRICS for v, seed, folder in study.runs() if seed == 1}
     return {name: path for name, path in files.items() if path.is_file()}
-
-
-def settings_of(folder: Path) -> dict[str, Any]:
-    """The resolved recipe of a run folder."""
-    return yaml.safe_load((folder / run_folder.RECIPE).read_text(encoding="utf-8"))
 
 
 def _progress(show: bool) -> Progress:
