@@ -1,5 +1,6 @@
 """The shard cache: always bounded, whole or absent, shared by processes, safe from kills."""
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -90,14 +91,20 @@ def test_the_limit_holds_at_every_moment(tmp_path):
     """Eight readers of random objects; the folder is measured all the while."""
     cache, limit = ShardCache(tmp_path, 10_000), 10_000
     objects = [bytes([n]) * (500 + 97 * n) for n in range(20)]
-    most, done, errors = [0], threading.Event(), []
+    most, moments, done, errors = [0], [0], threading.Event(), []
+
+    def found():
+        stats = (entry.stat() for entry in os.scandir(tmp_path) if entry.is_file())
+        return [(stat.st_ino, stat.st_ctime_ns, stat.st_size) for stat in stats]
 
     def watch():
         while not done.wait(0.001):
-            try:
-                most[0] = max(most[0], held(cache))
-            except FileNotFoundError:
-                continue
+            # A folder is not read at one moment: what left it and what came after could be added
+            # up. What two readings agree on was all there between them.
+            with contextlib.suppress(FileNotFoundError):
+                if (files := found()) == found():
+                    most[0] = max(most[0], sum(size for *_, size in files))
+                    moments[0] += 1
 
     def reader(seed):
         rng = np.random.default_rng(seed)
@@ -115,6 +122,7 @@ def test_the_limit_holds_at_every_moment(tmp_path):
     done.set()
     watcher.join()
     assert not errors
+    assert moments[0] > 20
     assert 5000 < most[0] <= limit
 
 

@@ -108,7 +108,8 @@ class ShardCache:
                 file.truncate()
             if found != sha256:
                 raise WrongContent(found)
-            part.replace(self.folder / sha256)
+            with self._lock("room"):  # whoever counts what is held meets it under one name
+                part.replace(self.folder / sha256)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise OSError(
