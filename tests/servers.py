@@ -1,4 +1,4 @@
-"""Servers on loopback for the tests of remote shards: HTTP with ranges and faults, and S3.
+"""Servers on loopback for tests of remote shards: HTTP with ranges and faults, a hub, and S3.
 
 with FileServer(folder) as server: ... server.url, server.sent
 
@@ -8,6 +8,7 @@ Each counts what it sends, and ends with its `with` block.
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import socket
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class FileServer:
@@ -36,7 +37,7 @@ class FileServer:
         self.sent: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -49,6 +50,14 @@ class FileServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """What answers a request."""
+        return _handler(self)
+
+    def path(self, name: str) -> Path:
+        """The file or folder behind a name."""
+        return self.folder / name.lstrip("/")
 
     def tar_bytes(self) -> int:
         """Bytes of tars sent so far."""
@@ -78,7 +87,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
 
         def _answer(self, body: bool) -> None:
             name = unquote(self.path)
-            path = server.folder / name.lstrip("/")
+            path = server.path(name)
             fault = server.take_fault(name) if body else None
             with server.lock:
                 server.requests[f"{self.command} {name}"] += 1
@@ -140,6 +149,79 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
                     self.wfile.write(data[half:])
 
     return Handler
+
+
+class HubServer(FileServer):
+    """A folder as the data set `repo` of a hub: its API for data sets, and its files.
+
+    Paths and answers are those that huggingface_hub asks for and reads (hub API: `/api/datasets/
+    REPO[/revision/REV]`, `.../tree/REV/PATH`, `.../paths-info/REV`, `/datasets/REPO/resolve/REV/
+    PATH`). With a `token`, whoever does not send it is refused like at a gated repository.
+    """
+
+    def __init__(self, folder: Path, repo: str, token: str | None = None) -> None:
+        self.repo, self.token = repo, token
+        super().__init__(folder)
+
+    def path(self, name: str) -> Path:
+        """The file behind a name; no listing of folders by that way."""
+        prefix = f"/datasets/{self.repo}/resolve/main/"
+        inside = name.removeprefix(prefix) if name.startswith(prefix) else ".nothing"
+        return self.folder / inside if (self.folder / inside).is_file() else Path("/nothing")
+
+    def entry(self, path: Path) -> dict[str, object]:
+        """What the hub says of a file or folder."""
+        named = {"path": str(path.relative_to(self.folder)), "oid": f"{hash(path) % 2**64:040x}"}
+        if path.is_dir():
+            return {**named, "type": "directory"}
+        return {**named, "type": "file", "size": path.stat().st_size}
+
+    def answer(self, path: str, form: dict[str, list[str]]) -> object:
+        """The API's answer to a path, or None where there is nothing."""
+        base = f"/api/datasets/{self.repo}"
+        if path in (base, f"{base}/revision/main"):
+            return {"id": self.repo, "sha": "0" * 40, "siblings": [], "tags": []}
+        if path == f"{base}/paths-info/main":
+            found = (self.folder / name for name in form.get("paths", []))
+            return [self.entry(path) for path in found if path.exists()]
+        folder = self.folder / path.removeprefix(f"{base}/tree/main").strip("/")
+        if path.startswith(f"{base}/tree/main") and folder.is_dir():
+            return [self.entry(child) for child in sorted(folder.iterdir())]
+        return None
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """Files as a plain server has them, `/api/` from `answer`."""
+        server = self
+
+        class Handler(_handler(server)):
+            def do_POST(self) -> None:
+                form = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+                self._api(parse_qs(form))
+
+            def _answer(self, body: bool) -> None:
+                if not self._refused():
+                    self._api({}) if self.path.startswith("/api/") else super()._answer(body)
+
+            def _refused(self) -> bool:
+                if server.token in (None, self.headers.get("Authorization", "")[7:]):
+                    return False
+                self._send(403, b"", True, {"X-Error-Code": "GatedRepo"})
+                return True
+
+            def _api(self, form: dict[str, list[str]]) -> None:
+                path = unquote(urlsplit(self.path).path)
+                with server.lock:
+                    server.requests[f"{self.command} {path}"] += 1
+                found = server.answer(path, form)
+                known = path.startswith(f"/api/datasets/{server.repo}")
+                code = {"X-Error-Code": "EntryNotFound" if known else "RepoNotFound"}
+                if found is None:
+                    self._send(404, b"", True, code)
+                else:
+                    kind = {"Content-Type": "application/json"}
+                    self._send(200, json.dumps(found).encode(), True, kind)
+
+        return Handler
 
 
 @contextmanager

@@ -16,7 +16,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 from helpers_attention import DOCUMENTS, RATIOS, VARIANTS, assert_within_budget, gradients
 
 from ldistill_kernels import shared_kv_attention
-from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd  # noqa: F401 - defined now
+from ldistill_kernels.shared_kv_attention import (  # noqa: F401 - defined now
+    triton_bwd,
+    triton_fwd,
+    triton_prepare,
+)
 from ldistill_kernels.shared_kv_attention.configs import (
     BackwardConfig,
     Config,
@@ -82,7 +86,7 @@ def test_long_documents_with_invisible_positions_and_a_second_segment():
 
 
 def test_ranges_of_memory_tiles_are_searched_by_several_programs(monkeypatch):
-    monkeypatch.setattr(triton_bwd, "PREPARE_TILES", 2)  # 8 and 5 tiles of the two segments
+    monkeypatch.setattr(triton_prepare, "TILES", 2)  # 8 and 5 tiles of the two segments
     case = to_device(second_segment(make_case(LONG, seq=55, heads=(2, 1))))
     assert_within_budget(run(case), case)
 

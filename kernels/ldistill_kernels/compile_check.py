@@ -9,8 +9,8 @@ compile, spills, or needs more shared memory than its device gives a block. `--c
 rare types and head dims: every kernel for every architecture, bf16 with head dims 64 and 128 in
 every variant, fp32 with head dim 64, and the loss in all of its variants remain.
 
-Convention: a Triton file that ships kernels has a function `compile_cases() -> list[CompileCase]`,
-one case per configuration in its table, and its module stands in `MODULES` below. A case names
+Convention: what ships kernels has a function `compile_cases() -> list[CompileCase]`, one case per
+configuration in its table, and the module of that function stands in `MODULES` below. A case names
 the kernel, the types of its arguments (`"*bf16"`, `"i32"`, `"fp32"`) and the values of its
 constexpr arguments (None for an absent tensor). Pointers are taken as 16-byte aligned, integers as
 unspecialised, as `do_not_specialize` makes them.
@@ -33,8 +33,7 @@ from typing import Any
 
 # Modules with compile_cases().
 MODULES = (
-    "ldistill_kernels.shared_kv_attention.triton_fwd",
-    "ldistill_kernels.shared_kv_attention.triton_bwd",
+    "ldistill_kernels.shared_kv_attention.compile_cases",
     "ldistill_kernels.distill_loss.triton",
 )
 # Compute capability -> bytes of shared memory a block may use (CUDA programming guide, opt-in).

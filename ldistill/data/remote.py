@@ -270,14 +270,19 @@ def _options(protocol: str, timeout: float) -> dict[str, Any]:
 
 
 def _read_range(filesystem: Any, url: str, start: int, end: int, size: int | None) -> bytes:
-    if "http" in filesystem.protocol:
-        # Unlike cat_file, the file object does not swallow a whole object sent instead of a range.
+    if {"http", "hf"} & set(_tuple(filesystem.protocol)):
+        # Unlike cat_file, http's file object does not swallow a whole object sent instead of a
+        # range, and the hub's, told the size, does not ask for it before every read.
         with filesystem.open(url, "rb", cache_type="none", size=size or end) as file:
             file.seek(start)
             return file.read(end - start)
     if filesystem.async_impl:
         return filesystem.cat_file(url, start=start, end=end)
     return filesystem.cat_file(url, start=start, end=end, cache_type="none")
+
+
+def _tuple(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _write(pieces: Iterable[bytes], file: BinaryIO) -> str:
@@ -291,9 +296,9 @@ def _write(pieces: Iterable[bytes], file: BinaryIO) -> str:
 
 
 def _cause(error: Exception) -> Exception:
-    """fsspec reports every failure of a HEAD request as a missing file: look behind it."""
+    """A failed HEAD request and a gated repository are reported as missing files: look behind."""
     behind = error.__cause__
-    known = type(behind).__module__.partition(".")[0] == "aiohttp"
+    known = type(behind).__module__.partition(".")[0] in ("aiohttp", "huggingface_hub")
     return behind if isinstance(behind, Exception) and known else error
 
 
@@ -308,6 +313,8 @@ def _refusal(what: str, error: Exception) -> Exception | None:
         return FileNotFoundError(f"{what}: not there: check the address, or upload it again")
     if isinstance(error, PermissionError) or "CredentialsError" in type(error).__name__:
         return Refused(f"{what}: access denied ({error}): check your credentials")
+    if type(error).__name__ == "OfflineModeIsEnabled":  # huggingface_hub's; a ConnectionError
+        return RemoteError(f"{what}: HF_HUB_OFFLINE is set, and this lies on the hub: unset it")
     final = isinstance(error, RemoteError) and not isinstance(error, ShortRead)
     if final or isinstance(error, ValueError | TypeError | NotImplementedError):
         return error

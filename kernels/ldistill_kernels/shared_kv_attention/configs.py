@@ -143,40 +143,6 @@ def backward_table() -> dict[tuple[int, int, int], BackwardConfig]:
     return _newest(_BACKWARD)
 
 
-@dataclass(frozen=True)
-class CaseShape:
-    """One thing that compile_check builds of a table entry.
-
-    `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
-    the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
-    """
-
-    element: str
-    head_dim: int
-    full: bool
-    core: bool
-
-    @property
-    def label(self) -> str:
-        return f"{self.element} D{self.head_dim} {'two segments' if self.full else 'plain'}"
-
-
-def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
-    """What is built of the entry of a head dim bucket, an element size and a device class."""
-    if kib == INTERPRETER:
-        return []
-    if itemsize == 4:
-        return [
-            CaseShape("fp32", bucket, full, bucket == 64 and not full) for full in (False, True)
-        ]
-    common = bucket in (64, 128)
-    shapes = [CaseShape("bf16", bucket, full, common) for full in (False, True)]
-    if common:
-        shapes.append(CaseShape("fp16", bucket, False, False))
-    odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
-    return shapes + ([CaseShape("bf16", odd, True, False)] if odd else [])
-
-
 _FP32_FORWARD = {
     64: Config(32, 32, 8, 1, 255),
     96: Config(32, 16, 8, 1, 255),
@@ -187,18 +153,18 @@ _FP32_BACKWARD = {
     64: BackwardConfig(16, 16, 16, 16, 4, 1, 255),
     96: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
     128: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
-    256: BackwardConfig(16, 16, 16, 16, 16, 1, 128),
+    256: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
 }
 _FORWARD = {
     (3, 6): {
         (227, 64, 2, True): Config(128, 64, 8, 3),
         (227, 64, 2, False): Config(64, 64, 4, 3),
-        (227, 96, 2, True): Config(128, 32, 8, 3),
+        (227, 96, 2, True): Config(64, 64, 8, 3),
         (227, 96, 2, False): Config(64, 32, 4, 3),
         (227, 128, 2, True): Config(128, 64, 8, 3),
         (227, 128, 2, False): Config(64, 32, 4, 3),
-        (227, 256, 2, True): Config(64, 32, 8, 2, 255),
-        (227, 256, 2, False): Config(64, 32, 8, 2, 255),
+        (227, 256, 2, True): Config(64, 16, 8, 2),
+        (227, 256, 2, False): Config(64, 16, 8, 2),
         (163, 64, 2, True): Config(128, 64, 8, 3),
         (163, 64, 2, False): Config(64, 32, 4, 3),
         (163, 96, 2, True): Config(128, 32, 8, 3),
@@ -209,8 +175,8 @@ _FORWARD = {
         (163, 256, 2, False): Config(32, 32, 8, 2, 255),
         (99, 64, 2, True): Config(128, 64, 8, 2),
         (99, 64, 2, False): Config(64, 32, 4, 3, 255),
-        (99, 96, 2, True): Config(128, 32, 8, 2),
-        (99, 96, 2, False): Config(64, 32, 8, 2),
+        (99, 96, 2, True): Config(128, 16, 8, 2, 255),
+        (99, 96, 2, False): Config(64, 16, 8, 2, 255),
         (99, 128, 2, True): Config(64, 32, 8, 2),
         (99, 128, 2, False): Config(64, 32, 8, 2),
         (99, 256, 2, True): Config(32, 32, 8, 1, 255),
@@ -240,7 +206,7 @@ _BACKWARD = {
         (163, 128, 2): BackwardConfig(64, 32, 32, 32, 8, 2),
         (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (99, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2, 255),
+        (99, 96, 2): BackwardConfig(32, 16, 16, 32, 8, 1, 255),
         (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
         (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
         **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},

@@ -1,11 +1,9 @@
-"""Triton backward: a small preparation, then all gradients in one launch, without atomics.
+"""Triton backward: after a small preparation, all gradients in one launch, without atomics.
 
-`prepare_kernel` computes delta = rowsum(out * grad_out) for every (row, head), and for every tile
-of memory positions which rows see it: rows are sorted, so four binary searches tell the rows that
-see some of the tile and those that see all of it. In `backward_kernel` the first programs own a
-tile of keys and values each and walk over its rows and the heads of the group; the others own a
-tile of rows and walk over its memory like the forward. Every gradient element has one owner that
-adds in a fixed order, so results are bit-identical from run to run.
+The first programs own a tile of keys and values each and walk over its rows (`triton_prepare`
+found them) and the heads of the group; the others own a tile of rows and walk over its memory like
+the forward. Every gradient element has one owner that adds in a fixed order, so results are
+bit-identical from run to run.
 """
 
 import math
@@ -15,16 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldistill_kernels.compile_check import CompileCase
-from ldistill_kernels.shared_kv_attention.configs import (
-    DEVICE_CLASSES,
-    BackwardConfig,
-    CaseShape,
-    backward_config,
-    backward_table,
-    case_shapes,
-    split_backward,
-)
+from ldistill_kernels.shared_kv_attention.configs import backward_config, split_backward
 from ldistill_kernels.shared_kv_attention.primitives import (
     LOG2E,
     NOTHING,
@@ -41,93 +30,7 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     strides,
     zero_pair,
 )
-
-PREPARE_TILES = 128  # tiles of memory positions of one search
-PREPARE_REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupancy
-
-
-@triton.jit
-def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.constexpr):
-    """For each target: how many rows have outer[row] * seq + inner[row] + shift < target."""
-    low = tl.zeros_like(target)
-    high = low + rows
-    for _ in range(steps):
-        active = low < high
-        middle = (low + high) // 2
-        key = tl.load(inner + middle, mask=active, other=0).to(tl.int32) + shift
-        if HAS_OUTER:
-            key += tl.load(outer + middle, mask=active, other=0).to(tl.int32) * seq
-        below = active & (key < target)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(active & (key >= target), middle, high)
-    return low
-
-
-@triton.jit
-def _write_range(
-    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, rows,
-    steps, HAS_OUTER: tl.constexpr,
-):  # fmt: skip
-    """One of four bounds: rows 0..3 see some of [first, last), rows 1..2 all of it."""
-    if search < 2:
-        target = tl.where(search == 0, first + 1, last)
-        row = _rows_below(target, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
-    else:
-        target = tl.where(search == 2, first + 1, last)
-        row = _rows_below(target, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
-    tl.store(ranges + tile * 4 + search, row, mask=tile < count)
-
-
-PREPARE_INTEGERS = (
-    "rows", "q_heads", "seq", "rows2", "row_tiles", "tiles1", "tiles2", "steps",
-    "stride_gr", "stride_gh", "stride_lr", "stride_lh",
-)  # fmt: skip
-
-
-@triton.jit(do_not_specialize=PREPARE_INTEGERS)
-def prepare_kernel(
-    out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
-    rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, steps,
-    stride_gr, stride_gh, stride_lr, stride_lh,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
-):  # fmt: skip
-    pid = tl.program_id(0)
-    programs = tl.cdiv(rows * q_heads, BLOCK_M)
-    if pid < programs:
-        pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = pair < rows * q_heads
-        row, head = pair // q_heads, pair % q_heads
-        out1, out2 = load_pair(out, pair * HEAD_DIM, inside, D1, D2, HEAD_DIM, True)
-        offsets = tl.multiple_of(row * stride_gr + head * stride_gh, ALIGN)
-        grad1, grad2 = load_pair(grad_out, offsets, inside, D1, D2, HEAD_DIM, True)
-        total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
-        if D2 > 0:
-            total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
-        if HAS_GRAD_LSE:
-            total -= tl.load(grad_lse + row * stride_lr + head * stride_lh, mask=inside, other=0.0)
-        tl.store(delta + pair, total, mask=inside)
-    else:
-        # The steps of a search wait for one another: each of the four has programs of its own.
-        search, group = (pid - programs) % 4, (pid - programs) // 4
-        groups1 = tl.cdiv(tiles1, TILES)
-        if group < groups1:
-            tile = group * TILES + tl.arange(0, TILES)
-            first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
-            last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
-            _write_range(
-                ranges, tile, tiles1, search, first, last, batch, start, batch, position, seq, 1,
-                rows, steps, True,
-            )  # fmt: skip
-        elif HAS_SECOND:
-            tile = (group - groups1) * TILES + tl.arange(0, TILES)
-            first = tile * BLOCK_N
-            last = tl.minimum(first + BLOCK_N, rows2)
-            _write_range(
-                ranges + tiles1 * 4, tile, tiles2, search, first, last, start2, start2, end2, end2,
-                seq, 0, rows, steps, False,
-            )  # fmt: skip
+from ldistill_kernels.shared_kv_attention.triton_prepare import prepare
 
 
 @triton.jit
@@ -445,23 +348,13 @@ def _launch(
     row_tiles = triton.cdiv(seq, config.dkv_n)
     tiles1 = batches * row_tiles if wanted[1] or wanted[2] else 0
     tiles2 = triton.cdiv(rows2, config.dkv_n) if wanted[3] or wanted[4] else 0
-    delta = torch.empty(rows, q_heads, dtype=torch.float32, device=q.device)
-    ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=q.device)
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
     d1, d2 = split_backward(head_dim)
     head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
-    pairs = prepare_rows(head_dim)
-    grid = triton.cdiv(rows * q_heads, pairs) + 4 * (
-        triton.cdiv(tiles1, PREPARE_TILES) + triton.cdiv(tiles2, PREPARE_TILES)
-    )
-    prepare_kernel[(grid,)](
-        out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
-        rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, rows.bit_length(),
-        *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
-        BLOCK_M=pairs, BLOCK_N=config.dkv_n, TILES=PREPARE_TILES,
-        HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=k2 is not None, num_warps=4,
-        maxnreg=PREPARE_REGISTERS, enable_fp_fusion=True,
+    delta, ranges = prepare(
+        out, grad_out, grad_lse, batch, start, position, seq, start2, end2, rows2, row_tiles,
+        tiles1, tiles2, config.dkv_n, head_dims,
     )  # fmt: skip
     dq_tiles = triton.cdiv(rows * (q_heads // kv_heads), config.dq_m) if wanted[0] else 0
     grid = (tiles1 + tiles2 + dq_tiles) * kv_heads
@@ -481,88 +374,3 @@ def _launch(
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         enable_fp_fusion=True,
     )  # fmt: skip
-
-
-def prepare_rows(head_dim: int) -> int:
-    """(row, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
-    return max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every shipped configuration of the backward, bare and with everything switched on."""
-    cases = []
-    for (kib, bucket, size), config in backward_table().items():
-        for shape in case_shapes(bucket, size, kib):
-            cases += _cases(shape, config, DEVICE_CLASSES[kib])
-    return cases
-
-
-def _cases(shape: CaseShape, config: BackwardConfig, archs: tuple[int, ...]) -> list[CompileCase]:
-    """Both kernels of one shape."""
-    return [
-        CompileCase(
-            f"attention backward {shape.label} dq {config.dq_m}x{config.dq_n} "
-            f"dkv {config.dkv_m}x{config.dkv_n}",
-            module=__name__,
-            kernel="backward_kernel",
-            types=_types(shape.element, shape.full),
-            constants=_constants(shape.head_dim, shape.full, config),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            max_registers=config.max_registers,
-            archs=archs,
-            core=shape.core,
-        ),
-        CompileCase(
-            f"attention prepare {shape.label} tiles of {config.dkv_n}",
-            module=__name__,
-            kernel="prepare_kernel",
-            types=_prepare_types(shape.element, shape.full),
-            constants=_prepare_constants(shape.head_dim, shape.full, config),
-            max_registers=PREPARE_REGISTERS,
-            archs=archs,
-            core=shape.core,
-        ),
-    ]
-
-
-_SECOND = ("start2", "end2")
-_OPTIONAL = ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
-
-
-def _types(element: str, full: bool) -> dict[str, str]:
-    types = dict.fromkeys(("q", "k", "v", "grad_out", "dq", "dk", "dv"), f"*{element}")
-    types |= dict.fromkeys(("batch", "start", "position", "ranges"), "*i32")
-    types |= dict.fromkeys(("lse", "delta"), "*fp32") | dict.fromkeys(("scale", "scale2"), "fp32")
-    types |= dict.fromkeys(INTEGERS, "i32")
-    if full:
-        types |= dict.fromkeys(("k2", "v2", "dk2", "dv2"), f"*{element}") | {"visible": "*i1"}
-        types |= dict.fromkeys(_SECOND, "*i32") | dict.fromkeys(("dk", "dv"), "*fp32")
-    return types
-
-
-def _constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_backward(head_dim)
-    constants = {
-        "ALIGN": 8, "GROUP": 3, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "HAS_VISIBLE": full,
-        "HAS_SECOND": full, "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m,
-        "DKV_N": config.dkv_n, "ADD_K": full, "ADD_V": full, "DK2": full, "DV2": full,
-    }  # fmt: skip
-    constants |= dict.fromkeys(("DQ", "DK", "DV"), True)
-    return constants | ({} if full else dict.fromkeys(_OPTIONAL))
-
-
-def _prepare_types(element: str, full: bool) -> dict[str, str]:
-    types = dict.fromkeys(("out", "grad_out"), f"*{element}") | {"delta": "*fp32"}
-    types |= dict.fromkeys(("batch", "start", "position", "ranges"), "*i32")
-    types |= dict.fromkeys(PREPARE_INTEGERS, "i32")
-    return types | (dict.fromkeys(_SECOND, "*i32") | {"grad_lse": "*fp32"} if full else {})
-
-
-def _prepare_constants(head_dim: int, full: bool, config: BackwardConfig) -> dict:
-    d1, d2 = split_backward(head_dim)
-    constants = {
-        "ALIGN": 8, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "BLOCK_M": prepare_rows(head_dim),
-        "BLOCK_N": config.dkv_n, "TILES": PREPARE_TILES, "HAS_GRAD_LSE": full, "HAS_SECOND": full,
-    }  # fmt: skip
-    return constants | ({} if full else dict.fromkeys((*_SECOND, "grad_lse")))

@@ -12,13 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldistill_kernels.compile_check import CompileCase
 from ldistill_kernels.shared_kv_attention.configs import (
-    DEVICE_CLASSES,
-    Config,
-    case_shapes,
     forward_config,
-    forward_table,
     is_dense,
     split_head_dim,
 )
@@ -201,47 +196,3 @@ def attention_forward(
             enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every shipped configuration of the forward, bare and with everything switched on."""
-    cases = []
-    for (kib, bucket, size, dense), config in forward_table().items():
-        if dense and forward_table()[kib, bucket, size, False] == config:
-            continue
-        for shape in case_shapes(bucket, size, kib):
-            cases.append(
-                CompileCase(
-                    f"attention forward {shape.label} {'dense' if dense else 'sparse'} "
-                    f"{config.block_m}x{config.block_n}",
-                    module=__name__,
-                    kernel="forward_kernel",
-                    types=_types(shape.element, shape.full),
-                    constants=_constants(shape.head_dim, shape.full, config),
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    max_registers=config.max_registers,
-                    archs=DEVICE_CLASSES[kib],
-                    core=shape.core,
-                )
-            )
-    return cases
-
-
-def _types(element: str, full: bool) -> dict[str, str]:
-    types = dict.fromkeys(("q", "k", "v", "out"), f"*{element}")
-    types |= dict.fromkeys(("batch", "start", "position"), "*i32")
-    types |= dict.fromkeys(INTEGERS, "i32") | {"lse": "*fp32", "scale2": "fp32"}
-    if full:
-        types |= dict.fromkeys(("k2", "v2"), f"*{element}") | {"visible": "*i1"}
-        types |= dict.fromkeys(("start2", "end2"), "*i32")
-    return types
-
-
-def _constants(head_dim: int, full: bool, config: Config) -> dict:
-    d1, d2 = split_head_dim(head_dim)
-    constants = {
-        "ALIGN": 8, "GROUP": 3, "HEAD_DIM": head_dim, "D1": d1, "D2": d2, "HAS_VISIBLE": full,
-        "HAS_SECOND": full, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-    }  # fmt: skip
-    return constants | ({} if full else dict.fromkeys(("visible", "k2", "v2", "start2", "end2")))

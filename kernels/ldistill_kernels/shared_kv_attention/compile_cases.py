@@ -1,0 +1,151 @@
+"""What compile_check builds: every entry of the tables, bare and with everything switched on."""
+
+from dataclasses import dataclass
+
+from ldistill_kernels.compile_check import CompileCase
+from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd, triton_prepare
+from ldistill_kernels.shared_kv_attention.configs import (
+    DEVICE_CLASSES,
+    INTERPRETER,
+    BackwardConfig,
+    Config,
+    backward_table,
+    forward_table,
+    split_backward,
+    split_head_dim,
+)
+
+_SECOND = ("start2", "end2")
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every shipped configuration of the three kernels."""
+    cases = []
+    for (kib, bucket, size, dense), config in forward_table().items():
+        if not dense or forward_table()[kib, bucket, size, False] != config:
+            cases += [_forward(x, config, dense, kib) for x in case_shapes(bucket, size, kib)]
+    for (kib, bucket, size), config in backward_table().items():
+        for shape in case_shapes(bucket, size, kib):
+            cases += [_backward(shape, config, kib), _prepare(shape, config, kib)]
+    return cases
+
+
+@dataclass(frozen=True)
+class CaseShape:
+    """One thing that compile_check builds of a table entry.
+
+    `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
+    the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
+    """
+
+    element: str
+    head_dim: int
+    full: bool
+    core: bool
+
+    @property
+    def label(self) -> str:
+        return f"{self.element} D{self.head_dim} {'two segments' if self.full else 'plain'}"
+
+
+def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
+    """What is built of the entry of a head dim bucket, an element size and a device class."""
+    if kib == INTERPRETER:
+        return []
+    if itemsize == 4:
+        return [
+            CaseShape("fp32", bucket, full, bucket == 64 and not full) for full in (False, True)
+        ]
+    common = bucket in (64, 128)
+    shapes = [CaseShape("bf16", bucket, full, common) for full in (False, True)]
+    if common:
+        shapes.append(CaseShape("fp16", bucket, False, False))
+    odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
+    return shapes + ([CaseShape("bf16", odd, True, False)] if odd else [])
+
+
+def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> CompileCase:
+    variant = f"{'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}"
+    types = _pointers(shape, ("q", "k", "v", "out"), ("k2", "v2"))
+    types |= {"lse": "*fp32", "scale2": "fp32"} | dict.fromkeys(triton_fwd.INTEGERS, "i32")
+    types |= {"visible": "*i1"} if shape.full else {}
+    constants = _head_dims(shape, *split_head_dim(shape.head_dim)) | {
+        "GROUP": 3, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }  # fmt: skip
+    absent = () if shape.full else ("visible", "k2", "v2", *_SECOND)
+    return CompileCase(
+        f"attention forward {shape.label} {variant}",
+        module=triton_fwd.__name__,
+        kernel="forward_kernel",
+        types=types,
+        constants=constants | dict.fromkeys(absent),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        max_registers=config.max_registers,
+        archs=DEVICE_CLASSES[kib],
+        core=shape.core,
+    )
+
+
+def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
+    tiles = f"dq {config.dq_m}x{config.dq_n} dkv {config.dkv_m}x{config.dkv_n}"
+    gradients = ("grad_out", "dq", "dk", "dv")
+    types = _pointers(shape, ("q", "k", "v", *gradients), ("k2", "v2", "dk2", "dv2"))
+    types |= dict.fromkeys(("lse", "delta"), "*fp32") | {"ranges": "*i32"}
+    types |= dict.fromkeys(("scale", "scale2"), "fp32")
+    types |= dict.fromkeys(triton_bwd.INTEGERS, "i32")
+    if shape.full:  # the gradients of the memory are added to fp32 buffers
+        types |= dict.fromkeys(("dk", "dv"), "*fp32") | {"visible": "*i1"}
+    constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
+        "GROUP": 3, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
+        "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m, "DKV_N": config.dkv_n,
+        "DQ": True, "DK": True, "DV": True, "DK2": shape.full, "DV2": shape.full,
+        "ADD_K": shape.full, "ADD_V": shape.full,
+    }  # fmt: skip
+    absent = () if shape.full else ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
+    return CompileCase(
+        f"attention backward {shape.label} {tiles}",
+        module=triton_bwd.__name__,
+        kernel="backward_kernel",
+        types=types,
+        constants=constants | dict.fromkeys(absent),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        max_registers=config.max_registers,
+        archs=DEVICE_CLASSES[kib],
+        core=shape.core,
+    )
+
+
+def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
+    types = _pointers(shape, ("out", "grad_out"), ()) | {"delta": "*fp32", "ranges": "*i32"}
+    types |= dict.fromkeys(triton_prepare.INTEGERS, "i32")
+    types |= {"grad_lse": "*fp32"} if shape.full else {}
+    constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
+        "BLOCK_M": triton_prepare.block_rows(shape.head_dim), "BLOCK_N": config.dkv_n,
+        "TILES": triton_prepare.TILES, "HAS_GRAD_LSE": shape.full, "HAS_SECOND": shape.full,
+    }  # fmt: skip
+    return CompileCase(
+        f"attention prepare {shape.label} tiles of {config.dkv_n}",
+        module=triton_prepare.__name__,
+        kernel="prepare_kernel",
+        types=types,
+        constants=constants | dict.fromkeys(() if shape.full else (*_SECOND, "grad_lse")),
+        max_registers=triton_prepare.REGISTERS,
+        archs=DEVICE_CLASSES[kib],
+        core=shape.core,
+    )
+
+
+def _pointers(shape: CaseShape, plain: tuple, second: tuple) -> dict[str, str]:
+    """Types of the tensors of the element type, and of those that say what a row sees."""
+    types = dict.fromkeys(plain, f"*{shape.element}")
+    types |= dict.fromkeys(("batch", "start", "position"), "*i32")
+    if shape.full:
+        types |= dict.fromkeys(second, f"*{shape.element}") | dict.fromkeys(_SECOND, "*i32")
+    return types
+
+
+def _head_dims(shape: CaseShape, d1: int, d2: int) -> dict[str, int]:
+    return {"ALIGN": 8, "HEAD_DIM": shape.head_dim, "D1": d1, "D2": d2}

@@ -1,0 +1,136 @@
+"""Before the backward: delta of every row, and which rows see each tile of memory positions.
+
+`prepare_kernel` computes delta = rowsum(out * grad_out) for every (row, head), and for every tile
+of memory positions which rows see it: rows are sorted, so four binary searches tell the rows that
+see some of the tile and those that see all of it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ldistill_kernels.shared_kv_attention.primitives import load_pair, strides
+
+TILES = 128  # tiles of memory positions of one search
+REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupancy
+
+
+@triton.jit
+def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.constexpr):
+    """For each target: how many rows have outer[row] * seq + inner[row] + shift < target."""
+    low = tl.zeros_like(target)
+    high = low + rows
+    for _ in range(steps):
+        active = low < high
+        middle = (low + high) // 2
+        key = tl.load(inner + middle, mask=active, other=0).to(tl.int32) + shift
+        if HAS_OUTER:
+            key += tl.load(outer + middle, mask=active, other=0).to(tl.int32) * seq
+        below = active & (key < target)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(active & (key >= target), middle, high)
+    return low
+
+
+@triton.jit
+def _write_range(
+    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, rows,
+    steps, HAS_OUTER: tl.constexpr,
+):  # fmt: skip
+    """One of four bounds: rows 0..3 see some of [first, last), rows 1..2 all of it."""
+    if search < 2:
+        target = tl.where(search == 0, first + 1, last)
+        row = _rows_below(target, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
+    else:
+        target = tl.where(search == 2, first + 1, last)
+        row = _rows_below(target, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
+    tl.store(ranges + tile * 4 + search, row, mask=tile < count)
+
+
+INTEGERS = (
+    "rows", "q_heads", "seq", "rows2", "row_tiles", "tiles1", "tiles2", "steps",
+    "stride_gr", "stride_gh", "stride_lr", "stride_lh",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def prepare_kernel(
+    out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
+    rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, steps,
+    stride_gr, stride_gh, stride_lr, stride_lh,
+    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
+    HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    programs = tl.cdiv(rows * q_heads, BLOCK_M)
+    if pid < programs:
+        pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = pair < rows * q_heads
+        row, head = pair // q_heads, pair % q_heads
+        out1, out2 = load_pair(out, pair * HEAD_DIM, inside, D1, D2, HEAD_DIM, True)
+        offsets = tl.multiple_of(row * stride_gr + head * stride_gh, ALIGN)
+        grad1, grad2 = load_pair(grad_out, offsets, inside, D1, D2, HEAD_DIM, True)
+        total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
+        if D2 > 0:
+            total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
+        if HAS_GRAD_LSE:
+            total -= tl.load(grad_lse + row * stride_lr + head * stride_lh, mask=inside, other=0.0)
+        tl.store(delta + pair, total, mask=inside)
+    else:
+        # The steps of a search wait for one another: each of the four has programs of its own.
+        search, group = (pid - programs) % 4, (pid - programs) // 4
+        groups1 = tl.cdiv(tiles1, TILES)
+        if group < groups1:
+            tile = group * TILES + tl.arange(0, TILES)
+            first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
+            last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
+            _write_range(
+                ranges, tile, tiles1, search, first, last, batch, start, batch, position, seq, 1,
+                rows, steps, True,
+            )  # fmt: skip
+        elif HAS_SECOND:
+            tile = (group - groups1) * TILES + tl.arange(0, TILES)
+            first = tile * BLOCK_N
+            last = tl.minimum(first + BLOCK_N, rows2)
+            _write_range(
+                ranges + tiles1 * 4, tile, tiles2, search, first, last, start2, start2, end2, end2,
+                seq, 0, rows, steps, False,
+            )  # fmt: skip
+
+
+def prepare(
+    out, grad_out, grad_lse, batch, start, position, seq, start2, end2, rows2, row_tiles, tiles1,
+    tiles2, tile, head_dims
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the preparation.
+
+    Args:
+        row_tiles, tiles1, tiles2: tiles of `tile` positions in a batch row, in all batch rows and
+            in the second segment (0: no gradients wanted there).
+        head_dims: ALIGN, HEAD_DIM, D1 and D2 of the backward.
+    Returns: delta fp32 [rows, q_heads] and int32 [tiles1 + tiles2, 4]: rows 0..3 see some of a
+        tile, rows 1..2 all of it.
+    """
+    rows, q_heads, head_dim = out.shape
+    delta = torch.empty(rows, q_heads, dtype=torch.float32, device=out.device)
+    ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=out.device)
+    pairs = block_rows(head_dim)
+    grid = triton.cdiv(rows * q_heads, pairs) + 4 * (
+        triton.cdiv(tiles1, TILES) + triton.cdiv(tiles2, TILES)
+    )
+    prepare_kernel[(grid,)](
+        out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
+        rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, rows.bit_length(),
+        *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
+        BLOCK_M=pairs, BLOCK_N=tile, TILES=TILES,
+        HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=start2 is not None, num_warps=4,
+        maxnreg=REGISTERS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return delta, ranges
+
+
+def block_rows(head_dim: int) -> int:
+    """(row, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
+    return max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))

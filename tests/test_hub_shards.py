@@ -1,0 +1,89 @@
+"""Shards in a data set of a hub: the real client, against a server with the hub's API."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers_data import make_processor, make_samples
+from servers import HubServer
+
+from ldistill.data.build_types import BuildOptions
+from ldistill.data.index import ShardIndex
+from ldistill.data.shards import build_shards
+
+REPO = "team/shards"
+# huggingface_hub takes its address and whether it is offline from the environment, at import
+READ = """
+import hashlib, json, sys
+from ldistill.data.index import ShardIndex
+from ldistill.data.remote import Retry
+from ldistill.data.store import Reading
+
+url, reads, cache, pattern = sys.argv[1:5]
+reading = Reading(cache, reads=reads, retry=Retry(attempts=3, first=0.01))
+index = ShardIndex.load(url, reading=reading)
+index.check_files()
+data = [index.store.read(*index.locate(int(i))[:2]) for i in pattern.split(",")]
+hashes = [hashlib.sha256(sample).hexdigest() for sample in data]
+print(json.dumps([index.sources, len(index), hashes]))
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    samples = {"docvqa": make_samples("docvqa", 40), "vsr": make_samples("vsr", 20)}
+    build_shards(samples, root, make_processor(), options=BuildOptions(shard_bytes=30_000))
+    return root
+
+
+def client(server, *command, token="", **settings):
+    """Run a program whose hub is `server`."""
+    hub = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": token}
+    hub["HF_HUB_DISABLE_TELEMETRY"] = hub["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+    if token:
+        del hub["HF_HUB_DISABLE_IMPLICIT_TOKEN"]
+    environment = {**os.environ, **hub, **settings}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("reads", ["whole", "ranged"])
+def test_a_data_set_of_the_hub_gives_the_local_samples_and_no_byte_more(built, tmp_path, reads):
+    local = ShardIndex.load(built)
+    pattern = np.random.default_rng(0).permutation(len(local))[:30].tolist()
+    with HubServer(built, REPO, token="hf_secret") as server:
+        arguments = (f"hf://datasets/{REPO}", reads, str(tmp_path), ",".join(map(str, pattern)))
+        done = client(server, "-c", READ, *arguments, token="hf_secret")
+        assert done.returncode == 0, done.stderr[-2000:]
+        sources, count, hashes = json.loads(done.stdout.splitlines()[-1])
+        assert (sources, count) == (local.sources, len(local))
+        samples = [local.store.read(*local.locate(i)[:2]) for i in pattern]
+        assert hashes == [hashlib.sha256(sample).hexdigest() for sample in samples]
+        expected = local.column("size").astype(np.int64)[pattern].sum()
+        if reads == "whole":
+            expected = sum({(s := local.locate(i)[0]).path: s.bytes for i in pattern}.values())
+        assert server.tar_bytes() == expected
+        asked = sum(n for name, n in server.requests.items() if "paths-info" in name)
+        assert asked < 3 * len(local.shards)  # once a shard, not once a sample
+
+
+def test_what_the_hub_refuses_or_lacks_is_a_sentence(built, tmp_path):
+    with HubServer(built, REPO, token="hf_secret") as server:
+        verify = ("-m", "ldistill.cli", "shards", "verify")
+        cache = ("--cache", str(tmp_path))
+        refused = client(server, *verify, f"hf://datasets/{REPO}", *cache)
+        assert refused.returncode != 0
+        assert "Traceback" not in refused.stderr
+        assert "credentials" in refused.stderr
+        missing = client(server, *verify, "hf://datasets/team/other", *cache, token="hf_secret")
+        assert missing.returncode != 0
+        assert "no shards at hf://datasets/team/other" in missing.stderr
+        offline = client(server, *verify, f"hf://datasets/{REPO}", *cache, HF_HUB_OFFLINE="1")
+        assert offline.returncode != 0
+        assert "HF_HUB_OFFLINE is set" in offline.stderr
