@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -159,3 +161,12 @@ def write_fake_index(root: Path, source: str, lengths: np.ndarray, shard_samples
     meta = {"format": 1, "source": source, "category": "language", "shards": shards}
     meta |= {"processor": "", "processor_parts": {}, "image_settings": {}}
     (folder / "index.json").write_text(json.dumps(meta))
+
+
+def assert_same_batches(batches: Iterable[dict], others: Iterable[dict]) -> None:
+    """The same batches in the same order, to the bit."""
+    for one, other in zip(batches, others, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else dict.__eq__
+            assert same(value, other[name]), name

@@ -91,3 +91,23 @@ def assert_matches_fp64(
         assert grad.dtype == inputs[name].dtype
         assert grad.shape == inputs[name].shape
         assert relative(grad, want[name]) < tolerance, name
+
+
+def assert_equals_teach_nothing(inputs: dict[str, Any], **options: Any) -> None:
+    """A student that is its own teacher: no divergence, no gradient, agreement everywhere."""
+    same = {"h_t": inputs["h_s"].clone(), "w_t": inputs["w_s"].clone(), "ce_weight": 0.0}
+    out, grads = gradients(inputs | same, **options)
+    assert out.loss == 0
+    assert torch.count_nonzero(out.kl) == 0
+    assert all(grad.abs().max() <= 1e-6 for grad in grads.values())
+    assert out.teacher_student.all()
+
+
+def assert_near_teacher_is_exact(inputs: dict[str, Any], near: Tensor, **options: Any) -> None:
+    """The gradients of a student close to its teacher's head `near`, within 0.5% of fp64."""
+    inputs = inputs | {"h_t": inputs["h_s"].clone(), "w_t": near, "ce_weight": 0.0}
+    _, want = fp64_gradients(inputs, kl=options["kl"])
+    _, got = gradients(inputs, **options)
+    for name, grad in got.items():
+        error = (grad.double() - want[name]).norm() / want[name].norm()
+        assert error <= 0.005, name

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers_data import make_processor, make_samples
+from helpers_data import assert_same_batches, make_processor, make_samples
 from servers import FileServer, s3_server
 
 from ldistill.data.build_types import BuildOptions
@@ -51,14 +51,6 @@ def reading(tmp_path):
         return Reading(str(tmp_path / name), reads=reads, **{"retry": FAST, **settings})
 
     return options
-
-
-def assert_equal(batches, others):
-    for one, other in zip(batches, others, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else dict.__eq__
-            assert same(value, other[name]), name
 
 
 def assert_whole(cache):
@@ -110,7 +102,7 @@ def test_s3_gives_the_local_samples_and_no_byte_more(built, reading, reads, proc
         size = len(Plan(local, limit=LIMIT).epoch(0))
         options = {"limit": LIMIT, "batch_size": 2, "stop_pack": size}
         remote = list(make_loader(index, processor, num_workers=2, **options))
-        assert_equal(remote, list(make_loader(local, processor, **options)))
+        assert_same_batches(remote, list(make_loader(local, processor, **options)))
         tars = sum(count for name, count in sent.items() if name.endswith(".tar"))
         whole = sum(shard.bytes for shard in local.shards)
         assert tars == (whole if reads == "whole" else sizes(local).sum())
@@ -131,7 +123,9 @@ def test_a_remote_loader_gives_the_local_batches(built, processor, reading, read
         index = ShardIndex.load(server.url, reading=reading(reads))
         for start in (0, 7):
             remote = make_loader(index, processor, start_pack=start, num_workers=workers, **options)
-            assert_equal(remote, list(make_loader(local, processor, start_pack=start, **options)))
+            assert_same_batches(
+                remote, list(make_loader(local, processor, start_pack=start, **options))
+            )
 
 
 def test_spawned_workers_read_remote_shards(built, processor, reading):
@@ -142,7 +136,7 @@ def test_spawned_workers_read_remote_shards(built, processor, reading):
         remote = make_loader(
             index, processor, num_workers=1, multiprocessing_context="spawn", **options
         )
-        assert_equal(remote, list(make_loader(local, processor, **options)))
+        assert_same_batches(remote, list(make_loader(local, processor, **options)))
 
 
 # bytes read, bytes needed ------------------------------------------------------------------------
@@ -268,7 +262,7 @@ def test_passing_failures_are_tried_again(built, processor, reading, reads, faul
         names = [shard.path.rpartition("/")[2] for shard in index.shards]
         server.faults = {name: list(faults) for name in names[:3]}
         remote = list(make_loader(index, processor, num_workers=2, **options))
-        assert_equal(remote, list(make_loader(local, processor, **options)))
+        assert_same_batches(remote, list(make_loader(local, processor, **options)))
         for shard in index.shards[:3]:
             index.read(shard.start)
         assert not any(server.faults.values())

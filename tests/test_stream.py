@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_data import make_processor, make_samples, picture
+from helpers_data import assert_same_batches, make_processor, make_samples, picture
 
 from ldistill.data.archive import BadSample
 from ldistill.data.build_types import BuildOptions
@@ -47,14 +47,6 @@ def root(built, tmp_path):
 @pytest.fixture(scope="module")
 def processor():
     return make_processor(max_images=2)
-
-
-def assert_equal(batches, others):
-    for one, other in zip(batches, others, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else dict.__eq__
-            assert same(value, other[name]), name
 
 
 # plans -------------------------------------------------------------------------------------------
@@ -226,7 +218,7 @@ def test_workers_change_nothing(built, processor):
     plain = list(make_loader(index, processor, **options))
     for workers in (1, 2):
         with_workers = make_loader(index, processor, num_workers=workers, **options)
-        assert_equal(plain, with_workers)
+        assert_same_batches(plain, with_workers)
 
 
 def test_spawned_workers_change_nothing(built, processor):
@@ -236,7 +228,7 @@ def test_spawned_workers_change_nothing(built, processor):
     spawned = make_loader(
         index, processor, num_workers=1, multiprocessing_context="spawn", **options
     )
-    assert_equal(plain, spawned)
+    assert_same_batches(plain, spawned)
 
 
 def test_resuming_gives_the_batches_of_the_uninterrupted_run(built, processor):
@@ -246,7 +238,7 @@ def test_resuming_gives_the_batches_of_the_uninterrupted_run(built, processor):
     whole = list(make_loader(index, processor, **options))
     for done in (1, size // 2, size // 2 + 2):
         resumed = make_loader(index, processor, start_pack=2 * done, **options)
-        assert_equal(resumed, whole[done:])
+        assert_same_batches(resumed, whole[done:])
 
 
 def test_truncated_documents_in_a_batch(tmp_path, processor):

@@ -1,6 +1,6 @@
 """What compile_check builds: every entry of the tables, bare and with everything switched on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ldistill_kernels.compile_check import CompileCase
 from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd, triton_prepare
@@ -65,7 +65,7 @@ def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
 
 
 def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> CompileCase:
-    variant = f"{'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}"
+    tiles = f"{'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}"
     types = _pointers(shape, ("q", "k", "v", "out"), ("k2", "v2"))
     types |= {"lse": "*fp32", "scale2": "fp32"} | dict.fromkeys(triton_fwd.INTEGERS, "i32")
     types |= {"visible": "*i1"} if shape.full else {}
@@ -74,17 +74,12 @@ def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> Compile
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
     absent = () if shape.full else ("visible", "k2", "v2", *_SECOND)
-    return CompileCase(
-        f"attention forward {shape.label} {variant}",
-        module=triton_fwd.__name__,
-        kernel="forward_kernel",
-        types=types,
-        constants=constants | dict.fromkeys(absent),
+    case = _case("forward", shape, tiles, kib, types, constants | dict.fromkeys(absent))
+    return replace(
+        case,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
-        archs=DEVICE_CLASSES[kib],
-        core=shape.core,
     )
 
 
@@ -104,17 +99,12 @@ def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase
         "ADD_K": shape.full, "ADD_V": shape.full,
     }  # fmt: skip
     absent = () if shape.full else ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
-    return CompileCase(
-        f"attention backward {shape.label} {tiles}",
-        module=triton_bwd.__name__,
-        kernel="backward_kernel",
-        types=types,
-        constants=constants | dict.fromkeys(absent),
+    case = _case("backward", shape, tiles, kib, types, constants | dict.fromkeys(absent))
+    return replace(
+        case,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         max_registers=config.max_registers,
-        archs=DEVICE_CLASSES[kib],
-        core=shape.core,
     )
 
 
@@ -126,13 +116,22 @@ def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
         "BLOCK_M": triton_prepare.block_rows(shape.head_dim), "BLOCK_N": config.dkv_n,
         "TILES": triton_prepare.TILES, "HAS_GRAD_LSE": shape.full, "HAS_SECOND": shape.full,
     }  # fmt: skip
+    absent = () if shape.full else (*_SECOND, "grad_lse")
+    constants |= dict.fromkeys(absent)
+    case = _case("prepare", shape, f"tiles of {config.dkv_n}", kib, types, constants)
+    return replace(case, max_registers=triton_prepare.REGISTERS)
+
+
+def _case(
+    kernel: str, shape: CaseShape, tiles: str, kib: int, types: dict, constants: dict
+) -> CompileCase:
+    modules = {"forward": triton_fwd, "backward": triton_bwd, "prepare": triton_prepare}
     return CompileCase(
-        f"attention prepare {shape.label} tiles of {config.dkv_n}",
-        module=triton_prepare.__name__,
-        kernel="prepare_kernel",
+        f"attention {kernel} {shape.label} {tiles}",
+        module=modules[kernel].__name__,
+        kernel=f"{kernel}_kernel",
         types=types,
-        constants=constants | dict.fromkeys(() if shape.full else (*_SECOND, "grad_lse")),
-        max_registers=triton_prepare.REGISTERS,
+        constants=constants,
         archs=DEVICE_CLASSES[kib],
         core=shape.core,
     )

@@ -155,65 +155,79 @@ _FP32_BACKWARD = {
     128: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
     256: BackwardConfig(16, 16, 16, 16, 8, 1, 255),
 }
+_FORWARD_38 = {
+    (227, 64, 2, True): Config(128, 64, 8, 3),
+    (227, 64, 2, False): Config(64, 64, 4, 3),
+    (227, 96, 2, True): Config(64, 64, 8, 3),
+    (227, 96, 2, False): Config(64, 32, 4, 3),
+    (227, 128, 2, True): Config(128, 64, 8, 3),
+    (227, 128, 2, False): Config(64, 32, 4, 3),
+    (227, 256, 2, True): Config(64, 16, 8, 2),
+    (227, 256, 2, False): Config(64, 16, 8, 2),
+    (163, 64, 2, True): Config(128, 64, 8, 3),
+    (163, 64, 2, False): Config(64, 32, 4, 3),
+    (163, 96, 2, True): Config(128, 32, 8, 3),
+    (163, 96, 2, False): Config(64, 32, 8, 2),
+    (163, 128, 2, True): Config(128, 32, 8, 3),
+    (163, 128, 2, False): Config(64, 32, 8, 2),
+    (163, 256, 2, True): Config(32, 32, 8, 2, 255),
+    (163, 256, 2, False): Config(32, 32, 8, 2, 255),
+    (99, 64, 2, True): Config(128, 64, 8, 2),
+    (99, 64, 2, False): Config(64, 32, 4, 3, 255),
+    (99, 96, 2, True): Config(128, 16, 8, 2, 255),
+    (99, 96, 2, False): Config(64, 16, 8, 2, 255),
+    (99, 128, 2, True): Config(64, 32, 8, 2),
+    (99, 128, 2, False): Config(64, 32, 8, 2),
+    (99, 256, 2, True): Config(32, 32, 8, 1, 255),
+    (99, 256, 2, False): Config(32, 32, 8, 1, 255),
+    **{
+        (kib, dim, 4, dense): config
+        for kib in DEVICE_CLASSES
+        for dim, config in _FP32_FORWARD.items()
+        for dense in (False, True)
+    },
+    **{
+        (INTERPRETER, dim, size, dense): Config(64, 64, 4, 1)
+        for dim in DIM_BUCKETS
+        for size in (2, 4)
+        for dense in (False, True)
+    },
+}
+_BACKWARD_38 = {
+    (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
+    (227, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+    (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+    (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
+    (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
+    (163, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2, 255),
+    (163, 128, 2): BackwardConfig(64, 32, 32, 32, 8, 2),
+    (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
+    (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+    (99, 96, 2): BackwardConfig(32, 16, 16, 32, 8, 1, 255),
+    (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
+    (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
+    **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},
+    **{
+        (INTERPRETER, dim, size): BackwardConfig(64, 64, 64, 64, 4, 1)
+        for dim in DIM_BUCKETS
+        for size in (2, 4)
+    },
+}
+# Earlier compilers need more registers: entries that spilled there take less.
 _FORWARD = {
-    (3, 6): {
-        (227, 64, 2, True): Config(128, 64, 8, 3),
-        (227, 64, 2, False): Config(64, 64, 4, 3),
-        (227, 96, 2, True): Config(64, 64, 8, 3),
-        (227, 96, 2, False): Config(64, 32, 4, 3),
-        (227, 128, 2, True): Config(128, 64, 8, 3),
-        (227, 128, 2, False): Config(64, 32, 4, 3),
-        (227, 256, 2, True): Config(64, 16, 8, 2),
-        (227, 256, 2, False): Config(64, 16, 8, 2),
-        (163, 64, 2, True): Config(128, 64, 8, 3),
-        (163, 64, 2, False): Config(64, 32, 4, 3),
-        (163, 96, 2, True): Config(128, 32, 8, 3),
-        (163, 96, 2, False): Config(64, 32, 8, 2),
-        (163, 128, 2, True): Config(128, 32, 8, 3),
-        (163, 128, 2, False): Config(64, 32, 8, 2),
-        (163, 256, 2, True): Config(32, 32, 8, 2, 255),
-        (163, 256, 2, False): Config(32, 32, 8, 2, 255),
-        (99, 64, 2, True): Config(128, 64, 8, 2),
-        (99, 64, 2, False): Config(64, 32, 4, 3, 255),
-        (99, 96, 2, True): Config(128, 16, 8, 2, 255),
-        (99, 96, 2, False): Config(64, 16, 8, 2, 255),
-        (99, 128, 2, True): Config(64, 32, 8, 2),
-        (99, 128, 2, False): Config(64, 32, 8, 2),
-        (99, 256, 2, True): Config(32, 32, 8, 1, 255),
-        (99, 256, 2, False): Config(32, 32, 8, 1, 255),
-        **{
-            (kib, dim, 4, dense): config
-            for kib in DEVICE_CLASSES
-            for dim, config in _FP32_FORWARD.items()
-            for dense in (False, True)
-        },
-        **{
-            (INTERPRETER, dim, size, dense): Config(64, 64, 4, 1)
-            for dim in DIM_BUCKETS
-            for size in (2, 4)
-            for dense in (False, True)
-        },
-    }
+    (3, 6): _FORWARD_38 | {(163, 128, 2, True): Config(64, 32, 8, 2)},
+    (3, 8): _FORWARD_38,
 }
 _BACKWARD = {
-    (3, 6): {
-        (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
-        (227, 96, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (227, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (227, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
-        (163, 64, 2): BackwardConfig(64, 32, 32, 64, 4, 2),
-        (163, 96, 2): BackwardConfig(32, 32, 32, 32, 8, 2, 255),
-        (163, 128, 2): BackwardConfig(64, 32, 32, 32, 8, 2),
-        (163, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
-        (99, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (99, 96, 2): BackwardConfig(32, 16, 16, 32, 8, 1, 255),
-        (99, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2),
-        (99, 256, 2): BackwardConfig(32, 32, 32, 32, 8, 1, 255),
-        **{(kib, dim, 4): x for kib in DEVICE_CLASSES for dim, x in _FP32_BACKWARD.items()},
-        **{
-            (INTERPRETER, dim, size): BackwardConfig(64, 64, 64, 64, 4, 1)
-            for dim in DIM_BUCKETS
-            for size in (2, 4)
-        },
-    }
+    (3, 6): _BACKWARD_38
+    | {
+        (227, 64, 2): BackwardConfig(128, 64, 64, 64, 8, 2),
+        (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
+    },
+    (3, 7): _BACKWARD_38
+    | {
+        (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
+        (99, 64, 2): BackwardConfig(32, 32, 32, 64, 8, 2),
+    },
+    (3, 8): _BACKWARD_38,
 }
