@@ -29,9 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
-    broken = Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version(
-        "2.4"
-    )
+    triton, numpy = Version(version("triton")), Version(version("numpy"))
+    broken = triton < Version("3.7") and numpy >= Version("2.4")
     no_interpreter = pytest.mark.skip(reason="Triton 3.6's interpreter needs NumPy below 2.4")
     for item in items:
         if "gpu" in item.keywords:
