@@ -215,7 +215,17 @@ _BACKWARD_38 = {
 }
 # Earlier compilers need more registers: entries that spilled there take less.
 _FORWARD = {
-    (3, 6): _FORWARD_38 | {(163, 128, 2, True): Config(64, 32, 8, 2)},
+    (3, 6): _FORWARD_38
+    | {
+        (227, 96, 2, False): Config(64, 32, 4, 3, 255),
+        (227, 128, 2, True): Config(128, 32, 8, 3),
+        (163, 128, 2, True): Config(64, 32, 8, 2),
+    },
+    (3, 7): _FORWARD_38
+    | {
+        (227, 96, 2, False): Config(64, 32, 4, 3, 255),
+        (163, 128, 2, True): Config(64, 32, 8, 2),
+    },
     (3, 8): _FORWARD_38,
 }
 _BACKWARD = {
