@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,9 +106,12 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
     if name == "webdataset" and workers > len(setup.paths):
         raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
     before = {child.pid for child in multiprocessing.active_children()}
-    batches = iter(LOADERS[name](setup, workers))
+    with warnings.catch_warnings():  # more workers than cores are what is being measured
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        batches = iter(LOADERS[name](setup, workers))
+        next(batches)  # some begin only now
     try:
-        for _ in range(max(2, 2 * workers)):
+        for _ in range(max(1, 2 * workers - 1)):
             next(batches)
         pids = [c.pid for c in multiprocessing.active_children() if c.pid not in before]
         samples, tokens, wall, cpu = _consume(batches, [os.getpid(), *pids], seconds)
