@@ -1,12 +1,14 @@
 """Distillation over shared K/V as one would first write it, to measure ours against.
 
 The stock LM is continued over the student's cache, with nothing but transformers and PyTorch: the
-student's K/V become its ``past_key_values``. Hence the teacher runs every row of the batch, its
+student's K/V become its cache. Hence the teacher runs every row of the batch, its
 attention repeats the student's K/V over the query heads and concatenates them with its own, a
 dense mask says who sees whom, and the logits of both models exist in full. The loss is the same.
 """
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +54,14 @@ def teacher_logits(lm: PreTrainedModel, batch: dict[str, Tensor], memory: KVMemo
         input_ids=batch["input_ids"].clamp(max=lm.config.vocab_size - 1),
         position_ids=batch["position_ids"],
         attention_mask=_mask(batch["document_ids"]),
-        past_key_values=cache,
+        **{_cache_argument(lm): cache},
     ).logits
+
+
+def _cache_argument(lm: PreTrainedModel) -> str:
+    """The name of the cache in `forward`; transformers changed it within version 5."""
+    parameters = inspect.signature(lm.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _mask(documents: Tensor) -> Tensor:
