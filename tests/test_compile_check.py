@@ -1,6 +1,7 @@
 """compile_check on a machine without a GPU: what passes, and what it must report."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ldistill_kernels import compile_check
+from ldistill_kernels.shared_kv_attention import configs
 
 ROOT = Path(__file__).parents[1]
 # A child process: this one may have the interpreter on, which replaces the compiler.
@@ -109,3 +111,12 @@ def test_unknown_selection_and_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="unset it for compile_check"):
         compile_check.main([])
+
+
+@pytest.mark.parametrize("version", [(3, 6), (3, 7), (3, 8), (3, 9), (4, 0)])
+def test_every_triton_version_finds_every_tile(monkeypatch, version):
+    monkeypatch.setattr(configs, "triton_version", lambda: version)
+    places = list(itertools.product((0, *configs.DEVICE_CLASSES), configs.DIM_BUCKETS, (2, 4)))
+    forward = configs.forward_table.__wrapped__()
+    assert forward.keys() == {(*place, dense) for place in places for dense in (False, True)}
+    assert configs.backward_table.__wrapped__().keys() == set(places)
