@@ -34,6 +34,15 @@ def test_a_variant_is_its_folder(tmp_path):
     assert named.name == "best"
 
 
+def test_files_of_a_glob_are_passed_over(tmp_path):
+    write_results(tmp_path / "kd", {"arc_easy": {"acc,none": 0.5}})
+    (tmp_path / "kd.train.log").write_text("step 1")
+    found = read_variants(map(str, sorted(tmp_path.iterdir())))
+    assert [variant.name for variant in found] == ["kd"]
+    with pytest.raises(FileNotFoundError, match="no folder among the arguments"):
+        read_variants([str(tmp_path / "kd.train.log")])
+
+
 def test_the_newest_result_of_a_task_counts(tmp_path):
     write_results(tmp_path / "a", {"arc_easy": {"acc,none": 0.1}, "ai2d": {"x,none": 1}})
     write_results(tmp_path / "a", {"arc_easy": {"acc,none": 0.9}}, time="20261102_080000")

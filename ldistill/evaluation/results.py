@@ -146,19 +146,24 @@ def _number(text: Any) -> float:
 def read_variants(arguments: Iterable[str]) -> list[Variant]:
     """Variants of the command line: ``DIR`` or ``NAME=DIR`` each.
 
-    A folder whose subfolders hold results of different models gives a variant per subfolder.
+    A folder whose subfolders hold results of different models gives a variant per subfolder. Files
+    (logs that `runs/*` brings along) are passed over.
 
     Raises:
-        FileNotFoundError: a folder does not exist or holds no results.
+        FileNotFoundError: a folder does not exist or holds no results, or there is none.
         ValueError: two variants of one name, or a folder with results of several models that
             subfolders don't keep apart.
     """
     variants: list[Variant] = []
     for argument in arguments:
         name, folder = _split(argument)
+        if name is None and folder.is_file():
+            continue
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: give run or results folders.")
         variants += _expand(name, folder)
+    if not variants:
+        raise FileNotFoundError("no folder among the arguments: give run or results folders.")
     names = [variant.name for variant in variants]
     for name in names:
         if names.count(name) > 1:
