@@ -14,7 +14,7 @@ _SHOWN = (
     ("loss", "loss", ".3f"),
     ("language/ce", "CE lang", ".3f"),
     ("document/ce", "CE doc", ".3f"),
-    ("kd", "KD", ".3f"),
+    ("kd", "KD", ".2g"),
     ("tokens_per_second", "tok/s", ",.0f"),
 )
 
@@ -62,7 +62,7 @@ def plot_curves(metrics: Path, target: Path) -> bool:
 
     panels = [("ce", "cross-entropy (nats)")]
     if any("kd" in r for r in records):
-        panels.append(("kd", "KL to the teacher (nats, at the recipe's temperature)"))
+        panels.append(("kd", "KL to the teacher at τ (nats)"))
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
