@@ -156,7 +156,8 @@ class HubServer(FileServer):
 
     Paths and answers are those that huggingface_hub asks for and reads (hub API: `/api/datasets/
     REPO[/revision/REV]`, `.../tree/REV/PATH`, `.../paths-info/REV`, `/datasets/REPO/resolve/REV/
-    PATH`). With a `token`, whoever does not send it is refused like at a gated repository.
+    PATH`); which of tree and paths-info it asks is its choice. With a `token`, whoever does not
+    send it is refused like at a gated repository.
     """
 
     def __init__(self, folder: Path, repo: str, token: str | None = None) -> None:
@@ -167,7 +168,7 @@ class HubServer(FileServer):
         """The file behind a name; no listing of folders by that way."""
         prefix = f"/datasets/{self.repo}/resolve/main/"
         inside = name.removeprefix(prefix) if name.startswith(prefix) else ".nothing"
-        return self.folder / inside if (self.folder / inside).is_file() else Path("/nothing")
+        return self.folder / (inside if (self.folder / inside).is_file() else ".nothing")
 
     def entry(self, path: Path) -> dict[str, object]:
         """What the hub says of a file or folder."""

@@ -270,19 +270,14 @@ def _options(protocol: str, timeout: float) -> dict[str, Any]:
 
 
 def _read_range(filesystem: Any, url: str, start: int, end: int, size: int | None) -> bytes:
-    if {"http", "hf"} & set(_tuple(filesystem.protocol)):
-        # Unlike cat_file, http's file object does not swallow a whole object sent instead of a
-        # range, and the hub's, told the size, does not ask for it before every read.
+    if "http" in filesystem.protocol:
+        # Unlike cat_file, the file object does not swallow a whole object sent instead of a range.
         with filesystem.open(url, "rb", cache_type="none", size=size or end) as file:
             file.seek(start)
             return file.read(end - start)
     if filesystem.async_impl:
         return filesystem.cat_file(url, start=start, end=end)
     return filesystem.cat_file(url, start=start, end=end, cache_type="none")
-
-
-def _tuple(value: str | Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _write(pieces: Iterable[bytes], file: BinaryIO) -> str:

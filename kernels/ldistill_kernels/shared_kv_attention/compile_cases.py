@@ -1,6 +1,7 @@
 """What compile_check builds: every entry of the tables, bare and with everything switched on."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 from ldistill_kernels.compile_check import CompileCase
 from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd, triton_prepare
@@ -74,13 +75,8 @@ def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> Compile
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
     absent = () if shape.full else ("visible", "k2", "v2", *_SECOND)
-    case = _case("forward", shape, tiles, kib, types, constants | dict.fromkeys(absent))
-    return replace(
-        case,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        max_registers=config.max_registers,
-    )
+    constants |= dict.fromkeys(absent)
+    return _case("forward", shape, tiles, kib, types, constants, **_launch(config))
 
 
 def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
@@ -99,13 +95,8 @@ def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase
         "ADD_K": shape.full, "ADD_V": shape.full,
     }  # fmt: skip
     absent = () if shape.full else ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
-    case = _case("backward", shape, tiles, kib, types, constants | dict.fromkeys(absent))
-    return replace(
-        case,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        max_registers=config.max_registers,
-    )
+    constants |= dict.fromkeys(absent)
+    return _case("backward", shape, tiles, kib, types, constants, **_launch(config))
 
 
 def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
@@ -118,12 +109,18 @@ def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
     }  # fmt: skip
     absent = () if shape.full else (*_SECOND, "grad_lse")
     constants |= dict.fromkeys(absent)
-    case = _case("prepare", shape, f"tiles of {config.dkv_n}", kib, types, constants)
-    return replace(case, max_registers=triton_prepare.REGISTERS)
+    tiles, registers = f"tiles of {config.dkv_n}", triton_prepare.REGISTERS
+    return _case("prepare", shape, tiles, kib, types, constants, max_registers=registers)
 
 
 def _case(
-    kernel: str, shape: CaseShape, tiles: str, kib: int, types: dict, constants: dict
+    kernel: str,
+    shape: CaseShape,
+    tiles: str,
+    kib: int,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    **launch: int | None,
 ) -> CompileCase:
     modules = {"forward": triton_fwd, "backward": triton_bwd, "prepare": triton_prepare}
     return CompileCase(
@@ -134,7 +131,12 @@ def _case(
         constants=constants,
         archs=DEVICE_CLASSES[kib],
         core=shape.core,
+        **launch,
     )
+
+
+def _launch(config: Config | BackwardConfig) -> dict[str, int | None]:
+    return {name: getattr(config, name) for name in ("num_warps", "num_stages", "max_registers")}
 
 
 def _pointers(shape: CaseShape, plain: tuple, second: tuple) -> dict[str, str]:
