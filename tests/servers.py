@@ -22,6 +22,11 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # a busy machine accepts late; what finds no room waits a second
+
+
 class FileServer:
     """Serves a folder over HTTP/1.1; `faults` says what goes wrong with the next requests.
 
@@ -37,8 +42,7 @@ class FileServer:
         self.sent: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self.handler())
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 

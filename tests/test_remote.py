@@ -1,9 +1,12 @@
 """Remote shards over real servers on loopback: same samples, bytes counted at the server."""
 
+import gc
 import hashlib
 import itertools
+import os
 import shutil
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -15,13 +18,13 @@ from ldistill.data.build_types import BuildOptions
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.read_ahead import ReadAheadSampler, local_ranks, settle_reads
-from ldistill.data.remote import ObjectChanged, RangesUnsupported, RemoteError, Retry
+from ldistill.data.remote import ObjectChanged, RangesUnsupported, RemoteError, RemoteReader, Retry
 from ldistill.data.shards import build_shards
 from ldistill.data.store import Reading
 from ldistill.data.stream import PackSampler, make_loader
 
 LIMIT = 128
-FAST = Retry(attempts=4, first=0.01, timeout=1.0)
+FAST = Retry(attempts=4, first=0.01, timeout=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +260,7 @@ def test_passing_failures_are_tried_again(built, processor, reading, reads, faul
     local = ShardIndex.load(built)
     options = {"limit": LIMIT, "batch_size": 2, "stop_pack": 8}
     with FileServer(built) as server:
-        server.stall = 1.5  # longer than the time-out
+        server.stall = 1.5 * FAST.timeout
         index = ShardIndex.load(server.url, reading=reading(reads))
         names = [shard.path.rpartition("/")[2] for shard in index.shards]
         server.faults = {name: list(faults) for name in names[:3]}
@@ -296,6 +299,31 @@ def test_a_lasting_failure_stops_the_run_with_its_place(built, processor, readin
         with pytest.raises(RemoteError, match=message):
             list(itertools.islice(loader, 60))
         assert_whole(index.store.cache)
+
+
+@pytest.mark.parametrize("store", ["http", "s3"])
+def test_a_forked_child_leaves_the_connections_of_its_parent_alone(built, store):
+    """As a loader's workers do: what a child drops of its parent's was closed under the parent."""
+    path = next(built.rglob("*.tar"))
+    with ExitStack() as stack:
+        if store == "http":
+            url = f"{stack.enter_context(FileServer(path.parent)).url}/{path.name}"
+        else:
+            boto3 = pytest.importorskip("boto3", reason="needs the extra `test`")
+            address, _ = stack.enter_context(s3_server("lake"))
+            boto3.client("s3", endpoint_url=address).upload_file(str(path), "lake", path.name)
+            url = f"s3://lake/{path.name}"
+        reader = RemoteReader(Retry(attempts=1, timeout=30.0))
+
+        def first(length):
+            return reader.fetch(url, 0, length, path.stat().st_size)
+
+        pieces = reader.each(range(100, 108), first)  # on as many connections
+        if (child := os.fork()) == 0:
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert [first(length) for length in range(100, 108)] == pieces
 
 
 @pytest.mark.parametrize(("status", "message"), [(404, "not there"), (403, "status 403")])

@@ -40,6 +40,10 @@ THREADS = 16
 PASSING_STATUS = (408, 409, 425, 429)
 NO_RANGES = "doesn't appear to support range requests"
 T = TypeVar("T")
+_opened: dict[int, Any] = {}
+"""File systems in use, by id, so that none ends in a forked child. fsspec forgets them there, and
+their end would close the parent's connections in the one epoll set that both have: the parent
+would wait for answers that nobody tells it of (fsspec 2026.9, `HTTPFileSystem.close_session`)."""
 
 
 class RemoteError(OSError):
@@ -250,10 +254,11 @@ class RemoteReader:
 
         protocol = url.partition("://")[0].lower()
         try:
-            return fsspec.filesystem(protocol, **_options(protocol, self.retry.timeout))
+            filesystem = fsspec.filesystem(protocol, **_options(protocol, self.retry.timeout))
         except ImportError as error:
             advice = "pip install 'ldistill[s3]'" if protocol == "s3" else str(error)
             raise ValueError(f"{url} cannot be read without another package: {advice}") from error
+        return _opened.setdefault(id(filesystem), filesystem)
 
 
 def _options(protocol: str, timeout: float) -> dict[str, Any]:
