@@ -143,12 +143,15 @@ class Recipe:
 
 def shipped_recipes() -> dict[str, Path]:
     """``{name: file}`` of the recipes in the package."""
-    folder = Path(str(importlib.resources.files("ldistill"))) / "recipes"
-    return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem != SHARED}
+    return {p.stem: p for p in sorted(_folder().glob("*.yaml")) if p.stem != SHARED}
+
+
+def _folder() -> Path:
+    return Path(str(importlib.resources.files("ldistill"))) / "recipes"
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """Fields of a recipe over the shared ones.
+    """Fields of a recipe, shipped or a user's own, over the shared ones.
 
     Raises:
         ValueError: no such recipe, not a mapping, or a field that no dataclass has.
@@ -161,9 +164,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise ValueError(
             f"no recipe {name!r}.{hint} Shipped: {', '.join(shipped)}; or give a YAML file's path."
         )
-    shared = path.parent / f"{SHARED}.yaml" if name in shipped else None
-    values = _read_yaml(shared) if shared else {}
-    values |= _read_yaml(path)
+    values = _read_yaml(_folder() / f"{SHARED}.yaml") | _read_yaml(path)
     known = _known_fields()
     for key in values:
         if key not in known:
@@ -255,8 +256,9 @@ def _check(recipe: Recipe) -> None:
         "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
         "kv_scope": (recipe.distil.kv_scope, SCOPES),
         "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
-        "mix": (recipe.distil.mix, ("convex", "additive")),
-        "kl": (recipe.distil.kl, ("forward", "reverse", "jsd")),
+        "mix": (recipe.distil.mix, MIXES),
+        "kl": (recipe.distil.kl, DIVERGENCES),
+        "gate": (recipe.distil.gate, GATES),
         "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
         "shard_reads": (recipe.data.shard_reads, READS),
         "on_bad_sample": (recipe.data.on_bad_sample, ("error", "drop")),
@@ -268,6 +270,10 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."
         )
+    if not 0 <= recipe.distil.alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], got {recipe.distil.alpha}.")
+    if recipe.distil.temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {recipe.distil.temperature}.")
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training

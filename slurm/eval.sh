@@ -13,5 +13,6 @@
 #SBATCH --output=slurm/logs/%x-%j.log
 #SBATCH --requeue --open-mode=append
 source slurm/common.sh
-run=${OUTPUT_DIR:-runs/${RECIPE:-lingudistill}}
+recipe=${RECIPE:-lingudistill}
+run=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
 on_one ldistill eval --student "${STUDENT:-$run/student}" --suite "${SUITE:-paper}" --out "${EVAL_DIR:-$run/eval}" "$@"

@@ -76,6 +76,8 @@ def write_recipe(path: Path, pair_root: Path, shards: Path, **fields) -> Path:
         "distil": "language",
         "logging_steps": 1,
         "save_steps": 2,
+        "save_total_limit": None,
+        "warmup_steps": 0,
         "health_steps": 2,
         "seed": 7,
         "bf16": False,

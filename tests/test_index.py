@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers_data import make_processor, make_samples
 
+from ldistill.data import archive
+from ldistill.data.archive import BadSample
 from ldistill.data.build_types import BuildOptions
 from ldistill.data.index import ShardIndex
 from ldistill.data.processor import Processor
@@ -154,3 +156,27 @@ def test_unreadable_index_files(root):
     (root / "vsr/index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index\.json is damaged"):
         ShardIndex.load(root)
+
+
+def test_reads_that_fail_are_tried_again_for_a_moment(built, monkeypatch):
+    """As network storage does; a file that is not there is not waited for."""
+    index, wanted = ShardIndex.load(built), ShardIndex.load(built).read(3)
+    once, errors = archive.read_once, []
+
+    def stumbling(path, offset, size):
+        if errors:
+            raise errors.pop()
+        return once(path, offset, size)
+
+    monkeypatch.setattr(archive, "read_once", stumbling)
+    monkeypatch.setattr(archive, "PAUSES", (0.001, 0.001))
+    errors[:] = [OSError(5, "Input/output error") for _ in range(2)]
+    assert index.read(3) == wanted
+    errors[:] = [OSError(5, "Input/output error") for _ in range(4)]
+    with pytest.raises(BadSample, match=r"unreadable shard \(.*Input/output error"):
+        index.read(3)
+    assert len(errors) == 1
+    errors[:] = [FileNotFoundError(2, "No such file") for _ in range(2)]
+    with pytest.raises(BadSample, match="unreadable shard"):
+        index.read(3)
+    assert len(errors) == 1

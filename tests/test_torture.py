@@ -38,9 +38,7 @@ def test_two_random_kills_change_nothing(bench, undisturbed):
     assert len(row.details["kills"]) == 2
 
 
-@pytest.mark.parametrize(
-    "name", ["full-disk", "flipped-bit", "failing-reads", "text-only-rank", "nothing-distils"]
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault(bench, undisturbed, name):
     row = FAULTS[name](bench)
     assert row.passed, f"{row.fault}: {row.outcome}"

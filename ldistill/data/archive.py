@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tarfile
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +171,23 @@ def hash_file(path: Path) -> str:
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`; fewer at its end. Raises OSError.
+    """`size` bytes of a file from `offset`; fewer at its end.
+
+    An error is waited out, since network storage stumbles now and then; a missing file is not.
+    Raises OSError.
+    """
+    for pause in PAUSES:
+        try:
+            return read_once(path, offset, size)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            time.sleep(pause)
+    return read_once(path, offset, size)
+
+
+def read_once(path: str, offset: int, size: int) -> bytes:
+    """`read_range` without patience.
 
     Files are opened anew, which costs little beside decoding a picture, so a shard that was
     replaced is never read through an old descriptor.

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldistill.torture.history import History
 from ldistill.torture.processes import Ranks
-from ldistill.torture.rank import Fault
+from ldistill.torture.rank import FIRED, Fault
 from ldistill.torture.world import ORDINARY, Mixture, write_engine, write_recipe, write_world
 
 
@@ -74,12 +74,16 @@ class Bench:
         """Run to the end.
 
         Raises:
-            RuntimeError: it failed; the end of what it said is in the message.
+            RuntimeError: it failed (the end of what it said is in the message), or its fault never
+                happened.
         """
         with self.start(run, *flags, **options) as ranks:
             code = ranks.finish(self.timeout)
+            said = ranks.output()
             if code != 0:
-                raise RuntimeError(f"{run.name} ended with {code}:\n{ranks.output()[-3000:]}")
+                raise RuntimeError(f"{run.name} ended with {code}:\n{said[-3000:]}")
+            if options.get("fault") is not None and FIRED not in said:
+                raise RuntimeError(f"{run.name}: its fault never happened")
         return History.of(run)
 
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:

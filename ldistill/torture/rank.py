@@ -7,11 +7,13 @@ seconds. What they run is `train.main` with a command line, as under DeepSpeed's
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import resource
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 
 import deepspeed  # noqa: F401  imported once, in the fork server
@@ -19,6 +21,9 @@ import deepspeed  # noqa: F401  imported once, in the fork server
 import ldistill.run  # noqa: F401
 from ldistill.data import archive
 from ldistill.train import main
+
+FIRED = "torture: the fault happened"
+"""Printed by a rank when its fault first hits a read: one that never does proves nothing."""
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,26 @@ def _inject(fault: Fault) -> None:
         limit = int(fault.amount)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return
-    read, calls = archive.read_range, [0]
-    failed: dict[tuple[str, int], int] = {}
+    read, reads, fired = archive.read_once, itertools.count(1), itertools.count()
+    failures: Counter[tuple[str, int]] = Counter()
+
+    def fails(path: str, offset: int) -> bool:
+        number, place = next(reads), (path, offset)
+        if fault.kind == "broken":
+            return number > 10
+        if fault.kind != "flaky" or zlib.crc32(repr(place).encode()) % 5:
+            return False
+        failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
+        return failures[place] > 0
 
     def faulty(path: str, offset: int, size: int) -> bytes:
-        calls[0] += 1
+        failing = fails(path, offset)
+        if (failing or fault.kind == "slow") and next(fired) == 0:
+            print(FIRED, flush=True)
         if fault.kind == "slow":
             time.sleep(fault.amount)
-        place = (path, offset)
-        if fault.kind == "flaky" and zlib.crc32(repr(place).encode()) % 5 == 0:
-            failed[place] = failed.get(place, 0) + 1
-            if failed[place] <= fault.amount:
-                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
-            failed.pop(place)
-        if fault.kind == "broken" and calls[0] > 10:
+        if failing:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         return read(path, offset, size)
 
-    archive.read_range = faulty
+    archive.read_once = faulty

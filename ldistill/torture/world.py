@@ -80,6 +80,7 @@ def write_recipe(path: Path, shards: Path, **fields: object) -> Path:
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "cosine",
+        "warmup_steps": 0,
         "distil": "language",
         "logging_steps": 1,
         "save_steps": 3,
