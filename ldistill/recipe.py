@@ -21,6 +21,9 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from ldistill.gating import GATES
+from ldistill.objective import DIVERGENCES, MIXES
+
 DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
 
