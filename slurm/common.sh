@@ -92,8 +92,7 @@ newest() { ls -d "$output"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
 requeue() {
   if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
     echo "stopped, and back in the queue $SLURM_RESTART_COUNT times already: submit it again." >&2
-  elif scontrol requeue "$SLURM_JOB_ID"; then
-    echo "back to the queue: $(date)"
+  elif echo "back to the queue: $(date)" && scontrol requeue "$SLURM_JOB_ID"; then   # may end it at once
     sleep 600   # SLURM ends it
   else
     echo "stopped, but SLURM does not take it back: submit the same command again." >&2
