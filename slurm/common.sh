@@ -43,7 +43,7 @@ train() {
   export LDISTILL_EXIT_FILE=$PWD/slurm/logs/exit-$SLURM_JOB_ID
   rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"
   trap 'rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"' EXIT
-  trap 'echo "told to stop: $(date)"; touch "$LDISTILL_STOP_FILE"' USR1
+  trap 'touch "$LDISTILL_STOP_FILE"; echo "told to stop: $(date)"' USR1
   set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" --output_dir "$output" \
     --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
   while :; do
