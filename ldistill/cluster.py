@@ -60,6 +60,23 @@ def check_gpus(asked: int, seen: int) -> None:
         )
 
 
+def check_launcher(driven: int) -> None:
+    """Refuse one process that drives several GPUs: transformers would split batches by threads.
+
+    Args:
+        driven: ``TrainingArguments.n_gpu``: 1 under a launcher, else all that are visible.
+
+    Raises:
+        ValueError: more than one.
+    """
+    if driven > 1:
+        raise ValueError(
+            f"no launcher started this, and PyTorch sees {driven} GPUs: start it with `deepspeed "
+            f"ldistill/train.py ...` or `torchrun --nproc_per_node {driven} ldistill/train.py "
+            "...` for one rank a GPU, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
 def check_port(port: int) -> None:
     """Raise OSError when another process of this machine listens on ``port``."""
     with socket.socket() as probe:

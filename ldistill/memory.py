@@ -101,6 +101,9 @@ def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Ten
 
 def _recording(attend: Callable) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
+        # Under autocast the projections give 16-bit tensors and RoPE's float32 tables widen two of
+        # them; attention would narrow them again, unseen. Done here, the memory has one dtype.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         slot = getattr(module, "kv_slot", None)
         if slot is not None and slot.active:
             slot.key, slot.value = key, value

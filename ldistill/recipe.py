@@ -13,6 +13,7 @@ import difflib
 import importlib.resources
 import os
 import sys
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,12 @@ def parse(argv: list[str]) -> Recipe:
     parser.set_defaults(**values)
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
     _check_flags(given)
+    batch, steps = _settle_batch(parser.parse_known_args(argv)[0], given)
+    # Before the arguments exist, for in making them they fill DeepSpeed's configuration.
+    argv = [*argv, f"--global_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
     recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)))
     _check(recipe)
-    _settle_batch(recipe, given)
     return recipe
 
 
@@ -290,22 +293,32 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
 
 
-def _settle_batch(recipe: Recipe, given: set[str]) -> None:
-    """Gradient accumulation from the global batch, unless accumulation was given itself."""
-    args, run = recipe.training, recipe.run
-    per_pass = args.per_device_train_batch_size * world_size()
-    if "gradient_accumulation_steps" in given and "global_batch_size" not in given:
-        run.global_batch_size = per_pass * args.gradient_accumulation_steps
-    if run.global_batch_size is None:
-        run.global_batch_size = per_pass * args.gradient_accumulation_steps
-    steps, rest = divmod(run.global_batch_size, per_pass)
+def _settle_batch(asked: Namespace, given: set[str]) -> tuple[int, int]:
+    """Global batch and gradient accumulation: what one of them says about the other.
+
+    The global batch decides, unless accumulation was given on the command line and it was not.
+
+    Raises:
+        ValueError: no rows in a pass, or the global batch is no multiple of them.
+    """
+    if asked.per_device_train_batch_size < 1:
+        raise ValueError(
+            "per_device_train_batch_size must be at least 1, got "
+            f"{asked.per_device_train_batch_size}."
+        )
+    per_pass = asked.per_device_train_batch_size * world_size()
+    batch = asked.global_batch_size
+    by_steps = "gradient_accumulation_steps" in given and "global_batch_size" not in given
+    if by_steps or batch is None:
+        batch = per_pass * asked.gradient_accumulation_steps
+    steps, rest = divmod(batch, per_pass)
     if rest or not steps:
         raise ValueError(
-            f"global_batch_size {run.global_batch_size} is no multiple of "
-            f"{args.per_device_train_batch_size} rows × {world_size()} ranks: change "
+            f"global_batch_size {batch} is no multiple of "
+            f"{asked.per_device_train_batch_size} rows × {world_size()} ranks: change "
             "--per_device_train_batch_size or --global_batch_size."
         )
-    args.gradient_accumulation_steps = steps
+    return batch, steps
 
 
 def world_size() -> int:

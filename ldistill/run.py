@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ldistill import identity, resuming, run_folder, universal
-from ldistill.cluster import check_clocks
+from ldistill.cluster import check_clocks, check_launcher
 from ldistill.data.index import ShardIndex
 from ldistill.data.plan import Plan
 from ldistill.data.read_ahead import settle_reads
@@ -63,6 +63,7 @@ def run(recipe: Recipe) -> Path:
     """
     torch.manual_seed(recipe.training.seed)
     device = recipe.training.device  # also starts torch.distributed
+    check_launcher(recipe.training.n_gpu)
     check_clocks()
     folder, resume = _claim_folder(recipe)
     _prepare(recipe)

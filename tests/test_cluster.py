@@ -13,7 +13,7 @@ from pairs import write_pair
 from runs import REPO, environment, free_port, write_recipe, write_shards
 
 from ldistill import ranks
-from ldistill.cluster import check_clocks, check_gpus
+from ldistill.cluster import check_clocks, check_gpus, check_launcher
 from ldistill.train import main
 
 
@@ -40,6 +40,13 @@ def test_a_shard_folder_missing_on_one_node_is_named(tmp_path):
     assert f"error: on {socket.gethostname()} (rank 1), but not elsewhere: no shards" in errors[0]
     assert "error" not in errors[1], "what all ranks share is told once"
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_several_gpus_need_a_launcher():
+    check_launcher(0)
+    check_launcher(1)
+    with pytest.raises(ValueError, match="sees 4 GPUs: start it with `deepspeed"):
+        check_launcher(4)
 
 
 def test_a_port_in_use_is_named(monkeypatch, capsys):

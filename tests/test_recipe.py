@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -112,6 +114,19 @@ def test_gradient_accumulation_follows_the_global_batch(monkeypatch):
     assert recipe.run.global_batch_size == 64
     with pytest.raises(ValueError, match="no multiple"):
         parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "5"])
+    with pytest.raises(ValueError, match="at least 1"):
+        parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "0"])
+
+
+def test_deepspeed_learns_the_accumulation(monkeypatch):
+    """transformers fills its configuration while the arguments are made, not after."""
+    config = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+    recipe = parse(["--deepspeed", str(config), "--recipe", "lingudistill",
+                    "--per_device_train_batch_size", "8"])  # fmt: skip
+    config = recipe.training.hf_deepspeed_config.config
+    steps = recipe.training.gradient_accumulation_steps
+    assert config["gradient_accumulation_steps"] == steps == 16
+    assert config["train_batch_size"] == recipe.run.global_batch_size == 128
 
 
 @pytest.mark.parametrize(("argv", "message"), [

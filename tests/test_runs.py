@@ -89,6 +89,33 @@ def test_cut_invariance_and_export(world, reference, cut):
     assert teacher == [r["teacher_rows"] for r in read_metrics(reference / "metrics.jsonl")]
 
 
+def test_accumulation_reaches_an_offloaded_optimizer(world):
+    """It reduces gradients by its own count of micro-batches, which DeepSpeed is told."""
+    options = ("--per_device_train_batch_size", "1", "--max_steps", "3")
+    found = {}
+    for config in ("zero2", "zero2_offload"):
+        folder = train(world, f"accumulated_{config}", *options, config=config)
+        found[config] = [
+            (r["loss"], r["grad_norm"]) for r in read_metrics(folder / "metrics.jsonl")
+        ]
+    for here, there in zip(*found.values(), strict=True):
+        assert here == pytest.approx(there, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "args", [("--kv_grad", "detached"), ("--kv_grad", "through"), ("--attention", "eager")]
+)
+def test_autocast_without_deepspeed(world, reference, args):
+    """bf16 by autocast: weights in fp32, K and V of the student in bf16 for both models."""
+    options = ("--per_device_train_batch_size", "2", "--bf16", "true", *SGD)
+    folder = train(world, f"autocast_{'_'.join(args)}", *options, *args, ranks=2)
+    found = read_metrics(folder / "metrics.jsonl")
+    assert all(r["teacher_rows"] > 0 for r in found)
+    if args != ("--kv_grad", "through"):
+        assert [r["loss"] for r in found] == pytest.approx(losses(reference), rel=0.02)
+    assert next(iter(weights(folder).values())).dtype == torch.float32
+
+
 def test_export_is_the_checkpoint_it_came_from(world, reference):
     """Contracts 7 and 10: keys, dtypes, configuration bytes; vision untouched; no teacher."""
     base, got = weights(world / "pair"), weights(reference)

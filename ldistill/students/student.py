@@ -72,7 +72,7 @@ class Student(nn.Module):
         """
         size = self.tile_size
         blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
-        return self.project(blank).sum().to(like.dtype) * 0
+        return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
 
     def forward(
         self,
