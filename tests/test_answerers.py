@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ldistill.evaluation.answerer_loading import kind_of, load_answerer
 from ldistill.evaluation.answerers import Question, cut
+from ldistill.evaluation.commands import model_options
+from ldistill.students import formats
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
 KINDS = ("nanovlm", "lm", "llava", "idefics3")
@@ -179,3 +182,48 @@ def test_what_cannot_be_answered_is_an_error(models, folders):
         models["lm"].log_likelihoods([(Question("red", chat=False), "")])
     with pytest.raises(ValueError, match="dtype"):
         load_answerer(str(folders["lm"]), dtype="float33")
+
+
+@pytest.mark.parametrize("kind", ["nanovlm", "idefics3"])
+@pytest.mark.parametrize("trained", [None, False, True])
+def test_pictures_are_cut_as_the_run_cut_them(folders, tmp_path, kind, trained):
+    """The same tiles and the same ids as in training, whatever the checkpoint's own default is."""
+    folder = tmp_path / "run" / "student"
+    shutil.copytree(folders[kind], folder)
+    if trained is not None:
+        (tmp_path / "run" / "recipe.yaml").write_text(f"tiling: {str(trained).lower()}\n")
+    seen, question = picture(1).resize((90, 60)), "what is red?"
+    for asked, expected in ((None, bool(trained)), (False, False), (True, True)):
+        for name in (folder, tmp_path / "run"):
+            inputs = load_answerer(str(name), tiling=asked)._prompts([Question(question, (seen,))])
+            processor = formats.load_processor(folder, tiling=expected)
+            tiles, grid = processor.tiles(seen)
+            assert (len(tiles) > 1) == expected
+            pixels = inputs["pixel_values"]
+            assert torch.allclose(pixels.reshape(-1, *pixels.shape[-3:]), tiles)
+            ids = processor.prompt([], question, [grid])
+            assert inputs["input_ids"][0].tolist() == ids.tolist()
+
+
+def test_the_command_takes_tiling_from_the_run(folders, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folders["idefics3"], run / "student")
+    assert model_options(str(run), None, False, "auto", None) == {"dtype": "auto"}
+    (run / "recipe.yaml").write_text("tiling: true\n")
+    for asked, expected in ((None, True), (True, True), (False, False)):
+        assert model_options(str(run), asked, False, "auto", None)["tiling"] is expected
+    with pytest.raises(ValueError, match="is a bare LM"):
+        model_options(str(folders["lm"]), True, False, "auto", None)
+    with pytest.raises(ValueError, match="no image splitting"):
+        load_answerer(str(folders["llava"]), tiling=True)
+
+
+def test_a_vlm_takes_another_tokenizer(folders, tmp_path):
+    other = AutoTokenizer.from_pretrained(folders["idefics3"])
+    other.add_tokens(["lazy dog"])
+    other.save_pretrained(tmp_path / "same")
+    model = load_answerer(str(folders["idefics3"]), tokenizer=str(tmp_path / "same"))
+    assert len(model.tokenizer) == len(other)
+    assert model.generate([Question("red", (picture(1),))], 2)
+    with pytest.raises(ValueError, match="gives <image> another id"):
+        load_answerer(str(folders["idefics3"]), tokenizer=str(folders["lm"]))

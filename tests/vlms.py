@@ -28,6 +28,7 @@ TEMPLATE = (
 )
 SIDE = 28
 _MARKS = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+_MARKS += [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
 
 
 def _tokenizer(root: Path):
@@ -84,15 +85,15 @@ def write_idefics3(root: Path) -> Path:
         scale_factor=2,
         pad_token_id=2,
     )
-    images = Idefics3ImageProcessor(
-        size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False
+    images = Idefics3ImageProcessor(  # splits pictures, as SmolVLM's checkpoints do
+        size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}
     )
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TEMPLATE)
-    return _save(Idefics3ForConditionalGeneration(config), processor, root / "idefics3")
+    return _save(Idefics3ForConditionalGeneration(config), processor, root / "idefics3", seed=1)
 
 
-def _save(model, processor, folder: Path) -> Path:
-    torch.manual_seed(0)
+def _save(model, processor, folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(seed)  # of answers that are text
     spread(model)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from ldistill.checkpoints import resolve
 from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
+from ldistill.run_folder import RECIPE
 
 
 def model_folder(name: str) -> Path:
@@ -21,6 +24,18 @@ def model_folder(name: str) -> Path:
     student = folder / "student"
     of_run = not (folder / "config.json").is_file() and (student / "config.json").is_file()
     return student if of_run else folder
+
+
+def tiled_in_training(name: str) -> bool:
+    """Whether the run that left this model cut its pictures into tiles; False of any other model.
+
+    Raises:
+        FileNotFoundError: no such model.
+    """
+    recipe = model_folder(name).resolve().parent / RECIPE
+    if not recipe.is_file():
+        return False
+    return bool((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("tiling"))
 
 
 def kind_of(folder: Path) -> str:
@@ -54,7 +69,7 @@ def load_answerer(
     device: str | torch.device = "cpu",
     dtype: str = "auto",
     tokenizer: str | None = None,
-    tiling: bool = False,
+    tiling: bool | None = None,
     pictures: str = "error",
     chat_template: str | None = None,
 ) -> Answerer:
@@ -64,8 +79,9 @@ def load_answerer(
         name: folder, ``pkg://`` or hub id.
         device: where it runs.
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or torch's name of a type.
-        tokenizer: of a nanoVLM or an LM; default its own.
-        tiling: nanoVLM alone: cut large pictures into tiles.
+        tokenizer: default the model's own.
+        tiling: cut large pictures into tiles (nanoVLM, SmolVLM); None: as the run that left the
+            model did (`tiled_in_training`).
         pictures: LM alone: ``error`` or ``drop``.
         chat_template: file with a chat template, for a VLM or LM that has none.
 
@@ -74,6 +90,7 @@ def load_answerer(
     """
     folder, torch_type = model_folder(name), _dtype(dtype, torch.device(device))
     kind = kind_of(folder)
+    tiling = tiled_in_training(name) if tiling is None else tiling
     if kind == "nanovlm":
         from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
@@ -90,12 +107,30 @@ def load_answerer(
     if kind == "vlm":
         processor = AutoProcessor.from_pretrained(folder)
         processor.chat_template = template or processor.chat_template
+        if tokenizer:
+            processor.tokenizer = _tokenizer_for(processor, tokenizer)
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch_type)
-        return VLMAnswerer(model.to(device), processor)
+        return VLMAnswerer(model.to(device), processor, tiling)
     tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
     tok.chat_template = template or tok.chat_template
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_type)
     return LMAnswerer(model.to(device), tok, pictures)
+
+
+def _tokenizer_for(processor: Any, name: str) -> Any:
+    """Another tokenizer for a VLM's processor, if it knows the picture's token by the same id."""
+    from transformers import AutoTokenizer
+
+    own, other = processor.tokenizer, AutoTokenizer.from_pretrained(resolve(name))
+    token = getattr(processor, "image_token", None)
+    token = getattr(token, "content", token)
+    if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
+        raise ValueError(
+            f"tokenizer {name!r} gives {token} another id than the model's own: it is not the "
+            "tokenizer this model was trained with."
+        )
+    other.chat_template = own.chat_template or other.chat_template
+    return other
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

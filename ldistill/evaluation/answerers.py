@@ -245,10 +245,22 @@ class LMAnswerer(TransformersAnswerer):
 
 
 class VLMAnswerer(TransformersAnswerer):
-    """A Hugging Face VLM with its processor: LLaVA, SmolVLM/Idefics3 and their kind."""
+    """A Hugging Face VLM with its processor: LLaVA, SmolVLM/Idefics3 and their kind.
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    `tiling` is SmolVLM's image splitting: on in its processor unless told otherwise, off in
+    training unless the run says so.
+    """
+
+    def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
+        images = getattr(processor, "image_processor", None)
+        splits = hasattr(images, "do_image_splitting")
+        if tiling and not splits:
+            raise ValueError(
+                f"tiling: {type(processor).__name__} has no image splitting to turn on; leave it "
+                "out, or evaluate a nanoVLM or a SmolVLM."
+            )
+        self._options: Inputs = {"do_image_splitting": tiling} if splits else {}
         if not (processor.chat_template or processor.tokenizer.chat_template):
             raise ValueError(
                 "the processor has no chat template: name a file with one (chat_template=FILE)."
@@ -272,6 +284,7 @@ class VLMAnswerer(TransformersAnswerer):
             images=[[p.convert("RGB") for p in question.pictures] for question in questions],
             padding=True,
             return_tensors="pt",
+            **self._options,
         )
         floats = {k: v for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
         return {k: v.to(self.device) for k, v in inputs.items() if torch.is_tensor(v)} | {

@@ -28,12 +28,12 @@ def evaluate_command(
         list[Path] | None, typer.Option(help="Folder with tasks of your own; may be repeated.")
     ] = None,
     tiling: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="nanoVLM: cut large pictures into tiles, as stock nanoVLM does; the paper's "
-            "recipes train on one tile."
+            help="nanoVLM, SmolVLM: cut large pictures into tiles, as the stock models do. "
+            "Default: as the run that left the student; one tile without a run."
         ),
-    ] = False,
+    ] = None,
     drop_pictures: Annotated[
         bool, typer.Option(help="Bare LM: ask without the pictures instead of refusing them.")
     ] = False,
@@ -63,25 +63,26 @@ def evaluate_command(
 
 
 def model_options(
-    student: str, tiling: bool, drop_pictures: bool, dtype: str, tokenizer: str | None
+    student: str, tiling: bool | None, drop_pictures: bool, dtype: str, tokenizer: str | None
 ) -> dict[str, Any]:
     """Options of the lmms-eval model that serves this kind of student.
 
     Raises:
         ValueError: an option that this kind of model does not have.
     """
-    from ldistill.evaluation.answerer_loading import kind_of, model_folder
+    from ldistill.evaluation.answerer_loading import kind_of, model_folder, tiled_in_training
 
     kind = kind_of(model_folder(student))
-    for flag, given, wanted in (
-        ("--tiling", tiling, "nanovlm"),
-        ("--drop-pictures", drop_pictures, "lm"),
-    ):
-        if given and kind != wanted:
-            raise ValueError(f"{flag} is for a {wanted} folder; {student} is a {kind}.")
+    if tiling and kind == "lm":
+        raise ValueError(f"--tiling is for a model that sees; {student} is a bare LM.")
+    if drop_pictures and kind != "lm":
+        raise ValueError(f"--drop-pictures is for a lm folder; {student} is a {kind}.")
     options: dict[str, Any] = {"dtype": dtype}
-    if tiling:
+    trained = tiled_in_training(student)
+    if trained if tiling is None else tiling:
         options["tiling"] = True
+    elif trained:
+        options["tiling"] = False
     if drop_pictures:
         options["pictures"] = "drop"
     if tokenizer:
