@@ -202,6 +202,16 @@ def test_tasks_of_no_suite(tmp_path):
     assert "| my_task | 0.250 | **0.500** (+0.250) |" in done.output
 
 
+def test_a_run_that_was_not_evaluated_is_left_out_and_said(results):
+    (results / "runs" / "distill-full" / "student").mkdir(parents=True)
+    done = run(results, names=("nanovlm", "nanovlm-full", "lingudistill", "distill-full"))
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert "distill-full is left out:" in done.stderr
+    assert "| lingudistill" in done.stdout
+    assert "distill-full" not in done.stdout.split("\n\n")[0]
+    assert "distill-full is left out:" in (results / "report" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

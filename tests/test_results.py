@@ -119,6 +119,20 @@ def test_bad_input_is_a_sentence(tmp_path):
         read_variants([str(tmp_path / "c")])
 
 
+def test_a_folder_without_results_is_told_of_and_left_out(tmp_path):
+    write_results(tmp_path / "kd", {"arc_easy": {"acc,none": 0.5}})
+    (tmp_path / "new" / "student").mkdir(parents=True)
+    told = []
+    found = read_variants(map(str, (tmp_path / "new", tmp_path / "kd")), told.append)
+    assert [variant.name for variant in found] == ["kd"]
+    (sentence,) = told
+    assert sentence.startswith(f"new is left out: {tmp_path / 'new'} holds no lmms-eval results")
+    assert f"--student {tmp_path / 'new'} --out {tmp_path / 'new' / 'eval'}" in sentence
+    with pytest.raises(FileNotFoundError, match=r"nothing to compare[\s\S]*new is left out"):
+        read_variants([str(tmp_path / "new")], told.append)
+    assert len(told) == 1
+
+
 def test_a_cut_off_samples_file_is_counted(tmp_path):
     lines = [sample(i, "x", "x", anls=1.0) for i in range(3)]
     path = write_results(tmp_path / "v", {"docvqa_val": {"anls,none": 1.0}}, {"docvqa_val": lines})

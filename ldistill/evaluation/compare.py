@@ -132,6 +132,7 @@ def compare(
     original: str | None = None,
     *,
     read_pictures: bool = True,
+    missing: Sequence[str] = (),
 ) -> Comparison:
     """Compare variants on some rows.
 
@@ -141,6 +142,7 @@ def compare(
         baseline: name of the variant that others are compared with; see `choose_roles`.
         original: name of the variant before training.
         read_pictures: let tesseract read pictures, where failure modes are looked for.
+        missing: sentences on what was asked for and has no results.
 
     Raises:
         ValueError: an unknown baseline or original.
@@ -148,7 +150,7 @@ def compare(
     baseline, original = choose_roles([v.name for v in variants], baseline, original)
     counts, notes = _ocrbench(variants, chosen)
     table = _table(variants, chosen, baseline, original, counts)
-    notes = [note for v in variants for note in v.notes] + notes
+    notes = [*missing, *(note for v in variants for note in v.notes), *notes]
     matches: list[Match] = []
     base = next((v for v in variants if v.name == baseline), None)
     if base is None:

@@ -47,12 +47,17 @@ def compare(
     from ldistill.evaluation.results import read_variants
 
     lexicon = english() if words is None else Lexicon(words.read_text("utf-8").split())
-    variants = read_variants(results)
+    missing: list[str] = []
+    variants = read_variants(results, missing.append)
+    for sentence in missing:
+        typer.echo(sentence, err=True)
     names = [variant.name for variant in variants]
     roles = comparing.choose_roles(names, baseline, original)
     wanted = None if tasks is None else [task.strip() for task in tasks.split(",") if task.strip()]
     rows = comparing.choose_rows(variants, suite, wanted)
-    compared = comparing.compare(variants, rows, *roles, read_pictures=read_pictures)
+    compared = comparing.compare(
+        variants, rows, *roles, read_pictures=read_pictures, missing=missing
+    )
     console = Console(stderr=True)
     found = find_examples(
         compared,

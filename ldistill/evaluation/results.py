@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -143,25 +143,44 @@ def _number(text: Any) -> float:
         return math.inf
 
 
-def read_variants(arguments: Iterable[str]) -> list[Variant]:
+class NoResults(FileNotFoundError):
+    """A folder in which nobody has evaluated anything to the end."""
+
+
+def read_variants(
+    arguments: Iterable[str], tell: Callable[[str], None] = lambda text: None
+) -> list[Variant]:
     """Variants of the command line: ``DIR`` or ``NAME=DIR`` each.
 
     A folder whose subfolders hold results of different models gives a variant per subfolder. Files
-    (logs that `runs/*` brings along) are passed over.
+    (logs that `runs/*` brings along) are passed over; so is a folder without results, as long as
+    another has some.
+
+    Args:
+        arguments: folders, named or not.
+        tell: gets a sentence on each folder without results.
 
     Raises:
-        FileNotFoundError: a folder does not exist or holds no results, or there is none.
+        FileNotFoundError: a folder does not exist, there is none, or none holds results.
         ValueError: two variants of one name, or a folder with results of several models that
             subfolders don't keep apart.
     """
     variants: list[Variant] = []
+    empty: list[str] = []
     for argument in arguments:
         name, folder = _split(argument)
         if name is None and folder.is_file():
             continue
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: give run or results folders.")
-        variants += _expand(name, folder)
+        try:
+            variants += _expand(name, folder)
+        except NoResults as error:
+            empty.append(f"{name or _folder_name(folder)} is left out: {error}")
+    if empty and not variants:
+        raise NoResults("nothing to compare.\n  " + "\n  ".join(empty))
+    for sentence in empty:
+        tell(sentence)
     if not variants:
         raise FileNotFoundError("no folder among the arguments: give run or results folders.")
     names = [variant.name for variant in variants]
@@ -243,12 +262,13 @@ def _result_files(folder: Path) -> list[tuple[Path, dict]]:
     files = [(path, _load(path)) for path in folder.rglob(f"*{RESULTS}")]
     if not files:
         samples = next(folder.rglob("*_samples_*.jsonl"), None)
+        student = folder if (folder / "student").is_dir() else "..."
         hint = (
             f" There are samples ({samples.name}) without it: that evaluation did not finish."
             if samples
-            else f" Run `ldistill eval --student ... --out {folder}` first."
+            else f" Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
         )
-        raise FileNotFoundError(f"{folder} holds no lmms-eval results (*{RESULTS}).{hint}")
+        raise NoResults(f"{folder} holds no lmms-eval results (*{RESULTS}).{hint}")
     return sorted(files, key=lambda item: (item[0].name, str(item[0])))
 
 
