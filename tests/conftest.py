@@ -11,6 +11,10 @@ from packaging.version import Version
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ops that DeepSpeed compiles are built once for this checkout and this PyTorch. Builds wait for a
+# lock in their folder: two checkouts that shared one would wait for each other.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / f"torch-{version('torch')}-ops"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(COMPILED))
 GPU = any(Path("/dev").glob("nvidia[0-9]*"))  # a container may be given any of them
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if GPU else "cpu")
 INTERPRETED = (

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 from helpers_data import picture
 
@@ -95,13 +99,56 @@ def environment() -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ranks}
     path = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
     cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    _remove_dead_locks(Path(env["TORCH_EXTENSIONS_DIR"]))  # set in conftest.py
     return env | cpu | {"PATH": path}
 
 
+def _remove_dead_locks(compiled: Path) -> None:
+    """A run that was killed as it compiled an op leaves a lock that all later ones would wait for.
+
+    Whoever compiles has the lock's file open.
+    """
+    for lock in compiled.glob("*/lock"):
+        if not any(_has_open(process, lock) for process in psutil.process_iter()):
+            lock.unlink(missing_ok=True)
+
+
+def _has_open(process: psutil.Process, file: Path) -> bool:
+    with suppress(psutil.Error):
+        return any(opened.path == str(file) for opened in process.open_files())
+    return False
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, from below those that the system gives to connections."""
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def discard_buffers(port: str) -> None:
+    """Remove what a run's ranks on a CPU leave behind: DeepSpeed's buffers in shared memory."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
+def finish(processes: list[subprocess.Popen[str]], port: str, timeout: int) -> list[tuple]:
+    """What a run's ranks printed, to stdout and stderr, once all have ended.
+
+    All pipes are drained at once: a rank whose pipe is full would stand still, and so all of them.
+    """
+    try:
+        with ThreadPoolExecutor(len(processes)) as readers:
+            outputs = [readers.submit(p.communicate, timeout=timeout) for p in processes]
+            try:
+                return [output.result() for output in outputs]
+            finally:
+                for process in processes:
+                    process.kill()
+    finally:
+        discard_buffers(port)
 
 
 def launch(
@@ -137,11 +184,7 @@ def launch(
                 stderr=subprocess.PIPE,
             )
         )
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = finish(processes, port, timeout)
     code = max(abs(process.returncode) for process in processes)
     result = subprocess.CompletedProcess(command, code, outputs[0][0], outputs[0][1])
     if check and code != 0:
