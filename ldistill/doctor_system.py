@@ -72,7 +72,7 @@ def _ninja(severity: str) -> Line:
 
 def output(*command: str) -> str:
     """What a quick command prints."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def disks() -> Iterator[Line]:

@@ -65,7 +65,8 @@ class FileServer:
 
     def tar_bytes(self) -> int:
         """Bytes of tars sent so far."""
-        return sum(count for path, count in self.sent.items() if path.endswith(".tar"))
+        with self.lock:
+            return sum(count for path, count in self.sent.items() if path.endswith(".tar"))
 
     def take_fault(self, path: str) -> int | str | None:
         """The fault of the next GET of a path."""
@@ -133,6 +134,10 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             name: str = "",
             fault: object = None,
         ) -> None:
+            half = len(data) // 2 if fault in ("cut", "slow") else len(data)
+            if body:
+                with server.lock:
+                    server.sent[name] += half  # first: who has the answer may look at once
             self.send_response(status)
             for key, value in (headers or {}).items():
                 self.send_header(key, value)
@@ -140,11 +145,8 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if not body:
                 return
-            half = len(data) // 2 if fault in ("cut", "slow") else len(data)
             with suppress(OSError):
                 self.wfile.write(data[:half])
-                with server.lock:
-                    server.sent[name] += half
                 if fault == "cut":
                     self.wfile.flush()
                     self.connection.shutdown(socket.SHUT_RDWR)
@@ -242,11 +244,13 @@ def s3_server(bucket: str) -> Iterator[tuple[str, Counter[str]]]:
 
     application = DomainDispatcherApplication(create_backend_app)
     sent: Counter[str] = Counter()
+    lock = threading.Lock()
 
     def counting(environ: dict, start_response) -> Iterator[bytes]:
         for piece in application(environ, start_response):
             if environ["REQUEST_METHOD"] == "GET":
-                sent[environ["PATH_INFO"]] += len(piece)
+                with lock:
+                    sent[environ["PATH_INFO"]] += len(piece)
             yield piece
 
     server = make_server("127.0.0.1", 0, counting, threaded=True)

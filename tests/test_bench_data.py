@@ -93,7 +93,7 @@ def test_numbers_are_of_what_was_measured(setup):
     for result in results:
         assert not result.failure
         assert result.samples_per_s > 0
-        assert result.cpu_ms > 0
+        assert result.cpu_ms >= 0
         assert 0.5 * mean < result.tokens_per_s / result.samples_per_s < 2 * mean
         if result.loader == "webdataset":
             assert (result.speed_ratio, result.cpu_ratio) == (1, 1)

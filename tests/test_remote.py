@@ -24,7 +24,8 @@ from ldistill.data.store import Reading
 from ldistill.data.stream import PackSampler, make_loader
 
 LIMIT = 128
-FAST = Retry(attempts=4, first=0.01, timeout=3.0)
+FAST = Retry(attempts=8, first=0.01, timeout=60.0)
+IMPATIENT = Retry(attempts=8, first=0.01, timeout=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +261,9 @@ def test_passing_failures_are_tried_again(built, processor, reading, reads, faul
     local = ShardIndex.load(built)
     options = {"limit": LIMIT, "batch_size": 2, "stop_pack": 8}
     with FileServer(built) as server:
-        server.stall = 1.5 * FAST.timeout
-        index = ShardIndex.load(server.url, reading=reading(reads))
+        server.stall = 1.5 * IMPATIENT.timeout
+        retry = IMPATIENT if "slow" in faults else FAST
+        index = ShardIndex.load(server.url, reading=reading(reads, retry=retry))
         names = [shard.path.rpartition("/")[2] for shard in index.shards]
         server.faults = {name: list(faults) for name in names[:3]}
         remote = list(make_loader(index, processor, num_workers=2, **options))
@@ -295,7 +297,7 @@ def test_a_lasting_failure_stops_the_run_with_its_place(built, processor, readin
         )
         shard = index.shards[3]
         server.faults = {shard.path.rpartition("/")[2]: [500] * 1000}
-        message = rf"^{shard.path}, bytes \d+ to \d+: failed 4 times, .*500.*goes on from its last"
+        message = rf"^{shard.path}, bytes \d+ to \d+: failed 8 times, .*500.*goes on from its last"
         with pytest.raises(RemoteError, match=message):
             list(itertools.islice(loader, 60))
         assert_whole(index.store.cache)
@@ -313,7 +315,7 @@ def test_a_forked_child_leaves_the_connections_of_its_parent_alone(built, store)
             address, _ = stack.enter_context(s3_server("lake"))
             boto3.client("s3", endpoint_url=address).upload_file(str(path), "lake", path.name)
             url = f"s3://lake/{path.name}"
-        reader = RemoteReader(Retry(attempts=1, timeout=30.0))
+        reader = RemoteReader(Retry(attempts=1))
 
         def first(length):
             return reader.fetch(url, 0, length, path.stat().st_size)
@@ -371,7 +373,7 @@ def test_a_server_that_lists_nothing(built, reading):
 def test_nobody_answers(reading):
     with FileServer(".") as server:
         url = server.url
-    with pytest.raises(RemoteError, match=f"{url}: failed 4 times.*can be reached"):
+    with pytest.raises(RemoteError, match=f"{url}: failed 8 times.*can be reached"):
         ShardIndex.load(url, reading=reading())
 
 

@@ -191,7 +191,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(reference, tmp_path, killed_at
     broken = entry(rows(), fail_at=(killed_at, die))
     child = context.Process(target=build, args=([broken], tmp_path, make_processor(), SMALL))
     child.start()
-    child.join(60)
+    child.join(300)
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "vsr/index.json").exists()
     finished = len(list((tmp_path / "vsr").glob("*.tar")))

@@ -69,7 +69,7 @@ def write_llava(root: Path) -> Path:
         tokenizer, patch_size=14, vision_feature_select_strategy="default",
         chat_template=TEMPLATE, num_additional_image_tokens=1,
     )  # fmt: skip
-    return _save(LlavaForConditionalGeneration(config), processor, root / "llava")
+    return _save(LlavaForConditionalGeneration, config, processor, root / "llava")
 
 
 def write_idefics3(root: Path) -> Path:
@@ -89,10 +89,12 @@ def write_idefics3(root: Path) -> Path:
         size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}
     )
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1, chat_template=TEMPLATE)
-    return _save(Idefics3ForConditionalGeneration(config), processor, root / "idefics3", seed=1)
+    return _save(Idefics3ForConditionalGeneration, config, processor, root / "idefics3", seed=1)
 
 
-def _save(model, processor, folder: Path, seed: int = 0) -> Path:
+def _save(kind, config, processor, folder: Path, seed: int = 0) -> Path:
+    torch.manual_seed(0)  # vectors, which `spread` leaves as they are
+    model = kind(config)
     torch.manual_seed(seed)  # of answers that are text
     spread(model)
     model.generation_config.eos_token_id = 2
