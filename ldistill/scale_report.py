@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ldistill.pair_configs import KNOWN_STUDENTS, RECIPES
+from ldistill.recipe import load_recipe
 from ldistill.scale_hardware import GIB, Strategy
 from ldistill.scale_layouts import Layout
 from ldistill.scale_memory import Memory
@@ -154,37 +156,51 @@ def layout_block(plan: Plan, most: int = 8) -> Block:
 
 
 def command(plan: Plan) -> str:
-    """The training command of a plan."""
+    """The training command of a plan, whole: to be pasted where the shards are."""
     strategy, request, cluster = plan.chosen.strategy, plan.request, plan.cluster
-    launcher = "deepspeed"
+    launcher = f"deepspeed --num_gpus {cluster.gpus}"
     if cluster.nodes > 1:
-        launcher += f" --hostfile hosts --num_nodes {cluster.nodes}"
+        launcher = f"deepspeed --hostfile hosts --num_nodes {cluster.nodes}"
     parts = [
         f"{launcher} ldistill/train.py --deepspeed ds_configs/{strategy.zero.name}.json",
         _pair_flags(plan.shape.name),
         f"--per_device_train_batch_size {strategy.micro_batch}",
         f"--global_batch_size {request.global_batch} --max_length {request.length}",
     ]
+    if request.steps != plan.shape.steps:
+        parts.append(f"--max_steps {request.steps}")
     if strategy.teacher == "none":
         parts.append("--distil none")
     else:
         parts.append(f"--teacher_engine {strategy.teacher}")
+        parts += ["--distil all"] if request.mix == "uniform" else []
     if strategy.teacher_offload:
         parts.append("--teacher_offload true")
     parts.append(f"--gradient_checkpointing {str(strategy.checkpointing).lower()}")
     if strategy.lora:
         parts.append(f"--lora_rank {strategy.lora}")
-    if strategy.attention != "sdpa":
-        parts.append(f"--attention {strategy.attention}")
-    return " ".join(parts)
+    parts.append(f"--attention {strategy.attention}")
+    return " ".join([*parts, _folder_flags(plan.shape.name)])
 
 
 def _pair_flags(name: str) -> str:
     """What names the pair on the command line."""
     if Path(name).is_dir():
-        return f"--recipe lingudistill --student {name} --teacher ITS_LM"
+        return f"--recipe lingudistill --student {shlex.quote(name)} --teacher ITS_LM"
+    return f"--recipe {shlex.quote(_recipe(name))}"
+
+
+def _recipe(name: str) -> str:
     known = KNOWN_STUDENTS.get(name, name)
-    return f"--recipe {RECIPES.get(known, known)}"
+    return RECIPES.get(known, known)
+
+
+def _folder_flags(name: str) -> str:
+    """Shards and run folder; a recipe that makes its own shards names none."""
+    where = Path(name if Path(name).is_dir() else _recipe(name))
+    own = not Path(name).is_dir() and load_recipe(_recipe(name)).get("prepare")
+    output = shlex.quote(f"runs/{where.stem}")
+    return f"--output_dir {output}" if own else f"--shards shards/ --output_dir {output}"
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

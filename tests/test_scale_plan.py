@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from ldistill.bench_batch import count_rows, mix_weights, paper_batch
 from ldistill.bench_models import batch_shape
 from ldistill.cli import app
 from ldistill.flops import PEAKS, count_step, step_flops
-from ldistill.pair_configs import student_config
+from ldistill.pair_configs import RECIPES, student_config
 from ldistill.pair_shapes import pair_shape
+from ldistill.recipe import parse
 from ldistill.rows import plan_rows
 from ldistill.scale_hardware import GIB, GPUS, ZEROS, Cluster
 from ldistill.scale_layouts import Request, fits
@@ -195,6 +197,33 @@ def test_the_command_prints_tables_and_writes_json(tmp_path):
     markdown = CliRunner().invoke(app, [*arguments, "--markdown"]).output
     assert "| part | GiB |\n|---|---:|" in markdown
     assert plan["command"] in markdown
+
+
+@pytest.mark.parametrize(
+    ("pair", "flags"),
+    [
+        ("nanovlm-460m", []),
+        ("llava-7b", ["--gpus", "8", "--steps", "100", "--mix", "uniform"]),
+        ("smolvlm-256m", ["--teacher-engine", "none", "--seq", "2048"]),
+        ("tiny", ["--lora", "4"]),
+    ],
+)
+def test_the_command_it_prints_can_be_pasted(pair, flags):
+    """It parses whole, and says everything that the plan was made for."""
+    printed = CliRunner().invoke(app, ["plan", "--pair", pair, *flags]).output.strip()
+    words = shlex.split(printed.splitlines()[-1])
+    assert words[words.index("ldistill/train.py") + 1] == "--deepspeed"
+    recipe = parse(words[words.index("ldistill/train.py") + 3 :])
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    assert Path(REPO / words[words.index("--deepspeed") + 1]).is_file()
+    assert recipe.data.shards == (None if pair == "tiny" else "shards/")
+    assert recipe.training.output_dir == f"runs/{RECIPES[pair]}"
+    assert recipe.training.max_steps == int(given.get("--steps", pair_shape(pair).steps))
+    assert recipe.data.max_length == int(given.get("--seq", pair_shape(pair).length))
+    assert recipe.pair.lora_rank == int(given.get("--lora", 0))
+    expected = {"none": "none", "uniform": "all"}
+    asked = given.get("--teacher-engine") or given.get("--mix")
+    assert recipe.distil.distil == expected.get(asked, "language")
 
 
 def test_the_page_holds_the_tables_that_the_plan_computes(monkeypatch):
