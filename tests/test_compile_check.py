@@ -28,6 +28,12 @@ json.dump({n: dataclasses.asdict(compile_case(*c)) | {"problem": compile_case(*c
            for n, c in cases.items()}, sys.stdout)
 """
 
+PTX = """
+import sys
+from ldistill_kernels.compile_check import build, shipped_cases
+print(build(next(c for c in shipped_cases() if c.name == sys.argv[1]), 90).asm["ptx"])
+"""
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -52,6 +58,15 @@ def test_spills_large_tiles_and_compiler_errors_are_problems():
     assert found["large"]["spilled"] > 0
     assert found["large"]["problem"].startswith("spills")
     assert "power of 2" in found["crooked"]["problem"]
+
+
+def test_the_row_kernel_of_the_loss_loads_and_stores_vectors():
+    """Bound by memory: without a hint that the compiler heeds, every access is a single element."""
+    done = run("-c", PTX, "loss rows bf16 forward vocab 49152")
+    assert done.returncode == 0, done.stderr
+    # Per thread and block eight columns: two loads of logits and two of the teacher's in each pass.
+    assert done.stdout.count("ld.global.v4.b32") == 8
+    assert done.stdout.count("st.global.v4.b32") == 1
 
 
 def test_a_problem_makes_the_exit_status_1(monkeypatch, capsys):

@@ -118,6 +118,21 @@ def shipped_cases() -> list[CompileCase]:
 
 def compile_case(case: CompileCase, arch: int) -> Result:
     """Compile one case for one compute capability and read the resources of the binary."""
+    begin = time.monotonic()
+    try:
+        compiled = build(case, arch)
+    except Exception as error:  # the compiler raises many types; the table reports them all
+        while error.__cause__ is not None:  # one for every inlined call
+            error = error.__cause__
+        reason = str(error).strip().splitlines()[-1:]  # what is wrong stands below the source line
+        return Result(case.name, arch, error=": ".join([type(error).__name__, *reason]))
+    registers, spilled = resource_usage(compiled.asm["cubin"])
+    seconds = time.monotonic() - begin
+    return Result(case.name, arch, registers, spilled, compiled.metadata.shared, seconds)
+
+
+def build(case: CompileCase, arch: int) -> Any:
+    """What Triton makes of a case; `.asm` holds every stage from its own code to the binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -133,26 +148,16 @@ def compile_case(case: CompileCase, arch: int) -> Result:
         if signature[name].startswith("*")
     }
     constants = {(kernel.arg_names.index(name),): value for name, value in case.constants.items()}
-    begin = time.monotonic()
-    try:
-        compiled = triton.compile(
-            ASTSource(kernel, signature, constants, attributes),
-            target=GPUTarget("cuda", arch, 32),
-            options={
-                "num_warps": case.num_warps,
-                "num_stages": case.num_stages,
-                "maxnreg": case.max_registers,
-                "enable_fp_fusion": True,
-            },
-        )
-    except Exception as error:  # the compiler raises many types; the table reports them all
-        while error.__cause__ is not None:  # one for every inlined call
-            error = error.__cause__
-        reason = str(error).strip().splitlines()[-1:]  # what is wrong stands below the source line
-        return Result(case.name, arch, error=": ".join([type(error).__name__, *reason]))
-    registers, spilled = resource_usage(compiled.asm["cubin"])
-    seconds = time.monotonic() - begin
-    return Result(case.name, arch, registers, spilled, compiled.metadata.shared, seconds)
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options={
+            "num_warps": case.num_warps,
+            "num_stages": case.num_stages,
+            "maxnreg": case.max_registers,
+            "enable_fp_fusion": True,
+        },
+    )
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -72,6 +72,7 @@ def row_step(
     grad = _front(logits, settings.grad_dtype)
     grad_t = None if teacher is None else _front(teacher, settings.grad_dtype)
     other, other_grad = (logits, grad) if teacher is None else (teacher, grad_t)
+    assert all(x.stride(0) % 64 == 0 for x in (logits, other)), "the kernel says so of the strides"
     block, warps = launch_config(settings.vocab)
     with torch.cuda.device_of(logits):
         distill_rows_kernel[(logits.shape[0],)](

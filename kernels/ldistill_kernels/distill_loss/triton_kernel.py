@@ -151,7 +151,8 @@ def _divergence_grads(s, t, inv_tau, lse_s, lse_t, kl, kl_p, kl_q, beta, KL: tl.
     return grad_s, grad_t
 
 
-# Strides are multiples of 64 whatever the vocabulary (`chunked._padded`); the kernel says so.
+# Strides are multiples of 64 whatever the vocabulary (`chunked._padded`). The kernel says so of
+# each product: a hint on an argument is dropped, and without one no access is a vector.
 UNSPECIALIZED = ["start", "stride_s", "stride_t", "stride_grad", "stride_grad_t"]
 
 
@@ -170,8 +171,8 @@ def distill_rows_kernel(
     if HAS_ROWS:
         row = tl.load(rows_ptr + at)
     wide = pid.to(tl.int64)  # a chunk of logits may exceed 2^31 elements
-    s_row = logits_ptr + wide * tl.multiple_of(stride_s, 64)
-    t_row = teacher_ptr + wide * tl.multiple_of(stride_t, 64)
+    s_row = logits_ptr + tl.multiple_of(wide * stride_s, 64)
+    t_row = teacher_ptr + tl.multiple_of(wide * stride_t, 64)
     label = tl.load(labels_ptr + row).to(tl.int32)
     inv_tau = tl.load(inv_temperature_ptr + row)
     label_logit = tl.load(s_row + tl.maximum(label, 0))
@@ -207,11 +208,12 @@ def distill_rows_kernel(
         tl.store(teacher_label_ptr + at, (best_token == label).to(tl.int8))
 
     if GRAD_S or GRAD_T:
+        tl.debug_barrier()  # every warp has read the logits that the loops below overwrite
         lanes = tl.arange(0, BLOCK)
         ce_grad = tl.load(ce_grad_ptr + row)
         kl_grad = tl.load(kl_grad_ptr + row)
-        g_row = grad_ptr + wide * tl.multiple_of(stride_grad, 64)
-        g_t_row = grad_t_ptr + wide * tl.multiple_of(stride_grad_t, 64)
+        g_row = grad_ptr + tl.multiple_of(wide * stride_grad, 64)
+        g_t_row = grad_t_ptr + tl.multiple_of(wide * stride_grad_t, 64)
         for lo in range(0, vocab, BLOCK):
             cols = lo + lanes
             mask = cols < vocab
