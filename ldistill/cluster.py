@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from ldistill import ranks
+from ldistill.errors import exit_code
 
 GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
 """GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
-ERROR_EXIT_CODE = 2
 EXIT_FILE_VARIABLE = "LDISTILL_EXIT_FILE"
 """File for the exit code of a run that ends early; set by `slurm/common.sh`."""
 CLOCK_TOLERANCE = 60.0
@@ -131,11 +131,11 @@ def tell(error: BaseException) -> None:
     rank = int(os.environ.get("RANK", "0"))
     shared = getattr(error, "of_all_ranks", False)
     place = ""
-    if rank != 0 and not shared and not isinstance(error, FloatingPointError):
+    if rank != 0 and not shared:
         time.sleep(PATIENCE)
         place = f" on rank {rank} ({socket.gethostname()})"
     if rank == 0 or not shared:
         print(f"\nerror{place}: {error}", file=sys.stderr, flush=True)
-        leave_code(ERROR_EXIT_CODE)
+        leave_code(exit_code(error))
     if shared:
         ranks.wait()

@@ -152,7 +152,7 @@ def fit(
         return checkpoint, False
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
     ranks.say(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it ...")
-    target = ranks.from_first(lambda: str(universal.convert(checkpoint, run)))
+    target = ranks.from_first_patiently(lambda: str(universal.convert(checkpoint, run)))
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
     return Path(target), True

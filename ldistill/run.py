@@ -32,7 +32,14 @@ from ldistill.objective import Objective
 from ldistill.pair import Pair, freeze_vision, load_pair
 from ldistill.partition import whole_numel
 from ldistill.progress import ShortProgress, WriteMetrics
-from ldistill.ranks import everywhere, from_first, is_first, say, wait
+from ldistill.ranks import (
+    everywhere,
+    from_first,
+    from_first_patiently,
+    is_first,
+    say,
+    wait,
+)
 from ldistill.recipe import Recipe
 from ldistill.run_result import evaluate_student, export_result, report, take_result
 from ldistill.sample_log import SampleLog
@@ -136,7 +143,7 @@ def _prepare(recipe: Recipe) -> None:
             f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
         ) from error
     say("preparing the recipe's data (made once, then found in the cache) ...")
-    made = from_first(prepare)
+    made = from_first_patiently(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
 
@@ -247,6 +254,7 @@ def build_trainer(
     step = resuming.step_of(resume)
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
+    stop = StopRequest(recipe.run.stop_file)
     trainer = DistillTrainer(
         distiller,
         args,
@@ -260,8 +268,8 @@ def build_trainer(
         saver=Saver(folder, about, args.save_total_limit),
         health_steps=recipe.run.health_steps,
         resume=resume,
-        evaluator=evaluator_of(recipe, pair, folder),
-        stop=StopRequest(recipe.run.stop_file),
+        evaluator=evaluator_of(recipe, pair, folder, stop),
+        stop=stop,
         converted=converted,
         sample_log=SampleLog(folder, data.index, step) if recipe.run.log_samples else None,
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ldistill import run_folder
 from ldistill.progress import plot_curves
-from ldistill.ranks import from_first, is_first, say, wait
+from ldistill.ranks import from_first_patiently, say
 from ldistill.recipe import Recipe
 from ldistill.trainer import DistillTrainer, move_student
 
@@ -26,16 +26,14 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
 
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
-    if is_first():
-        move_student(last, folder / run_folder.STUDENT)
-    wait()
+    from_first_patiently(lambda: move_student(last, folder / run_folder.STUDENT))
 
 
 def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
     """Scores of a student folder on the recipe's items, by rank 0 alone."""
     if recipe.run.eval_items is None or not recipe.run.evaluate:
         return None
-    return from_first(lambda: _evaluate_here(recipe, student, when))
+    return from_first_patiently(lambda: _evaluate_here(recipe, student, when))
 
 
 def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from ldistill import checkpoint_folder, ranks
+from ldistill.errors import TransientError
 from ldistill.resuming import foreign_code
 
 LATEST = "latest"
 
 
-class CheckpointError(OSError):
+class CheckpointError(TransientError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
@@ -85,9 +86,16 @@ class Saver:
         self._agree(step)
         path = self.folder / target.name
         if ranks.is_first():
+            self._tidy(path)
+        return path
+
+    def _tidy(self, path: Path) -> None:
+        """What may fail without harm to the checkpoint that was just published."""
+        try:
             checkpoint_folder.retire(self.folder, self.keep)
             self._check_loadable(path)
-        return path
+        except OSError as error:
+            ranks.say(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
 
     def _check_loadable(self, path: Path) -> None:
         """Say at the first checkpoint, not after days, that this run will refuse its own."""
@@ -104,10 +112,11 @@ class Saver:
         rank, text = found[0]
         good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
         last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
-        raise CheckpointError(
+        error = CheckpointError(
             f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
             f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint auto."
         )
+        raise ranks.shared(error)
 
     def guard(self, engine: Any) -> None:
         """Let a DeepSpeed engine write through :meth:`attempt`, without its scripts."""

@@ -135,3 +135,4 @@ class StopAtStep(TrainerCallback):
     ) -> None:
         if self.request.agreed:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take longer than there is

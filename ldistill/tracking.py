@@ -45,6 +45,9 @@ class PatientWandb(WandbCallback):
     process first, and the next record would raise, just before the checkpoint is saved.
     """
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_begin, *args, **kwargs)
+
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().on_log, *args, **kwargs)
 

@@ -22,10 +22,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0 done, 2 an error to put right, 85 stopped."""
+    """Run a command line; returns the exit status.
+
+    0 done, 2 an error to put right, 75 a failure that may pass by itself, 85 stopped on request.
+    """
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
-    from ldistill.cluster import ERROR_EXIT_CODE, check_launch, tell
+    from ldistill.cluster import check_launch, tell
+    from ldistill.errors import exit_code, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.run import run
     from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
@@ -47,11 +51,13 @@ def main(argv: list[str] | None = None) -> int:
         run(recipe)
     except Stopped:
         return STOPPED_EXIT_CODE
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("LDISTILL_DEBUG") == "1":
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as raised:
+        error = worker_died(raised) or raised
+        ours = not isinstance(error, RuntimeError)
+        if not ours or os.environ.get("LDISTILL_DEBUG") == "1":
             raise
         tell(error)
-        return ERROR_EXIT_CODE
+        return exit_code(error)
     return 0
 
 

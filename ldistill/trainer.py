@@ -22,6 +22,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ldistill import ranks, universal
 from ldistill.distiller import Distiller
+from ldistill.errors import TransientError, worker_died
 from ldistill.flops import count_step, student_flops
 from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
@@ -164,7 +165,7 @@ class DistillTrainer(Trainer):
                 universal.discard(self._saver.folder)
 
     def _agree(
-        self, plans: list[Any], num_batches: int, problem: str | None
+        self, plans: list[Any], num_batches: int, problem: Exception | None
     ) -> tuple[float, list[bool]]:
         """One reduction a step: rows of the batch, who teaches, is all finite, readable, to stop?
 
@@ -213,20 +214,28 @@ class DistillTrainer(Trainer):
         broken = (self._finite_sources == 0).nonzero().flatten().tolist()
         found = ranks.gather([names[i] for i in broken])
         sources = sorted({name for part in found for name in part})
-        raise FloatingPointError(
+        error = FloatingPointError(
             f"the loss of step {self.state.global_step} is not finite (sources: "
             f"{', '.join(sources) or 'unknown'}). Nothing was saved since; the last checkpoint is "
-            "good. Lower the learning rate, or look at those sources with `ldistill shards stats`."
+            "good. Lower the learning rate, or go on from it with --log_samples true and look at "
+            "what that step read."
         )
+        raise ranks.shared(error)
 
-    def _stop_unreadable(self, problem: str | None) -> None:
-        found = [(rank, text) for rank, text in enumerate(ranks.gather(problem)) if text]
-        rank, text = found[0]
-        raise ValueError(
-            f"{text} (step {self.state.global_step + 1}, rank {rank}). Nothing was trained on it: "
-            "mend the shards (`ldistill shards verify` names all that is damaged) and go on with "
-            "--resume_from_checkpoint auto, or let bad samples be dropped and counted with "
-            "--on_bad_sample drop."
+    def _stop_unreadable(self, problem: Exception | None) -> None:
+        """Raise, on every rank, what one of them could not read; rather what must be mended."""
+        own = None if problem is None else (str(problem), isinstance(problem, TransientError))
+        found = [(rank, *said) for rank, said in enumerate(ranks.gather(own)) if said is not None]
+        rank, text, passing = min(found, key=lambda one: one[2])
+        told = f"{text} (step {self.state.global_step + 1}, rank {rank}). Nothing was trained on it"
+        again = "go on with --resume_from_checkpoint auto"
+        if passing:
+            raise ranks.shared(TransientError(f"{told}: {again}."))
+        raise ranks.shared(
+            ValueError(
+                f"{told}: mend the shards (`ldistill shards verify` names all that is damaged) and "
+                f"{again}, or let bad samples be dropped and counted with --on_bad_sample drop."
+            )
         )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -280,6 +289,9 @@ class DistillTrainer(Trainer):
         """
         if self._evaluator is None:
             raise ValueError("no evaluation was asked for: give --eval_suite.")
+        if self.control.should_save:  # first, for an evaluation may outlast the time that is left
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         with self.meter.paused():
             trained = gather_trained(self.pair.student, keep=ranks.is_first())
             updates = weight_updates(self.pair.student, trained)
@@ -312,11 +324,12 @@ class DistillTrainer(Trainer):
         trained = gather_trained(self.pair.student, keep=self.args.should_save)
         broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
         if broken := [name for names in ranks.gather(broken) for name in names]:
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"weights are not finite after step {self.state.global_step} ({broken[0]} and "
                 f"{len(broken) - 1} more), so nothing was saved; the last checkpoint is good. "
                 "Lower the learning rate."
             )
+            raise ranks.shared(error)
         state = {"packs": self.packs_done, "step": self.state.global_step}
         state["ranks"] = ranks.gather(self._rank_state())
         if self.args.should_save:
@@ -341,12 +354,16 @@ class DistillTrainer(Trainer):
         self.pair.student.load_state_dict(weights, strict=False)  # vision was never trained
 
 
-def _read(iterator: Iterator, count: int) -> tuple[list[Any], str | None]:
-    """A step's micro-batches, or why there are none: one sentence."""
+def _read(iterator: Iterator, count: int) -> tuple[list[Any], Exception | None]:
+    """A step's micro-batches, or why there are none: an error whose text is a sentence."""
     try:
         return [next(iterator) for _ in range(count)], None
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a worker was killed
-        return [], str(error)
+    except (ValueError, OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, ConnectionError | EOFError):  # to a worker, or to its queue
+            return [], TransientError(f"a data worker went away ({type(error).__name__}: {error})")
+        if isinstance(error, RuntimeError) and worker_died(error) is None:
+            raise
+        return [], worker_died(error) or error
 
 
 def _read_data_state(resume: Path | None) -> dict[str, Any]:

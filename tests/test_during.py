@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pairs import write_pair
-from runs import launch, losses, write_recipe, write_shards
+from runs import REPO, environment, launch, losses, write_recipe, write_shards
 from safetensors.torch import load_file
 
 from ldistill.evaluation import during
 from ldistill.evaluation.during import SuiteEvaluator, evaluator_of, visible_device
 from ldistill.evaluation.lmms_faults import metadata
 from ldistill.metrics import Meter, read_metrics
+from ldistill.stopping import STOPPED_EXIT_CODE, StopRequest
 from ldistill.students.nanovlm_format import load_nanovlm
 
 CPU = torch.device("cpu")
@@ -57,6 +60,34 @@ def test_a_run_with_evaluation_is_the_run_without(tmp_path):
         assert not (folder / "student").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not installed, reason="lmms-eval or our entry point is not installed")
+def test_a_run_that_is_to_stop_gives_its_evaluation_up(tmp_path):
+    """The checkpoint lies before an evaluation begins, which ends when a stop is asked for."""
+    pytest.importorskip("lmms_eval")
+    write_pair(tmp_path / "pair")
+    write_shards(tmp_path / "shards", tmp_path / "pair")
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "pair", tmp_path / "shards")
+    folder, stop = tmp_path / "run", tmp_path / "stop"
+    command = [sys.executable, "ldistill/train.py", "--recipe", str(recipe)]
+    command += ["--output_dir", str(folder), "--stop_file", str(stop), "--max_steps", "1000"]
+    command += ["--eval_suite", "tiny", "--eval_steps", "2"]
+    env = environment() | {"LDISTILL_CACHE": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as run:
+        said = []
+        for line in run.stdout:
+            said.append(line)
+            if line.startswith("evaluating step 2"):
+                assert (folder / "checkpoint-2").is_dir()
+                stop.touch()
+    assert run.returncode == STOPPED_EXIT_CODE, "".join(said)
+    assert any("the evaluation of step 2 was given up" in line for line in said)
+    assert sum("evaluating step" in line for line in said) == 1
+    assert json.loads((folder / "stopped.json").read_text())["step"] == 3
+
+
 @pytest.fixture
 def evaluator(tmp_path, pair_root, monkeypatch):
     monkeypatch.setattr(during, "check", lambda asked: None)
@@ -68,7 +99,7 @@ def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_r
     trained = {n: p.detach() + 1 for n, p in student.named_parameters() if "projector" in n}
     seen = {}
 
-    def fake(asked):
+    def fake(asked, give_up):
         loaded = load_nanovlm(asked.student)
         seen["projector"] = loaded.projector.proj.weight.detach()
         seen["decoder"] = loaded.decoder.model.norm.weight.detach()
@@ -88,7 +119,7 @@ def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_r
 def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
     evaluator, monkeypatch, capsys, error
 ):
-    def fail(asked):
+    def fail(asked, give_up):
         raise error
 
     monkeypatch.setattr(during, "evaluate", fail)
@@ -124,13 +155,13 @@ def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
 
     pair = SimpleNamespace(student_folder=pair_root / "student")
     monkeypatch.setattr(during, "check", lambda asked: None)
-    assert evaluator_of(recipe(None), pair, tmp_path) is None
+    assert evaluator_of(recipe(None), pair, tmp_path, StopRequest()) is None
     with pytest.raises(ValueError, match="--eval_suite"):
-        evaluator_of(recipe(None, "steps"), pair, tmp_path)
+        evaluator_of(recipe(None, "steps"), pair, tmp_path, StopRequest())
     asked = recipe("tiny")
-    made = evaluator_of(asked, pair, tmp_path)
+    made = evaluator_of(asked, pair, tmp_path, StopRequest())
     assert asked.training.eval_steps == 50
     assert (made.limit, made.batch_size, made.options["tiling"]) == (3, None, True)
     given = recipe("tiny", eval_steps=7, given={"per_device_eval_batch_size"})
-    assert evaluator_of(given, pair, tmp_path).batch_size == 8
+    assert evaluator_of(given, pair, tmp_path, StopRequest()).batch_size == 8
     assert given.training.eval_steps == 7

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from ldistill.errors import TransientError
+
 BLOCK = 8 * 1024 * 1024
 """Bytes of one request when a whole object is read."""
 BLOCKS_AHEAD = 4
@@ -48,6 +50,10 @@ would wait for answers that nobody tells it of (fsspec 2026.9, `HTTPFileSystem.c
 
 class RemoteError(OSError):
     """A store that does not give what was asked; the message says what and what to do."""
+
+
+class Unreachable(RemoteError, TransientError):
+    """A store that still failed at the last attempt."""
 
 
 class ObjectChanged(RemoteError):
@@ -68,9 +74,12 @@ class ShortRead(RemoteError):
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how patiently to try again: pauses double from `first` up to `longest`."""
+    """How often and how patiently to try again: pauses double from `first` up to `longest`.
 
-    attempts: int = 7
+    As it stands, a store may be out of reach for about a minute and a half.
+    """
+
+    attempts: int = 10
     first: float = 0.5
     """Seconds before the second attempt."""
     longest: float = 30.0
@@ -123,7 +132,8 @@ class RemoteReader:
         Raises:
             RangesUnsupported: the server sends the whole object instead.
             ObjectChanged: the object has another size.
-            RemoteError: refused, missing, or still failing after the last attempt.
+            Unreachable: still failing after the last attempt.
+            RemoteError, FileNotFoundError: refused, or missing.
         """
         if start == end:
             return b""
@@ -236,7 +246,7 @@ class RemoteReader:
                     raise refusal from error
             if number + 1 < self.retry.attempts:
                 time.sleep(self.retry.pause(number))
-        raise RemoteError(
+        raise Unreachable(
             f"{what}: failed {self.retry.attempts} times, at last with {_say(last)}. Check that "
             "the store can be reached from here; a run goes on from its last checkpoint"
         ) from last

@@ -174,6 +174,11 @@ class ShardCache:
             except BlockingIOError:
                 yield False
                 return
+            except OSError as error:
+                raise OSError(
+                    f"the file system of the shard cache {self.folder} has no file locks "
+                    f"({error.strerror}): choose a --shard_cache on a local disk"
+                ) from error
             try:
                 yield True
             finally:  # closing alone would not do while a child forked meanwhile has a copy of it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldistill.lora import WeightUpdates
     from ldistill.pair import Pair
     from ldistill.recipe import Recipe
+    from ldistill.stopping import StopRequest
 
 FOLDER = "eval"
 FAILED = "failed"
@@ -40,6 +41,7 @@ class SuiteEvaluator:
         limit: documents of every task, or None for all.
         batch_size: requests per forward, or None for the suite's own.
         options: of the lmms-eval model.
+        give_up: asked again and again while an evaluation runs: whether to end it.
 
     Raises:
         ValueError: the suite cannot run here (unknown, lmms-eval or Java missing).
@@ -54,10 +56,11 @@ class SuiteEvaluator:
         limit: int | None = None,
         batch_size: int | None = None,
         options: Mapping[str, Any] | None = None,
+        give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.suite, self.base, self.folder = suite, base, folder / FOLDER
         self.device, self.limit, self.batch_size = device, limit, batch_size
-        self.options = dict(options or {})
+        self.options, self.give_up = dict(options or {}), give_up
         check(self._asked(0))
 
     def __call__(self, step: int, updates: WeightUpdates) -> dict[str, float]:
@@ -90,7 +93,10 @@ class SuiteEvaluator:
             export_like(self.base, updates, Path(asked.student))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the allocator only keeps, the other process can use
-            result = evaluate(asked)
+            result = evaluate(asked, self.give_up)
+        except InterruptedError:
+            print(f"the evaluation of step {step} was given up: the run is to stop", flush=True)
+            return {FAILED: 1.0}
         except (ValueError, OSError) as error:
             print(f"the evaluation of step {step} failed, training goes on: {error}", flush=True)
             return {FAILED: 1.0}
@@ -110,7 +116,9 @@ def visible_device(device: torch.device) -> str:
     return visible[index] if index < len(visible) else str(index)
 
 
-def evaluator_of(recipe: Recipe, pair: Pair, folder: Path) -> SuiteEvaluator | None:
+def evaluator_of(
+    recipe: Recipe, pair: Pair, folder: Path, stop: StopRequest
+) -> SuiteEvaluator | None:
     """What a recipe's ``eval_suite`` and ``eval_steps`` ask for.
 
     Raises:
@@ -137,4 +145,5 @@ def evaluator_of(recipe: Recipe, pair: Pair, folder: Path) -> SuiteEvaluator | N
         recipe.run.eval_limit,
         args.per_device_eval_batch_size if given else None,
         options,
+        lambda: stop.asked,
     )

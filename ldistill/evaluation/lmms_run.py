@@ -18,7 +18,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -76,11 +77,16 @@ class Evaluation:
         return tuple(dict.fromkeys((*own, *self.tasks)))
 
 
-def evaluate(asked: Evaluation) -> dict[str, Any]:
+def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Run an evaluation; returns the content of ``eval.json``.
+
+    Args:
+        asked: what, on what, and where to.
+        give_up: asked once a second; when true, lmms-eval is ended and InterruptedError raised.
 
     Raises:
         FileNotFoundError: no such model or include path.
+        InterruptedError: given up.
         ValueError: it cannot run (nothing asked for, lmms-eval or Java missing, unknown suite), or
             it ran and failed, or what it left is not complete. ``eval.json`` is written all the
             same and says what is there.
@@ -96,7 +102,7 @@ def evaluate(asked: Evaluation) -> dict[str, Any]:
     path = asked.out / CONFIG
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
-    status = _run(asked, path)
+    status = _run(asked, path, give_up)
     found = read_results(asked.out, asked.all_tasks, since=began)
     result = _describe(asked, folder, config, found, time.time() - began)
     merge(result, earlier)
@@ -175,7 +181,7 @@ def _chat_owner(folder: Path, kind: str, tokenizer: str | None) -> Any:
     return AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
 
 
-def _run(asked: Evaluation, config: Path) -> int:
+def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
     """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
     count = asked.processes or _gpus(asked.environment)
     command = [sys.executable, "-m"]
@@ -185,14 +191,30 @@ def _run(asked: Evaluation, config: Path) -> int:
     with (asked.out / LOG).open("w", encoding="utf-8") as log:
         log.write(" ".join(command) + "\n")
         log.flush()
-        done = subprocess.run(
+        process = subprocess.Popen(
             command,
             env=clean_environment(asked.environment, offline=_all_local(asked)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
-    return done.returncode
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=1)
+                if give_up():
+                    raise InterruptedError(f"the evaluation of {asked.student} was given up.")
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        process.kill()
+        process.wait()
 
 
 def _all_local(asked: Evaluation) -> bool:
