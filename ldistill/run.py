@@ -73,17 +73,12 @@ def run(recipe: Recipe) -> Path:
     check_launcher(recipe.training.n_gpu)
     check_clocks()
     folder, resume = _claim_folder(recipe)
-    _prepare(recipe)
-    data = everywhere(lambda: _open_whole_data(recipe))
-    pair = open_pair(recipe, data.weights)
-    data.index.check(pair.processor)
-    if data.index.store.remote:
-        say(settle_reads(data.index, data.plan, recipe.training.world_size))
-    _settle_steps(recipe, data.plan)
-    _check_disk(recipe, pair, folder)
-    _tell_plan(data.plan, folder)
-    before = evaluate_student(recipe, pair.student_folder, "before training")
-    trainer = build_trainer(recipe, pair, data, folder, resume, device)
+    try:
+        trainer, before = _set_up(recipe, folder, resume, device)
+    except BaseException:
+        if is_first():
+            run_folder.release(folder)  # the corrected command may take the same one
+        raise
     if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
         with trainer.stop.listening(folder):
             trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
@@ -100,6 +95,23 @@ def run(recipe: Recipe) -> Path:
 
 
 # ---- before the first step ----
+
+
+def _set_up(
+    recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
+) -> tuple[DistillTrainer, dict[str, float] | None]:
+    """The trainer of a claimed folder, and the student's scores before training."""
+    _prepare(recipe)
+    data = everywhere(lambda: _open_whole_data(recipe))
+    pair = open_pair(recipe, data.weights)
+    data.index.check(pair.processor)
+    if data.index.store.remote:
+        say(settle_reads(data.index, data.plan, recipe.training.world_size))
+    _settle_steps(recipe, data.plan)
+    _check_disk(recipe, pair, folder)
+    _tell_plan(data.plan, folder)
+    before = evaluate_student(recipe, pair.student_folder, "before training")
+    return build_trainer(recipe, pair, data, folder, resume, device), before
 
 
 def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:

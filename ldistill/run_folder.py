@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import uuid
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from typing import Any
 import yaml
 
 from ldistill.checkpoint_folder import write_durably
+from ldistill.tracking import RUN_ID
 
 RECIPE = "recipe.yaml"
 RUN = "run.json"
+ENVIRONMENT = "environment.json"
 PLAN = "plan.json"
 METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
@@ -115,7 +118,20 @@ def claim(
     if run_id(folder) is None:
         write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
     write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
-    write_durably(folder / "environment.json", json.dumps(environment(), indent=2))
+    write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+
+
+def release(folder: Path) -> None:
+    """Undo :func:`claim` for a run that failed before its first step: it leaves nothing to keep.
+
+    A folder in which anything was trained stays as it is.
+    """
+    if (folder / METRICS).exists() or any(folder.glob("checkpoint-*")):
+        return
+    for name in (RECIPE, RUN, ENVIRONMENT, PLAN, RUN_ID):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: it was there before
+        folder.rmdir()
 
 
 def run_id(folder: Path) -> str | None:
