@@ -131,6 +131,8 @@ def test_a_folder_without_results_is_told_of_and_left_out(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing to compare[\s\S]*new is left out"):
         read_variants([str(tmp_path / "new")], told.append)
     assert len(told) == 1
+    read_variants([f"gone={tmp_path / 'gone'}", str(tmp_path / "kd")], told.append)
+    assert told[1].startswith(f"gone is left out: {tmp_path / 'gone'} is no folder")
 
 
 def test_a_cut_off_samples_file_is_counted(tmp_path):

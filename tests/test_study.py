@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import statistics
 import sys
 
 import pytest
+from runs import REPO
 from typer.testing import CliRunner
 
 from ldistill.cli import app
@@ -54,7 +56,57 @@ def test_the_paper_study_prints_commands_that_parse(tmp_path):
 def test_submitting_without_job_scripts_says_so(tmp_path):
     study = paper.PaperStudy("shards/", tmp_path, variants((MAIN,)), slurm=tmp_path)
     with pytest.raises(FileNotFoundError, match="start this from the repository's folder"):
-        paper.submit(study)
+        list(paper.submit(study))
+
+
+FAKE_SBATCH = """#!/usr/bin/env python3
+import json, os, sys
+from pathlib import Path
+log = Path(__file__).with_name("jobs.jsonl")
+number = len(log.read_text().splitlines()) + 1 if log.exists() else 1
+names = ("RECIPE", "OUTPUT_DIR", "SHARDS", "STUDENT", "SUITE", "EVAL_DIR")
+env = {name: os.environ[name] for name in names if name in os.environ}
+with log.open("a") as file:
+    file.write(json.dumps({"args": sys.argv[1:], "env": env}) + "\\n")
+print(f"{number};cluster")
+"""
+
+
+def test_what_is_submitted_is_what_is_printed(tmp_path, monkeypatch):
+    """The start's evaluation, a training and an evaluation each, and the comparison behind all."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(FAKE_SBATCH, encoding="utf-8")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(REPO)
+    options = ["--shards", "s3://a,b/shards", "--out", "runs/s", "--deepspeed", "my/zero1.json"]
+    options += ["--variant", BASELINE, "--variant", f"{MAIN}-confidence"]
+    done = CliRunner().invoke(app, ["study", "paper", *options, "--submit"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    lines = (sbatch.parent / "jobs.jsonl").read_text(encoding="utf-8").splitlines()
+    jobs = [json.loads(line) for line in lines]
+    assert [line.split()[1] for line in done.output.splitlines()] == list("123456")
+    printed = CliRunner().invoke(app, ["study", "paper", *options]).output.splitlines()
+    commands = [shlex.split(line) for line in printed]
+    for index in (0, 2, 4):
+        env, words = jobs[index]["env"], commands[index]
+        expected = ["--student", env["STUDENT"], "--suite", env["SUITE"], "--out", env["EVAL_DIR"]]
+        assert words[2:] == expected
+        assert jobs[index]["args"][-1] == "slurm/eval.sh"
+    assert not any("--dependency" in word for word in jobs[0]["args"])
+    for index in (1, 3):
+        env, words = jobs[index]["env"], commands[index]
+        script, *flags = jobs[index]["args"][2:]
+        assert script == "slurm/selective.sh"
+        own = ["--recipe", env["RECIPE"], "--shards", env["SHARDS"]]
+        own += ["--output_dir", env["OUTPUT_DIR"]]
+        assert sorted(words[2:]) == sorted([*flags, *own])
+        assert f"--dependency=afterok:{index + 1}" in jobs[index + 1]["args"]
+    *options, wrap, script = jobs[5]["args"]
+    assert "--dependency=afterany:1:3:5" in options
+    assert wrap == "--wrap"
+    assert f"on_one {printed[-1]}" in shlex.split(script)[2]
 
 
 SCORES = {

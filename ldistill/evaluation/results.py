@@ -144,7 +144,7 @@ def _number(text: Any) -> float:
 
 
 class NoResults(FileNotFoundError):
-    """A folder in which nobody has evaluated anything to the end."""
+    """No folder, or one in which nothing was evaluated to the end."""
 
 
 def read_variants(
@@ -153,15 +153,15 @@ def read_variants(
     """Variants of the command line: ``DIR`` or ``NAME=DIR`` each.
 
     A folder whose subfolders hold results of different models gives a variant per subfolder. Files
-    (logs that `runs/*` brings along) are passed over; so is a folder without results, as long as
-    another has some.
+    (logs that `runs/*` brings along) are passed over; so is a folder that is not there or holds no
+    results, as long as another does.
 
     Args:
         arguments: folders, named or not.
-        tell: gets a sentence on each folder without results.
+        tell: gets a sentence on each of these folders.
 
     Raises:
-        FileNotFoundError: a folder does not exist, there is none, or none holds results.
+        FileNotFoundError: no folder holds results, or there is none.
         ValueError: two variants of one name, or a folder with results of several models that
             subfolders don't keep apart.
     """
@@ -171,8 +171,6 @@ def read_variants(
         name, folder = _split(argument)
         if name is None and folder.is_file():
             continue
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: give run or results folders.")
         try:
             variants += _expand(name, folder)
         except NoResults as error:
@@ -199,6 +197,8 @@ def _split(argument: str) -> tuple[str | None, Path]:
 
 
 def _expand(name: str | None, folder: Path) -> list[Variant]:
+    if not folder.is_dir():
+        raise NoResults(f"{folder} is no folder: give run or results folders.")
     files = _result_files(folder)
     own = name or _folder_name(folder)
     taken, note = _of_run(folder, files)

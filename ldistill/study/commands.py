@@ -62,8 +62,8 @@ def paper(
 
     study = study_paper.PaperStudy(shards, out, variants(tuple(variant or ())), deepspeed)
     if submit:
-        for job in study_paper.submit(study):
-            typer.echo(f"submitted  {job}")
+        for job, purpose in study_paper.submit(study):
+            typer.echo(f"submitted  {job}  {purpose}")
         return
     for line in study_paper.commands(study):
         typer.echo(line)

@@ -6,9 +6,10 @@ comparison follows. What is printed is what would be submitted.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,39 +63,63 @@ def _compare(study: PaperStudy) -> str:
     return shlex.join(["ldistill", "compare", *folders, *options])
 
 
-def submit(study: PaperStudy) -> list[str]:
-    """Submit a training job per variant and an evaluation that waits for it.
+def submit(study: PaperStudy) -> Iterator[tuple[str, str]]:
+    """Submit what `commands` prints, as jobs that wait for one another.
 
-    Returns:
-        The numbers of the jobs.
+    The start and every variant are evaluated, each variant once its training is done; the
+    comparison runs when all of that is over, with the variants that got there.
+
+    Yields:
+        Number and purpose of each job.
 
     Raises:
         FileNotFoundError: no `sbatch`, or no job scripts here.
         ValueError: SLURM refused a job.
     """
-    jobs = []
+    start = str(load_recipe(BASELINE)["student"])
+    job = _submit_evaluation(study, start, study.out / ORIGINAL)
+    yield job, f"evaluation of {ORIGINAL}"
+    evaluated = [job]
     for variant in study.variants:
         folder = study.run_folder(variant)
         environment = {"RECIPE": variant.base, "OUTPUT_DIR": str(folder), "SHARDS": study.shards}
-        train = _sbatch(study.slurm / "selective.sh", environment, variant.flags_beyond_base())
-        waiting = {"STUDENT": str(folder / "student"), "SUITE": study.suite}
-        waiting["EVAL_DIR"] = str(folder / "eval")
-        after = [f"--dependency=afterok:{train}"]
-        jobs += [train, _sbatch(study.slurm / "eval.sh", waiting, options=after)]
-    return jobs
+        arguments = ["--deepspeed", study.deepspeed, *variant.flags_beyond_base()]
+        trained = _sbatch(study, [str(study.slurm / "selective.sh"), *arguments], environment)
+        yield trained, f"training of {variant.name}"
+        job = _submit_evaluation(study, str(folder / "student"), folder / "eval", after=trained)
+        yield job, f"evaluation of {variant.name}, after {trained}"
+        evaluated.append(job)
+    # afterany: what failed is left out of the comparison, and named there.
+    options = [f"--dependency=afterany:{':'.join(evaluated)}", "--job-name=compare", "--nodes=1"]
+    options += ["--ntasks=1", f"--output={study.slurm}/logs/%x-%j.log"]
+    script = f"source {study.slurm}/common.sh; on_one {_compare(study)}"
+    yield (
+        _sbatch(study, [*options, "--wrap", shlex.join(["bash", "-c", script])]),
+        f"comparison, after {', '.join(evaluated)}",
+    )
+
+
+def _submit_evaluation(study: PaperStudy, student: str, out: Path, after: str | None = None) -> str:
+    options = []
+    if after is not None:
+        options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    environment = {"STUDENT": student, "SUITE": study.suite, "EVAL_DIR": str(out)}
+    return _sbatch(study, [*options, str(study.slurm / "eval.sh")], environment)
 
 
 def _sbatch(
-    script: Path,
-    environment: dict[str, str],
-    arguments: list[str] | None = None,
-    options: list[str] | None = None,
+    study: PaperStudy, arguments: list[str], environment: Mapping[str, str] | None = None
 ) -> str:
-    if not script.is_file():
-        raise FileNotFoundError(f"no {script}: start this from the repository's folder.")
-    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in environment.items())])
-    command = ["sbatch", "--parsable", f"--export={exported}", *(options or []), str(script)]
-    done = subprocess.run([*command, *(arguments or [])], capture_output=True, text=True)
+    """Number of a new job; its scripts find `environment` in theirs."""
+    common = study.slurm / "common.sh"
+    if not common.is_file():
+        raise FileNotFoundError(f"no {common}: start this from the repository's folder.")
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--export=ALL", *arguments],
+        env=os.environ | dict(environment or {}),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise ValueError(f"SLURM refused {script}: {done.stderr.strip()}")
+        raise ValueError(f"SLURM refused {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]
