@@ -63,7 +63,7 @@ def load_pair(
         partition: let a living ZeRO-3 configuration partition the student while it loads.
         dtype: of the student's weights in memory.
         max_length: longest row, for decoders with a sliding window; None: all their positions.
-        image_settings: ``tiling``, ``max_images``.
+        image_settings: ``tiling``: cut large pictures into tiles.
 
     Raises:
         FileNotFoundError: a checkpoint is not there.

@@ -72,7 +72,6 @@ class DataArguments:
     on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
     on_bad_sample: str = _doc("Sample that cannot be read: error | drop (counted).", "error")
     tiling: bool = _doc("Cut large images into tiles; false: one tile an image.", False)
-    max_images: int = _doc("Images of a sample that are used.", 1)
     shuffle_window: int = _doc("Shards whose samples are shuffled together.", 32)
     shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
     shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)

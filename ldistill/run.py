@@ -219,7 +219,6 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         dtype=dtype if zero_stage(recipe) >= 0 else torch.float32,  # autocast wants float32
         max_length=recipe.data.max_length,
         tiling=recipe.data.tiling,
-        max_images=recipe.data.max_images,
     )
     freeze_vision(pair.student)
     if options.lora_rank:

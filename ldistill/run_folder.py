@@ -46,7 +46,6 @@ IDENTITY = (
     "on_long",
     "shuffle_window",
     "tiling",
-    "max_images",
     "distil",
     "alpha",
     "temperature",

@@ -68,7 +68,6 @@ def test_shared_settings_are_the_papers_table_4(name):
     assert recipe.data.max_length == 1024
     assert recipe.run.global_batch_size == 128
     assert not recipe.data.tiling
-    assert recipe.data.max_images == 1
 
 
 def test_shared_settings_stand_once():
