@@ -211,14 +211,6 @@ def _scores(rows: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
     return (rows @ keys.mT * scale).masked_fill(hidden, -torch.inf)
 
 
-def _peak(scores: Tensor) -> Tensor:
-    """Largest score of each row, 0 for a row that sees nothing."""
-    if scores.shape[-1] == 0:
-        return scores.new_zeros(*scores.shape[:-1], 1)
-    peak = scores.amax(-1, keepdim=True)
-    return peak.masked_fill(peak == -torch.inf, 0.0)
-
-
 def _add(first: Tensor, second: Tensor | None, grad: Tensor, group: Group) -> None:
     """Add a group's [kv_heads, positions, d] to the gradients of the two segments."""
     length = group.high - group.low
