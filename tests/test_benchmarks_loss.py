@@ -28,7 +28,7 @@ def loss(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_writes_table_csv_and_picture(loss, tmp_path, capsys):
     table, picture = tmp_path / "loss.csv", tmp_path / "loss.png"
-    assert loss.main([*SMALL, "--csv", str(table), "--png", str(picture)]) == 0
+    assert loss.main([*SMALL, "--csv", str(table), "--plot", str(picture)]) == 0
     with table.open() as file:
         lines = list(csv.DictReader(file))
     names = [line["provider"] for line in lines]

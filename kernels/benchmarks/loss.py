@@ -2,7 +2,7 @@
 
     python kernels/benchmarks/loss.py                          # the full grid, on a GPU
     python kernels/benchmarks/loss.py --device cpu             # small shapes, anywhere
-    python kernels/benchmarks/loss.py --hidden 960 --vocab 49152 --csv out.csv --png out.png
+    python kernels/benchmarks/loss.py --hidden 960 --vocab 49152 --csv out.csv --plot out.png
 
 One measurement is forward and backward of cross-entropy plus forward KL at temperature 2, every
 row with a teacher, student and teacher of one size. Before a provider is timed its gradients are
@@ -156,7 +156,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, help="start no new shape after this long")
     parser.add_argument("--csv", help="append the records to this file")
-    parser.add_argument("--png", help="draw time and memory over rows here")
+    parser.add_argument("--plot", help="draw time and memory over rows here (PNG)")
     options = parser.parse_args(arguments)
     grid = CPU_GRID if options.device == "cpu" else GPU_GRID
     for name, values in grid.items():
@@ -168,7 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print a table per shape; write CSV and PNG on request."""
+    """Print a table per shape; CSV and plot on request."""
     options = parse(arguments)
     dtype, ends = getattr(torch, options.dtype), time.monotonic() + (options.seconds or 1e9)
     unknown = sorted(set(options.providers or ()) - set(PROVIDERS))
@@ -191,8 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
         records += [where | line for line in lines]
         if options.csv:
             append_csv(options.csv, records[-len(lines) :])
-    if options.png:
-        draw(records, options.png)
+    if options.plot:
+        draw(records, options.plot)
     return 0
 
 
