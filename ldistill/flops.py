@@ -1,12 +1,20 @@
-"""Floating-point operations of a training step, counted as they are really run.
+"""Floating-point operations of a training step: what MFU is counted with.
 
-A multiply-add is two operations. The student runs forward and backward (three times forward); the
-vision tower and the teacher run forward alone; the teacher runs on its own rows, without k and v
-projections where the scope is ``full``. Norms, activations and softmax are left out, as is usual.
+MFU is *model* FLOPs over time and peak: what the step asks for mathematically, not all that was
+executed. A multiply-add is two operations. The student runs forward and backward: a product of a
+trained weight counts three times its forward (result, gradient of the input, gradient of the
+weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. The vision
+tower and the teacher run forward alone; the teacher runs on its own rows, without k and v
+projections where the scope is ``full``. Attention counts visible pairs.
+
+Not counted: what activation checkpointing recomputes, the teacher's forward of the health check,
+norms, activations and softmax. Counted although it is not needed: the gradient of the projector's
+input, far below 1%.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +26,11 @@ from ldistill.students.student import Student
 
 # Dense bf16 rates by the vendors' datasheets, FLOP/s.
 PEAKS: dict[str, float] = {
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "B200": 2250e12,
     "A100": 312e12,
@@ -32,6 +43,8 @@ PEAKS: dict[str, float] = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Behind a name in that table these make another card of it.
+_OTHER_CARDS = ("Ti", "D", "SUPER", "Laptop", "Max-Q")
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,15 @@ def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
     return q_and_o + kv + 3 * hidden * config.intermediate_size
 
 
+def adapter_weights(config: Any, rank: int) -> int:
+    """Weights of LoRA adapters on every linear layer of one decoder layer."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    width, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    sides = 2 * (hidden + width) + 2 * (hidden + kv) + 3 * (hidden + inter)
+    return rank * sides
+
+
 def step_flops(
     config: Any,
     counts: StepCounts,
@@ -74,6 +96,7 @@ def step_flops(
     projector_weights: int,
     tokens_per_tile: int,
     kv_scope: str = "full",
+    lora_rank: int = 0,
 ) -> float:
     """FLOPs of one rank's step.
 
@@ -84,22 +107,25 @@ def step_flops(
         projector_weights: weights of the projector.
         tokens_per_tile: image tokens of one tile.
         kv_scope: ``full`` leaves out the teacher's k and v projections.
+        lora_rank: of adapters on a decoder that is frozen with its head; 0: all of it is trained.
     """
     layers, hidden = config.num_hidden_layers, config.hidden_size
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     )
     head = hidden * config.vocab_size
-    student = layers * (
-        2 * decoder_layer_weights(config) * counts.positions + 4 * width * counts.pairs
-    )
-    student += 2 * head * counts.rows + 2 * projector_weights * tokens_per_tile * counts.tiles
+    products = 2 * layers * decoder_layer_weights(config) * counts.positions
+    products += 2 * head * counts.rows
+    adapters = 2 * layers * adapter_weights(config, lora_rank) * counts.positions
+    attention = layers * 4 * width * counts.pairs
+    projector = 2 * projector_weights * tokens_per_tile * counts.tiles
+    student = (2 if lora_rank else 3) * products + 3 * (adapters + attention + projector)
     teacher = layers * (
         2 * decoder_layer_weights(config, kv_scope != "full") * counts.teacher_rows
         + 4 * width * counts.teacher_pairs
     )
     teacher += 2 * head * counts.kd_rows
-    return 3 * student + vision_flops_per_tile * counts.tiles + teacher
+    return student + vision_flops_per_tile * counts.tiles + teacher
 
 
 def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") -> float:
@@ -114,7 +140,14 @@ def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") 
         projector_weights=linear_weights(student.projector),
         tokens_per_tile=student.tokens_per_tile,
         kv_scope=kv_scope,
+        lora_rank=lora_rank(student.backbone),
     )
+
+
+def lora_rank(decoder: nn.Module) -> int:
+    """Rank of the adapters in a decoder; 0 without any."""
+    ranks = (next(iter(m.r.values())) for m in decoder.modules() if hasattr(m, "lora_A"))
+    return next(ranks, 0)
 
 
 def linear_weights(module: nn.Module) -> int:
@@ -155,10 +188,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, rate in PEAKS.items():
-            if key in name:
-                return rate, f"{name}, dense bf16 by datasheet"
+        if rate := listed_peak(name):
+            return rate, f"{name}, dense bf16 by datasheet"
     return measured_flops(device, dtype), "matrix product measured at start"
+
+
+def listed_peak(name: str) -> float | None:
+    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed."""
+    others = "|".join(_OTHER_CARDS)
+    for key, rate in PEAKS.items():
+        if re.search(rf"\b{re.escape(key)}\b(?! (?:{others})\b)", name, re.IGNORECASE):
+            return rate
+    return None
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

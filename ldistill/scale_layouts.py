@@ -215,18 +215,11 @@ def compute_seconds(
         vision_flops_per_tile=shape.vision_flops,
         projector_weights=shape.projector_weights,
         tokens_per_tile=shape.image_tokens,
+        lora_rank=strategy.lora,
     )
-    if strategy.lora:
-        flops -= _frozen_weight_flops(shape, counts)
     if strategy.checkpointing:
         flops += _recomputed_flops(shape, counts)
     return flops / (request.mfu * cluster.flops)
-
-
-def _frozen_weight_flops(shape: PairShape, counts: StepCounts) -> float:
-    """Products for gradients of weights that LoRA leaves frozen."""
-    layers = shape.decoder.num_hidden_layers * shape.layer_weights * counts.positions
-    return 2 * (layers + shape.embedding_weights * counts.rows)
 
 
 def _recomputed_flops(shape: PairShape, counts: StepCounts) -> float:

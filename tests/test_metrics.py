@@ -9,7 +9,16 @@ import torch
 from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from ldistill.flops import StepCounts, step_flops, vision_flops
+from ldistill.flops import (
+    PEAKS,
+    StepCounts,
+    linear_weights,
+    listed_peak,
+    step_flops,
+    student_flops,
+    vision_flops,
+)
+from ldistill.lora import add_lora
 from ldistill.metrics import Meter, MetricsFile, read_metrics
 from ldistill.objective import COLUMNS
 from ldistill.progress import plot_curves, short_line
@@ -84,6 +93,52 @@ def test_flops_match_what_torch_counts():
     )
     forward = (step - 2 * vision) / 3 + 2 * vision
     assert forward == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
+    """A frozen decoder is not charged with gradients of its weights; its adapters are."""
+    config = small_config()
+    student = NanoVLM(config)
+    student.vision.requires_grad_(False)
+    if rank:
+        pytest.importorskip("peft", reason="needs the extra: pip install ldistill[lora]")
+        add_lora(student, rank)
+    for part in (student.decoder, student.vision):
+        part.config._attn_implementation = "eager"
+    ids = torch.randint(3, 300, (2, 32))
+    ids[:, :4] = student.image_token_id
+    pixels = torch.rand(2, 3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        student.lm_head(student(ids, pixel_values=pixels)).sum().backward()
+    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, rows=64)
+    unneeded = 2 * linear_weights(student.projector) * config.mp_image_token_length * 2
+    expected = counter.get_total_flops() + unneeded
+    assert student_flops(student, counts) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA A40", "A40"),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_a_card_is_known_by_its_whole_name(name, card):
+    assert listed_peak(name) == (None if card is None else PEAKS[card])
 
 
 def test_curves_are_drawn_by_category(tmp_path):
