@@ -38,8 +38,7 @@ def test_two_random_kills_change_nothing(bench, undisturbed):
     assert len(row.details["kills"]) == 2
 
 
-# killed-worker still kills the server that forks a rank's workers, not a worker: no proof yet.
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "killed-worker"])
+@pytest.mark.parametrize("name", FAULTS)
 def test_fault(bench, undisturbed, name):
     row = FAULTS[name](bench)
     assert row.passed, f"{row.fault}: {row.outcome}"

@@ -6,6 +6,7 @@ and the rank with them, before it could save anything.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -18,7 +19,9 @@ def outlive_signals(worker: int) -> None:
     if not hasattr(signal, "sigwaitinfo"):  # not Linux
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()  # getppid() may be a fork server
+    number = os.getppid() if parent is None else parent.pid
+    threading.Thread(target=_obey_parent, args=(number,), daemon=True).start()
 
 
 def _obey_parent(parent: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldistill.checkpoint_folder import WRITING, survey
-from ldistill.run_folder import METRICS, STUDENT
+from ldistill.run_folder import METRICS
 from ldistill.torture.bench import Bench, Row
 from ldistill.torture.history import History, last_step
 from ldistill.torture.processes import Ranks
@@ -22,7 +22,8 @@ def torture(
     """Kill a run ``kills`` times, restart it each time, and compare it with the undisturbed one.
 
     Each kill draws a victim (one rank or all) and a moment: while a step is running, while a
-    checkpoint is being written, or while the run is still starting.
+    checkpoint is being written, or while the run is still starting. A run that is through before
+    its kill comes is compared, too, and another takes its place.
 
     Args:
         bench: where; its ``steps`` must leave room for the kills.
@@ -33,24 +34,30 @@ def torture(
     expected = bench.undisturbed()
     run, rng = bench.fresh("killed"), random.Random(seed)
     done: list[dict[str, object]] = []
-    while len(done) < kills and not (run / STUDENT).exists():
+    runs = 1
+    while len(done) < kills and runs <= kills + 1:
         stale = _inode(run)
         with bench.start(run) as ranks:
             record = _kill(ranks, run, rng, bench.steps, kills - len(done), stale)
-            if record is None:
-                code = ranks.finish()
-                if code:
-                    return _row(kills, f"ended with {code}:\n{ranks.output()[-2000:]}", False, done)
-                break
-            ranks.finish(grace=0)
-            record["went on from"] = _resumed(ranks.output())
-        done.append(record)
-        advance(f"kill {len(done)} of {kills}: {record}")
-    history = bench.complete(run)
-    difference = expected.difference(history) or _twice(history)
+            code = ranks.finish(bench.timeout) if record is None else ranks.finish(grace=0)
+            said = ranks.output()
+        if record is not None:
+            done.append(record | {"went on from": _resumed(said)})
+            advance(f"kill {len(done)} of {kills}: {done[-1]}")
+        elif code:
+            return _row(kills, f"ended with {code}:\n{said[-2000:]}", False, done)
+        elif difference := _difference(expected, History.of(run)):
+            return _row(kills, difference, False, done)
+        else:
+            run, runs = bench.fresh("killed"), runs + 1
+    difference = _difference(expected, bench.complete(run))
     missing = f"only {len(done)} of {kills} kills hit before the end; " if len(done) < kills else ""
     text = missing + (difference or f"same losses and samples after {len(done)} kills")
     return _row(kills, text, not difference and not missing, done)
+
+
+def _difference(expected: History, history: History) -> str | None:
+    return expected.difference(history) or _twice(history)
 
 
 def _row(kills: int, outcome: str, passed: bool, done: list[dict[str, object]]) -> Row:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import socket
+import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from ldistill.tiny.prepare import default_cache
 from ldistill.torture import rank as rank_module
 from ldistill.torture.rank import Fault, run_rank
 
@@ -24,8 +29,15 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+TIMED_OUT = 124
+_OPS = "TORCH_EXTENSIONS_DIR"
 _POLL = 0.01
 _GRACE = 5.0
+
+
+def _ops_folder() -> Path:
+    """Where DeepSpeed compiles its ops: a lock there would have other environments wait."""
+    return default_cache() / "ops" / f"{zlib.crc32(sys.prefix.encode()):08x}"
 
 
 def _server() -> multiprocessing.context.BaseContext:
@@ -49,15 +61,18 @@ class Ranks:
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"rank-{number}.log" for number in range(ranks)]
-        self._began = [p.stat().st_size if p.exists() else 0 for p in self._logs]
-        port, context = str(_free_port()), _server()
-        before = {k: os.environ.get(k) for k in _QUIET}
-        os.environ.update(_QUIET)  # the fork server keeps the environment it is started with
+        for log in self._logs:
+            log.touch()
+        self._began = [log.stat().st_size for log in self._logs]
+        self._port, context = str(_free_port()), _server()
+        quiet = _QUIET | {_OPS: os.environ.get(_OPS) or str(_ops_folder())}
+        before = {k: os.environ.get(k) for k in quiet}
+        os.environ.update(quiet)  # the fork server keeps the environment it is started with
         try:
             self._processes = [
                 context.Process(
                     target=run_rank,
-                    args=(_place(number, ranks, port), list(argv), str(log), fault),
+                    args=(_place(number, ranks, self._port), list(argv), str(log), fault),
                     daemon=False,
                 )
                 for number, log in enumerate(self._logs)
@@ -79,6 +94,8 @@ class Ranks:
     ) -> None:
         self.kill()
         self.finish(grace=0)
+        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
+            buffer.unlink(missing_ok=True)  # DeepSpeed leaves them; ranks may hold hundreds of MiB
 
     @property
     def count(self) -> int:
@@ -111,8 +128,8 @@ class Ranks:
         """Wait for the end; when a rank fails, the rest go after a while, as under a launcher.
 
         Returns:
-            0, or the first failing rank's exit status: positive, or minus the signal; 124 where
-            the run did not end in time.
+            0, or the first failing rank's exit status: positive, or minus the signal; TIMED_OUT
+            where the run did not end in time.
         """
         end = time.monotonic() + timeout
         code = 0
@@ -121,7 +138,7 @@ class Ranks:
             if failed and not code:
                 code, end = failed[0], min(end, time.monotonic() + grace)
             if time.monotonic() > end:
-                code = code or 124
+                code = code or TIMED_OUT
                 self.kill()
             time.sleep(_POLL)
         for process in self._processes:
@@ -146,6 +163,9 @@ def _place(number: int, ranks: int, port: str) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, from below those that the system gives to connections."""
+    while True:
+        port = 10_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port

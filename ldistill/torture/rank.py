@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import multiprocessing
 import os
 import resource
 import sys
@@ -15,11 +16,13 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed  # noqa: F401  imported once, in the fork server
 
 import ldistill.run  # noqa: F401
 from ldistill.data import archive
+from ldistill.torture.history import last_step
 from ldistill.train import main
 
 FIRED = "torture: the fault happened"
@@ -32,11 +35,22 @@ class Fault:
 
     ``slow``: every read of a sample takes ``amount`` seconds. ``flaky``: every fifth sample fails
     ``amount`` times before it can be read. ``broken``: from the tenth on, none can be.
-    ``file_size``: no file may grow beyond ``amount`` bytes.
+    ``file_size``: no file may grow beyond ``amount`` bytes. ``hold``: once the run in ``folder``
+    has logged step ``amount``, no sample is read until `release` lets it go on.
     """
 
     kind: str
     amount: float = 0
+    folder: Path = Path()
+
+
+def release(fault: Fault) -> None:
+    """Let the ranks of a ``hold`` go on."""
+    _gate(fault).touch()
+
+
+def _gate(fault: Fault) -> Path:
+    return fault.folder.with_suffix(".go")
 
 
 def run_rank(place: dict[str, str], argv: list[str], log: str, fault: Fault | None) -> None:
@@ -45,6 +59,9 @@ def run_rank(place: dict[str, str], argv: list[str], log: str, fault: Fault | No
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(place)
+    # What a fork server starts would start its own children from a fork server, too: data workers
+    # would then be no children of their rank, as they are in a run that a launcher starts.
+    multiprocessing.set_start_method("fork", force=True)
     if fault is not None:
         _inject(fault)
     code = main(argv)
@@ -57,6 +74,9 @@ def _inject(fault: Fault) -> None:
     if fault.kind == "file_size":
         limit = int(fault.amount)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return
+    if fault.kind == "hold":
+        _hold(fault)
         return
     read, reads, fired = archive.read_once, itertools.count(1), itertools.count()
     failures: Counter[tuple[str, int]] = Counter()
@@ -81,3 +101,16 @@ def _inject(fault: Fault) -> None:
         return read(path, offset, size)
 
     archive.read_once = faulty
+
+
+def _hold(fault: Fault) -> None:
+    read, gate, fired = archive.read_once, _gate(fault), itertools.count()
+
+    def held(path: str, offset: int, size: int) -> bytes:
+        while not gate.exists() and last_step(fault.folder) >= fault.amount:
+            if next(fired) == 0:
+                print(FIRED, flush=True)
+            time.sleep(0.01)
+        return read(path, offset, size)
+
+    archive.read_once = held
