@@ -7,6 +7,7 @@ are named by loopback addresses, so that the name of a job's first node is also 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -14,10 +15,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from runs import REPO, environment, free_port
+from runs import REPO, discard_buffers, environment, free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 NODES = ("127.0.0.1", "127.0.0.2")
@@ -26,10 +28,11 @@ CONFIG = """
 ClusterName=lab
 SlurmctldHost=localhost
 SlurmctldPort={port}
+FirstJobId={first}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={dir}/munge/socket,cred_expire=5
+AuthInfo=socket={dir}/munge/socket,cred_expire=30
 StateSaveLocation={dir}/state
 SlurmdSpoolDir={dir}/spool/%n
 SlurmctldPidFile={dir}/slurmctld.pid
@@ -43,6 +46,9 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 KillWait=5
+MessageTimeout=60
+BatchStartTimeout=60
+MinJobAge=3600
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
@@ -56,13 +62,22 @@ NODE = (
 )
 
 
+class CommandFailed(Exception):
+    """A command of SLURM ended with an error, or its daemon did not answer it in time."""
+
+
+def job_port(job: str) -> str:
+    """Where rank 0 of a job listens, as `slurm/common.sh` says."""
+    return str(20000 + int(job) % 12000)
+
+
 def missing_programs() -> list[str]:
     """What a cluster needs and this machine has not; the daemons lie in /usr/sbin."""
     return [p for p in PROGRAMS if shutil.which(p, path=_path()) is None]
 
 
 def _path() -> str:
-    return os.environ.get("PATH", "") + os.pathsep + "/usr/sbin"
+    return environment()["PATH"] + os.pathsep + "/usr/sbin"
 
 
 class Cluster:
@@ -70,6 +85,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="ldistill-slurm-"))  # a socket's path must be short
+        self.submitted: list[str] = []
         self.env = environment() | {"SLURM_CONF": str(self.dir / "slurm.conf"), "PATH": _path()}
 
     def start(self) -> None:
@@ -80,7 +96,9 @@ class Cluster:
         (self.dir / "munge" / "key").chmod(0o400)
         nodes = "\n".join(NODE.format(name=n, port=free_port()) for n in NODES)
         user = psutil.Process().username()
-        text = CONFIG.format(dir=self.dir, port=free_port(), user=user, nodes=nodes)
+        # Ports of ranks follow from a job's number: clusters at the same time must not share them.
+        first = random.randrange(1, 12_000)
+        text = CONFIG.format(dir=self.dir, port=free_port(), first=first, user=user, nodes=nodes)
         (self.dir / "slurm.conf").write_text(text)
         gres = "\n".join(f"NodeName={name} Name=gpu File=/dev/null" for name in NODES)
         (self.dir / "gres.conf").write_text(gres + "\n")
@@ -104,12 +122,17 @@ class Cluster:
         for file in (*self.dir.glob("*.pid"), self.dir / "munge" / "pid"):
             if not file.is_file():
                 continue
-            process = psutil.Process(int(file.read_text()))
-            for child in (*process.children(recursive=True), process):
-                child.send_signal(signal.SIGTERM)
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(int(file.read_text()))
+                for child in (*process.children(recursive=True), process):
+                    with suppress(psutil.NoSuchProcess):
+                        child.send_signal(signal.SIGTERM)
         for job in self.leftovers():
-            job.kill()
+            with suppress(psutil.NoSuchProcess):
+                job.kill()
         time.sleep(1)
+        for job in self.submitted:
+            discard_buffers(job_port(job))
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def _jobs(self) -> bool:
@@ -117,17 +140,20 @@ class Cluster:
         return bool(shown.stdout.strip())
 
     def call(self, *command: str, env: Mapping[str, str] | None = None) -> str:
+        """What a command prints; CommandFailed when it fails."""
         result = subprocess.run(
             command, env=self.env | dict(env or {}), cwd=REPO, capture_output=True, text=True
         )
-        assert result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        if result.returncode != 0:
+            raise CommandFailed(f"{command}: {result.stdout}{result.stderr}")
         return result.stdout
 
     def submit(self, script: str, *args: str, log: Path, flags: tuple[str, ...] = (), **env) -> str:
         """Number of a new job of `slurm/{script}.sh`; one core a task, the log where asked."""
         flags = ("--cpus-per-task=1", f"--output={log}", *flags)
         command = ("sbatch", "--parsable", *flags, f"slurm/{script}.sh", *args)
-        return self.call(*command, env={"SETUP": ":"} | env).strip()
+        self.submitted.append(self.call(*command, env={"SETUP": ":"} | env).strip())
+        return self.submitted[-1]
 
     def sleeper(self, seconds: int) -> str:
         """Number of a job that does nothing for so long."""
@@ -143,6 +169,10 @@ class Cluster:
         """Until a job (or all tasks of an array) is over."""
         self.until(lambda: all(t["JobState"] in OVER for t in self.show(job)), f"the end of {job}")
         return self.show(job)
+
+    def wait_for_restart(self, job: str, number: int) -> None:
+        """Until SLURM itself counts so many restarts of a job."""
+        self.until(lambda: self.show(job)[0]["Restarts"] == str(number), f"restart {number}")
 
     def rank(self, job: str, number: int) -> psutil.Process:
         """The process of a rank, once it is there."""
@@ -168,10 +198,18 @@ class Cluster:
 
     @staticmethod
     def until(condition: Callable[[], bool], what: str, timeout: float = 400) -> None:
-        """Wait for something; AssertionError when it does not come about."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        """Wait for something; AssertionError when it does not come about.
+
+        A busy daemon may not answer a question: it is asked again.
+        """
+        deadline, failure = time.monotonic() + timeout, ""
+        while True:
+            try:
+                if condition():
+                    return
+            except CommandFailed as error:
+                failure = f"; {error}"
+            assert time.monotonic() < deadline, f"waited {timeout} s for {what}{failure}"
             time.sleep(0.2)
 
 

@@ -20,9 +20,10 @@ step=$(cat "$out/step" 2>/dev/null || echo 0)
 ((RANK == 0)) && echo "from $step: $WORLD_SIZE ranks, $LOCAL_WORLD_SIZE here, $MASTER_ADDR:$MASTER_PORT"
 while ((step++ < ${steps:-6})); do
   sleep 0.5
-  ((RANK == 0)) && echo "$step" > "$out/step"
+  ((RANK == 0)) && echo "$step" > "$out/step.part" && mv "$out/step.part" "$out/step"
   if [[ -e $LDISTILL_STOP_FILE ]]; then
     ((RANK == 0)) && echo 85 > "$LDISTILL_EXIT_FILE" && sleep 0.5   # killed, when rank 1 has left
+    until [[ -s $LDISTILL_EXIT_FILE ]]; do sleep 0.1; done   # with no rank before the code is written
     exit 85
   fi
 done

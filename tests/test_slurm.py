@@ -11,12 +11,12 @@ import torch
 import yaml
 from helpers_data import make_student, picture
 from runs import REPO, losses
-from slurm_cluster import Cluster, missing_programs
+from slurm_cluster import Cluster, job_port, missing_programs
 from test_shards import digests
 from typer.testing import CliRunner
 
-from ldistill.cluster import ERROR_EXIT_CODE
 from ldistill.data.commands import app
+from ldistill.errors import ERROR_EXIT_CODE
 from ldistill.metrics import read_metrics
 from ldistill.recipe import load_recipe, shipped_recipes
 from ldistill.stopping import STOPPED_EXIT_CODE
@@ -28,8 +28,9 @@ pytestmark = [
         bool(missing_programs()),
         reason=f"no {', '.join(missing_programs())}: apt-get install slurm-wlm munge",
     ),
+    pytest.mark.timeout(1800),  # a requeued job waits until its old credential has expired
 ]
-STEPS = 24
+STEPS = 40
 CPU = ("--gpus-per-node=0",)
 BOTH = ("--nodes=2", *CPU)
 SCRIPTS = ("selective", "uniform", "baseline", "variants", "llava7b", "llava13b")
@@ -93,12 +94,13 @@ def test_a_preempted_run_goes_back_to_the_queue_and_gives_the_undisturbed_losses
     cluster.call("scancel", "--batch", "--signal=USR1", job)  # what SLURM sends before the limit
     cluster.until(lambda: "told to stop" in text_of(world / "cut.log"), "the signal")
     rank.resume()
-    cluster.until(lambda: "back to the queue" in text_of(world / "cut.log"), "the requeue")
-    stopped = json.loads((cut / "stopped.json").read_text())["step"]
-    assert 2 <= stopped < STEPS
-    assert not (cut / "student").exists()
+    cluster.wait_for_restart(job, 1)
     shown = ended(cluster, job, "COMPLETED", "0:0", world / "cut.log")
     assert shown["Restarts"] == "1"
+    text = (world / "cut.log").read_text()
+    [stopped] = re.findall(rf"stopped on request .*{cut}/checkpoint-(\d+) is saved", text)
+    assert 2 <= int(stopped) < STEPS
+    assert "back to the queue" in text
     assert [r["step"] for r in read_metrics(cut / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert losses(cut) == losses(whole)
     assert not (cut / "stopped.json").exists()
@@ -107,7 +109,8 @@ def test_a_preempted_run_goes_back_to_the_queue_and_gives_the_undisturbed_losses
 
 def test_a_killed_rank_ends_the_job(cluster, world):
     folder, log = world / "killed", world / "killed.log"
-    job = submit(cluster, world, folder.name, MAX_CRASHES="0")
+    long = ("--max_steps", "5000")  # no machine is through before the kill
+    job = submit(cluster, world, folder.name, *long, MAX_CRASHES="0")
     rank = cluster.rank(job, 1)
     wait_for_step(cluster, folder, 1)
     rank.kill()
@@ -126,17 +129,20 @@ def test_mistakes_end_the_job_at_once_with_a_sentence(cluster, world):
     if torch.cuda.is_available():
         pytest.skip("the node would find a GPU")
     job = submit(cluster, world, "blind", flags=())  # as the script says: one node, one GPU
-    sleeper = cluster.sleeper(60)
     ended(cluster, job, "FAILED", "2:0", world / "blind.log")
     text = (world / "blind.log").read_text()
     assert "the job asked for 1 GPUs a node, but PyTorch finds none" in text
     assert "trying again" not in text
     (world / "busy").mkdir()
-    (world / "busy" / "slurm_job").write_text(sleeper)
-    job = submit(cluster, world, "busy", flags=CPU)
-    ended(cluster, job, "FAILED", "2:0", world / "busy.log")
+    sleeper = cluster.sleeper(3600)
+    try:
+        cluster.until(lambda: cluster.show(sleeper)[0]["JobState"] == "RUNNING", "the other job")
+        (world / "busy" / "slurm_job").write_text(sleeper)
+        job = submit(cluster, world, "busy", flags=CPU)
+        ended(cluster, job, "FAILED", "2:0", world / "busy.log")
+    finally:
+        cluster.call("scancel", sleeper)
     assert f"job {sleeper} is writing to" in (world / "busy.log").read_text()
-    cluster.call("scancel", sleeper)
 
 
 # ---- what the scripts do with exit codes, with stand-ins for the ranks ----
@@ -179,11 +185,12 @@ def test_requeues_are_bounded_and_keep_the_job(cluster, world, stand_in):
         before = text_of(steps)
         cluster.until(lambda b=before: text_of(steps) != b, "a step")
         cluster.call("scancel", "--batch", "--signal=USR1", job)
+        cluster.wait_for_restart(job, 1)
     ended(cluster, job, "FAILED", f"{STOPPED_EXIT_CODE}:0", log)
     text = log.read_text()
     starts = re.findall(r"from (\d+): 2 ranks, 1 here, 127.0.0.1:(\d+)", text)
     assert [int(step) > 0 for step, _ in starts] == [False, True]
-    assert {port for _, port in starts} == {str(20000 + int(job) % 12000)}
+    assert {port for _, port in starts} == {job_port(job)}
     assert "back in the queue 1 times already" in text
 
 
