@@ -48,6 +48,16 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
         assert "ms" not in record
 
 
+def test_the_backward_of_a_compiled_provider_can_be_repeated(monkeypatch):
+    def compiled(problem):
+        return torch.compile(providers.plain(problem), backend="aot_eager_decomp_partition")
+
+    monkeypatch.setitem(providers.PROVIDERS, "flex", compiled)
+    options = attention.parse(["--device", "cpu", "--providers", "flex", "--repeats", "2"])
+    found = list(attention.records("packed", SMALL["packed"], options))
+    assert [record["pass"] for record in found] == ["forward", "backward"]
+
+
 def test_work_counts_visible_pairs():
     problem = attention.Shape(1, 4, (2, 1), 8).problem("cpu", torch.float32)
     assert problem.pairs == 1 + 2 + 3 + 4

@@ -9,6 +9,8 @@ Before a provider is timed its result (and gradients) are compared with fp64; on
 not timed. Arithmetic is counted on visible pairs, 2.5 times as much in the backward; bytes are
 what must be read and written once. Shares are of a large matrix product and a large copy timed
 in the same run. Masks and index arrays are ready beforehand; copies that a provider needs count.
+Milliseconds are the GPU's, which starts when the host has launched the call; the host's own time
+is the column `launch us`.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 from attention_plot import plot
 from attention_providers import PROVIDERS, Attention, Problem, ours
 from common import append_csv, ceilings, machine, measure, print_table
@@ -87,12 +90,18 @@ def exact(problem: Problem) -> tuple[Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
+# A compiled provider must keep what its forward saved: timing runs one backward many times, which
+# PyTorch refuses where the first may write over it. Gate and timing share what is compiled.
+keep_saved = torch._functorch.config.patch(donated_buffer=False)
+
+
 def results(attend: Attention, problem: Problem, backward: bool) -> tuple[Tensor, ...]:
     leaves = inputs(problem)
     out = attend(*leaves)
     return (out, *torch.autograd.grad(out, leaves, torch.ones_like(out))) if backward else (out,)
 
 
+@keep_saved
 def gate(attend: Attention, problem: Problem, truth: tuple[Tensor, ...]) -> float:
     """Largest relative error over what `truth` holds: the output, then dq, dk, dv."""
     actual = results(attend, problem, len(truth) > 1)
@@ -121,6 +130,7 @@ def launch_us(function: Any, calls: int = 30) -> float:
     return host / calls * 1e6
 
 
+@keep_saved
 def timed(attend: Attention, problem: Problem, backward: bool, options: Any) -> dict[str, Any]:
     """The measured columns of one record."""
     leaves = inputs(problem)
