@@ -99,11 +99,12 @@ def plain(heads: Heads) -> Tensor:
 
 @PROVIDERS.add("chunked-autograd")
 def chunked_autograd(heads: Heads, rows: int = 1024) -> Tensor:
-    """As training libraries in plain PyTorch do it: fp32 chunks, recomputed in the backward."""
+    """As training libraries in plain PyTorch do it: products in the dtype of the heads, the rest in
+    fp32, a chunk of rows at a time, recomputed in the backward."""
     weights, total = heads.weights, 0.0
 
     def part(h_s: Tensor, w_s: Tensor, h_t: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = h_s.float() @ w_s.float().t(), h_t.float() @ heads.w_t.float().t()
+        student, teacher = (h_s @ w_s.t()).float(), (h_t @ heads.w_t.t()).float()
         ce = F.cross_entropy(student, labels, reduction="sum")
         log_q = F.log_softmax(student / TEMPERATURE, -1)
         log_p = F.log_softmax(teacher / TEMPERATURE, -1)
