@@ -134,21 +134,18 @@ def discard_buffers(port: str) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def finish(processes: list[subprocess.Popen[str]], port: str, timeout: int) -> list[tuple]:
+def finish(processes: list[subprocess.Popen[str]], timeout: int) -> list[tuple]:
     """What a run's ranks printed, to stdout and stderr, once all have ended.
 
     All pipes are drained at once: a rank whose pipe is full would stand still, and so all of them.
     """
-    try:
-        with ThreadPoolExecutor(len(processes)) as readers:
-            outputs = [readers.submit(p.communicate, timeout=timeout) for p in processes]
-            try:
-                return [output.result() for output in outputs]
-            finally:
-                for process in processes:
-                    process.kill()
-    finally:
-        discard_buffers(port)
+    with ThreadPoolExecutor(len(processes)) as readers:
+        outputs = [readers.submit(p.communicate, timeout=timeout) for p in processes]
+        try:
+            return [output.result() for output in outputs]
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def launch(
@@ -184,7 +181,10 @@ def launch(
                 stderr=subprocess.PIPE,
             )
         )
-    outputs = finish(processes, port, timeout)
+    try:
+        outputs = finish(processes, timeout)
+    finally:
+        discard_buffers(port)
     code = max(abs(process.returncode) for process in processes)
     result = subprocess.CompletedProcess(command, code, outputs[0][0], outputs[0][1])
     if check and code != 0:

@@ -13,12 +13,36 @@ from pathlib import Path
 import psutil
 import pytest
 from pairs import write_pair
-from runs import REPO, environment, free_port, launch, losses, write_recipe, write_shards
+from runs import (
+    REPO,
+    discard_buffers,
+    environment,
+    finish,
+    free_port,
+    launch,
+    losses,
+    write_recipe,
+    write_shards,
+)
 
 from ldistill.metrics import read_metrics
 from ldistill.stopping import STOPPED_EXIT_CODE, StopRequest
 
-STEPS = 60
+STEPS = 200  # a busy machine, too, asks a run to stop before it ends
+STARTED: list[tuple[str, list[subprocess.Popen[str]]]] = []
+"""Port and ranks of each run that the test began."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """Whatever became of a test: its ranks end, and their buffers in shared memory go."""
+    STARTED.clear()
+    yield
+    for port, processes in STARTED:
+        for process in processes:
+            process.kill()
+            process.wait()
+        discard_buffers(port)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +71,7 @@ def arguments(world: Path, folder: Path, *more: str) -> list[str]:
 def start(world: Path, folder: Path, *more: str, ranks: int = 2, **env: str) -> list:
     """The ranks of a run."""
     port, processes = str(free_port()), []
+    STARTED.append((port, processes))
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         own = environment() | {k: str(v) for k, v in place.items()} | env
@@ -60,12 +85,9 @@ def start(world: Path, folder: Path, *more: str, ranks: int = 2, **env: str) -> 
     return processes
 
 
-def finish(processes: list) -> list[str]:
-    try:
-        return [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+def said(processes: list) -> list[str]:
+    """What each rank printed, once all have ended."""
+    return [output for output, _ in finish(processes, timeout=400)]
 
 
 def wait_for_step(folder: Path, step: int) -> None:
@@ -110,7 +132,7 @@ def test_signal_to_all_processes_of_one_rank_stops_both_and_resuming_changes_not
     assert len(children) > 1  # a data worker, wandb's service
     for process in (*children, first):
         process.send_signal(signal.SIGTERM)
-    outputs = finish(processes)
+    outputs = said(processes)
     assert [p.returncode for p in processes] == [STOPPED_EXIT_CODE] * 2, outputs
     assert "is saved" in outputs[0]
     check_stopped(folder, "SIGTERM")
@@ -128,7 +150,7 @@ def test_a_stop_file_stops_the_run_and_wandb_goes_on_in_the_same_run(world):
     processes = start(world, folder, *options, ranks=1, **wandb)
     wait_for_step(folder, 1)
     stop.touch()
-    outputs = finish(processes)
+    outputs = said(processes)
     assert processes[0].returncode == STOPPED_EXIT_CODE, outputs
     mark = json.loads((folder / "stopped.json").read_text())
     assert str(stop) in mark["why"]
@@ -154,7 +176,9 @@ def test_deepspeed_passes_the_exit_code_on(world):
     """The launcher's exit status is the ranks', so a script can tell a stop from a failure."""
     stop, folder = world / "early", world / "launched"
     stop.touch()
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    port = str(free_port())
+    STARTED.append((port, []))
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", port]
     command += ["ldistill/train.py", "--deepspeed", "ds_configs/zero2.json"]
     command += arguments(world, folder, "--stop_file", str(stop))
     result = subprocess.run(
