@@ -2,7 +2,8 @@
 
 One flat dict per logged step goes to ``metrics.jsonl`` and to whatever ``--report_to`` names:
 ``loss``, ``ce``, ``kd`` and the agreements overall, by category (``language/ce``) and by source
-(``source/vqav2/ce``), throughput, packing, memory, samples and drops.
+(``source/vqav2/ce``), each with its supervised ``rows`` and those with a teacher, ``kd_rows``;
+throughput, packing, memory, samples and drops.
 """
 
 from __future__ import annotations
@@ -123,14 +124,14 @@ class Meter:
         return logs
 
     def _rows(self, sums: Tensor) -> dict[str, float]:
-        logs = _means(sums.sum(0), "")
-        logs["rows"] = float(sums[:, 0].sum())
+        """Means and numbers of rows: of all, by category, by source."""
+        logs = _of_rows(sums.sum(0), "")
         for category in CATEGORIES:
             chosen = [i for i, c in enumerate(self.weights.categories) if c == category]
             if chosen:
-                logs |= _means(sums[chosen].sum(0), f"{category}/")
+                logs |= _of_rows(sums[chosen].sum(0), f"{category}/")
         for index, name in enumerate(self.weights.names):
-            logs |= _means(sums[index], f"source/{name}/")
+            logs |= _of_rows(sums[index], f"source/{name}/")
         return logs
 
     def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
@@ -158,9 +159,11 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _means(columns: Tensor, prefix: str) -> dict[str, float]:
+def _of_rows(columns: Tensor, prefix: str) -> dict[str, float]:
+    """Means that there are, the supervised rows behind them, and those that the teacher judged."""
     values = dict(zip(COLUMNS, columns.tolist(), strict=True))
-    return {
+    counts = {prefix + name: values[name] for name in ("rows", "kd_rows")}
+    return counts | {
         prefix + name: values[total] / values[count]
         for name, (total, count) in _MEANS.items()
         if values[count]

@@ -43,6 +43,9 @@ def test_means_are_over_rows_and_kd_rows():
     assert logs["kd"] == logs["language/kd"] == pytest.approx(0.5)
     assert "document/kd" not in logs
     assert logs["rows"] == 11
+    assert (logs["language/rows"], logs["source/docvqa/rows"]) == (5, 6)
+    assert logs["kd_rows"] == logs["language/kd_rows"] == logs["source/vqav2/kd_rows"] == 2
+    assert logs["document/kd_rows"] == logs["source/docvqa/kd_rows"] == 0
     assert "ce" not in meter.flush()
 
 
