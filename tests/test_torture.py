@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ldistill import checkpoint_folder
+from ldistill.cli import app
 from ldistill.torture.bench import Bench
 from ldistill.torture.faults import FAULTS
 from ldistill.torture.history import History, last_step
@@ -87,10 +89,6 @@ def test_other_zero_stages(bench, undisturbed):
 
 
 def test_the_command_writes_its_table(tmp_path):
-    from typer.testing import CliRunner
-
-    from ldistill.cli import app
-
     table = tmp_path / "table.json"
     work = tmp_path / "work"
     arguments = ["torture", "--steps", "6", "--kills", "0", "--ranks", "1", "--json", str(table)]
@@ -105,3 +103,16 @@ def test_the_command_writes_its_table(tmp_path):
     wrong = CliRunner().invoke(app, ["torture", "--fault", "earthquake"])
     assert isinstance(wrong.exception, ValueError)
     assert "no fault earthquake" in str(wrong.exception)
+
+
+def test_a_machine_on_which_nothing_runs_is_no_failed_fault(tmp_path, monkeypatch):
+    """It could not be tried: exit status 2, which `ldistill` gives to such an error."""
+
+    def fails(bench, run, *flags, **options):
+        raise RuntimeError(f"{run.name} ended with 1:\nno compiler")
+
+    monkeypatch.setattr(Bench, "complete", fails)
+    arguments = ["torture", "--kills", "0", "--fault", "slow-reads", "--workdir", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ChildProcessError)
+    assert "no compiler" in str(result.exception)

@@ -87,9 +87,18 @@ class Bench:
         return History.of(run)
 
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:
-        """The run that nothing happens to; run once under its name."""
+        """The run that nothing happens to; run once under its name.
+
+        Raises:
+            ChildProcessError: it fails, so that nothing can be tried on this machine.
+        """
         run = self.root / name
-        return History.of(run) if (run / "student").exists() else self.complete(run, **options)
+        if (run / "student").exists():
+            return History.of(run)
+        try:
+            return self.complete(run, **options)
+        except RuntimeError as error:
+            raise ChildProcessError(f"no run ends well here, even undisturbed: {error}") from error
 
     def fresh(self, name: str) -> Path:
         """A run folder that holds nothing."""

@@ -36,7 +36,8 @@ def torture(
 ) -> None:
     """Kill real tiny runs, fill their disk, break their shards: the losses must stay the same.
 
-    Runs the embedded pair with DeepSpeed on CPU ranks. Exit status 1 when anything did not hold.
+    Runs the embedded pair with DeepSpeed on CPU ranks. Exit status 1 when anything did not hold, 2
+    when it could not be tried.
     """
     from rich.console import Console
 
