@@ -2,10 +2,14 @@
 
 import csv
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels" / "benchmarks"))
 
@@ -34,6 +38,64 @@ def test_every_provider_passes_the_gate(shape):
         count = 2 if name == "ours two segments" else 4
         error = attention.gate(providers.PROVIDERS[name](problem), problem, truth[:count])
         assert error < 1e-5, name
+
+
+def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
+    """What flash-attn computes: packed documents, causal from the last row and position back."""
+    assert causal
+    assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    outs = []
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        heads = (x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d]))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("shape", SMALL)
+def test_what_surrounds_the_peers_that_need_a_gpu_is_right(shape, monkeypatch):
+    """flash-attn by a stand-in, FlexAttention without its compiler, which has no CPU backward."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    problem = SMALL[shape].problem("cpu", torch.float32)
+    truth = attention.exact(problem)
+    assert attention.gate(providers.flash_attn(problem), problem, truth) < 1e-5
+    problem.case = problem.case.cast(torch.float32)
+    with torch.no_grad():
+        out = providers.flex(problem)(*problem.case.positional[:3])
+    torch.testing.assert_close(out.double(), truth[0], rtol=0, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """What PyTorch is asked to do, as (operation, dtypes of the indices)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
+        indexed = name in ("index", "index_put", "index_put_")
+        dtypes = tuple(x.dtype for x in args[1] if x is not None) if indexed else ()
+        self.seen.add((name, dtypes))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["plain", "sdpa", "gather+sdpa", "gather+sdpa repeat"])
+def test_baselines_neither_wait_for_the_gpu_nor_add_where_they_can_copy(name):
+    problem = SMALL["packed"].problem("cpu", torch.float32)
+    attend = providers.PROVIDERS[name](problem)
+    attend(*problem.case.positional[:3])  # what is made once, is
+    with Calls() as calls:
+        attention.results(attend, problem, backward=True)
+    names = {name for name, _ in calls.seen}
+    assert not names & {"nonzero", "_local_scalar_dense", "item", "index_add", "index_put"}
+    assert {dtypes for name, dtypes in calls.seen if name.startswith("index")} <= {
+        (torch.int64,), (torch.int64, torch.int64)
+    }  # fmt: skip
+    assert ("index_put_", (torch.int64,)) in calls.seen
 
 
 def test_a_wrong_provider_is_not_timed(monkeypatch):

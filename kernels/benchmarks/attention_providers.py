@@ -59,40 +59,79 @@ class Problem:
         """Memory positions that some row sees."""
         return sum(end - start for _, start, end, _, _ in self.documents)
 
-    def padded(self, groups: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Lists of numbers -> (index [groups, longest], valid [groups, longest])."""
-        longest = max(map(len, groups))
-        index = torch.tensor([g + [0] * (longest - len(g)) for g in groups])
-        valid = torch.tensor([[True] * len(g) + [False] * (longest - len(g)) for g in groups])
-        device = self.case.q.device
-        return index.to(device), valid.to(device)
-
     @cached_property
-    def batch_rows(self) -> tuple[Tensor, Tensor]:
+    def batch_rows(self) -> Slots:
         """Rows of each batch row, padded."""
-        groups: list[list[int]] = [[] for _ in range(self.case.k.shape[0])]
-        for row, b in enumerate(self.case.batch.tolist()):
-            groups[b].append(row)
-        return self.padded(groups)
+        counts = torch.bincount(self.case.batch.long(), minlength=self.case.k.shape[0])
+        return Slots.of(counts.cumsum(0) - counts, counts, limit=len(self.case.batch))
 
     @cached_property
     def mask(self) -> Tensor:
         """bool [batch, 1, rows of a batch row, seq]; rows of padding see position 0."""
-        index, valid = self.batch_rows
-        columns = torch.arange(self.case.k.shape[2], device=index.device)
-        start, position = (torch.where(valid, x.long()[index], 0) for x in self.case.positional[4:])
+        rows = self.batch_rows
+        columns = torch.arange(self.case.k.shape[2], device=rows.valid.device)
+        start, position = (torch.where(rows.valid, x[rows.read], 0)
+                           for x in self.case.positional[4:])  # fmt: skip
         return ((columns >= start[..., None]) & (columns <= position[..., None]))[:, None]
 
     def unpack(self, q: Tensor) -> Tensor:
         """Packed rows -> [batch, heads, rows of a batch row, head_dim]; a view where all exist."""
         if self.dense:
             return q.unflatten(0, (self.case.k.shape[0], -1)).transpose(1, 2)
-        return q[self.batch_rows[0]].transpose(1, 2)
+        return self.batch_rows.fill(q).transpose(1, 2)
 
     def pack(self, out: Tensor) -> Tensor:
         """The way back."""
         out = out.transpose(1, 2)
-        return out.flatten(0, 1) if self.dense else out[self.batch_rows[1]]
+        return out.flatten(0, 1) if self.dense else self.batch_rows.empty(out)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """A padded batch [groups, longest] of what lies packed, and the ways there and back.
+
+    Indices are numbers, not masks, which would make the host wait; padding reads what comes next.
+    """
+
+    read: tuple[Tensor, ...]  # x[read] fills all slots
+    valid: Tensor  # bool [groups, longest]
+    filled: tuple[Tensor, ...]  # the slots that are no padding
+    source: tuple[Tensor, ...]  # where in x those come from, nothing twice
+
+    @classmethod
+    def of(cls, first: Tensor, counts: Tensor, limit: int, outer: Tensor | None = None) -> Slots:
+        """Slots for [first, first + count) of each group; `outer` is an index before that one."""
+        steps = torch.arange(int(counts.max()), device=first.device)
+        index = (first[:, None] + steps).clamp_max(limit - 1)
+        read = (index,) if outer is None else (outer[:, None].expand_as(index), index)
+        valid = steps < counts[:, None]
+        return cls(read, valid, valid.nonzero(as_tuple=True), tuple(x[valid] for x in read))
+
+    def fill(self, x: Tensor) -> Tensor:
+        return Move.apply(x, self.read, self.filled, self.source)
+
+    def empty(self, padded: Tensor) -> Tensor:
+        return Move.apply(padded, self.filled, None, self.filled)
+
+
+class Move(torch.autograd.Function):
+    """x[read], whose gradient is copied back, not added up: no wanted row is read twice.
+
+    PyTorch's own gradient of an index sorts it or adds with atomics, which nobody who is after
+    speed would pay for.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, read: tuple, wanted: tuple | None, source: tuple) -> Tensor:
+        ctx.shape, ctx.wanted, ctx.source = x.shape, wanted, source
+        return x[read]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad = grad if ctx.wanted is None else grad[ctx.wanted]
+        back = grad.new_zeros(ctx.shape)
+        back[ctx.source] = grad
+        return back, None, None, None
 
 
 @PROVIDERS.add("ours")
@@ -160,21 +199,23 @@ def sdpa_repeat(problem: Problem) -> Attention:
 @PROVIDERS.add("gather+sdpa")
 def gather_sdpa(problem: Problem, repeat: int = 1) -> Attention:
     """Documents gathered into a padded batch of their own, then SDPA with a mask."""
-    documents, case = problem.documents, problem.case
-    rows, valid = problem.padded([list(range(d[3], d[4])) for d in documents])
-    places, exists = problem.padded([list(range(d[1], d[2])) for d in documents])
-    batch = torch.tensor([d[0] for d in documents], device=rows.device)[:, None]
-    position = torch.where(valid, case.position.long()[rows], places[:, :1])
-    mask = ((places[:, None] <= position[..., None]) & exists[:, None])[:, None]
+    case, device = problem.case, problem.case.q.device
+    batch, start, end, first, last = torch.tensor(problem.documents, device=device).T
+    rows = Slots.of(first, last - first, limit=len(case.batch))
+    memory = Slots.of(start, end - start, limit=case.k.shape[2], outer=batch)
+    places = memory.read[1]
+    position = torch.where(rows.valid, case.position[rows.read], places[:, :1])
+    mask = (places[:, None] <= position[..., None]) & memory.valid[:, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (x[batch, :, places].transpose(1, 2) for x in (k, v))
+        keys, values = (memory.fill(x.transpose(1, 2)).transpose(1, 2) for x in (k, v))
         if repeat > 1:
             keys, values = (x.repeat_interleave(repeat, dim=1) for x in (keys, values))
         out = F.scaled_dot_product_attention(
-            q[rows].transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=repeat == 1
-        )
-        return out.transpose(1, 2)[valid]
+            rows.fill(q).transpose(1, 2), keys, values, attn_mask=mask[:, None],
+            enable_gqa=repeat == 1,
+        )  # fmt: skip
+        return rows.empty(out.transpose(1, 2))
 
     return attend
 
@@ -190,19 +231,19 @@ def flex(problem: Problem) -> Attention:
     """FlexAttention, compiled, its block mask ready."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    (index, valid), case = problem.batch_rows, problem.case
-    start, position = (torch.where(valid, x.long()[index], 0) for x in case.positional[4:])
+    rows, case = problem.batch_rows, problem.case
+    start, position = (torch.where(rows.valid, x[rows.read], 0) for x in case.positional[4:])
 
     def sees(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         return (column >= start[b, row]) & (column <= position[b, row])
 
-    sizes = (len(index), None, index.shape[1], case.k.shape[2])
-    block_mask = create_block_mask(sees, *sizes, device=str(index.device))
+    sizes = (case.k.shape[0], None, rows.valid.shape[1], case.k.shape[2])
+    block_mask = create_block_mask(sees, *sizes, device=str(case.q.device))
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows = problem.unpack(q)
-        return problem.pack(compiled(rows, k, v, block_mask=block_mask, enable_gqa=True))
+        out = compiled(problem.unpack(q), k, v, block_mask=block_mask, enable_gqa=True)
+        return problem.pack(out)
 
     return attend
 
@@ -218,10 +259,10 @@ def flash_attn(problem: Problem) -> Attention:
     longest = lengths.max(0).values.tolist()
     batch = torch.cat([torch.full((d[2] - d[1],), d[0]) for d in documents]).to(device)
     places = torch.cat([torch.arange(d[1], d[2]) for d in documents]).to(device)
-    cu_q, cu_k = bounds[:, 0].contiguous(), bounds[:, 1].contiguous()
+    cu_q, cu_k, memory = bounds[:, 0].contiguous(), bounds[:, 1].contiguous(), (batch, places)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = k[batch, :, places], v[batch, :, places]
+        keys, values = (Move.apply(x.transpose(1, 2), memory, None, memory) for x in (k, v))
         return flash_attn_varlen_func(q, keys, values, cu_q, cu_k, *longest, causal=True)
 
     return attend
