@@ -155,6 +155,12 @@ def test_what_is_not_installed_is_said_and_left_out(capsys):
     assert capsys.readouterr().out == "there: left out, no_such is not installed\n"
 
 
+def test_the_spread_of_few_repeats_lies_between_them(monkeypatch):
+    monkeypatch.setattr(common, "_cpu_times", lambda function, repeats: [1.0, 9.0][:repeats])
+    timing = common.measure(lambda: None, "cpu", repeats=1)
+    assert (timing.low, timing.median, timing.high) == pytest.approx((2.6, 5.0, 7.4))
+
+
 def test_dense_baselines_gather_nothing():
     problem = SMALL["dense"].problem("cpu", torch.float32)
     q = problem.case.q

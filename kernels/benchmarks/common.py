@@ -74,9 +74,10 @@ def measure(function: Callable[[], Any], device: str, repeats: int = 20) -> Timi
     """
     cuda = torch.device(device).type == "cuda"
     function()
-    repeats = min(repeats, max(3, int(SECONDS / _seconds(function, cuda))))
+    repeats = min(max(repeats, 2), max(3, int(SECONDS / _seconds(function, cuda))))
     times = (_cuda_times if cuda else _cpu_times)(function, repeats)
-    low, *_, high = statistics.quantiles(times, n=5) if repeats > 1 else times * 2
+    # Inclusive: of few repeats the other method extrapolates, below zero even.
+    low, *_, high = statistics.quantiles(times, n=5, method="inclusive")
     return Timing(statistics.median(times), low, high, _peak_mib(function) if cuda else None)
 
 
