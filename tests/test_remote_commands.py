@@ -41,7 +41,7 @@ def test_verify_and_stats_of_a_url(root, tmp_path):
         assert "32 of 32 samples" in result.output
         assert server.tar_bytes() == sum(s.bytes for s in ShardIndex.load(root).shards)
         result = invoke("stats", server.url + "/nowhere", *options)
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert "error: no shards at" in result.stderr
 
 

@@ -97,7 +97,7 @@ def test_build_again_keeps_what_is_there(llava, student, tmp_path):
     first = run(*command, "--workers", 1, "--shard-size", "4KB")
     assert re.search(r"receipts +│ document +│ +5 .*1 missing image", first)
     assert "(5 kept)" in run(*command, "--workers", 1, "--shard-size", "4KB")
-    refused = run(*command, "--workers", 1, "--shard-size", "9KB", code=1)
+    refused = run(*command, "--workers", 1, "--shard-size", "9KB", code=2)
     assert "of another input or other options" in one_line(refused)
     assert "kept" not in run(*command, "--workers", 1, "--shard-size", "9KB", "--overwrite")
     assert ShardIndex.load(tmp_path).categories == ["document"]
@@ -130,7 +130,7 @@ def test_tiling_and_max_images_reach_the_shards(llava, student, tmp_path):
 def test_wrong_options_end_in_one_sentence(cauldron, student, tmp_path, arguments, message):
     out = tmp_path / "out"
     printed = run(
-        "build", "--dataset", cauldron, "--out", out, "--student", student, *arguments, code=1
+        "build", "--dataset", cauldron, "--out", out, "--student", student, *arguments, code=2
     )
     assert printed.startswith("error: ")
     assert message in printed
@@ -144,8 +144,42 @@ def test_verify_fails_on_damage(llava, student, tmp_path):
     tar.write_bytes(tar.read_bytes()[:-1500])
     printed = run("verify", tmp_path, "--workers", 1, code=1)
     assert "bytes instead of" in printed
-    assert "error: no shards in" in run("verify", tmp_path / "receipts", code=1)
-    assert "error: no shards" in run("stats", tmp_path / "gone", code=1)
+    assert "error: no shards in" in run("verify", tmp_path / "receipts", code=2)
+    assert "error: no shards" in run("stats", tmp_path / "gone", code=2)
+    assert "error: " in run("merge", tmp_path / "gone", code=2)
+
+
+def test_what_a_rating_leaves_out_is_said(student, tmp_path):
+    """Two turns below the minimum; one of them was the only one of its sample."""
+    rated = [[5, 1], [2], [4, 5]]
+    features = datasets.Features(
+        FEATURES
+        | {
+            "source": datasets.Value("string"),
+            "relevance_ratings": datasets.List(datasets.Value("int64")),
+        }
+    )
+    rows = [
+        {
+            "images": [{"bytes": picture(seed=n), "path": None}],
+            "texts": [{"user": "q", "assistant": "a", "source": "s"}] * len(ratings),
+            "source": "vsr",
+            "relevance_ratings": ratings,
+        }
+        for n, ratings in enumerate(rated)
+    ]
+    folder = tmp_path / "data" / "vsr"
+    folder.mkdir(parents=True)
+    data = datasets.Dataset.from_list(rows, features=features)
+    data.to_parquet(folder / "train-00000-of-00001-0a.parquet")
+    command = ("build", "--dataset", tmp_path / "data", "--student", student, "--workers", 1)
+    printed = run(*command, "--out", tmp_path / "a", "--min-rating", "relevance=3")
+    assert (
+        "--min-rating relevance=3 left out turns rated lower: 2. Samples without another turn, "
+        "dropped with them: 1 (vsr 1)." in printed
+    )
+    printed = run(*command, "--out", tmp_path / "b", "--min-rating", "relevance=1")
+    assert "--min-rating relevance=1 left nothing out." in printed
 
 
 @pytest.mark.parametrize(

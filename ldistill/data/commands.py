@@ -1,5 +1,8 @@
 """The `ldistill shards` command: build, merge, verify, stats.
 
+Exit codes: 0 done, 1 `verify` looked and something is wrong, 2 it could not run: wrong options or
+input, with a sentence; 130 interrupted.
+
 ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/
 ldistill shards verify shards/
 ldistill shards stats s3://bucket/shards --plot lengths.png
@@ -104,7 +107,10 @@ def build(
         chosen = Slice.parse(part) if part else None
         inputs = open_inputs(dataset, options)
         processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
-        _print_reports(_build_with_bar(inputs, out, processor, cutting, chosen), out)
+        reports = _build_with_bar(inputs, out, processor, cutting, chosen)
+        _print_reports(reports, out)
+        if options.min_ratings:
+            typer.echo(rated_out(reports, options.min_ratings))
 
 
 @app.command()
@@ -134,7 +140,7 @@ def verify(
     ] = None,
     cache_gb: Annotated[float, typer.Option(help="The most it may take, in GB.")] = 64.0,
 ) -> None:
-    """Re-hash every shard and decode every sample; exit code 1 when anything is wrong."""
+    """Re-hash every shard, decode every sample; exit code 1: something is wrong, 2: no shards."""
     with readable_errors():
         from rich.progress import Progress
 
@@ -196,12 +202,12 @@ def stats(
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn the errors meant for users into one line and exit code 1."""
+    """Turn the errors meant for users into one line and exit code 2."""
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     except KeyboardInterrupt:
         typer.echo("interrupted: run the same command again to go on", err=True)
         raise typer.Exit(130) from None
@@ -224,6 +230,22 @@ def parse_ratings(items: list[str]) -> dict[str, int]:
             raise ValueError(f"bad rating {item!r}: write it like relevance=3")
         ratings[name.strip()] = int(value)
     return ratings
+
+
+def rated_out(reports: list[SourceReport], minimum: dict[str, int]) -> str:
+    """A sentence on what --min-rating left out."""
+    from ldistill.data.readers import LOW_RATING
+
+    asked = " ".join(f"{name}={least}" for name, least in minimum.items())
+    turns = sum(report.turn_drops.get(LOW_RATING, 0) for report in reports)
+    samples = {r.source: r.drops[LOW_RATING] for r in reports if r.drops.get(LOW_RATING)}
+    if not turns and not samples:
+        return f"--min-rating {asked} left nothing out."
+    where = f" ({', '.join(f'{name} {count:,}' for name, count in samples.items())})"
+    return (
+        f"--min-rating {asked} left out turns rated lower: {turns:,}. Samples without another turn, "
+        f"dropped with them: {sum(samples.values()):,}{where if samples else ''}."
+    )
 
 
 def cpu_count() -> int:
