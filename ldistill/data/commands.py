@@ -243,8 +243,8 @@ def rated_out(reports: list[SourceReport], minimum: dict[str, int]) -> str:
         return f"--min-rating {asked} left nothing out."
     where = f" ({', '.join(f'{name} {count:,}' for name, count in samples.items())})"
     return (
-        f"--min-rating {asked} left out turns rated lower: {turns:,}. Samples without another turn, "
-        f"dropped with them: {sum(samples.values()):,}{where if samples else ''}."
+        f"--min-rating {asked} left out turns rated lower: {turns:,}. Samples without another "
+        f"turn, dropped with them: {sum(samples.values()):,}{where if samples else ''}."
     )
 
 
