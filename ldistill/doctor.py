@@ -57,12 +57,16 @@ def findings() -> Iterator[Line]:
 
 
 def python() -> Iterator[Line]:
-    """The interpreter."""
+    """The interpreter against the versions that the package itself states."""
+    from packaging.specifiers import SpecifierSet
+
+    wanted = metadata.metadata("ldistill").get("Requires-Python") or ""
     found = f"{platform.python_version()}, {sys.prefix}"
-    if sys.version_info < (3, 13):
+    if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
         yield Line(OK, "python", found)
     else:
-        yield Line(WARNING, "python", found, "the tests run on 3.11 and 3.12; prefer those.")
+        advice = f"make a new environment with Python {wanted}."
+        yield Line(PROBLEM, "python", f"{found}, needs {wanted}", advice)
 
 
 def packages() -> Iterator[Line]:

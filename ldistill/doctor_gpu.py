@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
 from ldistill.doctor_system import OK, PROBLEM, WARNING, Line, driver_present, output
@@ -70,7 +70,7 @@ def toolkit() -> Iterator[Line]:
 
 
 def kernels() -> Iterator[Line]:
-    """One small call of the Triton kernels, compared with the reference."""
+    """One small call of each Triton kernel, compared with the reference."""
     import torch
 
     try:
@@ -80,30 +80,64 @@ def kernels() -> Iterator[Line]:
     if not torch.cuda.is_available():
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return
+    for name, error_of in (("attention", attention_error), ("loss", loss_error)):
+        yield _kernel(name, version, error_of)
+
+
+def _kernel(name: str, version: str, error_of: Callable[[str, str], float]) -> Line:
+    what = f"{name} kernel"
     try:
-        error = _kernel_error(torch)
+        error = error_of("cuda", "triton")
     except Exception as failure:
         first = (str(failure).strip().splitlines() or [""])[0][:160]
         advice = "Triton needs gcc and Python's headers; till then train with --kernels reference."
-        yield Line(PROBLEM, "triton", f"{version}; {type(failure).__name__}: {first}", advice)
-        return
+        found = f"triton {version}; {type(failure).__name__}: {first}"
+        return Line(PROBLEM, what, found, advice)
     if error < 1e-2:
-        yield Line(OK, "triton", f"{version}; kernels compile and agree with the reference")
-    else:
-        advice = "train with --kernels reference and report this GPU."
-        yield Line(PROBLEM, "triton", f"{version}; kernels are off by {error:.1g}", advice)
+        return Line(OK, what, f"triton {version}; it compiles and agrees with the reference")
+    advice = "train with --kernels reference and report this GPU."
+    return Line(PROBLEM, what, f"triton {version}; off by {error:.1g}", advice)
 
 
-def _kernel_error(torch) -> float:
+def attention_error(device: str, kind: str) -> float:
+    """Largest difference of `shared_kv_attention` from its reference."""
+    import torch
+
     from ldistill_kernels import shared_kv_attention
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape, device = (1, 2, 32, 64), torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, 2, 32, 64)
     k, v = (torch.randn(shape, generator=generator, device=device).half() for _ in range(2))
     q = torch.randn(8, 4, 64, generator=generator, device=device).half()
     zero, last = torch.zeros(8, dtype=torch.int64, device=device), torch.arange(8, device=device)
     ours, plain = (
-        shared_kv_attention(q, k, v, zero, zero, last + 20, kernels=kind)
-        for kind in ("triton", "reference")
+        shared_kv_attention(q, k, v, zero, zero, last + 20, kernels=kernels)
+        for kernels in (kind, "reference")
     )
     return (ours - plain).abs().max().item()
+
+
+def loss_error(device: str, kind: str) -> float:
+    """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
+    import torch
+
+    from ldistill_kernels import distill_loss
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def made(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    h_s, h_t, w_s, w_t = made(16, 64), made(16, 64), made(320, 64) / 8, made(256, 64) / 8
+    labels = torch.arange(16, device=device) * 15
+    found = []
+    for kernels in (kind, "reference"):
+        hidden, head = h_s.clone().requires_grad_(), w_s.clone().requires_grad_()
+        result = distill_loss(
+            hidden, head, h_t, w_t, labels,
+            ce_weight=0.3, kd_weight=0.7, temperature=4.0, kernels=kernels,
+        )  # fmt: skip
+        result.loss.backward()
+        found.append((result.loss.detach(), hidden.grad, head.grad))
+    pairs = zip(*found, strict=True)
+    return max(((ours - plain).abs().max() / plain.abs().max()).item() for ours, plain in pairs)

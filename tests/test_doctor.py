@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ldistill import doctor
+from ldistill import doctor, doctor_gpu
 from ldistill.doctor_system import OK, PROBLEM, WARNING
 
 
@@ -57,6 +57,7 @@ def test_missing_and_old_packages_are_named(monkeypatch, tmp_path):
     info.mkdir()
     needs = ["no-such-package>=1", "torch>=99", "numpy>=1", 'lmms-eval>=99; extra == "eval"']
     header = "Metadata-Version: 2.1\nName: ldistill\nVersion: 0\n"
+    header += "Requires-Python: >=4\n"
     text = header + "".join(f"Requires-Dist: {need}\n" for need in needs)
     (info / "METADATA").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -65,6 +66,30 @@ def test_missing_and_old_packages_are_named(monkeypatch, tmp_path):
     assert lines["torch"].state == PROBLEM
     assert ">=99" in lines["torch"].advice
     assert lines["numpy"].state == OK
+    [line] = doctor.python()
+    assert (line.state, line.what) == (PROBLEM, "python")
+    assert "Python >=4" in line.advice
+
+
+@pytest.mark.parametrize("error_of", [doctor_gpu.attention_error, doctor_gpu.loss_error])
+def test_both_kernels_are_tried_and_named(monkeypatch, error_of):
+    assert error_of("cpu", "reference") == 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    called = []
+    for name in ("attention_error", "loss_error"):
+        monkeypatch.setattr(doctor_gpu, name, lambda *args, name=name: called.append(name) or 0.0)
+    assert [line.state for line in doctor_gpu.kernels()] == [OK, OK]
+    assert called == ["attention_error", "loss_error"]
+
+    def fails(*args):
+        raise RuntimeError("no ptxas\nmore")
+
+    monkeypatch.setattr(doctor_gpu, error_of.__name__, lambda *args: 0.5)
+    assert sorted(line.state for line in doctor_gpu.kernels()) == [OK, PROBLEM]
+    monkeypatch.setattr(doctor_gpu, error_of.__name__, fails)
+    [line] = [line for line in doctor_gpu.kernels() if line.state == PROBLEM]
+    assert "RuntimeError: no ptxas" in line.found
+    assert line.what == f"{error_of.__name__.removesuffix('_error')} kernel"
 
 
 def test_a_hub_that_does_not_answer_is_only_a_warning(monkeypatch):
