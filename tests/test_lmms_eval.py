@@ -157,6 +157,42 @@ def test_results_are_complete_and_samples_logged(result):
 
 @needs_entry_point
 @pytest.mark.slow
+def test_two_processes_share_the_work_and_give_the_same(result, environment):
+    """`--processes 2`: unequal shares (three documents), every answer there, once and as before."""
+    tasks = ("tiny_facts", "tiny_words", "own_plain")
+    asked = Evaluation(
+        STUDENT,
+        environment / "two",
+        tasks=tasks,
+        batch_size=5,
+        include_paths=(environment / "own",),
+        items_per_task=PER_TASK,
+        environment={"HF_HUB_OFFLINE": "1"},
+        processes=2,
+    )
+    found, (expected, out) = lmms_run.evaluate(asked), result
+    log = (asked.out / lmms_run.LOG).read_text()
+    assert "--nproc-per-node=2" in log.splitlines()[0]
+    assert found["complete"]
+    for row in found["scores"]:
+        assert found["scores"][row] == expected["scores"][row]
+    for task in tasks:
+        one, two = (_answers(*of, task) for of in ((out, expected), (asked.out, found)))
+        assert two.keys() == one.keys()
+        if task == "tiny_words":  # text; the others are sums that may differ in the last digits
+            assert two == one
+
+
+def _answers(out: Path, record: dict, task: str) -> dict[int, list]:
+    """Document → what was answered; two processes write theirs one behind the other."""
+    lines = (out / record["samples"][task]).read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert len({answer["doc_id"] for answer in answers}) == len(answers)
+    return {answer["doc_id"]: answer["filtered_resps"] for answer in answers}
+
+
+@needs_entry_point
+@pytest.mark.slow
 def test_what_is_missing_is_found(result, tmp_path):
     """Results without a task, without a score, or with fewer samples than documents."""
     record, out = result
