@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context
 from typing import Any
 
@@ -158,17 +159,37 @@ def measure_step(
         ValueError: a mode needs more memory than this machine has.
     """
     if options.attention == "auto":
-        options = dataclasses.replace(options, attention=fastest_attention(options, say))
+        with _within_memory("choosing the attention"):
+            options = dataclasses.replace(options, attention=fastest_attention(options, say))
     memory = {}
     if options.memory:
         for mode in options.modes:
             say(f"memory of {mode} ...")
-            memory[mode] = peak_memory(options, mode)
-    bench = StepBench(options)
-    rate, source = peak_flops(bench.device, DTYPES[options.dtype])
-    say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
-    rounds = _timed_rounds(bench, say)
-    return [_result(bench, mode, rounds, memory, rate) for mode in options.timed_modes]
+            with _within_memory(f"the step of {mode}"):
+                memory[mode] = peak_memory(options, mode)
+    with _within_memory("timing all modes in one process"):
+        bench = StepBench(options)
+        rate, source = peak_flops(bench.device, DTYPES[options.dtype])
+        say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
+        rounds = _timed_rounds(bench, say)
+        return [_result(bench, mode, rounds, memory, rate) for mode in options.timed_modes]
+
+
+@contextmanager
+def _within_memory(what: str) -> Iterator[None]:
+    """Say in a sentence that something does not fit, instead of PyTorch's page.
+
+    Raises:
+        ValueError: memory ran out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        reason = "out of memory" if gpu else "killed, probably for memory"
+        raise ValueError(
+            f"{what}: {reason}; try fewer --rows, --dtype bf16, --checkpointing or fewer --modes."
+        ) from error
 
 
 def fastest_attention(options: StepOptions, say: Callable[[str], None]) -> str:
@@ -275,13 +296,7 @@ def peak_memory(options: StepOptions, mode: str) -> float:
     if options.device == "cuda":
         return _peak_on_gpu(options, mode)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        try:
-            return fresh.submit(_growth_of_process, options, mode).result()
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"the step of {mode} was killed, probably for memory: try fewer --rows, "
-                "--dtype bf16, or --modes without it."
-            ) from error
+        return fresh.submit(_growth_of_process, options, mode).result()
 
 
 def _peak_on_gpu(options: StepOptions, mode: str) -> float:

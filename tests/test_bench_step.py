@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -143,6 +144,27 @@ def test_memory_of_each_mode_is_measured_alone():
     assert ours.teacher_mib == pytest.approx(1.78, abs=0.02)
     assert ce.memory_vs_ce == 1
     assert ours.memory_less_teacher_vs_ce < 1.1
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_memory_that_runs_out_is_a_sentence(memory, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    monkeypatch.setattr(bench_step, "peak_memory", full)
+    monkeypatch.setattr(StepBench, "step", full)
+    what = "the step of ce" if memory else "timing all modes in one process"
+    with pytest.raises(ValueError, match=rf"^{what}: out of memory; try fewer --rows, [^\n]*$"):
+        measure_step(tiny(steps=1, warmup=0, memory=memory))
+
+
+def test_a_killed_measurement_of_memory_is_a_sentence(monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(bench_step, "peak_memory", killed)
+    with pytest.raises(ValueError, match="the step of ce: killed, probably for memory"):
+        measure_step(tiny(steps=1, warmup=0))
 
 
 def test_the_command_prints_a_row_per_mode_and_appends_csv(tmp_path):
