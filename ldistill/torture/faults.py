@@ -20,6 +20,7 @@ from typing import Any
 
 from ldistill.checkpoint_folder import WRITING, survey
 from ldistill.data.index import ShardIndex
+from ldistill.errors import ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE
 from ldistill.metrics import read_metrics
 from ldistill.run_folder import METRICS
 from ldistill.torture.bench import Bench, Row
@@ -75,8 +76,9 @@ def _kept(run: Path) -> bool:
 
 def _judge(code: int, said: str, needle: str, alone: bool) -> str | None:
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    if code in (0, TIMED_OUT):
-        return f"exit status {code}, not that of an error:\n{said[-1500:]}"
+    told = (ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE)
+    if code in (0, TIMED_OUT) or (alone and code not in told):
+        return f"exit status {code}, not that of an error with a sentence:\n{said[-1500:]}"
     if not any(needle in line for line in errors):
         return f"no sentence with {needle!r}: {errors or said[-1500:]}"
     if alone and "Traceback" in said:
