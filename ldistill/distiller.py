@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldistill.memory import KVMemory, attach, choose_attention, packed_flash_kwargs, recording
-from ldistill.objective import COLUMNS, Objective
+from ldistill.objective import Objective
 from ldistill.rows import RowPlan, TeacherRows, plan_rows, teacher_rows
 from ldistill.sources import SourceWeights
 from ldistill.students.student import Student
@@ -95,18 +95,20 @@ class Distiller(nn.Module):
             ``loss`` (scalar) and ``metrics`` (float32 [sources, len(COLUMNS)], detached sums).
         """
         hidden, memory = self._student(batch, run_teacher)
-        rows = plan.supervised
-        hidden = hidden.flatten(0, 1)[rows.flat]
-        teacher_hidden = self._teach(plan.teacher, memory) if memory is not None else None
-        loss, metrics = self.objective(
-            _autocast(hidden),
-            self.student.lm_head,
-            rows,
-            teacher_hidden=teacher_hidden,
-            teacher=self.teacher,
-            total_rows=total_rows,
-            sources=len(self.weights.names),
-        )
+        hidden = _autocast(hidden.flatten(0, 1)[plan.supervised.flat])
+
+        def judge() -> tuple[Tensor, Tensor]:
+            return self.objective(
+                hidden,
+                self.student.lm_head,
+                plan.supervised,
+                teacher_hidden=None if memory is None else self._teach(plan.teacher, memory),
+                teacher=self.teacher,
+                total_rows=total_rows,
+                sources=len(self.weights.names),
+            )
+
+        loss, metrics = judge() if memory is None else self.teacher.as_one_forward(judge)
         return {"loss": loss, "metrics": metrics}
 
     def _student(
@@ -225,8 +227,3 @@ def _autocast(hidden: Tensor) -> Tensor:
     if not torch.is_autocast_enabled(device):
         return hidden
     return hidden.to(torch.get_autocast_dtype(device))
-
-
-def summarise(sums: Tensor) -> dict[str, Tensor]:
-    """Columns of a metrics matrix by name (each [sources])."""
-    return dict(zip(COLUMNS, sums.unbind(1), strict=True))

@@ -263,6 +263,7 @@ def build_trainer(
     )
     resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
     step = resuming.step_of(resume)
+    say(f"attention of the student: {distiller.attention}.")
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     stop = StopRequest(recipe.run.stop_file)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ldistill.students.head import LMHead
 from ldistill.students.rotary import keep_float32
 from ldistill_kernels import shared_kv_attention
 
+T = TypeVar("T")
 ENGINES = ("auto", "replicated", "zero3", "deepspeed-inference")
 
 
@@ -46,6 +47,7 @@ class Teacher:
         self.kernels = kernels
         self.collective = False  # set by `shard`: every rank must run it together
         self.engine: Any = None
+        self._root: _Root | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -110,10 +112,44 @@ class Teacher:
         """``op(hidden, weight)`` with the head's weight whole, also under ZeRO-3."""
         return self.lm.lm_head(hidden, op)
 
+    def as_one_forward(self, make: Callable[[], T]) -> T:
+        """``make()``, which runs the teacher up to its head, as one forward for its engine.
+
+        DeepSpeed learns from one forward of the module it was given which weights the next one
+        will ask for, and gathers them ahead; called layer by layer alone it gathers each when its
+        layer begins, and waits.
+        """
+        return make() if self._root is None else self._root.run(make)
+
     def place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move a replicated teacher to its device and the student's dtype."""
         if self.engine is None:
             self.lm.to(device=device, dtype=dtype)
+
+
+class _Root(nn.Module):
+    """The LM as an engine's module, whose forward is whatever is done with the LM's layers.
+
+    Nothing goes in or comes out: DeepSpeed would gather weights again in backward for the tensors
+    it finds there.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.lm = lm
+        self._make: Callable[[], Any] | None = None
+        self._made: Any = None
+
+    def forward(self) -> None:
+        self._made = self._make()
+
+    def run(self, make: Callable[[], T]) -> T:
+        self._make = make
+        try:
+            self()
+            return self._made
+        finally:
+            self._make = self._made = None
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -152,7 +188,8 @@ def shard(teacher: Teacher, engine: str, dtype: torch.dtype, offload: bool = Fal
 
     if engine == "zero3":
         config = zero3_config(dtype, offload)
-        teacher.engine, *_ = deepspeed.initialize(model=teacher.lm, config=config)
+        teacher._root = _Root(teacher.lm).eval()
+        teacher.engine, *_ = deepspeed.initialize(model=teacher._root, config=config)
         teacher.collective = True
     elif engine == "deepspeed-inference":
         teacher.engine = deepspeed.init_inference(

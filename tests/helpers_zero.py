@@ -68,6 +68,8 @@ def main(config_file: str, accumulation: int, out: str) -> None:
             "optimizer": optimizer_bytes(engine.optimizer),
             "gradients": gradients,
             "sent": dict(sent),
+            "ahead": sharded
+            and teacher.engine.optimizer.get_param_coordinator().is_complete_trace(),
         }
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
 from functools import cached_property
@@ -318,9 +318,3 @@ def _date(text: str) -> object | None:
         return parser.parse(text).date()
     except (ValueError, OverflowError):
         return None
-
-
-def tally(verdicts: Collection[Verdict]) -> dict[str, int]:
-    """Verdicts by mode, in the order of `MODES`, zeros included."""
-    counts = Counter(verdict.mode for verdict in verdicts)
-    return {mode: counts[mode] for mode in MODES}
