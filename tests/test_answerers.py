@@ -227,3 +227,18 @@ def test_a_vlm_takes_another_tokenizer(folders, tmp_path):
     assert model.generate([Question("red", (picture(1),))], 2)
     with pytest.raises(ValueError, match="gives <image> another id"):
         load_answerer(str(folders["idefics3"]), tokenizer=str(folders["lm"]))
+
+
+def test_an_answer_begins_as_the_template_writes_it(folders, tmp_path):
+    """``Assistant: yes``: what a SmolVLM was trained on, not ``Assistant:yes``."""
+    from hf_pairs import SMOLVLM_TEMPLATE
+
+    template = tmp_path / "template.jinja"
+    template.write_text(SMOLVLM_TEMPLATE, encoding="utf-8")
+    assert load_answerer(str(folders["idefics3"])).answer_prefix == ""
+    model = load_answerer(str(folders["idefics3"]), chat_template=str(template))
+    assert model.answer_prefix == " "
+    question = Question("what is red?", (picture(1),))
+    for continuation in ("the dog", " the dog"):
+        _, ids = model._split(question, continuation)
+        assert model.tokenizer.decode(ids) == " the dog"

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -45,6 +46,7 @@ class Answerer(ABC):
         self.device = next(model.parameters()).device
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id or 0 if pad is None else pad
+        self.answer_prefix = ""  # between the template's invitation and an answer
 
     # ---- what a kind of model has to say ----
 
@@ -72,7 +74,7 @@ class Answerer(ABC):
 
         Plain questions are split into tokens as lm-evaluation-harness does: context and
         continuation together, the context's trailing blanks with the continuation. In a chat the
-        answer starts right after the template, without the continuation's leading blank.
+        answer starts as the template writes it, whatever blank the continuation begins with.
 
         Raises:
             ValueError: a continuation without tokens.
@@ -109,7 +111,7 @@ class Answerer(ABC):
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
         new = self._generate(inputs, start, pad_token_id=self.pad_id, **options)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
-        return [cut(text, stop) for text in texts]
+        return [cut(text, stop).removeprefix(self.answer_prefix) for text in texts]
 
     # ---- tokens ----
 
@@ -123,8 +125,8 @@ class Answerer(ABC):
     def _split(self, question: Question, continuation: str) -> tuple[Question, list[int]]:
         question, continuation = self._cleaned(question), self._clean(continuation)
         if question.chat:
-            ids = self.tokenizer(continuation.removeprefix(" "), add_special_tokens=False)
-            ids = ids["input_ids"]
+            answer = self.answer_prefix + continuation.removeprefix(" ")
+            ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         else:
             context = question.text.rstrip()
             whole = question.text + continuation
@@ -271,6 +273,7 @@ class VLMAnswerer(TransformersAnswerer):
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         token = getattr(processor, "image_token", None)
         self.image_token: str | None = getattr(token, "content", token)
+        self.answer_prefix = self._blank_before_answers()
 
     def _clean(self, text: str) -> str:
         return text.replace(self.image_token, "") if self.image_token else text
@@ -290,6 +293,20 @@ class VLMAnswerer(TransformersAnswerer):
         return {k: v.to(self.device) for k, v in inputs.items() if torch.is_tensor(v)} | {
             k: v.to(self.device, self.model.dtype) for k, v in floats.items()
         }
+
+    def _blank_before_answers(self) -> str:
+        """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
+        turns = [
+            {"role": role, "content": [{"type": "text", "text": role}]}
+            for role in ("user", "assistant")
+        ]
+        try:
+            whole = self.processor.apply_chat_template(turns, tokenize=False)
+        except (TemplateError, TypeError):  # a template that takes no such answers
+            return ""
+        before, invited = whole.rpartition("assistant")[0], self._render(Question("user"))
+        blank = before.removeprefix(invited)
+        return blank if before.startswith(invited) and not blank.strip() else ""
 
     def _text_ids(self, question: Question) -> list[int]:
         if not question.chat:
