@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # lock in their folder: two checkouts that shared one would wait for each other.
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / f"torch-{version('torch')}-ops"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(COMPILED))
+# One ninja for all builds, this environment's, activated or not: another would build them anew.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 GPU = any(Path("/dev").glob("nvidia[0-9]*"))  # a container may be given any of them
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if GPU else "cpu")
 INTERPRETED = (

@@ -97,10 +97,9 @@ def environment() -> dict[str, str]:
     """The caller's environment without a GPU and without another launch's ranks."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LDISTILL_DEBUG")
     env = {k: v for k, v in os.environ.items() if k not in ranks}
-    path = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
     cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    _remove_dead_locks(Path(env["TORCH_EXTENSIONS_DIR"]))  # set in conftest.py
-    return env | cpu | {"PATH": path}
+    _remove_dead_locks(Path(env["TORCH_EXTENSIONS_DIR"]))  # set in conftest.py, as PATH is
+    return env | cpu
 
 
 def _remove_dead_locks(compiled: Path) -> None:
