@@ -207,8 +207,8 @@ class NanoVLMModel(_Model):
 
 
 class HFModel(_Model):
-    """Hugging Face VLMs and bare LMs. Options: ``dtype``, ``chat_template``, ``tokenizer``; for VLMs
-    ``tiling``; for LMs ``pictures`` (``error`` or ``drop``)."""
+    """Hugging Face VLMs and bare LMs. Options: ``dtype``, ``chat_template`` and ``tokenizer``; for
+    VLMs ``tiling``; for LMs ``pictures`` (``error`` or ``drop``)."""
 
     kinds = ("vlm", "lm")
 
