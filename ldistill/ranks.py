@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from ldistill.errors import TransientError
+
 T = TypeVar("T")
 _rounds = itertools.count()
 
@@ -114,21 +116,25 @@ def everywhere(make: Callable[[], T]) -> T:
     wait for other ranks.
 
     Raises:
-        ValueError, OSError: the error, with the names of its machines where others have it not.
+        ValueError, OSError: the error, with the names of its machines where others have it not;
+            a TransientError where all that failed may pass by itself.
     """
     error: ValueError | OSError | None = None
     try:
         result = make()
     except (ValueError, OSError) as caught:
         error = caught
-    found = gather((socket.gethostname(), None if error is None else str(error)))
-    texts = [text for _, text in found if text is not None]
-    if not texts:
+    own = None if error is None else (str(error), isinstance(error, TransientError))
+    found = gather((socket.gethostname(), own))
+    told = [said for _, said in found if said is not None]
+    if not told:
         return result
-    if len(texts) < len(found):
-        hosts = ", ".join(sorted({host for host, text in found if text is not None}))
-        failed = ", ".join(str(rank) for rank, (_, text) in enumerate(found) if text is not None)
-        error = ValueError(f"on {hosts} (rank {failed}), but not elsewhere: {texts[0]}")
+    text, passing = min(told, key=lambda said: said[1])
+    if len(told) < len(found):
+        hosts = ", ".join(sorted({host for host, said in found if said is not None}))
+        failed = ", ".join(str(rank) for rank, (_, said) in enumerate(found) if said is not None)
+        kind = TransientError if passing else ValueError
+        error = kind(f"on {hosts} (rank {failed}), but not elsewhere: {text}")
     assert error is not None
     raise shared(error)
 

@@ -72,12 +72,12 @@ def run(recipe: Recipe) -> Path:
     device = recipe.training.device  # also starts torch.distributed
     check_launcher(recipe.training.n_gpu)
     check_clocks()
-    folder, resume = _claim_folder(recipe)
+    folder, resume, begun = _claim_folder(recipe)
     try:
         trainer, before = _set_up(recipe, folder, resume, device)
     except BaseException:
-        if is_first():
-            run_folder.release(folder)  # the corrected command may take the same one
+        if begun and is_first():
+            run_folder.release(folder, begun)  # the corrected command may take the same one
         raise
     if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
         with trainer.stop.listening(folder):
@@ -114,8 +114,12 @@ def _set_up(
     return build_trainer(recipe, pair, data, folder, resume, device), before
 
 
-def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Settle and claim the output folder; every rank gets the same one."""
+def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
+    """Settle and claim the output folder; every rank gets the same one.
+
+    Returns:
+        The folder, the checkpoint to go on from, and the id of the run if one begins here.
+    """
     args = recipe.training
     asked = args.resume_from_checkpoint
     if "output_dir" not in recipe.given:
@@ -127,11 +131,8 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
     folder = Path(args.output_dir)
     resume = resuming.find_checkpoint(asked, folder)
     restart = resume is None and resuming.wants_newest(asked)
-    from_first(
-        lambda: (
-            run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
-            or True
-        )
+    begins = from_first(
+        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
     )
     run_id = from_first(lambda: run_folder.run_id(folder))
     everywhere(lambda: run_folder.check_shared(folder, run_id))
@@ -139,7 +140,7 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None]:
         from_first(lambda: resuming.give_up_later(folder, resume))
     if is_first():
         keep_wandb_run(folder, args.report_to)
-    return folder, resume
+    return folder, resume, run_id if begins else None
 
 
 def _prepare(recipe: Recipe) -> None:

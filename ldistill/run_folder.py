@@ -35,6 +35,7 @@ METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
 STUDENT = "student"
+CHECKPOINTS = "checkpoint-*"
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 IDENTITY = (
@@ -88,7 +89,7 @@ def claim(
     resume: Path | None,
     overwrite: bool,
     restart: bool = False,
-) -> None:
+) -> bool:
     """Make the folder this run's, or say why it cannot be.
 
     Args:
@@ -98,10 +99,14 @@ def claim(
         overwrite: replace another run.
         restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
 
+    Returns:
+        Whether a run begins here, rather than goes on or begins again.
+
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
     """
     old = folder / RECIPE
+    begins = overwrite or not old.exists()
     if resume is not None:
         _check_same_run(resume.parent / RECIPE, recipe)
     elif old.exists() and restart and not overwrite:
@@ -118,19 +123,25 @@ def claim(
         write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
     write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
     write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+    return begins
 
 
-def release(folder: Path) -> None:
-    """Undo :func:`claim` for a run that failed before its first step: it leaves nothing to keep.
+def release(folder: Path, run: str) -> None:
+    """Undo :func:`claim` for a run that began and failed before its first step.
 
-    A folder in which anything was trained stays as it is.
+    A folder in which anything was trained, or that is another run's by now, stays as it is. Raises
+    nothing: there is an error to tell already.
+
+    Args:
+        folder: the run's.
+        run: its id.
     """
-    if (folder / METRICS).exists() or any(folder.glob("checkpoint-*")):
-        return
-    for name in (RECIPE, RUN, ENVIRONMENT, PLAN, RUN_ID):
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # not empty: it was there before
-        folder.rmdir()
+    with suppress(OSError, ValueError):
+        if run_id(folder) != run or (folder / METRICS).exists() or any(folder.glob(CHECKPOINTS)):
+            return
+        for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, RUN):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()  # unless there was something in it before
 
 
 def run_id(folder: Path) -> str | None:

@@ -202,7 +202,11 @@ def shard(teacher: Teacher, engine: str, dtype: torch.dtype, offload: bool = Fal
 
 def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
     """DeepSpeed configuration of a frozen, partitioned teacher."""
-    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 10_000}
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_reuse_distance": 0,  # else weights stay whole until a backward needs them again
+    }
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {

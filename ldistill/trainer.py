@@ -358,12 +358,11 @@ def _read(iterator: Iterator, count: int) -> tuple[list[Any], Exception | None]:
     """A step's micro-batches, or why there are none: an error whose text is a sentence."""
     try:
         return [next(iterator) for _ in range(count)], None
-    except (ValueError, OSError, EOFError, RuntimeError) as error:
-        if isinstance(error, ConnectionError | EOFError):  # to a worker, or to its queue
-            return [], TransientError(f"a data worker went away ({type(error).__name__}: {error})")
-        if isinstance(error, RuntimeError) and worker_died(error) is None:
-            raise
-        return [], worker_died(error) or error
+    except (ConnectionError, EOFError, RuntimeError) as error:  # of a worker, or of its queue
+        lost = TransientError(f"a data worker failed ({type(error).__name__}: {error})")
+        return [], worker_died(error) or lost
+    except (ValueError, OSError) as error:
+        return [], error
 
 
 def _read_data_state(resume: Path | None) -> dict[str, Any]:

@@ -53,11 +53,13 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     count_collectives(sent)
     batch = random_batch(student, [[30, 34]], seed=engine.global_rank)
     plan = distiller.plan(batch)
-    gradients = 0
+    gradients = whole = 0
     for step in range(2):
         sent.clear()
         for _ in range(accumulation):
-            engine.backward(engine(batch, plan, len(plan.supervised), True)["loss"])
+            loss = engine(batch, plan, len(plan.supervised), True)["loss"]
+            whole = max(whole, left_whole(teacher.lm) if sharded else 0)
+            engine.backward(loss)
             gradients = max(gradients, gradient_bytes(engine.optimizer))
             engine.step()
         assert step == 0 or sent
@@ -68,10 +70,17 @@ def main(config_file: str, accumulation: int, out: str) -> None:
             "optimizer": optimizer_bytes(engine.optimizer),
             "gradients": gradients,
             "sent": dict(sent),
+            "left_whole": whole,
             "ahead": sharded
             and teacher.engine.optimizer.get_param_coordinator().is_complete_trace(),
         }
         Path(out).write_text(json.dumps(found), encoding="utf-8")
+
+
+def left_whole(module: torch.nn.Module) -> int:
+    """Elements of partitioned matrices that this rank holds whole though none is at work."""
+    matrices = (p for p in module.parameters() if p.ds_numel > 10_000)
+    return sum(p.ds_numel for p in matrices if p.ds_status.name == "AVAILABLE")
 
 
 def parameter_bytes(module: torch.nn.Module) -> int:

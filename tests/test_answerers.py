@@ -212,6 +212,8 @@ def test_the_command_takes_tiling_from_the_run(folders, tmp_path):
     (run / "recipe.yaml").write_text("tiling: true\n")
     for asked, expected in ((None, True), (True, True), (False, False)):
         assert model_options(str(run), asked, False, "auto", None)["tiling"] is expected
+    shutil.copytree(run / "student", run / "checkpoint-5" / "student")
+    assert model_options(str(run / "checkpoint-5"), None, False, "auto", None)["tiling"] is True
     with pytest.raises(ValueError, match="is a bare LM"):
         model_options(str(folders["lm"]), True, False, "auto", None)
     with pytest.raises(ValueError, match="no image splitting"):

@@ -70,7 +70,7 @@ def test_a_run_that_is_to_stop_gives_its_evaluation_up(tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "pair", tmp_path / "shards")
     folder, stop = tmp_path / "run", tmp_path / "stop"
     command = [sys.executable, "ldistill/train.py", "--recipe", str(recipe)]
-    command += ["--output_dir", str(folder), "--stop_file", str(stop), "--max_steps", "1000"]
+    command += ["--output_dir", str(folder), "--stop_file", str(stop), "--max_steps", "200"]
     command += ["--eval_suite", "tiny", "--eval_steps", "2"]
     env = environment() | {"LDISTILL_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(
@@ -80,9 +80,10 @@ def test_a_run_that_is_to_stop_gives_its_evaluation_up(tmp_path):
         for line in run.stdout:
             said.append(line)
             if line.startswith("evaluating step 2"):
-                assert (folder / "checkpoint-2").is_dir()
+                saved_first = (folder / "checkpoint-2").is_dir()
                 stop.touch()
     assert run.returncode == STOPPED_EXIT_CODE, "".join(said)
+    assert saved_first
     assert any("the evaluation of step 2 was given up" in line for line in said)
     assert sum("evaluating step" in line for line in said) == 1
     assert json.loads((folder / "stopped.json").read_text())["step"] == 3

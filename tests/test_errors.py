@@ -54,7 +54,10 @@ def test_a_killed_data_worker_is_a_sentence_and_may_be_tried_again(tmp_path):
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
-        while run.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n")):
+        end = time.monotonic() + 300
+        while not (metrics.is_file() and metrics.read_text().count("\n")):
+            assert run.poll() is None
+            assert time.monotonic() < end
             time.sleep(0.05)
         workers = [p for p in psutil.Process(run.pid).children(recursive=True) if _works(p)]
         assert workers

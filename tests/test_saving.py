@@ -102,6 +102,22 @@ def test_a_run_folder_that_nodes_do_not_share_is_refused(tmp_path):
         run_folder.check_shared(tmp_path / "elsewhere", run_id)
 
 
+def test_a_start_that_failed_releases_what_it_began_alone(tmp_path):
+    folder = tmp_path / "run"
+    assert run_folder.claim(folder, {"alpha": 1}, None, False)
+    own = run_folder.run_id(folder)
+    assert not run_folder.claim(folder, {"alpha": 1}, None, False, restart=True), "begun before"
+    run_folder.release(folder, "another")
+    assert run_folder.run_id(folder) == own
+    (folder / "checkpoint-2").mkdir()
+    run_folder.release(folder, own)
+    assert run_folder.run_id(folder) == own
+    (folder / "checkpoint-2").rmdir()
+    (folder / "notes.txt").write_text("mine")
+    run_folder.release(folder, own)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
 def test_going_back_gives_up_what_came_later(tmp_path, capsys):
     saver = Saver(tmp_path, {}, keep=None)
     paths = [write_part(saver, step) for step in (1, 2, 3)]

@@ -72,6 +72,7 @@ def test_two_ranks_hold_and_send_what_is_planned(name, reuse, tmp_path):
     fp32 = 4 * shape.trained_weights / RANKS  # held while the optimizer steps, not here
     assert found["gradients"] == pytest.approx(planned.gradients - fp32, **tolerance)
     assert found["ahead"] == sharded, "the teacher's weights can be gathered ahead of their layers"
+    assert found["left_whole"] == 0, "between the teacher's forward and the student's backward"
     if not sharded:
         assert found["weights"] == planned.weights
         assert found["teacher"] == planned.teacher

@@ -25,6 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ldistill.errors import TransientError
+
 PART = ".part"
 Fill = Callable[[BinaryIO], str]
 """Writes an object to a file and returns the SHA-256 of what it wrote."""
@@ -112,7 +114,7 @@ class ShardCache:
                 part.replace(self.folder / sha256)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise OSError(
+                raise TransientError(
                     f"no room left on the disk of the shard cache {self.folder}: free some, or set "
                     "a smaller --shard_cache_gb or another --shard_cache"
                 ) from error

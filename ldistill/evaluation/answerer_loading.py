@@ -32,10 +32,11 @@ def tiled_in_training(name: str) -> bool:
     Raises:
         FileNotFoundError: no such model.
     """
-    recipe = model_folder(name).resolve().parent / RECIPE
-    if not recipe.is_file():
-        return False
-    return bool((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("tiling"))
+    folder = model_folder(name).resolve().parent  # of a run, or of its checkpoint
+    for recipe in (folder / RECIPE, folder.parent / RECIPE):
+        if recipe.is_file():
+            return bool((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("tiling"))
+    return False
 
 
 def kind_of(folder: Path) -> str:
