@@ -99,8 +99,8 @@ def test_every_head_ratio(heads):
 
 @pytest.mark.parametrize("head_dim", [1, 40, 64, 72, 80, 96, 128, 192, 256])
 def test_every_kind_of_head_dim(head_dim):
-    documents = [[(0, 5, 2), (5, 9, 3)]]
-    case = to_device(make_case(documents, seq=15, heads=(2, 1), head_dim=head_dim))
+    documents = [[(0, 12, 8), (12, 20, 9)]]  # of fewer rows the largest error is a matter of luck
+    case = to_device(make_case(documents, seq=33, heads=(4, 2), head_dim=head_dim))
     assert_within_budget(run(case), case)
 
 
