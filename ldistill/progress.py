@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,38 @@ _SHOWN = (
 )
 
 
-def short_line(step: int, logs: dict[str, float]) -> str:
+def short_line(step: int, steps: int, logs: dict[str, float]) -> str:
     """One line of a logged step: the few numbers one watches."""
     parts = [f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs]
-    return f"step {step}: " + ", ".join(parts)
+    return f"step {step}/{steps}: " + ", ".join(parts)
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bar, with one short line instead of all of a step's metrics."""
+    """The Trainer's bar, with one short line instead of all of a step's metrics.
+
+    The bar is for terminals: in a job's log it would be a line a step.
+    """
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_train_begin(*args, **kwargs)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(*args, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
-            self.training_bar.write(short_line(state.global_step, logs))
+        if not state.is_world_process_zero or "loss" not in (logs or {}):
+            return
+        line = short_line(state.global_step, state.max_steps, logs)
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(*args, **kwargs)
 
 
 class WriteMetrics(TrainerCallback):
