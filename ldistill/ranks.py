@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -56,10 +59,16 @@ def sum_over(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def leave() -> None:
-    """Close the process group. A rank that exits with it open may be aborted by its own threads."""
-    if distributed():
-        dist.destroy_process_group()
+def end_process(code: int) -> NoReturn:
+    """End this process with its own exit code, after what others have registered for its end.
+
+    Python's own end would tear itself down under the C++ threads of torch and its communication;
+    one that calls back just then aborts the process, and a run that is done counts as a crash.
+    """
+    atexit._run_exitfuncs()  # wandb sends what it has, data workers end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def gather(value: T) -> list[T]:

@@ -10,11 +10,9 @@ embedded default, `tiny`, offline and on whatever machine this is.
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 # Started as a script, Python puts this folder first on its path, where our modules would shadow
 # installed ones.
@@ -73,22 +71,7 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _end(code: int) -> NoReturn:
-    """End the process with its own exit code, after what others have registered for its end.
-
-    Python's own end would tear itself down under the C++ threads of torch and its communication;
-    one that calls back just then aborts the process, and a run that is done counts as a crash.
-    """
-    from ldistill.ranks import leave
-    from ldistill.stopping import STOPPED_EXIT_CODE
-
-    if code in (0, STOPPED_EXIT_CODE):  # all ranks end alike
-        leave()
-    atexit._run_exitfuncs()  # wandb sends what it has, data workers end
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    from ldistill.ranks import end_process
+
+    end_process(main())

@@ -15,6 +15,7 @@ import torch
 from pairs import random_batch, small_config, teacher_config, weights
 from transformers import LlamaForCausalLM
 
+from ldistill import ranks
 from ldistill.distiller import Distiller
 from ldistill.pair import freeze_vision, parameter_groups
 from ldistill.students.nanovlm import NanoVLM
@@ -27,9 +28,9 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     """Two optimizer steps; the second is counted."""
     config = json.loads(Path(config_file).read_text(encoding="utf-8"))
     deepspeed.init_distributed("gloo")
-    ranks = torch.distributed.get_world_size()
+    world = torch.distributed.get_world_size()
     config |= {
-        "train_batch_size": accumulation * ranks,
+        "train_batch_size": accumulation * world,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": 1.0,
@@ -142,3 +143,5 @@ def _counted(real, name, pick, sent):
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    ranks.wait()
+    ranks.end_process(0)
