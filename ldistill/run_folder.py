@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from ldistill.checkpoint_folder import write_durably
+from ldistill.checkpoint_folder import survey, write_durably
 from ldistill.tracking import RUN_ID
 
 RECIPE = "recipe.yaml"
@@ -35,7 +35,6 @@ METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
 STUDENT = "student"
-CHECKPOINTS = "checkpoint-*"
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 IDENTITY = (
@@ -137,7 +136,7 @@ def release(folder: Path, run: str) -> None:
         run: its id.
     """
     with suppress(OSError, ValueError):
-        if run_id(folder) != run or (folder / METRICS).exists() or any(folder.glob(CHECKPOINTS)):
+        if run_id(folder) != run or (folder / METRICS).exists() or survey(folder):
             return
         for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, RUN):
             (folder / name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldistill.flops import adapter_weights
 from ldistill.pair_shapes import PairShape
 from ldistill.scale_hardware import GIB, Cluster, Strategy
 
@@ -54,11 +55,7 @@ def trained_weights(shape: PairShape, lora: int = 0) -> int:
 
 def lora_weights(shape: PairShape, rank: int) -> int:
     """Adapters of the given rank on all seven matrices of every decoder layer."""
-    config = shape.decoder
-    hidden, inter = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * shape.head_dim
-    sides = 2 * (hidden + queries) + 2 * (hidden + shape.kv_width) + 3 * (hidden + inter)
-    return rank * sides * config.num_hidden_layers
+    return adapter_weights(shape.decoder, rank) * shape.decoder.num_hidden_layers
 
 
 def memory(

@@ -230,7 +230,7 @@ class DistillTrainer(Trainer):
         told = f"{text} (step {self.state.global_step + 1}, rank {rank}). Nothing was trained on it"
         again = "go on with --resume_from_checkpoint auto"
         if passing:
-            raise ranks.shared(TransientError(f"{told}: {again}."))
+            raise ranks.shared(TransientError(f"{told}: {again}.")) from problem
         raise ranks.shared(
             ValueError(
                 f"{told}: mend the shards (`ldistill shards verify` names all that is damaged) and "
@@ -360,6 +360,7 @@ def _read(iterator: Iterator, count: int) -> tuple[list[Any], Exception | None]:
         return [next(iterator) for _ in range(count)], None
     except (ConnectionError, EOFError, RuntimeError) as error:  # of a worker, or of its queue
         lost = TransientError(f"a data worker failed ({type(error).__name__}: {error})")
+        lost.__cause__ = error  # LDISTILL_DEBUG shows where
         return [], worker_died(error) or lost
     except (ValueError, OSError) as error:
         return [], error

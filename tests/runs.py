@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +18,7 @@ from ldistill.data.samples import Sample, Turn
 from ldistill.data.shards import build_shards
 from ldistill.metrics import read_metrics
 from ldistill.students.formats import load_processor
+from ldistill.torture.ports import discard_buffers, free_port
 
 REPO = Path(__file__).resolve().parents[1]
 WORDS = [
@@ -116,21 +115,6 @@ def _has_open(process: psutil.Process, file: Path) -> bool:
     with suppress(psutil.Error):
         return any(opened.path == str(file) for opened in process.open_files())
     return False
-
-
-def free_port() -> int:
-    """A port that nobody listens on, from below those that the system gives to connections."""
-    while True:
-        port = 10_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-
-
-def discard_buffers(port: str) -> None:
-    """Remove what a run's ranks on a CPU leave behind: DeepSpeed's buffers in shared memory."""
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        buffer.unlink(missing_ok=True)
 
 
 def finish(processes: list[subprocess.Popen[str]], timeout: int) -> list[tuple]:

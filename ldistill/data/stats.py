@@ -69,6 +69,7 @@ def plot_lengths(index: ShardIndex, path: Path, limit: int, text_only: bool = Fa
     """Save a histogram of document lengths by category, with the limit marked, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
     longest = max(int(values.max()) for values in lengths)
@@ -82,5 +83,8 @@ def plot_lengths(index: ShardIndex, path: Path, limit: int, text_only: bool = Fa
         axes.hist(values, bins=bins, alpha=0.6, label=f"{category} ({len(values):,} documents)")
     axes.axvline(limit, color="black", linestyle="--", label=f"limit {limit}")
     axes.set(xscale="log", xlabel="tokens per document", ylabel="documents")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend()
     figure.savefig(path, dpi=150, format="png")

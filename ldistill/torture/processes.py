@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import secrets
-import socket
 import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from ldistill.tiny.prepare import default_cache
 from ldistill.torture import rank as rank_module
+from ldistill.torture.ports import discard_buffers, free_port
 from ldistill.torture.rank import Fault, run_rank
 
 _QUIET = {
@@ -64,7 +62,7 @@ class Ranks:
         for log in self._logs:
             log.touch()
         self._began = [log.stat().st_size for log in self._logs]
-        self._port, context = str(_free_port()), _server()
+        self._port, context = str(free_port()), _server()
         quiet = _QUIET | {_OPS: os.environ.get(_OPS) or str(_ops_folder())}
         before = {k: os.environ.get(k) for k in quiet}
         os.environ.update(quiet)  # the fork server keeps the environment it is started with
@@ -94,8 +92,7 @@ class Ranks:
     ) -> None:
         self.kill()
         self.finish(grace=0)
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._port}_*"):
-            buffer.unlink(missing_ok=True)  # DeepSpeed leaves them; ranks may hold hundreds of MiB
+        discard_buffers(self._port)
 
     @property
     def count(self) -> int:
@@ -160,12 +157,3 @@ def _place(number: int, ranks: int, port: str) -> dict[str, str]:
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     named = {key: str(value) for key, value in place.items()}
     return named | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-
-
-def _free_port() -> int:
-    """A port that nobody listens on, from below those that the system gives to connections."""
-    while True:
-        port = 10_000 + secrets.randbelow(10_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
