@@ -411,7 +411,7 @@ def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, pair_root
     assert (seen[0].limit, seen[0].batch_size) == (3, 2)
     assert seen[0].options == {"dtype": "auto", "tiling": True}
     result = CliRunner().invoke(app, [*command, "--drop-pictures"])
-    assert "--drop-pictures is for a lm folder" in str(result.exception)
+    assert "--drop-pictures is for a bare LM" in str(result.exception)
     assert model_folder(str(run)) == run / "student"
 
 

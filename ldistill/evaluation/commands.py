@@ -76,7 +76,7 @@ def model_options(
     if tiling and kind == "lm":
         raise ValueError(f"--tiling is for a model that sees; {student} is a bare LM.")
     if drop_pictures and kind != "lm":
-        raise ValueError(f"--drop-pictures is for a bare LM; {student} is a {kind}.")
+        raise ValueError(f"--drop-pictures is for a bare LM; {student} holds a {kind} student.")
     options: dict[str, Any] = {"dtype": dtype}
     trained = tiled_in_training(student)
     if trained if tiling is None else tiling:
