@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 # Decoders whose attention hands rotated keys to transformers' attention interface, and whose query
 # is q_proj (with its bias, if it has one) and one rotation: what `ldistill.teacher` computes.
 DECODERS = ("llama", "mistral", "qwen2")
+# Rotary embeddings whose frequencies transformers chooses anew by the longest position of a batch.
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 # What must be equal for a teacher query to read a student key: name → getter on the decoder config.
 _FIELDS: dict[str, Any] = {
@@ -80,6 +82,13 @@ def _check_kind(who: str, config: PretrainedConfig, max_length: int | None) -> N
         raise ValueError(
             f"the {who} rotates along several axes (mrope_section {_rope(config)['mrope_section']}"
             "): a query with one position cannot read its keys. Use a pair with one-axis RoPE."
+        )
+    kind = _rope(config).get("rope_type")
+    if kind in _ROPE_BY_LENGTH:
+        raise ValueError(
+            f"the {who} chooses its rotary frequencies by the length of a batch (rope_type "
+            f"{kind!r}): the teacher, which runs on a part of the rows, would query the student's "
+            "keys with other frequencies than they were rotated with. Use a pair with fixed ones."
         )
     if config.model_type not in DECODERS:
         raise ValueError(

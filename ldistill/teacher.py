@@ -26,6 +26,7 @@ from ldistill.partition import partitioned_by
 from ldistill.rows import TeacherRows
 from ldistill.students.head import LMHead
 from ldistill.students.rotary import keep_float32
+from ldistill.weights import read_model, refuse_misfit
 from ldistill_kernels import shared_kv_attention
 
 T = TypeVar("T")
@@ -169,9 +170,15 @@ def load_lm(folder: Path, zero_init: dict[str, Any] | None = None) -> PreTrained
         folder: with ``config.json`` and weights.
         zero_init: DeepSpeed configuration under whose ZeRO-3 the weights are partitioned while
             loading; None keeps them whole even where the student is being partitioned.
+
+    Raises:
+        OSError: a weight file is missing.
+        ValueError: weights that cannot be read, or are not those of the configuration.
     """
     with partitioned_by(zero_init):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        lm, problems, unused = read_model(AutoModelForCausalLM, folder, dtype="auto")
+    refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
+    return lm
 
 
 def shard(teacher: Teacher, engine: str, dtype: torch.dtype, offload: bool = False) -> None:

@@ -31,6 +31,7 @@ from ldistill.lora import add_lora, weight_updates
 from ldistill.pair import freeze_vision, load_pair, parameter_groups
 from ldistill.students.formats import export_like, load_processor, load_student
 from ldistill.students.hf_vlm_processor import Idefics3Settings
+from ldistill.teacher import load_lm
 
 KINDS = ["llava", "smolvlm", "llava-qwen2"]
 
@@ -245,6 +246,37 @@ def test_missing_weights_are_named(roots, tmp_path):
         load_student(tmp_path / "bad")
 
 
+def test_a_teacher_has_all_of_its_weights_or_is_refused(roots, tmp_path):
+    """transformers would fill what is missing with random values."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(roots["llava"] / "teacher", folder)
+    path, whole = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    layer = "model.layers.1.mlp.up_proj.weight"
+    without_head = {k: t for k, t in whole.items() if k != "lm_head.weight"}
+
+    def load(tensors):
+        save_file(tensors, path, metadata={"format": "pt"})
+        return load_lm(folder)
+
+    for tensors, problem in (
+        ({k: t for k, t in whole.items() if k != layer}, f"missing {layer}"),
+        ({k.removeprefix("model."): t for k, t in without_head.items()}, "missing lm_head.weight"),
+        (whole | {layer: whole[layer][:10].clone()}, rf"{layer}: \[10, 48\] in the file, \[96"),
+        (whole | {"model.layers.7.norm": torch.ones(1)}, r"unknown model\.layers\.7\.norm"),
+    ):
+        with pytest.raises(ValueError, match=rf"{folder} does not fit its own(.|\n)*{problem}"):
+            load(tensors)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    assert torch.equal(load(whole | old).lm_head.weight, whole["lm_head.weight"])
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tied = load(without_head)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(ValueError, match=f"weights in {folder} cannot be loaded.*again"):
+        load_lm(folder)
+
+
 def test_run_folder_exports_and_generates(roots, tmp_path):
     """What `ldistill export` and `ldistill generate` do, on a folder as a run leaves it."""
     base = roots["smolvlm"] / "student"
@@ -395,6 +427,17 @@ def test_sliding_windows_only_where_rows_outgrow_them(tmp_path):
         load_pair(*where, max_length=96)
     with pytest.raises(ValueError, match="sliding window of 64"):
         load_pair(*where)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("dynamic", {}), ("longrope", {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4})],
+)
+def test_frequencies_that_depend_on_the_length_are_refused(kind, more):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | more
+    config = decoder_config("llama", rope_parameters=rope)
+    with pytest.raises(ValueError, match=rf"decoder chooses its rotary.*rope_type '{kind}'"):
+        check_pair(config, config, None)
 
 
 def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):

@@ -39,6 +39,7 @@ from ldistill.students.hf_vlm_processor import (
     Idefics3Tokens,
     LlavaTokens,
 )
+from ldistill.weights import read_model, refuse_misfit
 
 logger = logging.getLogger(__name__)
 
@@ -76,23 +77,12 @@ def load_hf_vlm(
     """
     folder = resolve(name)
     disk = _disk_shapes(folder)
-    options = {"dtype": dtype, "output_loading_info": True, "local_files_only": True}
-    try:
-        with partitioned_by_the_run() if partition else partitioned_by(None):
-            vlm, info = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit its own config.json: {error}") from error
-    problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"shape of {entry}" for entry in sorted(map(str, info["mismatched_keys"]))]
+    with partitioned_by_the_run() if partition else partitioned_by(None):
+        vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
     model = HFVLM(vlm)
-    problems += _unwritable(model, disk)
-    if problems:
-        raise ValueError(
-            f"{folder} does not fit its own config.json ({len(problems)} problems):\n  "
-            + "\n  ".join(problems)
-        )
-    if info["unexpected_keys"]:
-        kept = ", ".join(sorted(info["unexpected_keys"])[:5])
+    refuse_misfit(folder, problems + _unwritable(model, disk))
+    if unused:
+        kept = ", ".join(unused[:5])
         logger.warning("%s: tensors kept on export but not used: %s", folder, kept)
     return model
 

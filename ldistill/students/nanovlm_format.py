@@ -22,6 +22,7 @@ from ldistill.lora import LowRank, updated
 from ldistill.students.formats import StudentFormat
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
+from ldistill.weights import refuse_misfit
 
 INV_FREQ = "decoder.rotary_embd.inv_freq"
 EMBEDDING = "decoder.token_embedding.weight"
@@ -223,11 +224,7 @@ def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Te
     problems = [f"missing {n}" for n in sorted(set(expected) - set(disk))]
     problems += [f"unknown {n}" for n in sorted(set(disk) - set(expected))]
     problems += list(_shape_problems(disk, expected))
-    if problems:
-        raise ValueError(
-            f"{folder} does not fit its own config.json ({len(problems)} problems):\n  "
-            + "\n  ".join(problems)
-        )
+    refuse_misfit(folder, problems)
 
 
 def _shape_problems(disk: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
