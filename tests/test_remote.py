@@ -110,7 +110,10 @@ def test_s3_gives_the_local_samples_and_no_byte_more(built, reading, reads, proc
         tars = sum(count for name, count in sent.items() if name.endswith(".tar"))
         whole = sum(shard.bytes for shard in local.shards)
         assert tars == (whole if reads == "whole" else sizes(local).sum())
-        client.put_object(Bucket="bucket", Key="shards/docvqa/docvqa-train-000000.tar", Body=b"x")
+        first = index.shards[0]
+        client.put_object(Bucket="bucket", Key=first.path.partition("bucket/")[2], Body=b"x")
+        with pytest.raises(ObjectChanged, match=r"has 1 bytes instead of"):  # a range outside it
+            RemoteReader(Retry(attempts=1)).fetch(first.path, 512, 600, first.bytes)
         with pytest.raises(ValueError, match=r"docvqa-train-000000\.tar has 1 bytes instead of"):
             ShardIndex.load("s3://bucket/shards", reading=reading(reads)).check_files()
         with pytest.raises(OSError, match="s3://nobucket"):
@@ -384,6 +387,20 @@ def test_unknown_protocols_and_options_are_refused(reading):
         Reading(reads="some")
     with pytest.raises(ValueError, match="shard_cache_gb must be above 0"):
         Reading(cache_gb=0)
+
+
+def test_settings_of_fsspec_stay_beside_ours(monkeypatch):
+    from fsspec.config import conf
+
+    reader = RemoteReader(Retry(timeout=7))
+    monkeypatch.setitem(conf, "https", {"client_kwargs": {"trust_env": True}})
+    settings = reader._filesystem("https://store.example/x").client_kwargs
+    assert (settings["trust_env"], settings["timeout"].sock_read) == (True, 7)
+    pytest.importorskip("s3fs", reason="needs the extra `s3`")
+    monkeypatch.setitem(conf, "s3", {"anon": True, "config_kwargs": {"signature_version": "s3v4"}})
+    store = reader._filesystem("s3://bucket/x")
+    assert (store.anon, store.config_kwargs["signature_version"]) == (True, "s3v4")
+    assert store.config_kwargs["read_timeout"] == 7
 
 
 # objects that change -----------------------------------------------------------------------------

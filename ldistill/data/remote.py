@@ -19,6 +19,7 @@ slow stream does not set the pace; a server that ignores ranges is read as one s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -139,7 +140,12 @@ class RemoteReader:
             return b""
 
         def attempt() -> bytes:
-            data = _read_range(self._filesystem(url), url, start, end, size)
+            try:
+                data = _read_range(self._filesystem(url), url, start, end, size)
+            except Exception as error:  # each store's library raises its own
+                if _outside(error):
+                    self._check_size(url, size)
+                raise
             if len(data) != end - start:
                 self._check_size(url, size)
                 raise ShortRead(f"{len(data)} of {end - start} bytes came")
@@ -261,18 +267,23 @@ class RemoteReader:
 
     def _filesystem(self, url: str) -> Any:
         import fsspec
+        from fsspec.config import apply_config
 
         protocol = url.partition("://")[0].lower()
         try:
-            filesystem = fsspec.filesystem(protocol, **_options(protocol, self.retry.timeout))
+            users = apply_config(fsspec.get_filesystem_class(protocol), {})
+            ours = _options(protocol, self.retry.timeout)
+            # Given as arguments, they would replace the whole dictionaries of the user's.
+            merged = {name: (users.get(name) or {}) | values for name, values in ours.items()}
+            filesystem = fsspec.filesystem(protocol, **merged)
         except ImportError as error:
             advice = "pip install 'ldistill[s3]'" if protocol == "s3" else str(error)
             raise ValueError(f"{url} cannot be read without another package: {advice}") from error
         return _opened.setdefault(id(filesystem), filesystem)
 
 
-def _options(protocol: str, timeout: float) -> dict[str, Any]:
-    """What a file system is opened with, beside what fsspec's configuration says."""
+def _options(protocol: str, timeout: float) -> dict[str, dict[str, Any]]:
+    """What a file system is opened with, over what fsspec's configuration says."""
     if protocol in ("http", "https"):
         import aiohttp
 
@@ -331,6 +342,11 @@ def _refusal(what: str, error: Exception) -> Exception | None:
     if status is not None and 400 <= status < 500 and status not in PASSING_STATUS:
         return Refused(f"{what}: refused with status {status}: check address and credentials")
     return None
+
+
+def _outside(error: Exception) -> bool:
+    """Whether a range may lie behind the object's end; s3fs says EINVAL, to other things too."""
+    return _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
 
 
 def _status(error: Exception) -> int | None:
