@@ -16,13 +16,14 @@
 #   RECIPE       name or file, instead of the script's own         OUTPUT_DIR  default runs/RECIPE
 #   ZERO         DeepSpeed configuration, instead of the script's own
 #   SHARDS       folder of shards, on every node; default shards; empty: the recipe makes its own
-#   MASTER_ADDR, MASTER_PORT    where rank 0 listens; default the first node, a port by the job's id
+#   MASTER_ADDR, MASTER_PORT    where rank 0 listens; default the first node, another port each start
 #   MAX_CRASHES  how often a crash without a new checkpoint in between is tried again, in the same
 #                allocation (default 3), after BACKOFF seconds (default 30), then twice that, ...
 #   MAX_REQUEUES how often the job may go back to the queue (default 100)
 #
 # A preempted job, or one 300 s before its time limit, saves a checkpoint, goes back to the queue
-# and goes on in the same run folder. More: docs/operations.md.
+# and goes on in the same run folder, from its newest checkpoint: a --resume_from_checkpoint or
+# --overwrite of the command counts until the job has saved one. More: docs/operations.md.
 
 STOPPED=85   # ldistill.stopping.STOPPED_EXIT_CODE
 MISTAKE=2    # train.py has said what to change; trying again would not help
@@ -32,33 +33,55 @@ MISTAKE=2    # train.py has said what to change; trying again would not help
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun no longer inherits it
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 eval "${SETUP-[[ ! -f .venv/bin/activate ]] || source .venv/bin/activate}"
+asked_port=${MASTER_PORT:-}
+starts=$((100 * ${SLURM_RESTART_COUNT:-0}))   # of this job's ranks; numbered, not counted
 
 # train RECIPE ZERO [arguments of train.py]: a run, from its newest checkpoint if it has one.
 train() {
-  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards=${SHARDS-shards} crashes=0 before code
+  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards=${SHARDS-shards} crashes=0 told='' before again code
   shift 2
-  output=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
+  set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" \
+    --output_dir "${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}" \
+    --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
+  output=$(output_dir "$@")
   alone_in "$output"
   export LDISTILL_STOP_FILE=$PWD/slurm/logs/stop-$SLURM_JOB_ID
   export LDISTILL_EXIT_FILE=$PWD/slurm/logs/exit-$SLURM_JOB_ID
   rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"
-  trap 'rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"' EXIT
-  trap 'touch "$LDISTILL_STOP_FILE"; echo "told to stop: $(date)"' USR1
-  set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" --output_dir "$output" \
-    --resume_from_checkpoint auto ${shards:+--shards "$shards"} "$@"
+  trap 'rm -f "$LDISTILL_STOP_FILE" "$LDISTILL_EXIT_FILE"; discard_buffers' EXIT
+  trap 'told=1; touch "$LDISTILL_STOP_FILE"; echo "told to stop: $(date)"' USR1
+  found=$PWD/slurm/logs/found-$SLURM_JOB_ID   # kept until all is done: one may requeue what failed
+  [[ ${SLURM_RESTART_COUNT:-0} -gt 0 && -e $found ]] || manifests > "$found"
   while :; do
-    before=$(newest)
-    run_ranks python -u ldistill/train.py "$@"
+    before=$(newest) again=()
+    # From here, a checkpoint named in the command or --overwrite would undo what the job has done.
+    ! has_saved || again=(--resume_from_checkpoint auto --overwrite false)
+    run_ranks python -u ldistill/train.py "$@" "${again[@]}"
     code=$?
     # srun's status may be that of ranks it killed because the first one had left.
     [[ ! -s $LDISTILL_EXIT_FILE ]] || code=$(<"$LDISTILL_EXIT_FILE")
+    [[ $code -ne 0 ]] || rm -f "$found"
     [[ $code -ne 0 && $code -ne $MISTAKE ]] || exit "$code"
     [[ $code -ne $STOPPED ]] || requeue
     [[ $(newest) == "$before" ]] || crashes=0
     ((crashes++ < ${MAX_CRASHES:-3})) || { echo "error: crashed with $code $crashes times without getting further; not tried again." >&2; exit "$code"; }
     echo "crashed with $code; trying again in $((${BACKOFF:-30} << (crashes - 1))) s"
     pause $((${BACKOFF:-30} << (crashes - 1)))
+    [[ -z $told ]] || requeue   # there may be no time for another start
   done
+}
+
+# The last one counts, as with every flag of train.py.
+output_dir() {
+  local folder
+  while (($#)); do
+    case $1 in
+      --output[_-]dir) folder=$2 ;;
+      --output[_-]dir=*) folder=${1#*=} ;;
+    esac
+    shift
+  done
+  echo "$folder"
 }
 
 # run_ranks COMMAND...: on every task of the job, as torch.distributed expects it. One rank's failure
@@ -66,7 +89,8 @@ train() {
 run_ranks() {
   rm -f "$LDISTILL_EXIT_FILE"
   export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-  export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
+  # A rank that was killed may still hold the last start's; jobs beside this one have the next numbers.
+  export MASTER_PORT=${asked_port:-$((20000 + (SLURM_JOB_ID + 997 * starts++) % 12000))}
   export LDISTILL_GPUS_PER_NODE=${SLURM_GPUS_PER_NODE:-0}
   LDISTILL_GPUS_PER_NODE=${LDISTILL_GPUS_PER_NODE##*:}   # a100:8
   # shellcheck disable=SC2016,SC2086
@@ -75,7 +99,14 @@ run_ranks() {
     export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*}
     exec "$@"' rank "$@" &
   pause_until_end $!
+  local code=$?
+  discard_buffers
+  return $code
 }
+
+# DeepSpeed's shared memory of ranks on one CPU node: it never removes it, and a next start under the
+# same port would meet it.
+discard_buffers() { rm -f /dev/shm/deepspeed_allreduce_buffer_*_"${MASTER_PORT:-none}"_*; }
 
 # Ends with the process's status. A trapped signal ends `wait` alone, with 128 and more.
 pause_until_end() {
@@ -84,18 +115,29 @@ pause_until_end() {
   return $code
 }
 
-pause() { sleep "$1" & pause_until_end $!; }
+# So many seconds, or until the job is told to stop.
+pause() {
+  local left=$1
+  while ((left-- > 0)) && [[ -z $told ]]; do sleep 1; done
+}
 
 newest() { ls -d "$output"/checkpoint-* 2>/dev/null | sort -V | tail -n 1; }
 
+# The complete checkpoints, each with its time: one of the same step may replace another.
+manifests() { stat -c '%n %y' "$output"/checkpoint-*/manifest.json 2>/dev/null; }
+
+# Whether there is a checkpoint that the job did not find when it first started.
+has_saved() { manifests | grep -qvxFf "$found"; }
+
 # Back to the queue; this script ends here, to be started again under the same job id.
 requeue() {
+  local anew=", without --overwrite or a checkpoint's name if it had them"
   if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
-    echo "stopped, and back in the queue $SLURM_RESTART_COUNT times already: submit it again." >&2
+    echo "stopped, and back in the queue $SLURM_RESTART_COUNT times already: submit it again$anew." >&2
   elif echo "back to the queue: $(date)" && scontrol requeue "$SLURM_JOB_ID"; then   # may end it at once
     sleep 600   # SLURM ends it
   else
-    echo "stopped, but SLURM does not take it back: submit the same command again." >&2
+    echo "stopped, but SLURM does not take it back: submit the same command again$anew." >&2
   fi
   exit $STOPPED
 }

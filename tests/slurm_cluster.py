@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -66,9 +67,9 @@ class CommandFailed(Exception):
     """A command of SLURM ended with an error, or its daemon did not answer it in time."""
 
 
-def job_port(job: str) -> str:
+def job_port(job: str, restarts: int = 0, attempt: int = 0) -> str:
     """Where rank 0 of a job listens, as `slurm/common.sh` says."""
-    return str(20000 + int(job) % 12000)
+    return str(20000 + (int(job) + 997 * (100 * restarts + attempt)) % 12000)
 
 
 def missing_programs() -> list[str]:
@@ -132,7 +133,9 @@ class Cluster:
                 job.kill()
         time.sleep(1)
         for job in self.submitted:
-            discard_buffers(job_port(job))
+            for restarts, attempt in product(range(3), repeat=2):
+                discard_buffers(job_port(job, restarts, attempt))
+            (REPO / "slurm" / "logs" / f"found-{job}").unlink(missing_ok=True)
         shutil.rmtree(self.dir, ignore_errors=True)
 
     def _jobs(self) -> bool:

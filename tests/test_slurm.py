@@ -190,7 +190,7 @@ def test_requeues_are_bounded_and_keep_the_job(cluster, world, stand_in):
     text = log.read_text()
     starts = re.findall(r"from (\d+): 2 ranks, 1 here, 127.0.0.1:(\d+)", text)
     assert [int(step) > 0 for step, _ in starts] == [False, True]
-    assert {port for _, port in starts} == {job_port(job)}
+    assert [port for _, port in starts] == [job_port(job), job_port(job, restarts=1)]
     assert "back in the queue 1 times already" in text
 
 
@@ -219,7 +219,7 @@ def test_shards_of_an_array_are_those_of_one_machine(cluster, tmp_path):
     common += ["--workers", "1", "--shard-size", "10KB", "--out"]
     many = str(tmp_path / "many")
     job = cluster.submit(
-        "shards", *common, many, log=tmp_path / "shards-%a.log", flags=("--array=0-1",),
+        "shards", *common, many, log=tmp_path / "shards-%a.log", flags=("--array=1-3:2",),
         SOURCES="vsr,docvqa", SLICES="2",
     )  # fmt: skip
     after = (f"--dependency=afterok:{job}",)
@@ -227,7 +227,7 @@ def test_shards_of_an_array_are_those_of_one_machine(cluster, tmp_path):
     result = CliRunner().invoke(app, ["build", *common, str(tmp_path / "one")])
     assert result.exit_code == 0, result.output
     ended(cluster, merge, "COMPLETED", "0:0", tmp_path / "merge.log")
-    assert "vsr, slice 2/2" in (tmp_path / "shards-1.log").read_text()
+    assert "vsr, slice 2/2" in (tmp_path / "shards-3.log").read_text()
     assert digests(tmp_path / "many") == digests(tmp_path / "one")
 
 
