@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -38,12 +39,15 @@ def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, floa
 
 def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
     from ldistill.evaluation.items import evaluate, load_items
+    from ldistill.run import compute_dtype
     from ldistill.students.formats import load_processor, load_student
 
     items = load_items(recipe.run.eval_items)
     say(f"evaluating {when} on {len(items)} held-out items ...")
-    model = load_student(student).to(recipe.training.device)
-    processor = load_processor(student, recipe.pair.tokenizer)
+    device = recipe.training.device
+    dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
+    model = load_student(student, dtype=dtype).to(device)
+    processor = load_processor(student, recipe.pair.tokenizer, tiling=recipe.data.tiling)
     return evaluate(model, processor, items)
 
 

@@ -160,10 +160,11 @@ def _pointless(zero: Zero, cluster: Cluster) -> bool:
 
 
 def _check_node_partition(zero: Zero, cluster: Cluster, request: Request) -> None:
-    if request.zero == zero.name and cluster.gpus % zero.node_partition:
+    if request.zero == zero.name and cluster.on_node % zero.node_partition:
         raise ValueError(
-            f"{zero.name} partitions weights within {zero.node_partition} GPUs, and {cluster.gpus} "
-            "is no multiple of that: change zero_hpz_partition_size in the file or --gpus."
+            f"{zero.name} partitions weights within {zero.node_partition} GPUs of a node, and "
+            f"{cluster.on_node} is no multiple of that: change zero_hpz_partition_size in the "
+            "file, --gpus or --gpus-per-node."
         )
 
 

@@ -14,6 +14,8 @@ from ldistill.scale_layouts import Layout
 from ldistill.scale_memory import Memory
 from ldistill.scale_plan import Plan
 
+LORA_RATE = "2e-4"
+"""LLaVA-1.5's own for adapters; a recipe's rate is that of full training, too low for them."""
 _PARTS = {
     "weights": "weights, bf16",
     "gradients": "gradients, bf16, and fp32 for the step",
@@ -179,18 +181,23 @@ def command(plan: Plan) -> str:
     parts.append(f"--gradient_checkpointing {str(strategy.checkpointing).lower()}")
     if strategy.lora:
         parts.append(f"--lora_rank {strategy.lora}")
+        if "decoder_lr" not in load_recipe(_recipe(plan.shape.name)):
+            parts.append(f"--decoder_lr {LORA_RATE}")
     parts.append(f"--attention {strategy.attention}")
     return " ".join([*parts, _folder_flags(plan.shape.name)])
 
 
 def _pair_flags(name: str) -> str:
     """What names the pair on the command line."""
+    recipe = f"--recipe {shlex.quote(_recipe(name))}"
     if Path(name).is_dir():
-        return f"--recipe lingudistill --student {shlex.quote(name)} --teacher ITS_LM"
-    return f"--recipe {shlex.quote(_recipe(name))}"
+        return f"{recipe} --student {shlex.quote(name)} --teacher ITS_LM"
+    return recipe
 
 
 def _recipe(name: str) -> str:
+    if Path(name).is_dir():
+        return "lingudistill"
     known = KNOWN_STUDENTS.get(name, name)
     return RECIPES.get(known, known)
 
@@ -198,7 +205,7 @@ def _recipe(name: str) -> str:
 def _folder_flags(name: str) -> str:
     """Shards and run folder; a recipe that makes its own shards names none."""
     where = Path(name if Path(name).is_dir() else _recipe(name))
-    own = not Path(name).is_dir() and load_recipe(_recipe(name)).get("prepare")
+    own = load_recipe(_recipe(name)).get("prepare")
     output = shlex.quote(f"runs/{where.stem}")
     return f"--output_dir {output}" if own else f"--shards shards/ --output_dir {output}"
 

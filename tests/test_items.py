@@ -6,6 +6,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from pairs import write_pair
 from PIL import Image
 
+import ldistill.evaluation.items as items_module
 from ldistill.evaluation.items import (
     Answer,
     Item,
@@ -22,6 +24,7 @@ from ldistill.evaluation.items import (
     save_items,
     score,
 )
+from ldistill.run_result import evaluate_student
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 from ldistill.teacher import load_lm
 
@@ -149,6 +152,28 @@ def test_progress_counts_every_item(pair):
     items = some_items(images=True)
     evaluate(student, processor, items, 4, max_new_tokens=2, progress=counted.append)
     assert sum(counted) == len(items)
+
+
+def test_a_run_scores_its_items_as_it_trains(pair_root, monkeypatch):
+    """With its tiles, and beside its models on a GPU in the type they compute in."""
+    loaded = []
+    monkeypatch.setattr(items_module, "load_items", lambda path: [])
+    monkeypatch.setattr(items_module, "evaluate", lambda _, processor, items: processor.images)
+
+    def load(folder, dtype):
+        loaded.append(dtype)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("ldistill.students.formats.load_student", load)
+    for device, tiling in (("cpu", True), ("cuda", False)):
+        recipe = SimpleNamespace(
+            run=SimpleNamespace(eval_items="items.jsonl", evaluate=True),
+            training=SimpleNamespace(device=torch.device(device), bf16=True, fp16=False),
+            pair=SimpleNamespace(tokenizer=None),
+            data=SimpleNamespace(tiling=tiling),
+        )
+        assert evaluate_student(recipe, pair_root / "student", "now").tiling is tiling
+    assert loaded == [torch.float32, torch.bfloat16]
 
 
 def test_files_give_items_back(tmp_path):

@@ -165,6 +165,10 @@ def test_what_does_not_fit_is_named_with_changes_that_do(pair, gpus, changes, cu
         (["--pair", "nanovlm-460m", "--gpus", "2", "--micro-batch", "5"], "no multiple of"),
         (["--pair", "nanovlm-460m", "--seq", "50"], "at least 1 row of"),
         (["--pair", "nanovlm-460m", "--gpus", "4", "--zero", "zero3_multinode"], "within 8 GPUs"),
+        (
+            ["--pair", "tiny", "--gpus", "16", "--gpus-per-node", "4", "--zero", "zero3_multinode"],
+            "within 8 GPUs of a node, and 4 is no multiple",
+        ),
     ],
 )
 def test_wrong_requests_are_sentences(arguments, message):
@@ -206,6 +210,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path):
         ("llava-7b", ["--gpus", "8", "--steps", "100", "--mix", "uniform"]),
         ("smolvlm-256m", ["--teacher-engine", "none", "--seq", "2048"]),
         ("tiny", ["--lora", "4"]),
+        ("llava-7b", ["--lora", "128"]),
     ],
 )
 def test_the_command_it_prints_can_be_pasted(pair, flags):
@@ -221,6 +226,9 @@ def test_the_command_it_prints_can_be_pasted(pair, flags):
     assert recipe.training.max_steps == int(given.get("--steps", pair_shape(pair).steps))
     assert recipe.data.max_length == int(given.get("--seq", pair_shape(pair).length))
     assert recipe.pair.lora_rank == int(given.get("--lora", 0))
+    if pair == "llava-7b":  # LLaVA-1.5's own rates, of full training and of LoRA
+        rates = recipe.training.learning_rate, recipe.run.decoder_lr
+        assert rates == (2e-5, 2e-4 if "--lora" in given else None)
     expected = {"none": "none", "uniform": "all"}
     asked = given.get("--teacher-engine") or given.get("--mix")
     assert recipe.distil.distil == expected.get(asked, "language")
