@@ -13,8 +13,12 @@ from pathlib import Path
 PACKAGE_SCHEME = "pkg://"
 
 
-def resolve(name: str | os.PathLike[str]) -> Path:
+def resolve(name: str | os.PathLike[str], weights: bool = True) -> Path:
     """Folder of a checkpoint, fetched from the hub when it is a hub id.
+
+    Args:
+        name: folder, ``pkg://`` or hub id.
+        weights: fetch them too; False where configuration, tokenizer and templates are enough.
 
     Raises:
         FileNotFoundError: neither a folder nor something the hub (or its local cache) has.
@@ -27,7 +31,7 @@ def resolve(name: str | os.PathLike[str]) -> Path:
         return path
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
-    return _hub_folder(text)
+    return _hub_folder(text, weights)
 
 
 def _package_folder(text: str) -> Path:
@@ -41,14 +45,15 @@ def _package_folder(text: str) -> Path:
     return folder
 
 
-def _hub_folder(repo_id: str) -> Path:
+def _hub_folder(repo_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
+    patterns += ["*.safetensors"] if weights else []
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):  # such as lmsys/vicuna-7b-v1.5
+        if weights and not any(folder.glob("*.safetensors")):  # such as lmsys/vicuna-7b-v1.5
             snapshot_download(repo_id, allow_patterns=["pytorch_model*"])
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ldistill import run_folder
 from ldistill.checkpoint_folder import survey
-from ldistill.students.formats import is_complete, load_processor, load_student
+from ldistill.students.formats import is_complete, load_processor, load_student, weight_dtype
 from ldistill.trainer import STUDENT
 
 
@@ -53,9 +53,11 @@ def export_student(run: Path, out: Path) -> Path:
 def export_decoder(student: Path, out: Path, tokenizer: str | None = None) -> None:
     """Write a student's decoder and tokenizer as a folder ``AutoModelForCausalLM`` loads.
 
+    Weights keep the type that the student's have on disk.
+
     The image tokens stay in the vocabulary: the embedding keeps its shape.
     """
-    lm = load_student(student).causal_lm()
+    lm = load_student(student, dtype=weight_dtype(student)).causal_lm()
     tokenizer_ = load_processor(student, tokenizer).tokenizer
     for config in (lm.config, lm.generation_config):
         config.bos_token_id = tokenizer_.bos_token_id

@@ -126,7 +126,7 @@ def pair_shape(name: str) -> PairShape:
 def _of_recipe(name: str) -> PairShape:
     student = load_recipe(name)["student"]
     known = KNOWN_STUDENTS.get(student)
-    config = student_config(known) if known else folder_config(resolve(student))
+    config = student_config(known) if known else folder_config(resolve(student, weights=False))
     return shape_of(name, config, _usual_run(name))
 
 

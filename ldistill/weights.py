@@ -1,17 +1,37 @@
-"""Models that transformers reads from a folder: every weight from there, or an error.
+"""Reading weights: every one from the checkpoint's folder, or an error that says what to do.
 
 transformers itself fills what a checkpoint lacks with random values, warns and goes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}: copy or download it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:  # no subclass of a useful one
+        raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
 
 
 def read_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -10,11 +11,12 @@ import pytest
 import torch
 from helpers_data import picture
 from runs import environment
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ldistill.cli import app
+from ldistill.export import export_decoder
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
 
 runner = CliRunner()
@@ -58,6 +60,19 @@ def test_decoder_only_loads_in_transformers(run_folder, tmp_path):
     assert lm.config.eos_token_id == tokenizer.eos_token_id == 2
     weights = load_file(out / "model.safetensors")
     assert torch.equal(lm.lm_head.weight, weights["decoder.head.weight"])
+
+
+def test_a_decoder_keeps_the_type_of_the_checkpoint(pair_root, tmp_path):
+    shutil.copytree(pair_root / "student", tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    stored = {key: tensor.bfloat16() for key, tensor in load_file(path).items()}
+    stored["decoder.rotary_embd.inv_freq"] = stored["decoder.rotary_embd.inv_freq"].float()
+    save_file(stored, path, metadata={"format": "pt"})
+    export_decoder(tmp_path / "half", tmp_path / "decoder")
+    weights = load_file(tmp_path / "decoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert torch.equal(weights["model.embed_tokens.weight"], stored["decoder.head.weight"])
+    assert json.loads((tmp_path / "decoder" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_export_of_nothing(tmp_path):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ldistill.checkpoints import resolve
 from ldistill.pair import freeze_vision, load_pair, parameter_groups
+from ldistill.students import formats
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
 from ldistill.students.nanovlm_format import export_like, load_nanovlm, load_processor
@@ -228,6 +229,23 @@ def test_a_checkpoint_that_is_nowhere(tmp_path):
         resolve("pkg://ldistill/nowhere")
     with pytest.raises(FileNotFoundError, match="hub"):
         resolve("nobody/no-such-model-at-all")
+
+
+def test_a_processor_fetches_no_weights(pair_root, monkeypatch):
+    """Shards of a 13B student are built without its 26 GB."""
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, tuple(allow_patterns)))
+        return str(pair_root / repo.partition("/")[2])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    processor = formats.load_processor("team/student", "team/teacher")
+    assert processor.fingerprint() == load_processor(pair_root / "student").fingerprint()
+    assert {repo for repo, _ in asked} == {"team/student", "team/teacher"}
+    assert not any("safetensors" in p or "pytorch" in p for _, ps in asked for p in ps)
+    resolve("team/student")
+    assert "*.safetensors" in asked[-1][1]
 
 
 def test_processor_refuses_a_foreign_tokenizer(pair_root, tmp_path):

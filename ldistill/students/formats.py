@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ldistill.checkpoints import resolve
+from ldistill.weights import open_weights
 
 if TYPE_CHECKING:
     from ldistill.data.processor import Processor
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from ldistill.students.student import Student
 
 _MODULES = ("ldistill.students.nanovlm_format", "ldistill.students.hf_vlm_format")
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings: A
         tokenizer: folder or hub id of a tokenizer, if not the student's own.
         settings: ``tiling``, ``max_images``.
     """
-    folder = resolve(name)
+    folder = resolve(name, weights=False)
     return format_of(folder).load_processor(folder, tokenizer, **settings)
 
 
@@ -138,6 +142,17 @@ def weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return sorted(set(mapping.values()))
+
+
+def weight_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most of a checkpoint's weights have on disk."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in weight_files(folder):
+        with open_weights(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                counts[_DTYPES.get(part.get_dtype(), torch.float32)] += prod(part.get_shape())
+    return counts.most_common(1)[0][0]
 
 
 def is_complete(folder: Path) -> bool:

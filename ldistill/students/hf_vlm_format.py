@@ -39,7 +39,7 @@ from ldistill.students.hf_vlm_processor import (
     Idefics3Tokens,
     LlavaTokens,
 )
-from ldistill.weights import read_model, refuse_misfit
+from ldistill.weights import open_weights, read_model, refuse_misfit
 
 logger = logging.getLogger(__name__)
 
@@ -90,17 +90,9 @@ def load_hf_vlm(
 def _disk_shapes(folder: Path) -> dict[str, list[int]]:
     shapes = {}
     for name in weight_files(folder):
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}: copy or download it again.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    shapes[key] = file.get_slice(key).get_shape()
-        except Exception as error:  # safetensors' own error is no subclass of a useful one
-            raise ValueError(
-                f"{path} cannot be read ({error}): copy or download it again."
-            ) from error
+        with open_weights(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118
+                shapes[key] = file.get_slice(key).get_shape()
     return shapes
 
 
@@ -157,9 +149,9 @@ def load_processor(
     Raises:
         ValueError: tiling asked of a model that has none, no chat template, or another tokenizer.
     """
-    folder = resolve(name)
+    folder = resolve(name, weights=False)
     config = AutoConfig.from_pretrained(folder)
-    source = resolve(tokenizer) if tokenizer else folder
+    source = resolve(tokenizer, weights=False) if tokenizer else folder
     try:
         tok = AutoTokenizer.from_pretrained(source)
         image_processor = AutoImageProcessor.from_pretrained(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +22,7 @@ from ldistill.lora import LowRank, updated
 from ldistill.students.formats import StudentFormat
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig
-from ldistill.weights import refuse_misfit
+from ldistill.weights import open_weights, refuse_misfit
 
 INV_FREQ = "decoder.rotary_embd.inv_freq"
 EMBEDDING = "decoder.token_embedding.weight"
@@ -181,8 +181,8 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -
     """
     from transformers import AutoTokenizer
 
-    config = NanoVLMConfig.load(resolve(name))
-    source = resolve(tokenizer or config.lm_tokenizer)
+    config = NanoVLMConfig.load(resolve(name, weights=False))
+    source = resolve(tokenizer or config.lm_tokenizer, weights=False)
     tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(config.vlm_extra_tokens))
     tok.chat_template = config.lm_chat_template
     tok.pad_token = tok.eos_token
@@ -210,13 +210,8 @@ def image_settings(config: NanoVLMConfig, **changes) -> ImageSettings:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no model.safetensors.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
+    with open_weights(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
