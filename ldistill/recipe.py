@@ -282,6 +282,17 @@ def _check(recipe: Recipe) -> None:
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training
+    if args.save_strategy not in ("steps", "no"):
+        raise ValueError(
+            f"save_strategy must be steps or no, got {args.save_strategy.value!r}: packs come in a "
+            "stream that has no epochs, and a run goes on from its newest checkpoint. Choose "
+            "--save_steps."
+        )
+    if args.save_only_model:
+        raise ValueError(
+            "save_only_model leaves out the optimizer, without which no run can go on: leave the "
+            "flag out. Every checkpoint has the student alone in its student/."
+        )
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     if recipe.distil.kv_grad == "through" and checkpointing:
         raise ValueError(

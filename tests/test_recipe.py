@@ -137,6 +137,9 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--recipe", "lingudistill", "--on_long", "ignore"], "on_long must be one of"),
     (["--recipe", "lingudistill", "--max_length", "0"], "max_length"),
     (["--recipe", "lingudistill", "--kv_grad", "through", "--gradient_checkpointing"], "kv_grad"),
+    (["--save_only_model", "true"], "no run can go on"),
+    (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
+    (["--save_strategy", "best", "--metric_for_best_model", "x"], "got 'best'"),
 ])  # fmt: skip
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from ldistill import checkpoint_folder
 from ldistill.cli import app
 from ldistill.torture.bench import Bench
-from ldistill.torture.faults import FAULTS
+from ldistill.torture.commands import _choose
+from ldistill.torture.faults import FAULTS, NEEDS_SEVERAL_RANKS
 from ldistill.torture.history import History, last_step
 from ldistill.torture.kills import torture
 
@@ -103,6 +104,14 @@ def test_the_command_writes_its_table(tmp_path):
     wrong = CliRunner().invoke(app, ["torture", "--fault", "earthquake"])
     assert isinstance(wrong.exception, ValueError)
     assert "no fault earthquake" in str(wrong.exception)
+
+
+def test_one_rank_is_not_asked_to_differ_from_others(capsys):
+    assert "text-only-rank" in _choose(None, FAULTS)
+    assert "text-only-rank" not in _choose(None, FAULTS, NEEDS_SEVERAL_RANKS)
+    assert "text-only-rank is left out: it takes several ranks" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="text-only-rank cannot be tried on one rank"):
+        _choose(["text-only-rank"], FAULTS, NEEDS_SEVERAL_RANKS)
 
 
 def test_a_machine_on_which_nothing_runs_is_no_failed_fault(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,9 +42,9 @@ def torture(
     from rich.console import Console
 
     from ldistill.torture.bench import Bench
-    from ldistill.torture.faults import FAULTS
+    from ldistill.torture.faults import FAULTS, NEEDS_SEVERAL_RANKS
 
-    chosen = _choose(fault, FAULTS)
+    chosen = _choose(fault, FAULTS, NEEDS_SEVERAL_RANKS if ranks == 1 else ())
     root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
@@ -67,9 +67,16 @@ def torture(
     raise typer.Exit(0 if passed else 1)
 
 
-def _choose(asked: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+def _choose(
+    asked: Sequence[str] | None, known: Iterable[str], impossible: Collection[str] = ()
+) -> list[str]:
+    """The faults asked for, by default all; ``impossible`` ones, on one rank, only if none is."""
     if not asked:
-        return list(known)
+        for name in impossible:
+            typer.echo(f"{name} is left out: it takes several ranks to differ (--ranks 2).")
+        return [name for name in known if name not in impossible]
+    if left := sorted(set(asked) & set(impossible)):
+        raise ValueError(f"{', '.join(left)} cannot be tried on one rank: give --ranks 2 or more.")
     if unknown := sorted(set(asked) - set(known) - {"none"}):
         raise ValueError(f"no fault {', '.join(unknown)}; there are {', '.join(known)} and none.")
     return [name for name in asked if name != "none"]

@@ -328,6 +328,7 @@ def nothing_distils(bench: Bench) -> Row:
     return Row(title, "losses of one rank alone", outcome, passed, details)
 
 
+NEEDS_SEVERAL_RANKS = frozenset({"text-only-rank"})
 FAULTS: dict[str, Callable[[Bench], Row]] = {
     "full-disk": full_disk,
     "truncated-shard": truncated_shard,
