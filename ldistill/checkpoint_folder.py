@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldistill.data.archive import hash_file
+from ldistill.data.archive import hash_file, patiently
+from ldistill.errors import writing
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
@@ -143,11 +144,18 @@ def survey(root: Path) -> list[Found]:
 
 
 def problem(folder: Path) -> str | None:
-    """Why a folder is no complete checkpoint, by manifest and sizes; None if it is one."""
+    """Why a folder is no complete checkpoint, by manifest and sizes; None if it is one.
+
+    Raises:
+        OSError: it cannot be read for now, so that nobody knows.
+    """
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
         return str(error)
+    for path in folder.rglob("*"):
+        if path.is_symlink():  # what lies behind one is neither listed nor searched for code
+            return f"{path.relative_to(folder).as_posix()} is a symbolic link: refused"
     names = set(_names(folder))
     for name, (size, _) in manifest.files.items():
         if name not in names:
@@ -158,12 +166,17 @@ def problem(folder: Path) -> str | None:
 
 
 def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
-    """Files whose bytes are not those that were written: every ``parts``-th, from ``part`` on."""
+    """Files whose bytes are not those that were written: every ``parts``-th, from ``part`` on.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        OSError: a file cannot be read for now, however often it is tried.
+    """
     manifest = read_manifest(folder)
     return [
         name
         for name in sorted(manifest.files)[part::parts]
-        if hash_file(folder / name) != manifest.files[name][1]
+        if patiently(lambda name=name: hash_file(folder / name)) != manifest.files[name][1]
     ]
 
 
@@ -172,16 +185,18 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ValueError: there is none, or it is not one.
+        OSError: it cannot be read for now.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"it has no {MANIFEST}: it was never finished, or another program's")
+    text = patiently(path.read_bytes)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(text)
         files = {name: (int(size), str(sha)) for name, (size, sha) in record["files"].items()}
         manifest = Manifest(int(record["step"]), files, dict(record["about"]))
         version = record["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged ({error!r})") from error
     if version != FORMAT:
         raise ValueError(f"it has format {version}, this version reads {FORMAT}")
@@ -212,8 +227,9 @@ def sync(path: Path) -> None:
 def write_durably(path: Path, text: str) -> None:
     """Replace a file's text at once: a reader, or a crash, sees the old text or the new."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with writing(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 ERROR_EXIT_CODE = 2
 """Of a command that says what to change: the same command would fail the same way."""
 TRANSIENT_EXIT_CODE = 75
 """Of a run that may simply be started again (``EX_TEMPFAIL`` of sysexits.h)."""
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FAILURES = _DISK_FULL | {errno.EIO, errno.EROFS, errno.ESTALE}
 
 
 class TransientError(OSError):
     """A store out of reach, a disk that is full, a worker that was killed: try again later."""
 
 
+def disk_full(error: BaseException) -> bool:
+    """Whether the disk, or what this user may have of it, is full."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def disk_failed(error: BaseException) -> bool:
+    """Whether a disk is full, fails, has become read-only or is out of reach."""
+    return isinstance(error, OSError) and error.errno in _DISK_FAILURES
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what was being written when the disk failed, as something that may pass.
+
+    Raises:
+        TransientError: see `disk_failed`; other errors stay what they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not disk_failed(error):
+            raise
+        raise TransientError(
+            f"{path} could not be written ({error.strerror}): make room or mend the disk"
+        ) from error
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether the same command may go well another time."""
+    return isinstance(error, TransientError) or disk_failed(error)
+
+
 def exit_code(error: BaseException) -> int:
     """What a program that ends with this error exits with."""
-    return TRANSIENT_EXIT_CODE if isinstance(error, TransientError) else ERROR_EXIT_CODE
+    return TRANSIENT_EXIT_CODE if may_pass(error) else ERROR_EXIT_CODE
 
 
 def worker_died(error: BaseException) -> TransientError | None:

@@ -36,7 +36,8 @@ def model_fingerprint(folder: Path) -> str:
     weights of many gigabytes.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    weights = list(folder.glob("*.safetensors")) or folder.glob("pytorch_model*.bin")
+    for path in sorted(weights):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

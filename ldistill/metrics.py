@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ldistill import ranks
-from ldistill.checkpoint_folder import write_durably
+from ldistill.checkpoint_folder import sync, write_durably
+from ldistill.errors import TransientError, writing
 from ldistill.flops import StepCounts
 from ldistill.objective import COLUMNS
 from ldistill.sources import CATEGORIES, SourceWeights
@@ -170,18 +171,53 @@ def _of_rows(columns: Tensor, prefix: str) -> dict[str, float]:
     }
 
 
-class MetricsFile:
-    """``metrics.jsonl``: one JSON object a logged step; a resumed run continues where it left."""
+class StepLog:
+    """A JSONL file of one rank's, a line a step; a resumed run continues where it left.
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
+    What a full or failing disk refuses is kept as ``problem`` and not raised: the rank tells the
+    others at the next step or save, so that none is left in a collective.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rewrite_records(path, resume_step)
+        self.problem: TransientError | None = None
+        self._unsynced = False
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        if self.problem is not None:  # nothing may follow a line that was cut
+            return
+        self._unsynced = True
+        try:
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except TransientError as error:
+            self.problem = error
+
+    def sync(self) -> None:
+        """Make what was appended durable.
+
+        Raises:
+            TransientError: some of it could not be written.
+        """
+        if self.problem is not None:
+            raise self.problem
+        if self._unsynced:
+            with writing(self.path):
+                sync(self.path)
+                sync(self.path.parent)
+            self._unsynced = False
+
+
+class MetricsFile(StepLog):
+    """``metrics.jsonl``: one JSON object a logged step."""
+
+    def begin(self, resume_step: int = 0) -> None:
+        """Forget what a resumed run does again."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rewrite_records(self.path, resume_step)
 
     def write(self, step: int, logs: Mapping[str, float]) -> None:
-        record = {"step": step} | {k: v for k, v in logs.items() if _plain(v)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.append({"step": step} | {k: v for k, v in logs.items() if _plain(v)})
 
 
 def _plain(value: Any) -> bool:

@@ -58,17 +58,17 @@ class WriteMetrics(TrainerCallback):
     """Logged steps to ``metrics.jsonl``."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        self.path, self.resume_step = path, resume_step
-        self._file: MetricsFile | None = None
+        self.file, self.resume_step = MetricsFile(path), resume_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self._file = MetricsFile(self.path, self.resume_step)
+            self.file.begin(self.resume_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
-        if self._file is not None and ("loss" in logs or any(k.startswith("eval_") for k in logs)):
-            self._file.write(state.global_step, logs)
+        told = "loss" in logs or any(k.startswith("eval_") for k in logs)
+        if state.is_world_process_zero and told:
+            self.file.write(state.global_step, logs)
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from ldistill.errors import TransientError
+from ldistill.errors import TransientError, may_pass
 
 T = TypeVar("T")
 _rounds = itertools.count()
@@ -133,7 +133,7 @@ def everywhere(make: Callable[[], T]) -> T:
         result = make()
     except (ValueError, OSError) as caught:
         error = caught
-    own = None if error is None else (str(error), isinstance(error, TransientError))
+    own = None if error is None else (str(error), may_pass(error))
     found = gather((socket.gethostname(), own))
     told = [said for _, said in found if said is not None]
     if not told:

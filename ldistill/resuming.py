@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from ldistill import checkpoint_folder, identity, ranks, run_folder, universal
+from ldistill.data.archive import patiently
+from ldistill.errors import TransientError, disk_failed
 
 AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
@@ -59,6 +61,7 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
     Raises:
         FileNotFoundError: asked for one, and there is none.
         ValueError: there are some, and none of them can be used.
+        TransientError: the disk does not let one be read, which may be whole.
     """
     if asked is None or str(asked).lower() == "false":
         return None
@@ -99,15 +102,33 @@ def _check_named(path: Path) -> Path:
 
 
 def _bytes_problem(path: Path) -> str | None:
-    """What is wrong inside the files; the ranks read a share each and all get the answer."""
+    """What is wrong inside the files; the ranks read a share each and all get the answer.
+
+    Raises:
+        TransientError: on every rank, when one of them could not read its share.
+    """
+    own, unread = None, None
     try:
         broken = checkpoint_folder.damaged(path, ranks.index(), ranks.count())
         own = f"{broken[0]} is not what was written (SHA-256 differs)" if broken else None
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         own = str(error)
-    if found := [text for text in ranks.gather(own) if text]:
-        return found[0]
+    except OSError as error:
+        unread = str(error)
+    found = ranks.gather((own, unread))
+    if texts := [text for _, text in found if text]:
+        raise ranks.shared(_unreadable(path, texts[0]))
+    if texts := [text for text, _ in found if text]:
+        return texts[0]
     return ranks.from_first(lambda: foreign_code(path))
+
+
+def _unreadable(path: Path, why: str) -> TransientError:
+    """Not a reason to skip a checkpoint: what is later than the one taken is given up."""
+    return TransientError(
+        f"{path} cannot be read now, and may be whole ({why}): mend the disk and start again, or "
+        "name another checkpoint with --resume_from_checkpoint PATH."
+    )
 
 
 def foreign_code(checkpoint: Path) -> str | None:
@@ -115,14 +136,21 @@ def foreign_code(checkpoint: Path) -> str | None:
 
     Reads the opcodes alone: nothing is unpickled. DeepSpeed itself loads without torch's
     ``weights_only``, so this check is what stands between a downloaded checkpoint and its code.
+
+    Raises:
+        TransientError: the disk does not let a file be read.
     """
     for path in sorted(checkpoint.rglob("*")):
         if path.suffix not in (".pt", ".pth", ".bin", ".pkl"):
             continue
         name = path.relative_to(checkpoint).as_posix()
         try:
-            named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            named = patiently(
+                lambda path=path: torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            )
         except Exception as error:  # whatever cannot even be parsed is not ours
+            if disk_failed(error):
+                raise _unreadable(checkpoint, str(error)) from error
             return f"{name} is not a plain torch file ({type(error).__name__})"
         if odd := sorted(set(named) - _HARMLESS):
             return f"{name} would run code of its own ({', '.join(odd[:3])}): refused"

@@ -129,6 +129,8 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
             lambda: str(chosen or run_folder.default_folder(recipe.run.recipe or "run"))
         )
     folder = Path(args.output_dir)
+    if recipe.run.overwrite and resuming.wants_newest(asked):
+        asked = None  # the run whose checkpoint it would be goes
     resume = resuming.find_checkpoint(asked, folder)
     restart = resume is None and resuming.wants_newest(asked)
     begins = from_first(
@@ -268,6 +270,9 @@ def build_trainer(
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     stop = StopRequest(recipe.run.stop_file)
+    metrics = WriteMetrics(folder / run_folder.METRICS, step)
+    samples = SampleLog(folder, data.index, step) if recipe.run.log_samples else None
+    logs = [writer.file for writer in (metrics, samples) if writer is not None]
     trainer = DistillTrainer(
         distiller,
         args,
@@ -278,15 +283,15 @@ def build_trainer(
             recipe.run.projector_lr or args.learning_rate,
             recipe.run.decoder_lr or args.learning_rate,
         ),
-        saver=Saver(folder, about, args.save_total_limit),
+        saver=Saver(folder, about, args.save_total_limit, logs),
         health_steps=recipe.run.health_steps,
         resume=resume,
         evaluator=evaluator_of(recipe, pair, folder, stop),
         stop=stop,
         converted=converted,
-        sample_log=SampleLog(folder, data.index, step) if recipe.run.log_samples else None,
+        sample_log=samples,
     )
-    _use_own_progress(trainer, folder, step)
+    _use_own_progress(trainer, metrics)
     use_patient_wandb(trainer)
     return trainer
 
@@ -308,14 +313,14 @@ def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any)
     )
 
 
-def _use_own_progress(trainer: DistillTrainer, folder: Path, step: int) -> None:
+def _use_own_progress(trainer: DistillTrainer, metrics: WriteMetrics) -> None:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(ShortProgress)
-    trainer.add_callback(WriteMetrics(folder / run_folder.METRICS, step))
+    trainer.add_callback(metrics)
 
 
 def _tell_plan(plan: Plan, folder: Path) -> None:
@@ -339,8 +344,8 @@ def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     args = recipe.training
     total = sum(whole_numel(p) for p in pair.student.parameters())
     trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
-    saves = args.save_strategy != "no"
-    run_folder.check_disk(folder, trained, total, (args.save_total_limit or 2) if saves else 0)
+    kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
+    from_first(lambda: run_folder.check_disk(folder, trained, total, kept))
 
 
 # ---- what the flags mean for the engines ----

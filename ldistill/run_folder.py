@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from ldistill.checkpoint_folder import survey, write_durably
+from ldistill.checkpoint_folder import ADAPTED, RETIRED, WRITING, survey, write_durably
 from ldistill.tracking import RUN_ID
 
 RECIPE = "recipe.yaml"
@@ -95,7 +95,7 @@ def claim(
         folder: the run's.
         recipe: resolved.
         resume: checkpoint to go on from.
-        overwrite: replace another run.
+        overwrite: replace another run; what lies in its folder goes.
         restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
 
     Returns:
@@ -108,6 +108,13 @@ def claim(
     begins = overwrite or not old.exists()
     if resume is not None:
         _check_same_run(resume.parent / RECIPE, recipe)
+        if overwrite and folder.resolve() in resume.resolve().parents:
+            raise ValueError(
+                f"--overwrite would delete {resume}, from which the run is to go on: leave one of "
+                "the two flags out."
+            )
+        if old.exists() and not overwrite and not folder.samefile(resume.parent):
+            _check_room_for(folder, resume, recipe)
     elif old.exists() and restart and not overwrite:
         _check_same_run(old, recipe)
     elif old.exists() and not overwrite:
@@ -115,14 +122,37 @@ def claim(
             f"{folder} already holds a run: continue it with --resume_from_checkpoint true, "
             "replace it with --overwrite, or choose another --output_dir."
         )
-    elif old.exists():
-        shutil.rmtree(folder)
+    if old.exists() and overwrite:
+        _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if run_id(folder) is None:
         write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
     write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
     write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
     return begins
+
+
+def _check_room_for(folder: Path, resume: Path, recipe: dict[str, Any]) -> None:
+    """Refuse to mix the run that a folder holds with one from another folder's checkpoint.
+
+    One that has no checkpoint yet may be the same, started again.
+    """
+    if survey(folder) or (folder / STUDENT).exists():
+        raise ValueError(
+            f"{folder} already holds a run, which is not the one of {resume}: continue it with "
+            "--resume_from_checkpoint true, replace it with --overwrite, or choose another "
+            "--output_dir."
+        )
+    _check_same_run(folder / RECIPE, recipe)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what lies in a folder, which may itself be a link to another disk."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def release(folder: Path, run: str) -> None:
@@ -214,7 +244,7 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None:
-    """Refuse a run whose checkpoints and export will not fit.
+    """Refuse a run whose checkpoints and export will not fit beside what it has written already.
 
     Args:
         folder: the run's folder, made already.
@@ -228,10 +258,20 @@ def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None
     # fp32 student, fp32 master weight and two moments, 16-bit weights
     each = 4 * total + 14 * trained
     needed = (checkpoints + 1) * each + 4 * total
+    kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
+    there = sum(min(_bytes(path), each) for path in kept)
+    there += min(_bytes(folder / STUDENT), 4 * total)
+    # What a killed run left half done is cleared away before the next checkpoint.
+    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED))
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free + there < needed:
         raise OSError(
             f"{folder} has {free / 2**30:.1f} GiB free; {checkpoints} checkpoints, the next one "
-            f"and the exported student need about {needed / 2**30:.1f} GiB. Make room, lower "
-            "--save_total_limit, or choose another --output_dir."
+            f"and the exported student need about {(needed - there) / 2**30:.1f} GiB besides what "
+            "the run has written. Make room, lower --save_total_limit, or choose another "
+            "--output_dir."
         )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

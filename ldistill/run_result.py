@@ -11,13 +11,14 @@ from rich.table import Table
 
 from ldistill import run_folder
 from ldistill.progress import plot_curves
-from ldistill.ranks import from_first_patiently, say
+from ldistill.ranks import everywhere, from_first_patiently, say
 from ldistill.recipe import Recipe
 from ldistill.trainer import DistillTrainer, move_student
 
 
 def export_result(trainer: DistillTrainer, folder: Path) -> None:
     """The last state of the student, in the format it came in."""
+    everywhere(trainer.sync_logs)
     last = folder / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "final"

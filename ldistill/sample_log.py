@@ -7,7 +7,6 @@ every rank's file back to its checkpoint's step, so the files always tell of one
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import TrainerCallback
 from ldistill import ranks
 from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
-from ldistill.metrics import read_metrics, rewrite_records
+from ldistill.metrics import StepLog, read_metrics, rewrite_records
 
 FOLDER = "samples"
 
@@ -35,7 +34,7 @@ class SampleLog(TrainerCallback):
 
     def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
         self.folder, self.index, self.resume_step = run / FOLDER, index, resume_step
-        self.path = self.folder / f"rank-{ranks.index()}.jsonl"
+        self.file = StepLog(self.folder / f"rank-{ranks.index()}.jsonl")
         self._rows = index.column("row")
         self._pending: list[list[str]] = []
 
@@ -59,9 +58,7 @@ class SampleLog(TrainerCallback):
         return [sample_key(self.index.sources[s], int(r)) for s, r in zip(sources, rows)]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        line = json.dumps({"step": state.global_step, "packs": self._pending})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.file.append({"step": state.global_step, "packs": self._pending})
         self._pending = []
 
 

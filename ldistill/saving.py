@@ -10,8 +10,8 @@ for it: what fails is noted, all go on to the end, tell one another, and raise t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 
 from ldistill import checkpoint_folder, ranks
 from ldistill.errors import TransientError
+from ldistill.metrics import StepLog
 from ldistill.resuming import foreign_code
 
 LATEST = "latest"
@@ -36,10 +37,13 @@ class Saver:
         folder: the run's.
         about: what the manifest says of the run: its id, pair, data, layout.
         keep: complete checkpoints to keep; None for all.
+        logs: this rank's, which a checkpoint is cut back to: durable before it is.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], keep: int | None) -> None:
-        self.folder, self.about, self.keep = folder, about, keep
+    def __init__(
+        self, folder: Path, about: dict[str, Any], keep: int | None, logs: Sequence[StepLog] = ()
+    ) -> None:
+        self.folder, self.about, self.keep, self.logs = folder, about, keep, logs
         self._failures: list[str] = []
         self._checked = False
 
@@ -73,6 +77,8 @@ class Saver:
         self._agree(step)
         with self.attempt():
             write()
+        with self.attempt():
+            self.sync_logs()
         self._agree(step)
         files: dict[str, Any] = {}
         with self.attempt():
@@ -88,6 +94,20 @@ class Saver:
         if ranks.is_first():
             self._tidy(path)
         return path
+
+    def sync_logs(self) -> None:
+        """Make this rank's logs durable.
+
+        Raises:
+            TransientError: one of them could not be written.
+        """
+        for log in self.logs:
+            log.sync()
+
+    @property
+    def log_problem(self) -> TransientError | None:
+        """Why one of this rank's logs lacks what was given to it."""
+        return next((log.problem for log in self.logs if log.problem), None)
 
     def _tidy(self, path: Path) -> None:
         """What may fail without harm to the checkpoint that was just published."""
@@ -108,10 +128,13 @@ class Saver:
         if not found:
             return
         if ranks.is_first():
-            checkpoint_folder.clear(self.folder)  # make room
+            with suppress(OSError):  # of the same disk: what is told is why nothing was saved
+                checkpoint_folder.clear(self.folder)  # make room
         rank, text = found[0]
-        good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
-        last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
+        last = "earlier ones are untouched"
+        with suppress(OSError):
+            good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+            last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
         error = CheckpointError(
             f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
             f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint auto."

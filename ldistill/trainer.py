@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ldistill import ranks, universal
+from ldistill.checkpoint_folder import sync
 from ldistill.distiller import Distiller
-from ldistill.errors import TransientError, worker_died
+from ldistill.errors import TransientError, may_pass, worker_died, writing
 from ldistill.flops import count_step, student_flops
 from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
@@ -123,6 +123,7 @@ class DistillTrainer(Trainer):
         if not self._began:
             self._begin()
         batches, problem = _read(epoch_iterator, num_batches)
+        problem = self._saver.log_problem or problem
         plans = [self.distiller.plan(batch) for batch in batches]
         total, run_teacher = self._agree(plans, num_batches, problem)
         health = self._health_steps and self.state.global_step % self._health_steps == 0
@@ -150,6 +151,7 @@ class DistillTrainer(Trainer):
         self.meter.start()
         if self.resume is None:
             return
+        self.state.compute_steps(self.args, self.args.max_steps)  # else those of the checkpoint
         self._load_rng_state(str(self.resume))  # the Trainer does when it skips batches itself
         states = self._data_state["ranks"]
         same = len(states) == self.args.world_size
@@ -224,7 +226,7 @@ class DistillTrainer(Trainer):
 
     def _stop_unreadable(self, problem: Exception | None) -> None:
         """Raise, on every rank, what one of them could not read; rather what must be mended."""
-        own = None if problem is None else (str(problem), isinstance(problem, TransientError))
+        own = None if problem is None else (str(problem), may_pass(problem))
         found = [(rank, *said) for rank, said in enumerate(ranks.gather(own)) if said is not None]
         rank, text, passing = min(found, key=lambda one: one[2])
         told = f"{text} (step {self.state.global_step + 1}, rank {rank}). Nothing was trained on it"
@@ -333,9 +335,13 @@ class DistillTrainer(Trainer):
         state = {"packs": self.packs_done, "step": self.state.global_step}
         state["ranks"] = ranks.gather(self._rank_state())
         if self.args.should_save:
-            with self._saver.attempt() if _internal_call else nullcontext():
+            with self._saver.attempt() if _internal_call else writing(folder):
                 self._write_student(folder, trained)
                 (folder / DATA_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+    def sync_logs(self) -> None:
+        """Make what this rank logged durable; raises TransientError if some of it is missing."""
+        self._saver.sync_logs()
 
     def _rank_state(self) -> dict[str, Any]:
         """What this rank has counted since the last logged step."""
@@ -378,10 +384,28 @@ def _read_data_state(resume: Path | None) -> dict[str, Any]:
 
 
 def move_student(checkpoint: Path, target: Path) -> None:
-    """Copy a checkpoint's student to where the run leaves its result, whole or not at all."""
-    part = target.with_name(f".{target.name}.part")
-    for leftover in (part, target):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    shutil.copytree(checkpoint / STUDENT, part)
-    part.rename(target)
+    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
+
+    An earlier result stays until the new one is on the disk.
+
+    Raises:
+        TransientError: there is no room for it.
+    """
+    part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
+    with writing(target):
+        for leftover in (part, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        part.mkdir()
+        for path in sorted((checkpoint / STUDENT).rglob("*")):  # copytree hides which error it was
+            copy = part / path.relative_to(checkpoint / STUDENT)
+            if path.is_dir():
+                copy.mkdir()
+            else:
+                shutil.copyfile(path, copy)
+                sync(copy)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        if old.exists():
+            shutil.rmtree(old)

@@ -53,6 +53,12 @@ def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]
     Raises:
         ValueError: one of the two runs without ZeRO.
     """
+    if old["engine"] == new["engine"] == "zero0":
+        differing = [f"{k}: then {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
+        raise ValueError(
+            f"{checkpoint} was written with ZeRO stage 0, which goes on only as it began; "
+            f"{', '.join(differing)}."
+        )
     if "none" in (old["engine"], new["engine"]) or "zero0" in (old["engine"], new["engine"]):
         raise ValueError(
             f"{checkpoint} was written with {_name(old)}, this run has {_name(new)}: checkpoints "

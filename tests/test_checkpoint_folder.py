@@ -164,6 +164,7 @@ PROBLEMS = {
         "outside",
     ),
     "missing": (lambda f: (f / "data.json").unlink(), r"data\.json is missing"),
+    "link": (lambda f: (f / "global_step5").symlink_to(".."), "global_step5 is a symbolic link"),
     "cut": (lambda f: os.truncate(f / "global_step2/rank0.pt", 9), "has 9 bytes instead of 5001"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -28,6 +29,9 @@ from ldistill.saving import CheckpointError
         (Refused("denied"), 2),
         (Unreachable("failed 10 times"), 75),
         (CheckpointError("no room"), 75),
+        (OSError(errno.ENOSPC, "No space left on device"), 75),
+        (OSError(errno.ESTALE, "Stale file handle"), 75),
+        (PermissionError(errno.EACCES, "Permission denied"), 2),
     ],
 )
 def test_exit_codes(error, code):

@@ -9,6 +9,7 @@ import torch
 from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldistill.errors import TransientError
 from ldistill.flops import (
     PEAKS,
     StepCounts,
@@ -19,7 +20,7 @@ from ldistill.flops import (
     vision_flops,
 )
 from ldistill.lora import add_lora
-from ldistill.metrics import Meter, MetricsFile, read_metrics
+from ldistill.metrics import Meter, MetricsFile, StepLog, read_metrics
 from ldistill.objective import COLUMNS
 from ldistill.progress import plot_curves, short_line
 from ldistill.students.nanovlm import NanoVLM
@@ -68,10 +69,24 @@ def test_metrics_file_forgets_what_a_resumed_run_does_again(tmp_path):
     for step in (1, 2, 3):
         first.write(step, {"loss": float(step), "bad": float("nan")})
     path.write_text(path.read_text() + '{"step": 4, "lo')  # cut off by a kill
-    MetricsFile(path, resume_step=2).write(3, {"loss": 30.0})
+    again = MetricsFile(path)
+    again.begin(resume_step=2)
+    again.write(3, {"loss": 30.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert "bad" not in path.read_text()
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_a_log_on_a_full_disk_keeps_why_and_writes_no_more(tmp_path):
+    path = tmp_path / "rank-0.jsonl"
+    path.symlink_to("/dev/full")
+    log = StepLog(path)
+    log.append({"step": 1})
+    path.unlink()
+    log.append({"step": 2})
+    assert not path.exists()
+    with pytest.raises(TransientError, match=r"rank-0\.jsonl could not be written \(No space left"):
+        log.sync()
 
 
 def test_flops_match_what_torch_counts():

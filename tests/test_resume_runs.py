@@ -13,7 +13,7 @@ from runs import write_recipe, write_shards
 
 from ldistill import checkpoint_folder
 from ldistill.metrics import read_metrics
-from ldistill.sample_log import read_samples
+from ldistill.sample_log import SampleLog, read_samples
 from ldistill.train import main
 
 
@@ -76,11 +76,38 @@ def test_a_finished_run_only_takes_its_result_again(capsys, world, run):
         assert (run / "student" / name).read_bytes() == wanted
 
 
-def test_a_finished_run_can_be_made_longer(capsys, world, run):
-    longer = resume(capsys, world, run, "--max_steps", "6", code=0)
+def test_a_finished_run_can_be_made_longer_and_saved_and_logged_otherwise(capsys, world, run):
+    flags = ["--max_steps", "6", "--save_steps", "1", "--save_total_limit", "9"]
+    longer = resume(capsys, world, run, *flags, "--logging_steps", "2", code=0)
     assert "going on from" in longer
     assert list(read_samples(run)) == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 6]
+    assert [f.step for f in checkpoint_folder.survey(run)] == [6, 5, 4]
+
+
+def test_overwriting_begins_anew_whatever_auto_would_find(capsys, world, run):
+    before = (run / "run.json").read_bytes()
+    (run / "checkpoint-4" / "data.json").unlink()
+    flags = ("--overwrite", "true", "--max_steps", "1")
+    assert "going on from" not in resume(capsys, world, run, *flags, code=0)
+    assert (run / "run.json").read_bytes() != before
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1]
+
+
+def test_a_disk_that_fills_between_checkpoints_is_a_sentence_and_may_pass(
+    capsys, world, run, monkeypatch
+):
+    begin = SampleLog.on_train_begin
+
+    def begin_on_a_full_disk(log: SampleLog, *args, **kwargs) -> None:
+        begin(log, *args, **kwargs)
+        log.file.path.unlink()
+        log.file.path.symlink_to("/dev/full")
+
+    monkeypatch.setattr(SampleLog, "on_train_begin", begin_on_a_full_disk)
+    message = resume(capsys, world, run, "--max_steps", "6", code=75)
+    assert "rank-0.jsonl could not be written (No space left on device)" in message
+    assert "(step 6, rank 0)" in message
 
 
 def test_a_checkpoint_of_another_run_is_refused(capsys, world, run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 import torch
 from test_checkpoint_folder import write
 
-from ldistill import identity, resuming
+from ldistill import checkpoint_folder, identity, resuming
 from ldistill.checkpoint_folder import begin, publish, seal
+from ldistill.data import archive
+from ldistill.errors import exit_code
 from ldistill.universal import check_convertible
 
 
@@ -63,6 +66,41 @@ def test_auto_does_not_begin_anew_over_checkpoints_that_broke(tmp_path):
     (tmp_path / "checkpoint-3" / "data.json").unlink()
     with pytest.raises(ValueError, match=r"none of the checkpoints(.|\n)*data\.json is missing"):
         resuming.find_checkpoint("auto", tmp_path)
+
+
+def fails(monkeypatch, at, times: int) -> None:
+    """Let reading fail so many times with an I/O error; ``at``: an owner and a name."""
+    owner, name = at
+    read, left = getattr(owner, name), [times]
+
+    def failing(*args):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(*args)
+
+    monkeypatch.setattr(archive, "PAUSES", (0.001, 0.001))
+    monkeypatch.setattr(owner, name, failing)
+
+
+READS = {
+    "hashes": (checkpoint_folder, "hash_file"),
+    "manifest": (Path, "read_bytes"),
+    "pickles": (torch.serialization, "get_unsafe_globals_in_checkpoint"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_disk_that_stumbles_is_no_reason_to_skip_a_checkpoint(tmp_path, monkeypatch, read):
+    save(tmp_path, 1, state=torch.ones(1))
+    newest = save(tmp_path, 2, state=torch.ones(1))
+    with monkeypatch.context() as patch:
+        fails(patch, READS[read], times=2)
+        assert resuming.find_checkpoint("auto", tmp_path) == newest
+    fails(monkeypatch, READS[read], times=99)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        resuming.find_checkpoint("auto", tmp_path)
+    assert exit_code(caught.value) == 75
 
 
 def test_a_named_checkpoint_is_that_one_or_nothing(tmp_path):
@@ -131,7 +169,19 @@ def test_a_model_is_known_by_its_weights(tmp_path):
     assert len(prints) == 3
 
 
+def test_a_model_without_safetensors_is_known_by_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    prints = set()
+    for number in (1, 2):
+        torch.save({"w": torch.full((4,), number)}, tmp_path / "pytorch_model.bin")
+        prints.add(identity.model_fingerprint(tmp_path))
+    assert len(prints) == 2
+
+
 def test_layouts_without_zero_are_not_mixed_with_those_that_have_it(tmp_path):
     check_convertible(tmp_path, {"engine": "zero2"}, {"engine": "zero3"})
     with pytest.raises(ValueError, match="was written with zero2, this run has no DeepSpeed"):
         check_convertible(tmp_path, {"engine": "zero2"}, {"engine": "none"})
+    old, new = ({"engine": "zero0", "ranks": n} for n in (2, 1))
+    with pytest.raises(ValueError, match="only as it began; ranks: then 2, now 1"):
+        check_convertible(tmp_path, old, new)

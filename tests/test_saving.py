@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from ldistill import ranks, resuming, run_folder
+from ldistill import checkpoint_folder, metrics, ranks, resuming, run_folder
 from ldistill.checkpoint_folder import read_manifest, survey
+from ldistill.errors import TransientError
 from ldistill.saving import CheckpointError, Saver
+from ldistill.trainer import move_student
 
 
 def on_two_ranks(work: Callable[[Path], object], root: Path) -> list[str]:
@@ -100,6 +105,119 @@ def test_a_run_folder_that_nodes_do_not_share_is_refused(tmp_path):
     run_folder.check_shared(tmp_path / "run", run_id)
     with pytest.raises(OSError, match="that all nodes share"):
         run_folder.check_shared(tmp_path / "elsewhere", run_id)
+
+
+def keep_checkpoint(root: Path, step: int) -> Path:
+    saver = Saver(root, {}, keep=None)
+    return saver.save(
+        step, lambda: (saver.root / f"checkpoint-{step}" / "a").write_bytes(bytes(99))
+    )
+
+
+def test_a_checkpoint_from_elsewhere_does_not_go_into_another_run(tmp_path):
+    recipe = {"alpha": 1}
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        run_folder.claim(folder, recipe, None, False)
+    resume = keep_checkpoint(old, 4)
+    assert not run_folder.claim(old, recipe, resume, False)
+    assert not run_folder.claim(new, recipe, resume, False), "the same, killed before it saved"
+    keep_checkpoint(new, 9)
+    with pytest.raises(ValueError, match="new already holds a run, which is not the one of"):
+        run_folder.claim(new, recipe, resume, False)
+    assert survey(new)
+    assert run_folder.claim(new, recipe, resume, overwrite=True)
+    assert survey(new) == []
+    with pytest.raises(ValueError, match=r"--overwrite would delete .*checkpoint-4"):
+        run_folder.claim(old, recipe, resume, overwrite=True)
+
+
+def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
+    target, link = tmp_path / "disk", tmp_path / "run"
+    target.mkdir()
+    link.symlink_to(target)
+    run_folder.claim(link, {}, None, False)
+    keep_checkpoint(link, 1)
+    assert run_folder.claim(link, {}, None, overwrite=True)
+    assert link.is_symlink()
+    assert sorted(p.name for p in target.iterdir()) == [
+        "environment.json",
+        "recipe.yaml",
+        "run.json",
+    ]
+
+
+def test_what_a_run_has_written_counts_as_its_room(tmp_path, monkeypatch):
+    """1000 trained parameters: 18,000 bytes a checkpoint, 4,000 a student."""
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 20_000))
+    saver = Saver(tmp_path, {}, keep=None)
+    for step in (1, 2, 3):
+        part = saver.root / f"checkpoint-{step}" / "a"
+        saver.save(step, lambda part=part: part.write_bytes(bytes(17_900)))
+    with pytest.raises(OSError, match="Make room"):
+        run_folder.check_disk(tmp_path, 1000, 1000, 2)
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "model.safetensors").write_bytes(bytes(4000))
+    run_folder.check_disk(tmp_path, 1000, 1000, 2)
+    with pytest.raises(OSError, match="Make room"):
+        run_folder.check_disk(tmp_path, 1000, 1000, 4)
+
+
+def test_a_log_is_durable_before_the_checkpoint_that_counts_on_it(tmp_path, monkeypatch):
+    done = []
+    for place, name in ((metrics, "sync"), (checkpoint_folder, "publish")):
+        real = getattr(place, name)
+        noted = lambda *args, real=real: (done.append(args[0].name), real(*args))[1]  # noqa: E731
+        monkeypatch.setattr(place, name, noted)
+    log = metrics.StepLog(tmp_path / "log.jsonl")
+    log.append({"step": 1})
+    write_part(Saver(tmp_path, {}, None, [log]), 1)
+    assert done == ["log.jsonl", tmp_path.name, "checkpoint-1"]
+
+
+def test_a_checkpoint_is_not_published_over_a_log_that_lacks_lines(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = metrics.StepLog(tmp_path / "log.jsonl")
+    log.append({"step": 1})
+    with pytest.raises(CheckpointError, match=r"log\.jsonl could not be written \(No space left"):
+        write_part(Saver(tmp_path, {}, None, [log]), 1)
+    assert survey(tmp_path) == []
+
+
+def test_a_disk_that_cannot_be_cleared_still_tells_why_nothing_was_saved(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, {}, keep=None)
+    write_part(saver, 1)
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def write() -> None:
+        monkeypatch.setattr(checkpoint_folder, "clear", fail)
+        fail()
+
+    with pytest.raises(CheckpointError, match="checkpoint-1 is complete and untouched"):
+        saver.save(2, write)
+
+
+def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    checkpoint, result = tmp_path / "checkpoint-2", tmp_path / "student"
+    for folder, text in ((checkpoint / "student" / "inner", "new"), (result, "old")):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(text)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(TransientError, match="student could not be written"):
+            move_student(checkpoint, result)
+    assert (result / "config.json").read_text() == "old"
+    move_student(checkpoint, result)
+    assert [p.name for p in result.rglob("*.json")] == ["config.json"]
+    assert (result / "inner" / "config.json").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "student"]
 
 
 def test_a_start_that_failed_releases_what_it_began_alone(tmp_path):

@@ -13,13 +13,16 @@ import os
 import tarfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from ldistill.data.samples import Sample, Turn
 
+T = TypeVar("T")
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
 PAUSES = (0.1, 1.0)
@@ -170,20 +173,25 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`; fewer at its end.
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again when it fails.
 
     An error is waited out, since network storage stumbles now and then; a missing file is not.
     Raises OSError.
     """
     for pause in PAUSES:
         try:
-            return read_once(path, offset, size)
+            return read()
         except FileNotFoundError:
             raise
         except OSError:
             time.sleep(pause)
-    return read_once(path, offset, size)
+    return read()
+
+
+def read_range(path: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset`, read `patiently`; fewer at its end. Raises OSError."""
+    return patiently(lambda: read_once(path, offset, size))
 
 
 def read_once(path: str, offset: int, size: int) -> bytes:

@@ -16,7 +16,6 @@ fsspec's own file cache has no limit, no hashes and no locks between processes, 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
@@ -25,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldistill.errors import TransientError
+from ldistill.errors import TransientError, disk_full
 
 PART = ".part"
 Fill = Callable[[BinaryIO], str]
@@ -113,7 +112,7 @@ class ShardCache:
             with self._lock("room"):  # whoever counts what is held meets it under one name
                 part.replace(self.folder / sha256)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if disk_full(error):
                 raise TransientError(
                     f"no room left on the disk of the shard cache {self.folder}: free some, or set "
                     "a smaller --shard_cache_gb or another --shard_cache"

@@ -10,7 +10,6 @@ the options, never on the number of workers.
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +29,7 @@ from ldistill.data.ledger import FinishedShard, Ledger, Progress, digest, is_who
 from ldistill.data.prepare import Prepared, Workers, keep
 from ldistill.data.processor import Processor
 from ldistill.data.samples import Drop, Sample
+from ldistill.errors import disk_full
 
 LEAST_ROOM = 64 * 1024 * 1024
 PLAN_KEYS = ("format", "source", "category", "input", "options", "processor", "max_images")
@@ -186,7 +186,7 @@ class SourceBuild:
         except BaseException as error:
             if writer:
                 writer.abandon()
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            if disk_full(error):
                 raise OSError(
                     f"no room left on the disk of {self.folder}: free some and run the same "
                     "command again; finished shards are kept"
