@@ -14,7 +14,7 @@ from pairs import write_pair
 from runs import REPO, environment, launch, losses, write_recipe, write_shards
 from safetensors.torch import load_file
 
-from ldistill.evaluation import during
+from ldistill.evaluation import during, lmms_faults
 from ldistill.evaluation.during import SuiteEvaluator, evaluator_of, visible_device
 from ldistill.evaluation.lmms_faults import metadata
 from ldistill.metrics import Meter, read_metrics
@@ -126,6 +126,14 @@ def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
     monkeypatch.setattr(during, "evaluate", fail)
     assert evaluator(1, {}) == {"failed": 1.0}
     assert f"training goes on: {error}" in capsys.readouterr().out
+
+
+def test_an_odd_limit_of_mme_is_refused_before_training(tmp_path, pair_root, monkeypatch):
+    pytest.importorskip("lmms_eval")
+    entry = SimpleNamespace(name="ldistill")
+    monkeypatch.setattr(lmms_faults.metadata, "entry_points", lambda group: [entry])
+    with pytest.raises(ValueError, match="mme asks in pairs"):
+        SuiteEvaluator("general", pair_root / "student", tmp_path, CPU, limit=5)
 
 
 def test_evaluation_takes_no_training_time():

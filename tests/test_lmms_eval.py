@@ -21,7 +21,7 @@ from ldistill.evaluation import lmms_faults, lmms_run
 from ldistill.evaluation.answerer_loading import model_folder
 from ldistill.evaluation.item_tasks import chat_renderer, write_tasks
 from ldistill.evaluation.items import Item, evaluate
-from ldistill.evaluation.lmms_results import merge, read_results
+from ldistill.evaluation.lmms_results import read_results
 from ldistill.evaluation.lmms_run import Evaluation, clean_environment
 from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
 from ldistill.students.nanovlm_format import load_nanovlm, load_processor
@@ -376,6 +376,8 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
     refused("no suite 'tinny'.*'tiny'", suite="tinny")
     refused("does not exist", student=str(tmp_path / "none"), suite="tiny")
     refused("limit must be at least 1", suite="tiny", limit=0)
+    for asked in ({"suite": "general"}, {"tasks": ("mm*",)}):
+        refused("mme asks in pairs.*must be even, got 3", limit=3, **asked)
     refused("not a folder", tasks=("x",), include_paths=(tmp_path / "none",))
     monkeypatch.setattr(lmms_faults.shutil, "which", lambda name: None)
     refused("coco2017_cap_val.*Java", suite="language")
@@ -413,32 +415,6 @@ def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, pair_root
     result = CliRunner().invoke(app, [*command, "--drop-pictures"])
     assert "--drop-pictures is for a bare LM" in str(result.exception)
     assert model_folder(str(run)) == run / "student"
-
-
-def test_an_evaluation_of_another_student_is_not_mixed_in(tmp_path, pair_root):
-    earlier = {"model_args": "pretrained=/other", "limit": None}
-    (tmp_path / "eval.json").write_text(json.dumps(earlier))
-    asked = Evaluation(str(pair_root / "student"), tmp_path, tasks=("own",))
-    with pytest.raises(ValueError, match=r"evaluation of pretrained=/other.*choose another --out"):
-        lmms_run._earlier(asked, "pretrained=/this")
-    assert lmms_run._earlier(asked, "pretrained=/other") == earlier
-
-
-def test_other_tasks_of_an_earlier_evaluation_are_kept():
-    def score(value: float, top: float = 1.0) -> dict:
-        return {"group": "general", "value": value, "top": top}
-
-    earlier = {
-        "samples": {"mme": "old.jsonl", "mmstar": "star.jsonl"},
-        "scores": {"mme:mme_cognition_score": score(400, 800), "mmstar": score(0.3)},
-    }
-    result = {"tasks": ["mme"], "samples": {}, "scores": {}, "groups": {}}
-    merge(result, earlier)  # mme was asked again and failed: its old score must not stay
-    assert result["scores"] == {"mmstar": score(0.3)}
-    assert result["samples"] == {"mmstar": "star.jsonl"}
-    result["scores"]["mme:mme_cognition_score"] = score(600, 800)
-    merge(result, {})
-    assert result["groups"] == {"general": pytest.approx((0.3 + 0.75) / 2)}
 
 
 def test_items_of_one_task_must_be_of_one_kind(tmp_path):

@@ -62,7 +62,7 @@ def test_a_folder_of_variants(tmp_path):
         "kd": 0.2,
     }
     write_results(
-        root / "ce", {"arc_easy": {"acc,none": 0.3}}, model="elsewhere", time="20270101_1"
+        root / "ce", {"arc_easy": {"acc,none": 0.3}}, model="elsewhere", time="20270101_000001"
     )
     with pytest.raises(ValueError, match=r"results/ce holds results of several models"):
         read_variants([str(root)])
@@ -84,6 +84,37 @@ def test_a_run_evaluated_while_it_trained(tmp_path):
     (variant,) = read_variants([str(run)])
     assert variant.tasks["arc_easy"].scores == {"acc,none": 0.4}
     assert "2 other evaluations" in variant.notes[0]
+
+
+def test_a_runs_eval_folder_wherever_it_lies(tmp_path):
+    """`NAME=RUN/eval`, which also holds what was evaluated while the run trained."""
+    run = tmp_path / "run"
+    for place, value in ((run / "eval", 0.4), (run / "eval" / "step-5", 0.1)):
+        student = run / "student" if value == 0.4 else place / "student"
+        write_results(place, {"arc_easy": {"acc,none": value}}, model=str(student))
+    moved = run.rename(tmp_path / "moved")
+    for argument in (f"x={moved / 'eval'}", str(moved)):
+        (variant,) = read_variants([argument])
+        assert variant.tasks["arc_easy"].scores == {"acc,none": 0.4}
+        assert "1 other evaluations" in variant.notes[0]
+    write_results(moved / "eval" / "teacher", {"arc_easy": {"acc,none": 0.9}}, model="a/teacher")
+    with pytest.raises(ValueError, match="results of several models"):
+        read_variants([f"x={moved / 'eval'}"])
+    moved.rename(run)
+    (variant,) = read_variants([f"x={run / 'eval'}"])
+    assert variant.tasks["arc_easy"].scores == {"acc,none": 0.4}
+    write_results(tmp_path / "other" / "eval", {"arc_easy": {"acc,none": 0.7}}, model="other")
+    found = {v.name: v.tasks["arc_easy"].scores["acc,none"] for v in read_variants([str(tmp_path)])}
+    assert found == {"run": 0.4, "other": 0.7}
+
+
+def test_what_tasks_submit_is_no_result(tmp_path):
+    write_results(tmp_path / "kd", {"arc_easy": {"acc,none": 0.5}})
+    other = tmp_path / "kd" / "submissions" / "coco_captions_val2014_alg_results.json"
+    other.parent.mkdir()
+    other.write_text("[]")
+    (variant,) = read_variants([str(tmp_path / "kd")])
+    assert set(variant.tasks) == {"arc_easy"}
 
 
 def test_filters_take_turns(tmp_path):

@@ -96,15 +96,18 @@ def show(result: dict[str, Any], out: Path) -> None:
     from rich.table import Table
 
     from ldistill.evaluation.suites import GROUPS, ROWS
+    from ldistill.evaluation.tables import OTHER, group_title
 
     table = Table(title=f"{result['student']}", title_justify="left")
     for column in ("task", "score", "documents"):
         table.add_column(column, justify="left" if column == "task" else "right")
     digits = {row.id: row.digits for row in ROWS}
-    for group, title in GROUPS.items():
+    for group in (*GROUPS, OTHER):
         rows = {k: s for k, s in result["scores"].items() if s["group"] == group}
         if rows:
-            table.add_row(title, f"{result['groups'][group]:.3f}", "", style="bold")
+            mean = result["groups"].get(group)  # none of tasks that have nothing in common
+            mean = "" if mean is None else f"{mean:.3f}"
+            table.add_row(group_title(group), mean, "", style="bold")
         for key, score in rows.items():
             value = f"{score['value']:.{digits.get(key, 3)}f}"
             table.add_row(f"  {score['name']}", value, str(score["documents"]))

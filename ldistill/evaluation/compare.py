@@ -25,6 +25,7 @@ from ldistill.evaluation.sample_scores import (
 from ldistill.evaluation.suites import ROWS, Row, rows, rows_of_tasks
 from ldistill.evaluation.tables import OTHER, ScoreTable, score_table, unknown_variant
 from ldistill.evaluation.task_data import TaskData, load_task_data
+from ldistill.evaluation.task_scores import other_row, row_score
 
 BASELINE = "nanovlm-full"
 ORIGINALS = ("nanovlm", "original", "adapted", "teacher")
@@ -77,7 +78,10 @@ def choose_rows(
         groups = {row.group for row in rows_of_tasks(found)}
         listed = [row for row in ROWS if row.group in groups]
         known = {row.task for row in listed}
-        chosen = (*listed, *(_other_row(t, variants) for t in found if t not in known))
+        others = (
+            next(v.tasks[t] for v in variants if t in v.tasks) for t in found if t not in known
+        )
+        chosen = (*listed, *map(other_row, others))
     if tasks is not None:
         wanted = set(tasks)
         unknown = wanted - {row.task for row in chosen}
@@ -93,16 +97,6 @@ def choose_rows(
             f"results for: {', '.join(found) or 'nothing'}."
         )
     return chosen
-
-
-def _other_row(task: str, variants: Sequence[Variant]) -> Row:
-    """A row for a task of no suite: its first metric of which more is better."""
-    result = next(v.tasks[task] for v in variants if task in v.tasks)
-    for key in result.scores:
-        metric, filter = key.split(",", 1)
-        if result.higher_is_better.get(metric, True):
-            return Row(task, task, OTHER, metric, filter)
-    return Row(task, task, OTHER, "score")
 
 
 def choose_roles(
@@ -149,7 +143,7 @@ def compare(
     """
     baseline, original = choose_roles([v.name for v in variants], baseline, original)
     counts, notes = _ocrbench(variants, chosen)
-    table = _table(variants, chosen, baseline, original, counts)
+    table = _table(variants, chosen, baseline, original)
     notes = [*missing, *(note for v in variants for note in v.notes), *notes]
     matches: list[Match] = []
     base = next((v for v in variants if v.name == baseline), None)
@@ -179,7 +173,6 @@ def _table(
     chosen: Sequence[Row],
     baseline: str | None,
     original: str | None,
-    counts: Mapping[str, Mapping[str, ocrbench.Count]],
 ) -> ScoreTable:
     scores: dict[str, dict[str, float]] = {}
     notes: dict[tuple[str, str], str] = {}
@@ -189,10 +182,8 @@ def _table(
             result = variant.tasks.get(row.task)
             if result is None:
                 continue
-            value, said = _value(result, row), _remarks(result, row)
-            if row.task == ocrbench.TASK and result.limited and counts.get(variant.name):
-                whole = ocrbench.total(counts[variant.name])
-                value = whole.right / whole.of
+            value, said = row_score(result, row), _remarks(result, row)
+            if ocrbench.limited_score(result) is not None:
                 said.append("recomputed from the samples: lmms-eval divides by 1000 regardless")
             if value is not None:
                 scores[variant.name][row.id] = value
@@ -206,15 +197,10 @@ def _sentence(clauses: Sequence[str]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _value(result: TaskResult, row: Row) -> float | None:
-    value = result.scores.get(row.key)
-    return None if value is None else float(value)
-
-
 def _remarks(result: TaskResult, row: Row) -> list[str]:
     """What the reader of a score must know, without capital and full stop."""
     said = []
-    if _value(result, row) is None:
+    if row_score(result, row) is None:
         there = ", ".join(result.scores) or "no numbers"
         said.append(f"the results have no {row.key} for {row.task} (there are: {there})")
     if result.limited:
@@ -244,7 +230,7 @@ def _ocrbench(
         except ValueError as error:
             notes.append(f"{error} {variant.name}'s sub-tasks are missing.")
             continue
-        whole, told = ocrbench.total(counts[variant.name]), _value(result, row)
+        whole, told = ocrbench.total(counts[variant.name]), result.scores.get(row.key)
         if not ocrbench.complete(counts[variant.name]):
             notes.append(
                 f"OCRBench: {variant.name} has {whole.of:,} of the 1,000 samples; sub-tasks show "

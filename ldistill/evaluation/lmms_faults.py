@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +22,7 @@ _UNREACHABLE = re.compile(
 _LAST_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Enabled)\b.*)$")
 
 
-def check_before(tasks: Iterable[str]) -> None:
+def check_before(tasks: Sequence[str], limit: int | None = None) -> None:
     """Whether lmms-eval is there, knows our models, and has what some tasks need.
 
     Raises:
@@ -33,6 +34,11 @@ def check_before(tasks: Iterable[str]) -> None:
         raise ValueError(
             "ldistill runs from a folder that is not installed, so lmms-eval cannot find its "
             "models: pip install -e . in the repository."
+        )
+    if limit is not None and limit % 2 and any(fnmatchcase("mme", task) for task in tasks):
+        raise ValueError(
+            f"task mme asks in pairs, and lmms-eval fails on half of one: the limit must be even, "
+            f"got {limit}."
         )
     captions = [task for task in tasks if task.startswith(_CAPTIONS)]
     if captions and shutil.which("java") is None:

@@ -3,64 +3,88 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ldistill.evaluation.result_files import load_results, results_files, tasks_of
+from ldistill.evaluation.results import TaskResult, task_result
 from ldistill.evaluation.suites import GROUPS, Row, rows_of_tasks
+from ldistill.evaluation.task_scores import other_row, row_score
+
+EVALUATION = "eval.json"
 
 
 def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
     """The newest results below ``out``, with what is missing of some tasks.
 
+    Args:
+        out: folder that lmms-eval wrote to.
+        tasks: as they were asked for: tasks, groups, tags or wildcards.
+        since: time that older results are not of.
+
     Returns:
-        ``file`` (path or None), ``results`` (lmms-eval's dict), ``samples`` (task → file),
-        ``counts`` (task → documents) and ``missing`` (task → reason).
+        ``file`` (path or None), ``samples`` (task → file), ``complete`` (task → `TaskResult`) and
+        ``missing`` (name as asked → reason).
     """
-    files = [p for p in out.glob("*/*_results.json") if p.stat().st_mtime >= since - 1]
+    files = [p for p in results_files(out, "*") if p.stat().st_mtime >= since - 1]
     if not files:
-        reason = "lmms-eval wrote no results"
-        return {
-            "file": None, "results": {}, "samples": {}, "counts": {},
-            "missing": dict.fromkeys(tasks, reason),
-        }  # fmt: skip
+        missing = dict.fromkeys(tasks, "lmms-eval wrote no results")
+        return {"file": None, "samples": {}, "complete": {}, "missing": missing}
     newest = max(files, key=lambda p: p.stat().st_mtime)
-    results = json.loads(newest.read_text(encoding="utf-8"))
-    stamp = newest.name.removesuffix("_results.json")
-    samples, counts, missing = {}, {}, {}
-    for task in tasks:
-        if problem := _task_problem(results, task):
-            missing[task] = problem
-            continue
-        for leaf in _leaves(results, task):
-            path = newest.with_name(f"{stamp}_samples_{leaf}.jsonl")
-            wanted = int(results.get("n-samples", {}).get(leaf, {}).get("effective", 0))
-            found = _lines(path)
-            if found < wanted or not found or (wanted and found % wanted):
-                missing[task] = f"{found} samples of {wanted} in {path.name}"
-            samples[leaf], counts[leaf] = path, wanted or found
-    return {
-        "file": newest, "results": results, "samples": samples, "counts": counts,
-        "missing": missing,
-    }  # fmt: skip
+    record = load_results(newest)
+    samples, complete, missing = {}, {}, {}
+    for asked in tasks:
+        for task in _meant(record, asked) or [asked]:
+            if task not in record["results"]:
+                problem = "not among the results"
+            else:
+                result = task_result(task, newest, record)
+                samples[task] = result.samples_path
+                problem = _without_scores(result) or _without_samples(result)
+            if problem:
+                missing[asked] = problem if task == asked else f"{task}: {problem}"
+            else:
+                complete[task] = result
+    return {"file": newest, "samples": samples, "complete": complete, "missing": missing}
 
 
-def _leaves(results: Mapping[str, Any], task: str) -> list[str]:
-    """The tasks of a group, or the task itself."""
-    below = results.get("group_subtasks", {}).get(task) or []
-    return [leaf for name in below for leaf in _leaves(results, name)] or [task]
+def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
+    """Tasks that a name stands for: its own, those of a group or a tag, or of a wildcard's."""
+    groups, configs = record.get("group_subtasks", {}), record.get("configs", {})
+    found = [
+        task
+        for group, below in groups.items()
+        if below and fnmatchcase(group, asked)
+        for name in below
+        if name != group
+        for task in _meant(record, name) or [name]
+    ]
+    for task in tasks_of(record):
+        if any(fnmatchcase(name, asked) for name in (task, *_tags(configs.get(task, {})))):
+            found.append(task)
+    return list(dict.fromkeys(found))
 
 
-def _task_problem(results: Mapping[str, Any], task: str) -> str | None:
-    scores = results.get("results", {})
-    if task not in scores and not results.get("group_subtasks", {}).get(task):
-        return "not among the results"
-    for row in rows_of_tasks([task]):
-        value = row.value(scores)
-        if value is None or not math.isfinite(value):
-            return f"no score {row.key}"
-    return None
+def _tags(config: Mapping[str, Any]) -> list[str]:
+    tags = config.get("tag") or []
+    return [tags] if isinstance(tags, str) else list(tags)
+
+
+def _without_scores(result: TaskResult) -> str | None:
+    """A row without a score; of a part of the documents one of a task's rows may have none."""
+    expected = rows_of_tasks([result.task])
+    lacking = [row.key for row in expected if row.key not in result.scores]
+    excused = result.limited and len(lacking) < len(expected)
+    return f"no score {', '.join(lacking)}" if lacking and not excused else None
+
+
+def _without_samples(result: TaskResult) -> str | None:
+    wanted, found = result.expected or 0, _lines(result.samples_path)
+    if found and found >= wanted and not (wanted and found % wanted):
+        return None
+    return f"{found} samples of {wanted} in {result.samples_path.name}"
 
 
 def _lines(path: Path) -> int:
@@ -70,30 +94,59 @@ def _lines(path: Path) -> int:
         return sum(1 for line in file if line.strip())
 
 
-def score_of(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
-    """A row's entry in ``eval.json``, from what `read_results` found."""
+def scores_of(results: Iterable[TaskResult]) -> dict[str, dict[str, Any]]:
+    """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
+    results = {result.task: result for result in results}
+    known = rows_of_tasks(results)
+    others = results.keys() - {row.task for row in known}
+    listed = (*known, *(other_row(result) for task, result in results.items() if task in others))
+    entries = {row.id: _entry(row, results[row.task]) for row in listed}
+    return {row: entry for row, entry in entries.items() if entry["value"] is not None}
+
+
+def _entry(row: Row, result: TaskResult) -> dict[str, Any]:
     return {
         "name": row.name,
         "group": row.group,
         "metric": row.key,
-        "value": row.value(found["results"]["results"]),
+        "value": row_score(result, row),
         "top": row.top,
-        "documents": found["counts"].get(row.task),
+        "documents": result.expected or _lines(result.samples_path),
     }
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Content of a folder's ``eval.json``, or None without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if lacking := {"model_args", "limit", "complete"} - record.keys():
+            raise ValueError(f"no {', '.join(sorted(lacking))} in it")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and evaluate again what it was to hold."
+        ) from error
+    return record
 
 
 def merge(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Keep what an earlier evaluation of the same model left of other tasks; mean by group.
 
-    A group's mean is over the scores that are there, each divided by the highest possible one.
+    What failed then and was not asked again still counts as missing. A group's mean is over the
+    scores that are there, each divided by the highest possible one.
     """
-    for part in ("samples", "scores"):
-        others = {
-            key: value
-            for key, value in earlier.get(part, {}).items()
-            if key.split(":")[0] not in result["tasks"]
-        }
+    again = {*result["tasks"], *result["samples"]}
+    for part in ("samples", "scores", "missing"):
+        before = earlier.get(part, {})
+        others = {key: value for key, value in before.items() if key.split(":")[0] not in again}
         result[part] = others | result[part]
+    result["complete"] = not result["missing"]
     for group in GROUPS:
         shares = [s["value"] / s["top"] for s in result["scores"].values() if s["group"] == group]
         if shares:

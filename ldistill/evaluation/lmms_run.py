@@ -31,12 +31,19 @@ import ldistill
 from ldistill.checkpoints import resolve
 from ldistill.evaluation.answerer_loading import kind_of, model_folder
 from ldistill.evaluation.lmms_faults import check_before, explain
-from ldistill.evaluation.lmms_results import merge, read_results, score_of
-from ldistill.evaluation.suites import SUITES, rows_of_tasks, suite
+from ldistill.evaluation.lmms_results import (
+    EVALUATION,
+    merge,
+    read_evaluation,
+    read_results,
+    scores_of,
+)
+from ldistill.evaluation.suites import SUITES, suite
 
-EVALUATION = "eval.json"
 LOG = "lmms_eval.log"
 CONFIG = "lmms_eval.yaml"
+# What lmms-eval splits its arguments at, or takes for the bounds of what it must not split.
+_SPLITS = frozenset(",'\"{}[]")
 _PACKAGES = ("ldistill", "lmms-eval", "torch", "transformers", "datasets")
 # Of a launcher, of which this process may be a rank: lmms-eval would take itself for that rank.
 _LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
@@ -94,8 +101,8 @@ def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> 
     folder = model_folder(asked.student)
     kind = kind_of(folder)
     check(asked)
-    asked.out.mkdir(parents=True, exist_ok=True)
     arguments = _arguments(asked, folder)
+    asked.out.mkdir(parents=True, exist_ok=True)
     earlier = _earlier(asked, arguments)
     include = _include_paths(asked, folder, kind)
     config = _config(asked, kind, arguments, include)
@@ -122,17 +129,24 @@ def check(asked: Evaluation) -> None:
     for path in asked.include_paths:
         if not path.is_dir():
             raise FileNotFoundError(f"include path {path} is not a folder.")
-    if "," in asked.student or "," in str(asked.out):
-        raise ValueError("lmms-eval cannot take a path with a comma in it.")
-    check_before(asked.all_tasks)
+    _refuse_splits(asked.out.resolve())
+    check_before(asked.all_tasks, asked.limit)
+
+
+def _refuse_splits(*values: Any) -> None:
+    for text in map(str, values):
+        if found := sorted(_SPLITS.intersection(text)):
+            raise ValueError(f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}")
 
 
 # ---- the subprocess ----
 
 
 def _arguments(asked: Evaluation, folder: Path) -> str:
-    arguments = {"pretrained": str(folder.resolve())} | dict(asked.options)
-    return ",".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
+    given = {"pretrained": str(folder.resolve())} | dict(asked.options)
+    arguments = {name: value for name, value in given.items() if value is not None}
+    _refuse_splits(*arguments.values())
+    return ",".join(f"{name}={value}" for name, value in arguments.items())
 
 
 def _config(asked: Evaluation, kind: str, arguments: str, include: list[str]) -> dict[str, Any]:
@@ -262,7 +276,6 @@ def _describe(
     def relative(path: Path | None) -> str | None:
         return None if path is None else str(path.relative_to(asked.out))
 
-    rows = [r for r in rows_of_tasks(asked.all_tasks) if r.task not in found["missing"]]
     return {
         "student": asked.student,
         "folder": str(folder.resolve()),
@@ -278,17 +291,16 @@ def _describe(
         "missing": dict(found["missing"]),
         "results": relative(found["file"]),
         "samples": {task: relative(path) for task, path in found["samples"].items()},
-        "scores": {row.id: score_of(row, found) for row in rows},
+        "scores": scores_of(found["complete"].values()),
         "groups": {},
     }
 
 
 def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     """An earlier ``eval.json`` there, which must be of the same model, asked the same way."""
-    path = asked.out / EVALUATION
-    if not path.is_file():
-        return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = read_evaluation(asked.out)
+    if not earlier or not (earlier.get("scores") or earlier.get("samples")):
+        return {}  # nothing that could be mixed up
     then, now = (earlier["model_args"], earlier["limit"]), (arguments, asked.limit)
     if then != now:
         raise ValueError(

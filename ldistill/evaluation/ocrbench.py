@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ldistill.evaluation.results import Sample
+from ldistill.evaluation.results import Sample, TaskResult
 
 TASK = "ocrbench"
 METRIC = "ocrbench_accuracy"
@@ -99,6 +99,20 @@ def total(counts: Mapping[str, Count]) -> Count:
 def complete(counts: Mapping[str, Count]) -> bool:
     """Whether these are all 1000 samples."""
     return {kind: c.of for kind, c in counts.items()} == SIZES
+
+
+def limited_score(result: TaskResult) -> float | None:
+    """Share of right answers where a limit was set, of which lmms-eval makes thousandths.
+
+    None for another task, the whole benchmark, or samples that cannot be counted.
+    """
+    if result.task != TASK or not result.limited:
+        return None
+    try:
+        whole = total(count(result.samples().values()))
+    except ValueError:
+        return None
+    return whole.right / whole.of if whole.of else None
 
 
 def losses(

@@ -15,17 +15,24 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-RESULTS = "_results.json"
+from ldistill.evaluation.result_files import (
+    RESULTS,
+    Record,
+    load_results,
+    model_of,
+    of_run,
+    results_files,
+    tasks_of,
+)
+
 _NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"}
 _NOT_METRICS |= {"resps", "filtered_resps", "token_counts"}
-_STEP = re.compile(r"(?:^|/)step-(\d+)/")
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
 
@@ -199,29 +206,37 @@ def _split(argument: str) -> tuple[str | None, Path]:
 def _expand(name: str | None, folder: Path) -> list[Variant]:
     if not folder.is_dir():
         raise NoResults(f"{folder} is no folder: give run or results folders.")
-    files = _result_files(folder)
+    files = _found(folder)
     own = name or _folder_name(folder)
-    taken, note = _of_run(folder, files)
-    if taken or len({_model(record) for _, record in files}) == 1:
-        notes = (f"{own}: {note}",) if note else ()
-        return [_variant(own, folder, taken or files, notes)]
-    parts: dict[str, list[tuple[Path, dict]]] = {}
+    if only := _one(own, folder, files):
+        return [only]
+    parts: dict[str, list[Record]] = {}
     for path, record in files:
         parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
-    for part, inside in parts.items():
-        several = {_model(record) for _, record in inside}
-        if len(several) > 1:
-            listed = ", ".join(sorted(several))
-            raise ValueError(
-                f"{folder / part} holds results of several models ({listed}): give the folder of "
-                "each one, NAME=DIR."
-            )
     if name is not None:
         raise ValueError(
             f"{folder} holds results of several models: one name, {name!r}, cannot cover "
             f"{', '.join(parts)}."
         )
-    return [_variant(part, folder / part, inside) for part, inside in parts.items()]
+    found = []
+    for part, inside in parts.items():
+        variant = _one(part, folder / part, inside)
+        if variant is None:
+            listed = ", ".join(sorted({model_of(record) for _, record in inside}))
+            raise ValueError(
+                f"{folder / part} holds results of several models ({listed}): give the folder of "
+                "each one, NAME=DIR."
+            )
+        found.append(variant)
+    return found
+
+
+def _one(name: str, folder: Path, files: list[Record]) -> Variant | None:
+    """The variant whose results these are; None where they are of several models."""
+    taken, note = of_run(folder, files)
+    if not taken and len({model_of(record) for _, record in files}) > 1:
+        return None
+    return _variant(name, folder, taken or files, (f"{name}: {note}",) if note else ())
 
 
 def _folder_name(folder: Path) -> str:
@@ -231,35 +246,9 @@ def _folder_name(folder: Path) -> str:
     return path.name
 
 
-def _of_run(
-    folder: Path, files: list[tuple[Path, dict]]
-) -> tuple[list[tuple[Path, dict]], str | None]:
-    """Results of a run's own student, else of its last step evaluated; and what to say of it."""
-    student = (folder / "student").resolve()
-    steps: dict[int, list[tuple[Path, dict]]] = {}
-    final = []
-    for path, record in files:
-        if (model := _model(record)) and Path(model).expanduser().resolve() == student:
-            final.append((path, record))
-        elif step := _STEP.search(path.relative_to(folder).as_posix()):
-            steps.setdefault(int(step[1]), []).append((path, record))
-    if final:
-        left = len(files) - len(final)
-        note = f"results of {left} other evaluations in {folder} (steps in between) left aside."
-        return final, note if left else None
-    if steps and sum(map(len, steps.values())) == len(files):
-        last = max(steps)
-        return steps[last], f"evaluated during training, at step {last}."
-    return [], None
-
-
-def _model(record: Mapping[str, Any]) -> str:
-    return str(record.get("model_name") or record.get("config", {}).get("model_args") or "")
-
-
-def _result_files(folder: Path) -> list[tuple[Path, dict]]:
+def _found(folder: Path) -> list[Record]:
     """Results files below a folder, oldest first."""
-    files = [(path, _load(path)) for path in folder.rglob(f"*{RESULTS}")]
+    files = [(path, load_results(path)) for path in results_files(folder)]
     if not files:
         samples = next(folder.rglob("*_samples_*.jsonl"), None)
         student = folder if (folder / "student").is_dir() else "..."
@@ -272,41 +261,21 @@ def _result_files(folder: Path) -> list[tuple[Path, dict]]:
     return sorted(files, key=lambda item: (item[0].name, str(item[0])))
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record["results"], dict):
-            raise TypeError("no results in it")
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a results file of lmms-eval ({error}): evaluate again, or remove it to "
-            "compare without it."
-        ) from error
-    return record
-
-
-def _variant(
-    name: str, folder: Path, files: list[tuple[Path, dict]], notes: tuple[str, ...] = ()
-) -> Variant:
+def _variant(name: str, folder: Path, files: list[Record], notes: tuple[str, ...] = ()) -> Variant:
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
     for path, record in files:
-        for task in _tasks(record):
+        for task in tasks_of(record):
             again |= {task} & tasks.keys()
-            tasks[task] = _task(task, path, record)
+            tasks[task] = task_result(task, path, record)
     if again:
         listed = ", ".join(sorted(again))
         notes += (f"{name}: {listed} evaluated more than once; the newest results are used.",)
-    return Variant(name, folder, _model(files[-1][1]), tasks, notes)
+    return Variant(name, folder, model_of(files[-1][1]), tasks, notes)
 
 
-def _tasks(record: Mapping[str, Any]) -> list[str]:
-    """Names of real tasks: groups of tasks have results but no configuration."""
-    configs = record.get("configs") or record["results"]
-    return [task for task in record["results"] if task in configs]
-
-
-def _task(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
+def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
+    """A task of a results file whose content is ``record``."""
     scores = {
         key: float(value)
         for key, value in record["results"][task].items()
