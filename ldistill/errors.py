@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,14 @@ def may_pass(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> int:
     """What a program that ends with this error exits with."""
     return TRANSIENT_EXIT_CODE if may_pass(error) else ERROR_EXIT_CODE
+
+
+def ignore_dead_workers() -> None:
+    """Let the death of further data workers interrupt nothing, for the run ends anyway.
+
+    PyTorch's handler would raise in the midst of what tells the first failure to ranks and user.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def worker_died(error: BaseException) -> TransientError | None:

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
     from ldistill.cluster import check_launch, tell
-    from ldistill.errors import exit_code, worker_died
+    from ldistill.errors import exit_code, ignore_dead_workers, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.run import run
     from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return STOPPED_EXIT_CODE
     except (ValueError, OSError, FloatingPointError, RuntimeError) as raised:
+        ignore_dead_workers()
         error = worker_died(raised) or raised
         ours = not isinstance(error, RuntimeError)
         if not ours or os.environ.get("LDISTILL_DEBUG") == "1":

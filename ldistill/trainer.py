@@ -22,7 +22,13 @@ from transformers.trainer_utils import IntervalStrategy
 from ldistill import ranks, universal
 from ldistill.checkpoint_folder import sync
 from ldistill.distiller import Distiller
-from ldistill.errors import TransientError, may_pass, worker_died, writing
+from ldistill.errors import (
+    TransientError,
+    ignore_dead_workers,
+    may_pass,
+    worker_died,
+    writing,
+)
 from ldistill.flops import count_step, student_flops
 from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
@@ -365,6 +371,7 @@ def _read(iterator: Iterator, count: int) -> tuple[list[Any], Exception | None]:
     try:
         return [next(iterator) for _ in range(count)], None
     except (ConnectionError, EOFError, RuntimeError) as error:  # of a worker, or of its queue
+        ignore_dead_workers()
         lost = TransientError(f"a data worker failed ({type(error).__name__}: {error})")
         lost.__cause__ = error  # LDISTILL_DEBUG shows where
         return [], worker_died(error) or lost

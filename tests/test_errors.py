@@ -60,7 +60,7 @@ def test_a_killed_data_worker_is_a_sentence_and_may_be_tried_again(tmp_path):
     try:
         end = time.monotonic() + 300
         while not (metrics.is_file() and metrics.read_text().count("\n")):
-            assert run.poll() is None
+            assert run.poll() is None, run.communicate()[1]
             assert time.monotonic() < end
             time.sleep(0.05)
         workers = [p for p in psutil.Process(run.pid).children(recursive=True) if _works(p)]
