@@ -66,6 +66,7 @@ def test_everything(results):
     done = run(results)
     assert done.exit_code == 0, done.output
     assert "baseline nanovlm-full, original nanovlm" in done.output
+    assert "different" not in done.output
     names = {p.name for p in (results / "report").iterdir()}
     assert names == {
         "report.md",
@@ -140,6 +141,38 @@ def test_other_samples(results):
         assert {r["samples"] for r in csv.DictReader(file) if r["category"] == ""} == {"2"}
     assert "No original" in done.output
     assert "OCRBench: short has no results: its sub-tasks are missing." in done.output
+
+
+def test_unlike_options_and_limits_are_said(tmp_path):
+    """Not what was trained differs then, but how it was asked."""
+    everyone = (
+        ("nanovlm-full", "a,dtype=float32,tiling=True", 4),
+        ("lingudistill", "b,dtype=auto,tiling=False", 4),
+        ("nanovlm", "c", 2),
+    )
+    for name, model, count in everyone:
+        write_results(
+            tmp_path / name,
+            {"scienceqa": {"exact_match,none": count / 5}},
+            {"scienceqa": science([1] * count)},
+            model=model,
+            available={"scienceqa": 4},
+        )
+    folders = [str(tmp_path / name) for name, _, _ in everyone]
+    done = runner.invoke(app, ["compare", *folders, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert (
+        "Evaluated with different model options: nanovlm-full dtype=float32, tiling=True; "
+        "lingudistill without; nanovlm without (scienceqa)."
+    ) in done.output
+    report = (tmp_path / "out" / "report.md").read_text()
+    mixed = (
+        "ScienceQA: scores of different samples (2 for nanovlm, 4 for nanovlm-full, 4 for "
+        "lingudistill), also in its group."
+    )
+    assert f"- {mixed}" in report
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["recovered_notes"] == [mixed]
 
 
 def test_limited_ocrbench_is_recomputed(tmp_path):

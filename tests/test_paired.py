@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from ldistill.evaluation import paired as paired_module
 from ldistill.evaluation.paired import bootstrap_interval, mcnemar, paired
 
 
@@ -71,6 +73,19 @@ def test_interval_against_plain_resampling():
     width = 2 * 1.96 * values.std() / math.sqrt(len(values))
     assert high - low == pytest.approx(width, rel=0.1)
     assert bootstrap_interval(values) == (low, high)  # the same every time
+
+
+def test_graded_scores_are_drawn_in_parts(monkeypatch):
+    """As many distinct values as samples: the same interval from a fraction of the memory."""
+    values = np.random.default_rng(1).random(1000)
+    whole = bootstrap_interval(values, resamples=1001)
+    monkeypatch.setattr(paired_module, "DRAWN_AT_ONCE", 1 << 16)
+    tracemalloc.start()
+    parts = bootstrap_interval(values, resamples=1001)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert parts == pytest.approx(whole, rel=1e-12)
+    assert peak < 1001 * 1000 * 8 / 4  # of all counts at once
 
 
 def test_nothing_or_unlike_lengths():

@@ -139,6 +139,46 @@ def test_the_report_holds_means_over_seeds_and_shares(tmp_path):
     assert (tmp_path / "language_vs_reading.png").stat().st_size > 1000
 
 
+def test_without_any_reading_there_is_still_a_report(tmp_path):
+    from ldistill.study.report import write_report
+
+    blind = {
+        name: of | {"tiny_words": [0.0] * len(of["tiny_words"])} for name, of in SCORES.items()
+    }
+    files = write_report(blind, {}, tmp_path, "ldistill study tiny")
+    said = files[0].read_text(encoding="utf-8")
+    assert f"reading 0.000 (`{BASELINE}` has none)" in said
+
+
+def test_what_earlier_commands_finished_stays_in_the_report(tmp_path):
+    """`--variant` and fewer seeds say what is to be run, not what is reported."""
+    from ldistill.study.report import markdown, summarise
+    from ldistill.study.tiny import TinyStudy, collect, metrics_files
+
+    def record(complete: bool) -> str:
+        score = {"tiny_facts": {"value": 0.5}}
+        fields = {"model_args": "", "limit": None, "complete": complete, "scores": score}
+        return json.dumps(fields)
+
+    done = (ORIGINAL, f"seed-1/{BASELINE}", f"seed-2/{BASELINE}", f"seed-1/{MAIN}")
+    for place in (*done, "seed-1/distill-full"):
+        folder = tmp_path / place / "eval"
+        folder.mkdir(parents=True)
+        (folder / "eval.json").write_text(record(complete=place in done))
+        (folder.parent / "metrics.jsonl").write_text("")
+    study = TinyStudy(tmp_path, variants((MAIN,)), seeds=1)
+    scores = collect(study)
+    assert {name: len(of["tiny_facts"]) for name, of in scores.items()} == {
+        ORIGINAL: 1, BASELINE: 2, MAIN: 1,
+    }  # fmt: skip
+    assert metrics_files(study).keys() == {BASELINE, MAIN}
+    (tmp_path / "seed-1" / MAIN / "eval" / "eval.json").write_text(record(complete=True)[:9])
+    with pytest.raises(ValueError, match=rf"{MAIN}/eval/eval.json is damaged"):
+        collect(study)
+    results = summarise(SCORES | {MAIN: {row: of[:1] for row, of in SCORES[MAIN].items()}})
+    assert "Seeds: 1 to 2." in markdown(SCORES, results, "", drawn=False, curves=False)
+
+
 @pytest.mark.slow
 def test_a_small_study_runs_resumes_and_reports(tmp_path, monkeypatch):
     pytest.importorskip("lmms_eval", reason="evaluates through lmms-eval")

@@ -6,7 +6,9 @@ import csv
 import io
 import statistics
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ldistill.evaluation.recovery import plot_recovery, recovery, recovery_markdown, share
 from ldistill.evaluation.suites import rows
@@ -149,3 +151,16 @@ def test_picture(table, tmp_path):
     nothing = score_table({"o": {}, "b": {}, "v": {}}, CHOSEN, baseline="b", original="o")
     assert not plot_recovery(nothing, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_a_wide_title_is_not_cut(tmp_path):
+    """One panel, and names of a length that runs have: the picture is as wide as its title."""
+    base, original = "nanovlm-full-cauldron-seed-1", "smollm2-460m-before-training"
+    scores = {original: {"arc_easy": 0.9}, base: {"arc_easy": 0.5}, "x": {"arc_easy": 0.7}}
+    table = score_table(scores, [ARC], baseline=base, original=original)
+    assert plot_recovery(table, tmp_path / "recovery.png")
+    with Image.open(tmp_path / "recovery.png") as picture:
+        dark = np.asarray(picture.convert("L")) < 128
+    title = dark[: dark.shape[0] // 8]
+    assert title.any()
+    assert not title[:, -8:].any()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.evaluation import ocrbench
+from ldistill.evaluation.conditions import unlike_options
 from ldistill.evaluation.matching import Match, Pair, match, sentences
 from ldistill.evaluation.paired import Paired, paired
 from ldistill.evaluation.results import TaskResult, Variant
@@ -145,6 +146,7 @@ def compare(
     counts, notes = _ocrbench(variants, chosen)
     table = _table(variants, chosen, baseline, original)
     notes = [*missing, *(note for v in variants for note in v.notes), *notes]
+    notes += unlike_options(variants, chosen)
     matches: list[Match] = []
     base = next((v for v in variants if v.name == baseline), None)
     if base is None:

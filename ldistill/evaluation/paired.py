@@ -18,6 +18,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+DRAWN_AT_ONCE = 1 << 20
+"""Counts in memory while resampling: graded scores have as many distinct values as samples."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ def bootstrap_interval(
     """
     distinct, counts = np.unique(np.round(np.asarray(values, float), 12), return_counts=True)
     n = counts.sum()
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)
+    rng, most = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(distinct))
+    sizes = [min(most, resamples - done) for done in range(0, resamples, most)]
+    means = [rng.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(draws @ distinct / n, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -71,11 +71,11 @@ def recovery(table: ScoreTable) -> dict[str, dict[str, Share]]:
     }
 
 
-def recovery_markdown(table: ScoreTable) -> str:
-    """Shares by group and by task, with what was left out."""
+def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
+    """Shares by group and by task, with what was left out and further ``remarks``."""
     variants = list(recovery(table))
     lines: list[list[str]] = []
-    gaps: list[str] = []
+    gaps = [f"- {remark}" for remark in remarks]
     for group, rows in table.groups.items():
         shares = [share(table, v, rows) for v in variants]
         lines.append([f"**{group_title(group)}**", *(f"**{s.text}**" for s in shares)])
@@ -129,7 +129,7 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     title = f"Share recovered: {table.baseline} = 0%, {table.original} = 100%"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
-    figure.savefig(target, dpi=150)
+    figure.savefig(target, dpi=150, bbox_inches="tight")  # a title may be wider than the panels
     plt.close(figure)
     return True
 

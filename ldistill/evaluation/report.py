@@ -16,6 +16,7 @@ from typing import Any
 
 from ldistill.evaluation import ocrbench
 from ldistill.evaluation.compare import Comparison, PairedRow
+from ldistill.evaluation.conditions import unlike_samples
 from ldistill.evaluation.examples import LOST, WON, Examples, chosen_for_page, page_pictures
 from ldistill.evaluation.failure_modes import MODES
 from ldistill.evaluation.paired import significance
@@ -74,7 +75,8 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
     """The report as one Markdown text; ``picture``: whether recovery.png is beside it."""
     parts = ["# Comparison\n", _roles(comparison), "## Scores\n", comparison.table.markdown()]
     if _has_roles(comparison):
-        parts += ["## Share recovered\n", recovery_markdown(comparison.table)]
+        unlike = unlike_samples(comparison.variants, comparison.table)
+        parts += ["## Share recovered\n", recovery_markdown(comparison.table, unlike)]
         parts += ["![Share recovered by group](recovery.png)\n"] if picture else []
     if comparison.paired:
         parts += ["## Samples won and lost\n", _paired_markdown(comparison)]
@@ -250,6 +252,7 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
         "scores": scores,
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
         "recovered": {},
+        "recovered_notes": [],
         "paired": [_plain_pair(p) for p in comparison.paired],
         "ocrbench": {
             v: {kind: dataclasses.asdict(c) for kind, c in counts.items()}
@@ -266,6 +269,7 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
             v: {group: dataclasses.asdict(share) for group, share in shares.items()}
             for v, shares in recovery(table).items()
         }
+        plain["recovered_notes"] = unlike_samples(comparison.variants, table)
     return plain
 
 

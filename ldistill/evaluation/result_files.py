@@ -40,6 +40,11 @@ def model_of(record: Mapping[str, Any]) -> str:
     return str(record.get("model_name") or record.get("config", {}).get("model_args") or "")
 
 
+def model_args_of(record: Mapping[str, Any]) -> dict[str, str]:
+    arguments = str(record.get("config", {}).get("model_args") or "").split(",")
+    return dict(part.split("=", 1) for part in arguments if "=" in part)
+
+
 def tasks_of(record: Mapping[str, Any]) -> list[str]:
     """Names of real tasks: groups of tasks have results but no configuration."""
     configs = record.get("configs") or record["results"]

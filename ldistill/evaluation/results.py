@@ -25,6 +25,7 @@ from ldistill.evaluation.result_files import (
     RESULTS,
     Record,
     load_results,
+    model_args_of,
     model_of,
     of_run,
     results_files,
@@ -63,6 +64,8 @@ class TaskResult:
     path: Path
     """The results file."""
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    model_args: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of the lmms-eval model: ``pretrained``, ``dtype``, ``tiling``, ..."""
 
     @property
     def samples_path(self) -> Path:
@@ -290,6 +293,7 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
         available=_count(counts.get("original")),
         path=path,
         higher_is_better=record.get("higher_is_better", {}).get(task, {}),
+        model_args=model_args_of(record),
     )
 
 

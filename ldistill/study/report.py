@@ -73,7 +73,9 @@ def _spread(values: Sequence[float]) -> dict[str, float | int]:
 def markdown(scores: Scores, results: Mapping, command: str, drawn: bool, curves: bool) -> str:
     """The report as one page."""
     table = _table(scores)
-    seeds = max(r["seeds"] for of_variant in results.values() for r in of_variant.values())
+    trained = (of_variant for name, of_variant in results.items() if name != ORIGINAL)
+    counts = sorted({r["seeds"] for of_variant in trained for r in of_variant.values()}) or [1]
+    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     parts = [
         "# The study on the tiny world",
         f"`{command}`\n\nSeeds: {seeds}. Accuracy on held-out items; changes are against "
@@ -109,11 +111,12 @@ def _verdict(results: Mapping) -> str:
             continue
         gained = of_variant["language"]["mean"] - base["language"]["mean"]
         share = f"{gained / lost:.0%} of it" if lost > 0 else "nothing was lost"
-        kept = of_variant["reading"]["mean"] / base["reading"]["mean"]
+        reading, before = of_variant["reading"]["mean"], base["reading"]["mean"]
+        kept = f"{reading / before:.1%} of `{BASELINE}`'s" if before else f"`{BASELINE}` has none"
         mark = " **(the method)**" if name == MAIN else ""
         lines.append(
             f"- `{name}`{mark}: language {of_variant['language']['mean']:.3f} ({share}), reading "
-            f"{of_variant['reading']['mean']:.3f} ({kept:.1%} of `{BASELINE}`'s)."
+            f"{reading:.3f} ({kept})."
         )
     return "\n".join([lines[0], "", *lines[1:]])
 

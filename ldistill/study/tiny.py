@@ -17,16 +17,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import ldistill
 from ldistill import run_folder
-from ldistill.evaluation.lmms_run import EVALUATION, Evaluation, evaluate
+from ldistill.evaluation.lmms_results import read_evaluation
+from ldistill.evaluation.lmms_run import Evaluation, evaluate
 from ldistill.recipe import load_recipe
-from ldistill.study.variants import ORIGINAL, Variant
+from ldistill.study.variants import ORIGINAL, Variant, variants
 
 RECIPE = "tiny"
 SUITE = "tiny"
@@ -117,30 +118,36 @@ def _evaluate(student: str, out: Path, study: TinyStudy) -> None:
 
 def _scores(folder: Path) -> dict[str, float] | None:
     """Row id → score of a complete evaluation, else None."""
-    path = folder / EVALUATION
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if not record["complete"]:
+    record = read_evaluation(folder)
+    if record is None or not record["complete"]:
         return None
     return {row: score["value"] for row, score in record["scores"].items()}
 
 
 def collect(study: TinyStudy) -> dict[str, dict[str, list[float]]]:
-    """Variant → row id → one score per seed, of every complete evaluation."""
+    """Variant → row id → one score per seed, of every complete evaluation in the study's folder."""
     found: dict[str, dict[str, list[float]]] = {}
-    folders = [(ORIGINAL, study.out / ORIGINAL / "eval")]
-    folders += [(variant.name, folder / "eval") for variant, _, folder in study.runs()]
-    for name, folder in folders:
-        for row, score in (_scores(folder) or {}).items():
+    runs = [(name, scores) for name, _, _, scores in _finished(study)]
+    for name, scores in [(ORIGINAL, _scores(study.out / ORIGINAL / "eval") or {}), *runs]:
+        for row, score in scores.items():
             found.setdefault(name, {}).setdefault(row, []).append(score)
     return found
 
 
 def metrics_files(study: TinyStudy) -> dict[str, Path]:
     """Variant → metrics of its first seed, for the loss curves."""
-    files = {v.name: folder / run_folder.METRICS for v, seed, folder in study.runs() if seed == 1}
+    runs = ((name, folder) for name, seed, folder, _ in _finished(study) if seed == 1)
+    files = {name: folder / run_folder.METRICS for name, folder in runs}
     return {name: path for name, path in files.items() if path.is_file()}
+
+
+def _finished(study: TinyStudy) -> Iterator[tuple[str, int, Path, dict[str, float]]]:
+    """Variant, seed, folder and scores of every run that is done, those of earlier commands too."""
+    numbers = (path.name.removeprefix("seed-") for path in study.out.glob("seed-*"))
+    seeds = max([study.seeds, *(int(n) for n in numbers if n.isdecimal())])
+    for variant, seed, folder in replace(study, variants=variants(), seeds=seeds).runs():
+        if (scores := _scores(folder / "eval")) is not None:
+            yield variant.name, seed, folder, scores
 
 
 def _progress(show: bool) -> Progress:
