@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ldistill.evaluation.answerer_loading import kind_of, load_answerer
@@ -182,6 +183,17 @@ def test_what_cannot_be_answered_is_an_error(models, folders):
         models["lm"].log_likelihoods([(Question("red", chat=False), "")])
     with pytest.raises(ValueError, match="dtype"):
         load_answerer(str(folders["lm"]), dtype="float33")
+
+
+@pytest.mark.parametrize("kind", ["lm", "llava"])
+def test_a_model_without_all_its_weights_is_not_scored(folders, tmp_path, kind):
+    shutil.copytree(folders[kind], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({name: w for name, w in weights.items() if name != lost}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing .*layers\.0\.mlp\.up_proj\.weight"):
+        load_answerer(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("kind", ["nanovlm", "idefics3"])

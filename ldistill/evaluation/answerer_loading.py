@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -12,6 +12,10 @@ import yaml
 from ldistill.checkpoints import resolve
 from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
 from ldistill.run_folder import RECIPE
+from ldistill.weights import read_model, refuse_misfit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def model_folder(name: str) -> Path:
@@ -110,12 +114,19 @@ def load_answerer(
         processor.chat_template = template or processor.chat_template
         if tokenizer:
             processor.tokenizer = _tokenizer_for(processor, tokenizer)
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch_type)
+        model = _whole(AutoModelForImageTextToText, folder, torch_type)
         return VLMAnswerer(model.to(device), processor, tiling)
     tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
     tok.chat_template = template or tok.chat_template
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_type)
+    model = _whole(AutoModelForCausalLM, folder, torch_type)
     return LMAnswerer(model.to(device), tok, pictures)
+
+
+def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose every weight comes from its folder: random ones would be scored as well."""
+    model, problems, _ = read_model(auto, folder, dtype=dtype)
+    refuse_misfit(folder, problems)
+    return model
 
 
 def _tokenizer_for(processor: Any, name: str) -> Any:
