@@ -71,11 +71,12 @@ def export(
     """Write the student of a run as the checkpoint it came from."""
     from ldistill.export import export_decoder, export_student
 
-    source = export_student(run, out)
+    decoder = out / "decoder"
+    source = export_student(run, out, also=(decoder.name,) if decoder_only else ())
     typer.echo(f"student  {out}  (from {source})")
     if decoder_only:
-        export_decoder(out, out / "decoder", tokenizer)
-        typer.echo(f"decoder  {out / 'decoder'}")
+        export_decoder(out, decoder, tokenizer)
+        typer.echo(f"decoder  {decoder}")
 
 
 @app.command()

@@ -31,15 +31,21 @@ def find_student(run: Path) -> Path:
     )
 
 
-def export_student(run: Path, out: Path) -> Path:
+def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     """Copy the newest student of a run to ``out``; returns where it came from.
+
+    Args:
+        run: the run's folder.
+        out: where to; an earlier export there is replaced.
+        also: names in ``out`` that the caller writes anew.
 
     Raises:
         ValueError: ``out`` holds other files.
     """
     source = find_student(run)
     names = sorted(path.name for path in source.iterdir())
-    others = [p.name for p in out.iterdir() if p.name not in names] if out.is_dir() else []
+    ours = {*names, *also}
+    others = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else []
     if others:
         raise ValueError(
             f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another."

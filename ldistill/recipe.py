@@ -16,14 +16,16 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ldistill.gating import GATES
 from ldistill.objective import DIVERGENCES, MIXES
+from ldistill.recipe_values import check_deepspeed, settle_values
 
 DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
@@ -157,7 +159,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     """Fields of a recipe, shipped or a user's own, over the shared ones.
 
     Raises:
-        ValueError: no such recipe, not a mapping, or a field that no dataclass has.
+        ValueError: no such recipe, not a mapping, a field that no dataclass has, or a value that
+            its field cannot have.
     """
     shipped = shipped_recipes()
     path = shipped.get(name, Path(name))
@@ -167,14 +170,20 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise ValueError(
             f"no recipe {name!r}.{hint} Shipped: {', '.join(shipped)}; or give a YAML file's path."
         )
-    values = _read_yaml(_folder() / f"{SHARED}.yaml") | _read_yaml(path)
+    shared, own = _read_yaml(_folder() / f"{SHARED}.yaml"), _read_yaml(path)
+    if "num_train_epochs" in own:
+        del shared["max_steps"]  # which the Trainer would heed instead
+    values = shared | own
     known = _known_fields()
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
-    return values
+    for f in dataclasses.fields(TrainingArguments):
+        if values.get(f.name, "") is None and f.default is not None:
+            raise ValueError(f"recipe {name!r}: {f.name} is empty: leave it out.")
+    return settle_values(values, OWN, name)
 
 
 def recipe_differences(name: str) -> dict[str, Any]:
@@ -218,17 +227,28 @@ def parse(argv: list[str]) -> Recipe:
     values["recipe"] = name
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
-    parser = HfArgumentParser([*OWN, TrainingArguments], add_help=False, allow_abbrev=False)
-    parser.set_defaults(**values)
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
     _check_flags(given)
-    batch, steps = _settle_batch(parser.parse_known_args(argv)[0], given)
+    if "num_train_epochs" in given and "max_steps" not in given:
+        values["max_steps"] = -1  # the recipe's, which the Trainer would heed instead
+    parser = _Parser([*OWN, TrainingArguments], add_help=False, allow_abbrev=False)
+    parser.set_defaults(**values)
+    asked = parser.parse_known_args(argv)[0]
+    check_deepspeed(asked.deepspeed)
+    batch, steps = _settle_batch(asked, given)
     # Before the arguments exist, for in making them they fill DeepSpeed's configuration.
     argv = [*argv, f"--global_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
     recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)))
     _check(recipe)
     return recipe
+
+
+class _Parser(HfArgumentParser):
+    """One whose errors are a sentence, without the usage of its hundreds of flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.rstrip('.')}. See --help.")
 
 
 def _recipe_name(argv: list[str]) -> str:
@@ -299,8 +319,31 @@ def _check(recipe: Recipe) -> None:
             "kv_grad through needs the graph that gradient checkpointing drops: choose "
             "--kv_grad detached or leave out --gradient_checkpointing."
         )
-    if recipe.training.max_steps <= 0 and recipe.training.num_train_epochs <= 0:
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+    _check_unused(args)
+
+
+def _check_unused(args: TrainingArguments) -> None:
+    """Refuse flags of the stock Trainer that have no place in this one."""
+    unused = {
+        "label_smoothing_factor": (args.label_smoothing_factor, "the loss is the recipe's own"),
+        "neftune_noise_alpha": (
+            args.neftune_noise_alpha is not None,
+            "the teacher reads what the student's embeddings give",
+        ),
+        "use_liger_kernel": (args.use_liger_kernel, "kernels are chosen with --kernels"),
+    }
+    for name, (value, why) in unused.items():
+        if value:
+            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
+    available = get_available_reporting_integrations()
+    for name in args.report_to:
+        if name not in available:
+            raise ValueError(
+                f"report_to {name}: its package is not installed here. Install it, or choose "
+                f"{' or '.join([*available, 'none'])}."
+            )
 
 
 def _settle_batch(asked: Namespace, given: set[str]) -> tuple[int, int]:

@@ -125,9 +125,7 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     if "output_dir" not in recipe.given:
         is_path = asked and str(asked).lower() not in ("true", "auto", "false")
         chosen = Path(asked).parent if is_path else None
-        args.output_dir = from_first(
-            lambda: str(chosen or run_folder.default_folder(recipe.run.recipe or "run"))
-        )
+        args.output_dir = from_first(lambda: str(chosen or _own_folder(recipe)))
     folder = Path(args.output_dir)
     if recipe.run.overwrite and resuming.wants_newest(asked):
         asked = None  # the run whose checkpoint it would be goes
@@ -143,6 +141,17 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     if is_first():
         keep_wandb_run(folder, args.report_to)
     return folder, resume, run_id if begins else None
+
+
+def _own_folder(recipe: Recipe) -> Path:
+    """The folder where none was given: a new one, or the recipe's newest to go on with its run."""
+    name = recipe.run.recipe or "run"
+    asked = recipe.training.resume_from_checkpoint
+    goes_on = resuming.wants_newest(asked) and not recipe.run.overwrite
+    newest = run_folder.newest_folder(name) if goes_on else None
+    if newest is not None:
+        say(f"no --output_dir was given: {newest} holds the newest run of {name}.")
+    return newest or run_folder.default_folder(name)
 
 
 def _prepare(recipe: Recipe) -> None:
@@ -279,10 +288,7 @@ def build_trainer(
         pair=pair,
         loader=loader,
         meter=Meter(data.weights, device, rate),
-        rates=(
-            recipe.run.projector_lr or args.learning_rate,
-            recipe.run.decoder_lr or args.learning_rate,
-        ),
+        rates=_rates(recipe),
         saver=Saver(folder, about, args.save_total_limit, logs),
         health_steps=recipe.run.health_steps,
         resume=resume,
@@ -294,6 +300,13 @@ def build_trainer(
     _use_own_progress(trainer, metrics)
     use_patient_wandb(trainer)
     return trainer
+
+
+def _rates(recipe: Recipe) -> tuple[float, float]:
+    """Learning rates of projector and decoder; at 0, one stays as it is."""
+    default, own = recipe.training.learning_rate, recipe.run
+    projector = default if own.projector_lr is None else own.projector_lr
+    return projector, default if own.decoder_lr is None else own.decoder_lr
 
 
 def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
@@ -338,6 +351,7 @@ def _settle_steps(recipe: Recipe, plan: Plan) -> None:
     if args.max_steps <= 0:
         packs = len(plan.epoch(0)) * args.num_train_epochs
         args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
+        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
 
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shutil
 import subprocess
 import uuid
@@ -80,6 +81,14 @@ def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
         number += 1
         candidate = root / f"{name}-{number}"
     return candidate
+
+
+def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:
+    """The folder among those of :func:`default_folder` whose run was started last."""
+    named = re.compile(re.escape(Path(recipe).stem) + r"(-\d+)?")
+    runs = [path for path in root.glob(f"*/{RECIPE}") if named.fullmatch(path.parent.name)]
+    newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
 
 
 def claim(

@@ -42,6 +42,11 @@ def normalise(name: str) -> str:
     return re.sub(r"[\s\-/]+", "_", name.strip().lower())
 
 
+def split_names(text: str) -> list[str]:
+    """Names between commas; one inside parentheses, as in ``a(b,c)``, is part of its name."""
+    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+
+
 def known_sources(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """``{source: category}`` of the 17 sources and of the caller's own."""
     known = dict.fromkeys(LANGUAGE, "language") | dict.fromkeys(DOCUMENT, "document")
@@ -74,7 +79,7 @@ def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[s
     if spec in SUBSETS:
         wanted = set(CATEGORIES) if spec == "full" else {"language"}
         return list(SUBSETS[spec]) + [n for n, c in (extra or {}).items() if c in wanted]
-    names = [normalise(part) for part in spec.split(",") if part.strip()]
+    names = [normalise(part) for part in split_names(spec)]
     if not names:
         raise ValueError(f"no source in {spec!r}: give full, lang or names separated by commas.")
     for name in names:
@@ -133,6 +138,9 @@ class SourceWeights:
             alpha: weight of the distillation term on distilling sources, in [0, 1].
             temperature: τ > 0.
             extra: categories of sources beyond the 17.
+
+        Raises:
+            ValueError: a source that is unknown, or named to distil and not in the run.
         """
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
@@ -140,7 +148,7 @@ class SourceWeights:
             raise ValueError(f"temperature must be above 0, got {temperature}.")
         names = tuple(names)
         categories = tuple(category_of(name, extra) for name in names)
-        chosen = _distilling(distil, extra)
+        chosen = _distilling(distil, names, extra)
         return cls(
             names,
             categories,
@@ -154,7 +162,7 @@ class SourceWeights:
         return any(a > 0 for a in self.alpha)
 
 
-def _distilling(distil: str, extra: Mapping[str, str] | None) -> set[str]:
+def _distilling(distil: str, names: tuple[str, ...], extra: Mapping[str, str] | None) -> set[str]:
     known = known_sources(extra)
     if distil == "none":
         return set()
@@ -162,4 +170,11 @@ def _distilling(distil: str, extra: Mapping[str, str] | None) -> set[str]:
         return set(known)
     if distil in CATEGORIES:
         return {name for name, category in known.items() if category == distil}
-    return set(resolve_sources(distil, extra))
+    chosen = resolve_sources(distil, extra)
+    absent = [] if distil in SUBSETS else [name for name in chosen if name not in names]
+    if absent:
+        raise ValueError(
+            f"distil names {', '.join(absent)}, which this run does not train on: its sources are "
+            f"{', '.join(names)}. Change --distil or --sources."
+        )
+    return set(chosen)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
@@ -262,23 +263,33 @@ class DistillTrainer(Trainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self._converted:
+        if self.resume is not None:
             self._restore_groups()
         return prepared
 
     def _restore_groups(self) -> None:
-        """Undo what DeepSpeed's ZeRO-3 does when it loads the universal format.
+        """Let this start's rates and options hold, which a checkpoint's have just replaced.
 
-        It gives all groups the options of the first, and all states one and the same step tensor,
-        which each of them then counts up.
+        Unchanged ones are the same to the bit. And undo what DeepSpeed's ZeRO-3 does when it loads
+        the universal format: it gives all groups the options of the first, and all states one and
+        the same step tensor, which each of them then counts up.
         """
         groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
-        rates = self.lr_scheduler.get_last_lr()
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):  # of the others, rates are the state
+            schedule.base_lrs = [group["lr"] for group in groups]
+            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+            schedule._last_lr = [r * s for r, s in zip(schedule.base_lrs, shares, strict=True)]
+        _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        rates = schedule.get_last_lr()
         for group, wanted, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
-            group["weight_decay"], group["lr"] = wanted["weight_decay"], rate
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+            group |= {name: value for name, value in options.items() if name in group}
+            group["weight_decay"] = wanted["weight_decay"]
+            group["initial_lr"], group["lr"] = wanted["lr"], rate
+        if self._converted:
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter gathered to the logged loss."""

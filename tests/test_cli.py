@@ -44,8 +44,12 @@ def test_export_takes_the_newest_checkpoint(run_folder, tmp_path):
 
 def test_decoder_only_loads_in_transformers(run_folder, tmp_path):
     out = tmp_path / "out"
-    result = runner.invoke(app, ["export", str(run_folder), "--out", str(out), "--decoder-only"])
-    assert result.exit_code == 0, result.output
+    command = ["export", str(run_folder), "--out", str(out)]
+    for _ in range(2):  # again, over what it wrote
+        result = runner.invoke(app, [*command, "--decoder-only"])
+        assert result.exit_code == 0, result.output
+    stale = runner.invoke(app, command)
+    assert "other files (decoder)" in str(stale.exception)
     lm = AutoModelForCausalLM.from_pretrained(out / "decoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "decoder")
     student = load_nanovlm(out).eval()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ldistill.recipe import load_recipe, parse, shipped_recipes
+from ldistill.recipe_values import check_deepspeed
 from ldistill.sources import (
     DOCUMENT,
     LANGUAGE,
@@ -136,6 +137,11 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--recipe", "lingudistill", "--attention", "magic"], "attention must be one of"),
     (["--recipe", "lingudistill", "--on_long", "ignore"], "on_long must be one of"),
     (["--recipe", "lingudistill", "--max_length", "0"], "max_length"),
+    (["--alpha", "abc"], "^argument --alpha: invalid float value: 'abc'. See --help.$"),
+    (["--label_smoothing_factor", "0.1"], "label_smoothing_factor cannot be used"),
+    (["--neftune_noise_alpha", "5"], "neftune_noise_alpha cannot be used"),
+    (["--use_liger_kernel", "true"], "--kernels"),
+    (["--report_to", "nowhere"], "report_to nowhere: its package is not installed"),
     (["--recipe", "lingudistill", "--kv_grad", "through", "--gradient_checkpointing"], "kv_grad"),
     (["--save_only_model", "true"], "no run can go on"),
     (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
@@ -153,6 +159,65 @@ def test_unknown_recipe_field(tmp_path):
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="mapping"):
         load_recipe(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("alpha:", "alpha is empty"),
+    ("alpha: high", "--alpha: invalid float value: 'high'"),
+    ("alpha: true", "alpha must be a number, got True"),
+    ("max_length: 512.5", "max_length must be a whole number"),
+    ("packing: 1", "packing must be true or false"),
+    ("kv_scope: [full]", "kv_scope must be text"),
+    ("sources: [docvqa, 3]", "sources must be text"),
+    ("extra_sources: {a: document}", "extra_sources must be a list"),
+    ("max_steps:", "max_steps is empty"),
+])  # fmt: skip
+def test_a_value_that_its_field_cannot_have_is_named(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text + "\n")
+    with pytest.raises(ValueError, match=message):
+        parse(["--recipe", str(tmp_path / "bad.yaml")])
+
+
+def test_a_recipe_says_names_as_a_list_or_as_text(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "sources: [docvqa, 'a(b,c)']\ndistil: [docvqa]\nextra_sources: a(b,c)=document\n"
+        "tokenizer:\nalpha: 1\nlearning_rate: 1e-5\n"
+    )
+    recipe = parse(["--recipe", str(tmp_path / "mine.yaml")])
+    assert (recipe.data.sources, recipe.distil.distil) == ("docvqa,a(b,c)", "docvqa")
+    assert recipe.data.extra_sources == ["a(b,c)=document"]
+    assert (recipe.distil.alpha, recipe.training.learning_rate) == (1, 1e-5)
+    assert recipe.pair.tokenizer is None
+
+
+def test_epochs_replace_the_steps_of_a_recipe_unless_both_are_said(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("num_train_epochs: 2\n")
+    flags = ["--num_train_epochs", "3"]
+    assert parse(flags).training.max_steps == -1
+    assert parse([*flags, "--max_steps", "5"]).training.max_steps == 5
+    assert parse(["--recipe", str(mine)]).training.max_steps == -1
+    mine.write_text("num_train_epochs: 2\nmax_steps: 7\n")
+    assert parse(["--recipe", str(mine)]).training.max_steps == 7
+    assert parse(["--recipe", str(mine), *flags]).training.max_steps == -1
+
+
+def test_a_deepspeed_file_is_read_before_anything_else(tmp_path):
+    path = tmp_path / "mine.json"
+    flags = ["--deepspeed", str(path)]
+    for text, message in (
+        ("{,", r"mine\.json is not valid JSON"),
+        ("[]", r"mine\.json must be a JSON object"),
+        ('{"optimizer": {"type": "AdamW"}}', r"mine\.json has its own optimizer.*--projector_lr"),
+        ('{"scheduler": {}, "optimizer": {}}', "its own optimizer and scheduler"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse(flags)
+    with pytest.raises(ValueError, match="of the recipe has its own scheduler"):
+        check_deepspeed({"scheduler": {}})
+    for shipped in (Path(__file__).parents[1] / "ds_configs").glob("*.json"):
+        check_deepspeed(str(shipped))
 
 
 def test_sources_are_the_papers_table_5():
@@ -186,3 +251,17 @@ def test_weights_refuse_nonsense():
         ["vqav2", "docvqa", "vsr"], distil="vsr,docvqa", alpha=0.5, temperature=2.0
     )
     assert named.alpha == (0.0, 0.5, 0.5)
+
+
+def test_sources_that_are_to_distil_must_be_in_the_run():
+    options = {"alpha": 0.5, "temperature": 2.0}
+    with pytest.raises(ValueError, match="distil names vqav2, which this run does not train on"):
+        SourceWeights.build(["docvqa", "vsr"], distil="vqav2,vsr", **options)
+    for kind in ("language", "all", "lang"):
+        assert SourceWeights.build(["docvqa", "vsr"], distil=kind, **options).distils
+
+
+def test_a_comma_inside_parentheses_is_part_of_a_source_name():
+    name = "figureqa(cauldron,llava_format)"
+    extra = parse_extra([f"{name}=language"])
+    assert resolve_sources(f"docvqa, {name},vsr", extra) == ["docvqa", name, "vsr"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from pairs import write_pair
 from runs import write_recipe, write_shards
+from safetensors.torch import load_file
 
 from ldistill import checkpoint_folder
 from ldistill.metrics import read_metrics
 from ldistill.sample_log import SampleLog, read_samples
 from ldistill.train import main
+from ldistill.trainer import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,45 @@ def test_a_disk_that_fills_between_checkpoints_is_a_sentence_and_may_pass(
     message = resume(capsys, world, run, "--max_steps", "6", code=75)
     assert "rank-0.jsonl could not be written (No space left on device)" in message
     assert "(step 6, rank 0)" in message
+
+
+def test_a_restart_may_change_rates_and_schedule(capsys, world, run):
+    """They hold from its first step on; another test sees that the same ones change nothing."""
+    before = load_file(run / "checkpoint-4" / WEIGHTS)
+    flags = ["--projector_lr", "5e-3", "--decoder_lr", "0", "--lr_scheduler_type", "constant"]
+    flags += ["--weight_decay", "0.3", "--adam_beta2", "0.9"]
+    resume(capsys, world, run, "--max_steps", "5", *flags, code=0)
+    assert read_metrics(run / "metrics.jsonl")[4]["learning_rate"] == 5e-3
+    groups = torch.load(run / "checkpoint-5" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert [g["lr"] for g in groups] == [5e-3, 0, 0]
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.3, 0]
+    assert {g["betas"] for g in groups} == {(0.9, 0.9)}
+    after = load_file(run / "checkpoint-5" / WEIGHTS)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if name.startswith("projector")}
+
+
+def test_auto_without_a_folder_goes_on_with_the_newest_run(capsys, world, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("recipe", 300), ("recipe-2", 100), ("recipe-3", 200), ("recipe-b", 0)):
+        folder = Path(shutil.copytree(world / "run", tmp_path / "runs" / name))
+        started = time.time() - age
+        os.utime(folder / "recipe.yaml", (started, started))
+    flags = ["--recipe", str(world / "recipe.yaml"), "--max_steps", "4"]
+    assert main([*flags, "--resume_from_checkpoint", "auto"]) == 0
+    said = capsys.readouterr().out
+    assert "runs/recipe-2 holds the newest run" in said
+    assert "going on from runs/recipe-2/checkpoint-4" in said
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+
+
+def test_epochs_are_counted_in_packs(capsys, world, tmp_path):
+    run = tmp_path / "run"
+    assert main(argv(world, run, "--num_train_epochs", "0.5", "--save_strategy", "no")) == 0
+    packs = json.loads((run / "plan.json").read_text())["packs"]
+    steps = math.ceil(packs / 2 / 4)
+    assert f"num_train_epochs 0.5: {steps} steps" in capsys.readouterr().out
+    assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, steps + 1))
 
 
 def test_a_checkpoint_of_another_run_is_refused(capsys, world, run):

@@ -258,7 +258,9 @@ def cpu_count() -> int:
 
 
 def _chosen(sources: str | None) -> list[str] | None:
-    return [part.strip() for part in sources.split(",") if part.strip()] if sources else None
+    from ldistill.sources import split_names
+
+    return split_names(sources) if sources else None
 
 
 def _build_with_bar(
