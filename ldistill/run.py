@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,19 +75,18 @@ def run(recipe: Recipe) -> Path:
     check_launcher(recipe.training.n_gpu)
     check_clocks()
     folder, resume, begun = _claim_folder(recipe)
-    try:
+    with _released_on_failure(folder, begun):
         trainer, before = _set_up(recipe, folder, resume, device)
-    except BaseException:
-        if begun and is_first():
-            run_folder.release(folder, begun)  # the corrected command may take the same one
-        raise
-    if resume is None or resuming.step_of(resume) < recipe.training.max_steps:
-        with trainer.stop.listening(folder):
-            trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
-            trainer.stop.raise_if_stopped(trainer.state, folder)
+        if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
+            with trainer.stop.listening(folder):
+                trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
+                trainer.stop.raise_if_stopped(trainer.state, folder)
+    if left:
         export_result(trainer, folder)
     else:
         say(f"{resume} is the last step: nothing is left to train.")
+        if is_first():
+            run_folder.discard_replaced(folder)
         take_result(resume, folder)
     after = evaluate_student(recipe, folder / run_folder.STUDENT, "after training")
     if is_first():
@@ -95,6 +96,17 @@ def run(recipe: Recipe) -> Path:
 
 
 # ---- before the first step ----
+
+
+@contextmanager
+def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
+    """Leave the folder of a run that begins as it was, for the corrected command, if it fails."""
+    try:
+        yield
+    except BaseException:
+        if begun and is_first():
+            run_folder.release(folder, begun)
+        raise
 
 
 def _set_up(
@@ -135,12 +147,14 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
         lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
     )
     run_id = from_first(lambda: run_folder.run_id(folder))
-    everywhere(lambda: run_folder.check_shared(folder, run_id))
-    if resume is not None and resume.parent.resolve() == folder.resolve():
-        from_first(lambda: resuming.give_up_later(folder, resume))
-    if is_first():
-        keep_wandb_run(folder, args.report_to)
-    return folder, resume, run_id if begins else None
+    begun = run_id if begins else None
+    with _released_on_failure(folder, begun):
+        everywhere(lambda: run_folder.check_shared(folder, run_id))
+        if resume is not None and resume.parent.resolve() == folder.resolve():
+            from_first(lambda: resuming.give_up_later(folder, resume))
+        if is_first():
+            keep_wandb_run(folder, args.report_to)
+    return folder, resume, begun
 
 
 def _own_folder(recipe: Recipe) -> Path:

@@ -36,6 +36,7 @@ METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
 STUDENT = "student"
+REPLACED = ".replaced"
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 IDENTITY = (
@@ -104,7 +105,8 @@ def claim(
         folder: the run's.
         recipe: resolved.
         resume: checkpoint to go on from.
-        overwrite: replace another run; what lies in its folder goes.
+        overwrite: replace another run; what lies in its folder is kept aside until
+            :func:`discard_replaced`, or until :func:`release` puts it back.
         restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
 
     Returns:
@@ -132,12 +134,16 @@ def claim(
             "replace it with --overwrite, or choose another --output_dir."
         )
     if old.exists() and overwrite:
-        _empty(folder)
+        _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if run_id(folder) is None:
-        write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
-    write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
-    write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+    try:
+        if run_id(folder) is None:
+            write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
+        write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
+        write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+    except OSError:
+        _put_back(folder)
+        raise
     return begins
 
 
@@ -155,30 +161,67 @@ def _check_room_for(folder: Path, resume: Path, recipe: dict[str, Any]) -> None:
     _check_same_run(folder / RECIPE, recipe)
 
 
-def _empty(folder: Path) -> None:
-    """Delete what lies in a folder, which may itself be a link to another disk."""
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+def _set_aside(folder: Path) -> None:
+    """Move what lies in a folder, which may itself be a link to another disk, out of sight."""
+    aside = folder / REPLACED
+    if aside.exists() and _trained(folder):
+        shutil.rmtree(aside)  # of a start that came further, but could not delete it
+    kept = aside.exists()  # of a start killed in its set-up: the rest is its claim
+    aside.mkdir(exist_ok=True)
+    for path in list(folder.iterdir()):
+        if path == aside:
+            continue
+        if kept:
+            _delete(path)
         else:
-            path.unlink()
+            path.rename(aside / path.name)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo :func:`_set_aside`."""
+    aside = folder / REPLACED
+    if not aside.exists():
+        return
+    for path in list(aside.iterdir()):
+        target = folder / path.name
+        if target.exists() or target.is_symlink():
+            _delete(target)
+        path.rename(target)
+    aside.rmdir()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def discard_replaced(folder: Path) -> None:
+    """Delete the run that this one replaces; call it when nothing but training is left to do."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def _trained(folder: Path) -> bool:
+    return (folder / METRICS).exists() or bool(survey(folder))
 
 
 def release(folder: Path, run: str) -> None:
     """Undo :func:`claim` for a run that began and failed before its first step.
 
-    A folder in which anything was trained, or that is another run's by now, stays as it is. Raises
-    nothing: there is an error to tell already.
+    The run that it was to replace is there again. A folder in which anything was trained, or that
+    is another run's by now, stays as it is. Raises nothing: there is an error to tell already.
 
     Args:
         folder: the run's.
         run: its id.
     """
     with suppress(OSError, ValueError):
-        if run_id(folder) != run or (folder / METRICS).exists() or survey(folder):
+        if run_id(folder) != run or _trained(folder):
             return
         for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, RUN):
             (folder / name).unlink(missing_ok=True)
+        _put_back(folder)
         folder.rmdir()  # unless there was something in it before
 
 
@@ -270,8 +313,8 @@ def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None
     kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
     there = sum(min(_bytes(path), each) for path in kept)
     there += min(_bytes(folder / STUDENT), 4 * total)
-    # What a killed run left half done is cleared away before the next checkpoint.
-    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED))
+    # What a killed run left half done, or this one replaces, goes before the next checkpoint.
+    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED, REPLACED))
     free = shutil.disk_usage(folder).free
     if free + there < needed:
         raise OSError(

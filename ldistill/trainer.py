@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ldistill import ranks, universal
+from ldistill import ranks, run_folder, universal
 from ldistill.checkpoint_folder import sync
 from ldistill.distiller import Distiller
 from ldistill.errors import (
@@ -153,8 +153,10 @@ class DistillTrainer(Trainer):
         return samples, None
 
     def _begin(self) -> None:
-        """What is restored when everything is set up, before the first batch."""
+        """What is restored, or let go, when everything is set up, before the first batch."""
         self._began = True
+        if ranks.is_first():
+            run_folder.discard_replaced(self._saver.folder)
         self.meter.start()
         if self.resume is None:
             return

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 
 from ldistill import checkpoint_folder
 from ldistill.metrics import read_metrics
+from ldistill.run_folder import REPLACED
 from ldistill.sample_log import SampleLog, read_samples
 from ldistill.train import main
-from ldistill.trainer import WEIGHTS
+from ldistill.trainer import WEIGHTS, DistillTrainer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,21 @@ def test_overwriting_begins_anew_whatever_auto_would_find(capsys, world, run):
     assert "going on from" not in resume(capsys, world, run, *flags, code=0)
     assert (run / "run.json").read_bytes() != before
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1]
+    assert not (run / REPLACED).exists()
+
+
+@pytest.mark.parametrize("where", ["set-up", "train"])
+def test_a_run_is_replaced_only_once_the_new_one_trains(capsys, world, run, monkeypatch, where):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    flags = ["--overwrite", "true"]
+    if where == "set-up":
+        flags += ["--shards", str(run / "none")]
+    else:
+        engine = Mock(side_effect=ValueError("the engine refuses its configuration"))
+        monkeypatch.setattr(DistillTrainer, "_prepare_for_training", engine)
+    assert ("shards" if where == "set-up" else "refuses") in resume(capsys, world, run, *flags)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert not (run / REPLACED).exists()
 
 
 def test_a_disk_that_fills_between_checkpoints_is_a_sentence_and_may_pass(

@@ -139,6 +139,9 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     run_folder.claim(link, {}, None, False)
     keep_checkpoint(link, 1)
     assert run_folder.claim(link, {}, None, overwrite=True)
+    assert run_folder.claim(link, {}, None, overwrite=True), "the first was killed in its set-up"
+    assert [f.step for f in survey(link / run_folder.REPLACED)] == [1]
+    run_folder.discard_replaced(link)
     assert link.is_symlink()
     assert sorted(p.name for p in target.iterdir()) == [
         "environment.json",

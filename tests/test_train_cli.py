@@ -138,7 +138,7 @@ def test_deepspeed_config_that_contradicts_the_flags(world, tmp_path):
     )  # fmt: skip
     assert result.returncode != 0
     assert "train_micro_batch_size_per_gpu" in result.stderr
-    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert not (tmp_path / "out").exists(), "the corrected command may take the same folder"
 
 
 def test_help_is_readable(capsys):
