@@ -168,7 +168,7 @@ def _set_aside(folder: Path) -> None:
         shutil.rmtree(aside)  # of a start that came further, but could not delete it
     kept = aside.exists()  # of a start killed in its set-up: the rest is its claim
     aside.mkdir(exist_ok=True)
-    for path in list(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):  # it says: taken
         if path == aside:
             continue
         if kept:
