@@ -6,8 +6,10 @@ import pytest
 import torch
 from helpers_distill_loss import gradients, leaves, relative
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss import distill_loss, matmul
 from ldistill_kernels.distill_loss.function import OP
 from ldistill_kernels.distill_loss.testing import make_inputs
 
@@ -83,6 +85,33 @@ def test_autocast_does_not_narrow_the_products():
     assert out.loss == want.loss
     for name, grad in grads.items():
         assert torch.equal(grad, want_grads[name])
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrix products done inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "mm" in func.overloadpacket.__name__:
+            self.dtypes.append(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_product_on_a_gpu_is_summed_in_fp32(dtype):
+    """A 16-bit result may be reduced in 16 bits; tensors without memory stand for a GPU's."""
+    with FakeTensorMode(), Products() as products:
+        narrow = {"dtype": dtype, "device": "cuda"}
+        hidden, weight = torch.empty(4, 32, **narrow), torch.empty(90, 32, **narrow)
+        grad, logits = torch.empty(4, 90, **narrow), torch.empty(4, 90, device="cuda")
+        matmul.project(hidden, weight, logits)
+        matmul.add_weight_gradient(torch.empty(90, 32, device="cuda"), grad, hidden)
+        assert matmul.input_gradient(grad, weight, dtype).dtype == dtype
+    assert products.dtypes == [torch.float32] * 3
 
 
 def test_second_derivative_is_refused():

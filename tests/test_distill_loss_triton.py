@@ -24,7 +24,7 @@ from helpers_distill_loss import (
     random_case,
 )
 
-from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss import checks, distill_loss
 from ldistill_kernels.distill_loss import triton as step
 from ldistill_kernels.distill_loss.testing import make_inputs
 
@@ -110,6 +110,36 @@ def test_extreme_logits_stay_finite(kl):
     out, grads = gradients(inputs, kl=kl, **TRITON)
     assert all(value.isfinite().all() for value in (*out, *grads.values()))
     assert_matches_fp64(inputs, 1e-3, TRITON, kl=kl)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("broken", ["h_s", "h_t", "w_s", "w_t"])
+def test_nan_is_left_where_the_reference_leaves_it(broken, kl):
+    """In one row of states, or in the last row of a head: the student's is not compared."""
+    inputs = make(3, 3, 70, 66, ignored=0)
+    inputs[broken][-1, 0] = float("nan")
+    (ours, grads), (theirs, want) = (
+        gradients(inputs, kl=kl, kernels=kernels) for kernels in ("triton", "reference")
+    )
+    assert ours.loss.isnan()
+    for name in ("ce", "kl", "extra_mass"):
+        assert torch.equal(getattr(ours, name).isnan(), getattr(theirs, name).isnan()), name
+    for name, grad in grads.items():
+        assert torch.equal(grad.isnan(), want[name].isnan()), name
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_unchecked_labels_that_are_no_token_give_nan(kernels, monkeypatch):
+    """As on a GPU, where looking at them would wait; an ignored row still gives nothing."""
+    monkeypatch.setattr(checks, "checks_values", lambda device: False)
+    inputs = make(6, 3, 70, 66, ignored=0)
+    inputs["labels"] = torch.tensor([-1, 70, 2**32 + 3, 69, 0, -100], device=DEVICE)
+    out, grads = gradients(inputs, kernels=kernels)
+    assert out.ce.isnan().tolist() == [True] * 3 + [False] * 3
+    assert out.loss.isnan()
+    assert not out.student_label[[0, 1, 2, 5]].any()
+    assert out.ce[5] == 0
+    assert torch.count_nonzero(grads["h_s"][5]) == 0
 
 
 def test_padding_and_other_rows_are_neither_read_nor_written(monkeypatch):

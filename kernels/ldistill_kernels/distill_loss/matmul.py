@@ -46,8 +46,8 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
 def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """grad `[c, vocab]` @ weight `[vocab, width]`, summed in fp32 and rounded once to `dtype`."""
     if _on_tensor_cores(grad, weight):
-        same = dtype == grad.dtype
-        return torch.mm(grad, weight) if same else torch.mm(grad, weight, out_dtype=dtype)
+        # A 16-bit result may be summed in 16 bits between the parts of a long inner dimension.
+        return torch.mm(grad, weight, out_dtype=torch.float32).to(dtype)
     wide = compute_dtype(dtype)
     grad = grad.to(wide)
     out = grad.new_zeros(grad.shape[0], weight.shape[1])

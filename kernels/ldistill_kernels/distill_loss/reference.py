@@ -67,7 +67,8 @@ def _student(
     if vocab < logits.shape[1]:
         top = torch.maximum(best, logits[:, vocab:].amax(-1))
     softmax = torch.softmax(logits, -1)
-    labelled = _at(logits, row.labels.clamp(min=0))
+    column = _column(row.labels, logits)
+    labelled = _at(logits, column).masked_fill(column != row.labels, torch.nan)
     out.ce[index] = _log_sum_exp(top, softmax) - labelled
     out.student_label[index] = labelled == top
     out.extra_mass[index] = softmax[:, vocab:].sum(-1)
@@ -106,6 +107,11 @@ def _divergence(
     return grad_s.mul_(weight) if settings.grad_student else None
 
 
+def _column(labels: Tensor, logits: Tensor) -> Tensor:
+    """A column that exists; another than the label where that is no token, ignored or wrong."""
+    return labels.clamp(0, logits.shape[1] - 1)
+
+
 def _at(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(1, columns.unsqueeze(1)).squeeze(1)
 
@@ -140,7 +146,7 @@ _GRADIENTS = {"forward": _forward_kl, "reverse": _reverse_kl, "jsd": _jsd}
 def _write_grad(logits: Tensor, student: _Student, row: RowInputs, kl_grad: Tensor | None) -> None:
     """logits <- ce_grad (softmax - onehot), plus `kl_grad` in the first columns."""
     torch.mul(student.softmax, row.ce_grad.unsqueeze(1), out=logits)
-    label = row.labels.clamp(min=0).unsqueeze(1)
-    logits.scatter_add_(1, label, -row.ce_grad.unsqueeze(1))
+    column = _column(row.labels, logits).unsqueeze(1)
+    logits.scatter_add_(1, column, -row.ce_grad.unsqueeze(1))
     if kl_grad is not None:
         logits[:, : kl_grad.shape[1]].add_(kl_grad)

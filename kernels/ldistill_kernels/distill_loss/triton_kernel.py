@@ -8,6 +8,9 @@ Jensen-Shannon divergence needs the sums before its terms, hence a pass in betwe
 
 No atomics, nothing read back, one order of summation: equal from run to run.
 
+`tl.maximum` of NaN and a number is the number unless told otherwise. Online maxima may drop NaN,
+since the sums relative to them keep it; a result must not, or a broken row would look healthy.
+
 Gradients narrower than the logits are written at the front of the row they come from. Columns
 [a, b) occupy bytes [2a, 2b) as gradients and [4a, 4b) as logits, so a block's gradients can only
 fall on logits of this and earlier blocks; the barrier before the store makes sure that every warp
@@ -173,9 +176,12 @@ def distill_rows_kernel(
     wide = pid.to(tl.int64)  # a chunk of logits may exceed 2^31 elements
     s_row = logits_ptr + tl.multiple_of(wide * stride_s, 64)
     t_row = teacher_ptr + tl.multiple_of(wide * stride_t, 64)
-    label = tl.load(labels_ptr + row).to(tl.int32)
+    label = tl.load(labels_ptr + row)  # int64: compared before it is narrowed
+    labelled = (label >= 0) & (label < vocab_s)
     inv_tau = tl.load(inv_temperature_ptr + row)
-    label_logit = tl.load(s_row + tl.maximum(label, 0))
+    # Of a label that is no token, ignored or wrong, the loss is NaN; ignored rows are zeroed later.
+    label_logit = tl.load(s_row + label, mask=labelled, other=float("nan"))
+    label = tl.where(labelled, label, -1).to(tl.int32)
 
     top_s, sum_1, sum_s, top_t, best_token, sum_t, cross = _scan_compared(
         s_row, t_row, vocab, inv_tau, HAS_TEACHER, KL, BLOCK
@@ -183,7 +189,8 @@ def distill_rows_kernel(
     lse_1, top, extra = top_s + tl.log(sum_1), top_s, 0.0
     if vocab < vocab_s:
         top_x, lse_x = _scan_further(s_row, vocab, vocab_s, BLOCK)
-        high, low = tl.maximum(lse_1, lse_x), tl.minimum(lse_1, lse_x)
+        high = tl.maximum(lse_1, lse_x, propagate_nan=tl.PropagateNan.ALL)
+        low = tl.minimum(lse_1, lse_x, propagate_nan=tl.PropagateNan.ALL)
         lse_1 = high + tl.log(1.0 + tl.exp2((low - high) * LOG2E))
         extra = tl.exp2((lse_x - lse_1) * LOG2E)
         top = tl.maximum(top_s, top_x)
@@ -202,7 +209,7 @@ def distill_rows_kernel(
         else:
             kl_p, kl_q = _jsd_terms(s_row, t_row, vocab, inv_tau, lse_s, lse_t, beta, BLOCK)
             kl = beta * kl_p + (1.0 - beta) * kl_q
-        tl.store(kl_ptr + at, tl.maximum(kl, 0.0))
+        tl.store(kl_ptr + at, tl.maximum(kl, 0.0, propagate_nan=tl.PropagateNan.ALL))
         agree = tl.load(s_row + best_token) == top_s
         tl.store(teacher_student_ptr + at, agree.to(tl.int8))
         tl.store(teacher_label_ptr + at, (best_token == label).to(tl.int8))
