@@ -28,7 +28,14 @@ from ldistill_kernels.shared_kv_attention.configs import (
     split_backward,
     split_head_dim,
 )
-from ldistill_kernels.testing import AttentionCase, make_case, pack_documents, second_segment
+from ldistill_kernels.shared_kv_attention.ops import backward_op
+from ldistill_kernels.testing import (
+    AttentionCase,
+    make_case,
+    naive_attention,
+    pack_documents,
+    second_segment,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"forward": Config(16, 16, 4, 1), "backward": BackwardConfig(16, 16, 16, 16, 4, 1)}
@@ -168,6 +175,17 @@ def test_memory_nobody_reads_may_hold_nan():
     torch.testing.assert_close(run(dirty), clean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("broken", ["q", "k", "v", "k2", "v2"])
+def test_nan_that_is_read_does_not_become_a_number(broken):
+    """Maxima drop NaN, sums do not: what the definition makes NaN, the kernels make NaN too."""
+    case = to_device(second_segment(make_case([[(0, 20, 3)]], seq=20, heads=(2, 1))))
+    case.floats()[broken].view(-1, 16)[0] = torch.nan
+    expected = gradients(naive_attention, case)
+    assert any(x.isnan().any() for x in expected)
+    for actual, want in zip(run(case), expected, strict=True):
+        assert actual[want.isnan()].isnan().all()
+
+
 def test_rows_that_see_nothing_give_zero_and_minus_infinity():
     case = to_device(make_case([[(0, 5, 2)]], seq=5))
     index = [torch.tensor(x, device=DEVICE) for x in ([0, 0, 0], [0, 0, 5], [-1, 4, 4])]
@@ -225,6 +243,19 @@ def test_each_gradient_can_be_asked_for_alone(names):
     loss = loss + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
     actual = torch.autograd.grad(loss, leaves)
     torch.testing.assert_close(actual, tuple(everything[name] for name in names))
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
+def test_gradients_that_are_not_wanted_are_tensors_of_their_own(triton):
+    case = to_device(make_case([[(0, 3, 1)]], seq=3, heads=(1, 1)))
+    out, lse = torch.zeros_like(case.q), torch.zeros(1, 1, device=DEVICE)
+    needs, buffer = [True, False, True, False, False], torch.zeros_like(case.v)
+    with override(**SMALL):
+        grads = backward_op(
+            out, None, *case.positional, None, None, None, None, None, None, buffer, out, lse,
+            needs, 1.0, triton,
+        )  # fmt: skip
+    assert len({grad.untyped_storage()._cdata for grad in grads}) == 5
 
 
 def test_unchecked_nonsense_reads_no_foreign_memory():

@@ -314,15 +314,14 @@ def attention_backward(
         grad_k, grad_v: buffers that dK and dV are added to instead of being returned.
     Returns: dq, dk, dv, dk2, dv2, an empty tensor for each that is not wanted or was added.
     """
-    nothing = q.new_empty(0)
-    grads = [
-        torch.empty_like(x) if need else nothing
+    grads = [  # one tensor each: results of an op must not alias
+        torch.empty_like(x) if need else q.new_empty(0)
         for x, need in zip((q, k, v, k2, v2), needs, strict=True)
     ]
     targets = [*grads]
     for i, buffer in ((1, grad_k), (2, grad_v)):
         if buffer is not None:
-            grads[i], targets[i] = nothing, buffer
+            grads[i], targets[i] = q.new_empty(0), buffer
     if q.shape[0] == 0:
         return tuple(grad.zero_() for grad in grads)
     wanted = [needs[0], needs[1] or grad_k is not None, needs[2] or grad_v is not None, *needs[3:]]
