@@ -179,6 +179,16 @@ def test_sweep_stops_in_time_and_orders_what_it_has(monkeypatch):
     assert all(record["ms"] > 0 for record in found)
 
 
+def test_a_shape_without_time_adds_nothing_to_the_csv(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "CPU_SHAPES", SMALL)
+    found = {"packed": [{"shape": "packed", "ms": 1.0}], "dense": []}
+    monkeypatch.setattr(attention, "sweep", lambda name, *_: iter(found[name]))
+    table = tmp_path / "out.csv"
+    attention.main(["--device", "cpu", "--sweep", "--csv", str(table)])
+    with table.open() as lines:
+        assert [row["shape"] for row in csv.DictReader(lines)] == ["packed"]
+
+
 def test_ldistill_bench_kernels_starts_it():
     from typer.testing import CliRunner
 

@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
         print_table(found, hidden=("shape", "seq", "head dim"))
         sys.stdout.flush()
         everything += [about | {"dtype": str(options.torch_dtype)} | record for record in found]
-        if options.csv:
+        if options.csv and found:  # a sweep may have had no time for this shape
             append_csv(options.csv, everything[-len(found) :])
     if options.plot and not options.sweep:
         plot(everything, top, options.plot)
