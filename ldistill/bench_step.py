@@ -37,7 +37,8 @@ from ldistill.bench_report import StepResult
 from ldistill.distiller import Distiller
 from ldistill.flops import count_step, peak_flops, seconds, step_flops, synchronise
 from ldistill.objective import Objective
-from ldistill.pair import freeze_vision, parameter_groups
+from ldistill.optimizer import parameter_groups
+from ldistill.pair import freeze_vision
 from ldistill.pair_configs import student_config
 from ldistill.pair_shapes import pair_shape
 from ldistill.teacher import Teacher

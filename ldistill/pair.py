@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from ldistill.checkpoints import resolve
@@ -105,26 +105,3 @@ def freeze_vision(student: Student) -> None:
     """Vision tower frozen; projector and decoder trained (the paper's Table 4)."""
     student.requires_grad_(True)
     student.vision.requires_grad_(False).eval()
-
-
-def parameter_groups(
-    student: Student, projector_lr: float, decoder_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW groups: projector and decoder with rates of their own; no decay on norms."""
-    groups = []
-    projector = [p for p in student.projector.parameters() if p.requires_grad]
-    known = {id(p) for p in projector}
-    decoder = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
-    for trained, rate in ((projector, projector_lr), (decoder, decoder_lr)):
-        for params, decay in (
-            ([p for p in trained if _shape(p).numel() and len(_shape(p)) > 1], weight_decay),
-            ([p for p in trained if len(_shape(p)) <= 1], 0.0),
-        ):
-            if params:
-                groups.append({"params": params, "lr": rate, "weight_decay": decay})
-    return groups
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also while ZeRO-3 holds only a part of it."""
-    return getattr(parameter, "ds_shape", parameter.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill import run_folder
+from ldistill.checkpoint_folder import sync
+from ldistill.errors import writing
 from ldistill.progress import plot_curves
 from ldistill.ranks import everywhere, from_first_patiently, say
 from ldistill.recipe import Recipe
-from ldistill.trainer import DistillTrainer, move_student
+from ldistill.trainer import DistillTrainer
 
 
 def export_result(trainer: DistillTrainer, folder: Path) -> None:
@@ -28,7 +31,36 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
 
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
-    from_first_patiently(lambda: move_student(last, folder / run_folder.STUDENT))
+    source, result = last / run_folder.STUDENT, folder / run_folder.STUDENT
+    from_first_patiently(lambda: copy_student(source, result))
+
+
+def copy_student(source: Path, target: Path) -> None:
+    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
+
+    An earlier result stays until the new one is on the disk.
+
+    Raises:
+        TransientError: there is no room for it.
+    """
+    part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
+    with writing(target):
+        for leftover in (part, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        part.mkdir()
+        for path in sorted(source.rglob("*")):  # copytree hides which error it was
+            copy = part / path.relative_to(source)
+            if path.is_dir():
+                copy.mkdir()
+            else:
+                shutil.copyfile(path, copy)
+                sync(copy)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        if old.exists():
+            shutil.rmtree(old)
 
 
 def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:

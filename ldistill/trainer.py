@@ -8,7 +8,6 @@ are kept by source, and what is saved is the student alone, in its own format.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ldistill import ranks, run_folder, universal
-from ldistill.checkpoint_folder import sync
 from ldistill.distiller import Distiller
 from ldistill.errors import (
     TransientError,
@@ -33,7 +30,8 @@ from ldistill.errors import (
 from ldistill.flops import count_step, student_flops
 from ldistill.lora import WeightUpdates, weight_updates
 from ldistill.metrics import Meter
-from ldistill.pair import Pair, parameter_groups
+from ldistill.optimizer import hold_options, parameter_groups, part_step_counters
+from ldistill.pair import Pair
 from ldistill.sample_log import SampleLog
 from ldistill.saving import LATEST, Saver
 from ldistill.state import gather_trained
@@ -270,28 +268,11 @@ class DistillTrainer(Trainer):
         return prepared
 
     def _restore_groups(self) -> None:
-        """Let this start's rates and options hold, which a checkpoint's have just replaced.
-
-        Unchanged ones are the same to the bit. And undo what DeepSpeed's ZeRO-3 does when it loads
-        the universal format: it gives all groups the options of the first, and all states one and
-        the same step tensor, which each of them then counts up.
-        """
         groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
-        schedule = self.lr_scheduler
-        if isinstance(schedule, LambdaLR):  # of the others, rates are the state
-            schedule.base_lrs = [group["lr"] for group in groups]
-            shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
-            schedule._last_lr = [r * s for r, s in zip(schedule.base_lrs, shares, strict=True)]
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        rates = schedule.get_last_lr()
-        for group, wanted, rate in zip(self.optimizer.param_groups, groups, rates, strict=True):
-            group |= {name: value for name, value in options.items() if name in group}
-            group["weight_decay"] = wanted["weight_decay"]
-            group["initial_lr"], group["lr"] = wanted["lr"], rate
+        hold_options(self.optimizer, self.lr_scheduler, groups, options)
         if self._converted:
-            for state in self.optimizer.state.values():
-                if isinstance(state.get("step"), Tensor):
-                    state["step"] = state["step"].clone()
+            part_step_counters(self.optimizer)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the meter gathered to the logged loss."""
@@ -401,31 +382,3 @@ def _read_data_state(resume: Path | None) -> dict[str, Any]:
             f"{resume} holds no {DATA_STATE}: not a checkpoint of this program."
         )
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def move_student(checkpoint: Path, target: Path) -> None:
-    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
-
-    An earlier result stays until the new one is on the disk.
-
-    Raises:
-        TransientError: there is no room for it.
-    """
-    part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
-    with writing(target):
-        for leftover in (part, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        part.mkdir()
-        for path in sorted((checkpoint / STUDENT).rglob("*")):  # copytree hides which error it was
-            copy = part / path.relative_to(checkpoint / STUDENT)
-            if path.is_dir():
-                copy.mkdir()
-            else:
-                shutil.copyfile(path, copy)
-                sync(copy)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        if old.exists():
-            shutil.rmtree(old)

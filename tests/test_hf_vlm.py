@@ -28,7 +28,8 @@ from ldistill.export import export_decoder, export_student
 from ldistill.fitting import check_pair, check_tokenizers
 from ldistill.generate import answer
 from ldistill.lora import add_lora, weight_updates
-from ldistill.pair import freeze_vision, load_pair, parameter_groups
+from ldistill.optimizer import parameter_groups
+from ldistill.pair import freeze_vision, load_pair
 from ldistill.students.formats import export_like, load_processor, load_student
 from ldistill.students.hf_vlm_processor import Idefics3Settings
 from ldistill.teacher import load_lm

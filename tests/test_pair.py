@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from ldistill.checkpoints import resolve
-from ldistill.pair import freeze_vision, load_pair, parameter_groups
+from ldistill.optimizer import parameter_groups
+from ldistill.pair import freeze_vision, load_pair
 from ldistill.students import formats
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.students.nanovlm_config import NanoVLMConfig

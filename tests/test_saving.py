@@ -17,8 +17,8 @@ import torch.multiprocessing as multiprocessing
 from ldistill import checkpoint_folder, metrics, ranks, resuming, run_folder
 from ldistill.checkpoint_folder import read_manifest, survey
 from ldistill.errors import TransientError
+from ldistill.run_result import copy_student
 from ldistill.saving import CheckpointError, Saver
-from ldistill.trainer import move_student
 
 
 def on_two_ranks(work: Callable[[Path], object], root: Path) -> list[str]:
@@ -215,9 +215,9 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
         with pytest.raises(TransientError, match="student could not be written"):
-            move_student(checkpoint, result)
+            copy_student(checkpoint / "student", result)
     assert (result / "config.json").read_text() == "old"
-    move_student(checkpoint, result)
+    copy_student(checkpoint / "student", result)
     assert [p.name for p in result.rglob("*.json")] == ["config.json"]
     assert (result / "inner" / "config.json").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "student"]
