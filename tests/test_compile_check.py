@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ldistill_kernels import compile_check
 from ldistill_kernels.shared_kv_attention import configs
@@ -95,6 +97,21 @@ def test_the_part_for_ci_covers_every_kernel_on_every_architecture():
                 assert f"attention {kind} {shape}" in names, (arch, kind, shape)
 
 
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_every_kind_of_group_is_compiled(kind):
+    """Groups of 3 divide, others shift or do neither: a tile may spill for some of them alone."""
+    for arch in compile_check.SHARED_MEMORY:
+        for head_dim, core in itertools.product((64, 128), (False, True)):
+            groups = {
+                case.constants["GROUP"]
+                for case in compile_check.shipped_cases()
+                if case.name.startswith(f"attention {kind} bf16 D{head_dim} ")
+                and arch in case.archs
+                and case.core >= core
+            }
+            assert groups >= ({1, 3} if core else {1, 3, 4, 8}), (arch, head_dim, core)
+
+
 def test_one_binary_is_compiled_once(monkeypatch):
     case = next(c for c in compile_check.shipped_cases() if 90 in c.archs)
     same = dataclasses.replace(case, name="under another name")
@@ -126,6 +143,15 @@ def test_unknown_selection_and_the_interpreter_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ValueError, match="unset it for compile_check"):
         compile_check.main([])
+
+
+@pytest.mark.parametrize(("capability", "kib"), [(8.0, 163), (8.9, 99), (9.0, 227), (10.0, 227)])
+def test_a_device_takes_the_tiles_compiled_for_it(monkeypatch, capability, kib):
+    major, minor = map(int, str(capability).split("."))
+    properties = SimpleNamespace(major=major, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = configs.device_class.__wrapped__(torch.device("cuda"))
+    assert 10 * major + minor in configs.DEVICE_CLASSES[found]
 
 
 @pytest.mark.parametrize("version", [(3, 6), (3, 7), (3, 8), (3, 9), (4, 0)])

@@ -6,8 +6,8 @@
 
 Prints registers, spilled bytes and shared memory of each, and exits with 1 when one does not
 compile, spills, or needs more shared memory than its device gives a block. `--core` leaves out
-rare types and head dims: every kernel for every architecture, bf16 with head dims 64 and 128 in
-every variant, fp32 with head dim 64, and the loss in all of its variants remain.
+rare types, head dims and sizes of groups: every kernel for every architecture, bf16 with head dims
+64 and 128 in every variant, fp32 with head dim 64, and the loss in all of its variants remain.
 
 Convention: what ships kernels has a function `compile_cases() -> list[CompileCase]`, one case per
 configuration in its table, and the module of that function stands in `MODULES` below. A case names

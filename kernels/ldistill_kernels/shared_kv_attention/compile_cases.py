@@ -17,6 +17,9 @@ from ldistill_kernels.shared_kv_attention.configs import (
 )
 
 _SECOND = ("start2", "end2")
+GROUP = 3  # stands for the groups that divide; those of 1, 4 and 8 make other code, which may spill
+OTHER_GROUPS = (1, 4, 8)
+CORE_GROUPS = {64: (1, 4), 128: (1,)}  # plain: all of them would take CI minutes
 
 
 def compile_cases() -> list[CompileCase]:
@@ -37,16 +40,20 @@ class CaseShape:
 
     `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
     the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
+    `group` is the number of query heads of a key head.
     """
 
     element: str
     head_dim: int
     full: bool
     core: bool
+    group: int = GROUP
 
     @property
     def label(self) -> str:
-        return f"{self.element} D{self.head_dim} {'two segments' if self.full else 'plain'}"
+        variant = "two segments" if self.full else "plain"
+        group = "" if self.group == GROUP else f" group {self.group}"
+        return f"{self.element} D{self.head_dim} {variant}{group}"
 
 
 def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
@@ -59,6 +66,11 @@ def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
         ]
     common = bucket in (64, 128)
     shapes = [CaseShape("bf16", bucket, full, common) for full in (False, True)]
+    for group in OTHER_GROUPS:
+        core = group in CORE_GROUPS.get(bucket, ())
+        shapes.append(CaseShape("bf16", bucket, False, core, group))
+        if common:
+            shapes.append(CaseShape("bf16", bucket, True, False, group))
     if common:
         shapes.append(CaseShape("fp16", bucket, False, False))
     odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
@@ -71,7 +83,7 @@ def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> Compile
     types |= {"lse": "*fp32", "scale2": "fp32"} | dict.fromkeys(triton_fwd.INTEGERS, "i32")
     types |= {"visible": "*i1"} if shape.full else {}
     constants = _head_dims(shape, *split_head_dim(shape.head_dim)) | {
-        "GROUP": 3, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
+        "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
     }  # fmt: skip
     absent = () if shape.full else ("visible", "k2", "v2", *_SECOND)
@@ -89,7 +101,7 @@ def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase
     if shape.full:  # the gradients of the memory are added to fp32 buffers
         types |= dict.fromkeys(("dk", "dv"), "*fp32") | {"visible": "*i1"}
     constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
-        "GROUP": 3, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
+        "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
         "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m, "DKV_N": config.dkv_n,
         "DQ": True, "DK": True, "DV": True, "DK2": shape.full, "DV2": shape.full,
         "ADD_K": shape.full, "ADD_V": shape.full,

@@ -14,7 +14,9 @@ from functools import lru_cache
 import torch
 
 # KiB of shared memory one block may use -> the compute capabilities that have it.
-DEVICE_CLASSES = {99: (86, 89, 120), 163: (80,), 227: (90, 100)}
+# Datacentre Blackwell has no more of it than Hopper, but its code needs more registers.
+BLACKWELL = 228
+DEVICE_CLASSES = {99: (86, 89, 120), 163: (80,), 227: (90,), BLACKWELL: (100,)}
 INTERPRETER = 0
 DIM_BUCKETS = (64, 96, 128, 256)
 
@@ -108,7 +110,10 @@ def device_class(device: torch.device) -> int:
     """KiB of shared memory one block may use, rounded down to a class; 0: the interpreter."""
     if device.type != "cuda":
         return INTERPRETER
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major == 10:
+        return BLACKWELL
+    limit = properties.shared_memory_per_block_optin // 1024
     fitting = [kib for kib in DEVICE_CLASSES if kib <= limit]
     if not fitting:
         raise ValueError(
@@ -128,7 +133,9 @@ def triton_version() -> tuple[int, int]:
 
 def _newest(tables: dict) -> dict:
     fitting = [version for version in tables if version <= triton_version()]
-    return tables[max(fitting, default=min(tables))]
+    table = tables[max(fitting, default=min(tables))]
+    # Blackwell takes Hopper's tiles but for a few of its own.
+    return {(BLACKWELL, *key[1:]): tile for key, tile in table.items() if key[0] == 227} | table
 
 
 @lru_cache
@@ -165,7 +172,7 @@ _FORWARD_38 = {
     (227, 256, 2, True): Config(64, 16, 8, 2),
     (227, 256, 2, False): Config(64, 16, 8, 2),
     (163, 64, 2, True): Config(128, 64, 8, 3),
-    (163, 64, 2, False): Config(64, 32, 4, 3),
+    (163, 64, 2, False): Config(64, 32, 4, 3, 255),
     (163, 96, 2, True): Config(128, 32, 8, 3),
     (163, 96, 2, False): Config(64, 32, 8, 2),
     (163, 128, 2, True): Config(128, 32, 8, 3),
@@ -226,16 +233,23 @@ _FORWARD = {
         (227, 96, 2, False): Config(64, 32, 4, 3, 255),
         (163, 128, 2, True): Config(64, 32, 8, 2),
     },
-    (3, 8): _FORWARD_38,
+    (3, 8): _FORWARD_38
+    | {
+        (BLACKWELL, 128, 2, True): Config(64, 64, 8, 3),
+        (BLACKWELL, 128, 2, False): Config(64, 32, 8, 3),
+        (BLACKWELL, 256, 2, True): Config(32, 32, 8, 2, 255),
+        (BLACKWELL, 256, 2, False): Config(32, 32, 8, 2, 255),
+    },
 }
 _BACKWARD = {
     (3, 6): _BACKWARD_38
     | {
-        (227, 64, 2): BackwardConfig(128, 64, 64, 64, 8, 2),
+        (227, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
     },
     (3, 7): _BACKWARD_38
     | {
+        (227, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
         (99, 64, 2): BackwardConfig(32, 32, 32, 64, 8, 2),
     },
