@@ -86,10 +86,16 @@ def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
 
 def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:
     """The folder among those of :func:`default_folder` whose run was started last."""
-    named = re.compile(re.escape(Path(recipe).stem) + r"(-\d+)?")
+    name = Path(recipe).stem
+    named = re.compile(re.escape(name) + r"(-\d+)?")
     runs = [path for path in root.glob(f"*/{RECIPE}") if named.fullmatch(path.parent.name)]
-    newest = max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    own = [path for path in runs if Path(_recipe_of(path)).stem == name]  # not one named like it
+    newest = max(own, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parent
+
+
+def _recipe_of(path: Path) -> str:
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get("recipe") or "run"
 
 
 def claim(

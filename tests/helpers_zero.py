@@ -17,7 +17,8 @@ from transformers import LlamaForCausalLM
 
 from ldistill import ranks
 from ldistill.distiller import Distiller
-from ldistill.pair import freeze_vision, parameter_groups
+from ldistill.optimizer import parameter_groups
+from ldistill.pair import freeze_vision
 from ldistill.students.nanovlm import NanoVLM
 from ldistill.teacher import Teacher, shard
 

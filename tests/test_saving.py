@@ -132,6 +132,18 @@ def test_a_checkpoint_from_elsewhere_does_not_go_into_another_run(tmp_path):
         run_folder.claim(old, recipe, resume, overwrite=True)
 
 
+def test_the_newest_run_of_a_recipe_is_its_own(tmp_path):
+    for number, (name, recipe) in enumerate(
+        {"foo": "my/foo.yaml", "foo-3": "foo.yaml", "foo-2": "foo-2.yaml", "foo-b": "foo-b"}.items()
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(f"recipe: {recipe}\n")
+        os.utime(tmp_path / name / "recipe.yaml", (number, number))
+    assert run_folder.newest_folder("foo.yaml", tmp_path) == tmp_path / "foo-3"
+    assert run_folder.newest_folder("foo-2", tmp_path) == tmp_path / "foo-2"
+    assert run_folder.newest_folder("bar", tmp_path) is None
+
+
 def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     target, link = tmp_path / "disk", tmp_path / "run"
     target.mkdir()
