@@ -172,7 +172,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         )
     shared, own = _read_yaml(_folder() / f"{SHARED}.yaml"), _read_yaml(path)
     if "num_train_epochs" in own:
-        del shared["max_steps"]  # which the Trainer would heed instead
+        shared.pop("max_steps", None)  # which the Trainer would heed instead
     values = shared | own
     known = _known_fields()
     for key in values:

@@ -64,28 +64,30 @@ def check_deepspeed(config: str | dict[str, Any] | None) -> None:
     Raises:
         ValueError: no JSON, or with sections of its own for optimizer and schedule.
     """
+    where = "of the recipe"
     if isinstance(config, str):
-        if config.lstrip().startswith("{") or not Path(config).is_file():
-            return  # written out on the command line, or not there: transformers says which
-        path, config = config, _read_json(Path(config))
-    else:
-        path = "of the recipe"
+        if config.startswith("{"):  # written out, as transformers takes it too
+            where, config = "on the command line", _parsed("on the command line", config)
+        elif Path(config).is_file():
+            where, config = config, _parsed(config, Path(config).read_text(encoding="utf-8"))
+        else:
+            return  # transformers says so
     own = [name for name in ("optimizer", "scheduler") if name in (config or {})]
     if own:
         raise ValueError(
-            f"the DeepSpeed configuration {path} has its own {' and '.join(own)}, which would "
+            f"the DeepSpeed configuration {where} has its own {' and '.join(own)}, which would "
             "train projector and decoder at one rate: take it out, and say the same with --optim, "
             "--projector_lr, --decoder_lr and --lr_scheduler_type."
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _parsed(where: str, text: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(text)
     except ValueError as error:
         raise ValueError(
-            f"the DeepSpeed configuration {path} is not valid JSON: {error}."
+            f"the DeepSpeed configuration {where} is not valid JSON: {error}."
         ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"the DeepSpeed configuration {path} must be a JSON object.")
+        raise ValueError(f"the DeepSpeed configuration {where} must be a JSON object.")
     return config

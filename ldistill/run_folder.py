@@ -37,6 +37,8 @@ CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
 STUDENT = "student"
 REPLACED = ".replaced"
+JOB = "slurm_job"
+"""Which job writes here: slurm/common.sh puts it down before the run starts."""
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 IDENTITY = (
@@ -175,7 +177,7 @@ def _set_aside(folder: Path) -> None:
     kept = aside.exists()  # of a start killed in its set-up: the rest is its claim
     aside.mkdir(exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):  # it says: taken
-        if path == aside:
+        if path.name in (REPLACED, JOB):
             continue
         if kept:
             _delete(path)

@@ -214,6 +214,9 @@ def test_a_deepspeed_file_is_read_before_anything_else(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             parse(flags)
+    for text, message in (("{,", "is not valid"), ('{"optimizer": {}}', "has its own")):
+        with pytest.raises(ValueError, match=f"on the command line.*{message}"):
+            parse(["--deepspeed", text])
     with pytest.raises(ValueError, match="of the recipe has its own scheduler"):
         check_deepspeed({"scheduler": {}})
     for shipped in (Path(__file__).parents[1] / "ds_configs").glob("*.json"):

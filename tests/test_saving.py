@@ -148,6 +148,7 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     target, link = tmp_path / "disk", tmp_path / "run"
     target.mkdir()
     link.symlink_to(target)
+    (target / run_folder.JOB).write_text("4711")  # by the script that started the run
     run_folder.claim(link, {}, None, False)
     keep_checkpoint(link, 1)
     assert run_folder.claim(link, {}, None, overwrite=True)
@@ -159,6 +160,7 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
         "environment.json",
         "recipe.yaml",
         "run.json",
+        run_folder.JOB,
     ]
 
 
