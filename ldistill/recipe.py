@@ -23,8 +23,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from ldistill.gating import GATES
-from ldistill.objective import DIVERGENCES, MIXES
+from ldistill.distill.gating import GATES
+from ldistill.distill.objective import DIVERGENCES, MIXES
 from ldistill.recipe_values import check_deepspeed, settle_values
 
 DEFAULT_RECIPE = "tiny"
@@ -271,9 +271,9 @@ def _check_flags(given: set[str]) -> None:
 
 def _check(recipe: Recipe) -> None:
     from ldistill.data.store import READS
-    from ldistill.memory import BACKENDS
-    from ldistill.rows import SCOPES
-    from ldistill.teacher import ENGINES
+    from ldistill.distill.attention import BACKENDS
+    from ldistill.distill.targets import SCOPES
+    from ldistill.distill.teacher import ENGINES
 
     choices = {
         "attention": (recipe.pair.attention, BACKENDS),

@@ -28,11 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
-    from ldistill.cluster import check_launch, tell
-    from ldistill.errors import exit_code, ignore_dead_workers, worker_died
+    from ldistill.common.errors import exit_code, ignore_dead_workers, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
-    from ldistill.run import run
-    from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
+    from ldistill.training.launch import check_launch, tell
+    from ldistill.training.run import run
+    from ldistill.training.stopping import STOPPED_EXIT_CODE, Stopped
 
     if {"--help", "-h"} & set(argv):
         print_help()
@@ -73,6 +73,6 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    from ldistill.ranks import end_process
+    from ldistill.common.ranks import end_process
 
     end_process(main())

@@ -25,7 +25,7 @@
 # and goes on in the same run folder, from its newest checkpoint: a --resume_from_checkpoint or
 # --overwrite of the command counts until the job has saved one. More: docs/operations.md.
 
-STOPPED=85   # ldistill.stopping.STOPPED_EXIT_CODE
+STOPPED=85   # ldistill.training.stopping.STOPPED_EXIT_CODE
 MISTAKE=2    # train.py has said what to change; trying again would not help
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: submit this script with sbatch." >&2; exit $MISTAKE; }

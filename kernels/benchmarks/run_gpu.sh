@@ -35,12 +35,12 @@ step() { # step NAME SECONDS COMMAND...
 
 { timeout 5 nvidia-smi; timeout 20 "$python" -m torch.utils.collect_env; } > "$out/environment.txt" 2>&1
 test=("$python" -m pytest -q -m gpu -p no:cacheprovider)
-attention=tests/test_shared_kv_attention_triton.py
+attention=tests/unit/kernels/test_shared_kv_attention_triton.py
 
 step tests-attention-plain 140 "${test[@]}" $attention -k "table and plain" &
 step tests-attention-second 140 "${test[@]}" $attention -k "table and second" &
 step tests-attention 140 "${test[@]}" $attention -k "not table" &
-step tests-loss 140 "${test[@]}" tests/test_distill_loss_triton.py &
+step tests-loss 140 "${test[@]}" tests/unit/kernels/test_distill_loss_triton.py &
 wait
 
 # --seconds ends a benchmark before its limit does: what was begun last needs the difference.

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldistill import ranks
+from ldistill.common import ranks
 from ldistill.evaluation.lmms_run import Evaluation, check, evaluate
-from ldistill.students.formats import export_like
+from ldistill.models.formats import export_like
 
 if TYPE_CHECKING:
-    from ldistill.lora import WeightUpdates
-    from ldistill.pair import Pair
+    from ldistill.models.lora import WeightUpdates
+    from ldistill.models.pair import Pair
     from ldistill.recipe import Recipe
-    from ldistill.stopping import StopRequest
+    from ldistill.training.stopping import StopRequest
 
 FOLDER = "eval"
 FAILED = "failed"

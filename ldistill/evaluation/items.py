@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldistill.data.processor import Processor
+from ldistill.models.processor import Processor
 
 STYLES = ("chat", "text")
 _DATA_URI = "data:image/png;base64,"

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from ldistill.data.processor import Processor
-from ldistill.data.samples import Sample
-from ldistill.data.shards import build_shards
+from ldistill.common.samples import Sample
+from ldistill.data.build.builder import build_shards
 from ldistill.evaluation.items import save_items
-from ldistill.students.nanovlm_format import load_processor
+from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.processor import Processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
 from ldistill.tiny.scenes import SOURCES, samples
 from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
