@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from ldistill.common.locate import resolve
+from ldistill.common.run_files import RECIPE
 from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
 from ldistill.models.weights import read_model, refuse_misfit
-from ldistill.training.run_folder import RECIPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

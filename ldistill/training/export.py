@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from ldistill.checkpoint.folder import survey
+from ldistill.common import run_files
 from ldistill.models.formats import is_complete, load_processor, load_student, weight_dtype
-from ldistill.training import run_folder
 from ldistill.training.trainer import STUDENT
 
 
@@ -19,7 +19,7 @@ def find_student(run: Path) -> Path:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
-    candidates = [run / run_folder.STUDENT, run / STUDENT]
+    candidates = [run / run_files.STUDENT, run / STUDENT]
     # Newest first, but what is known to be whole before what is not.
     checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
     candidates += [found.path / STUDENT for found in checkpoints]

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill.checkpoint.folder import sync
+from ldistill.common import run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first_patiently, say
 from ldistill.recipe import Recipe
-from ldistill.training import run_folder
 from ldistill.training.callbacks import plot_curves
 from ldistill.training.trainer import DistillTrainer
 
@@ -31,7 +31,7 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
 
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
-    source, result = last / run_folder.STUDENT, folder / run_folder.STUDENT
+    source, result = last / run_files.STUDENT, folder / run_files.STUDENT
     from_first_patiently(lambda: copy_student(source, result))
 
 
@@ -90,16 +90,16 @@ def report(
     before: dict[str, float] | None,
     after: dict[str, float] | None,
 ) -> None:
-    drawn = plot_curves(folder / run_folder.METRICS, folder / run_folder.CURVES)
+    drawn = plot_curves(folder / run_files.METRICS, folder / run_files.CURVES)
     console = Console()
     if before and after:
         result = json.dumps({"before": before, "after": after}, indent=2)
-        (folder / run_folder.EVALUATION).write_text(result, encoding="utf-8")
+        (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
         console.print(_table(recipe, before, after))
-    console.print(f"student   {folder / run_folder.STUDENT}", highlight=False)
-    console.print(f"metrics   {folder / run_folder.METRICS}", highlight=False)
+    console.print(f"student   {folder / run_files.STUDENT}", highlight=False)
+    console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
     if drawn:
-        console.print(f"curves    {folder / run_folder.CURVES}", highlight=False)
+        console.print(f"curves    {folder / run_files.CURVES}", highlight=False)
 
 
 def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:

@@ -20,6 +20,7 @@ import torch
 
 from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
+from ldistill.common import run_files
 from ldistill.common.ranks import (
     everywhere,
     from_first,
@@ -89,7 +90,7 @@ def run(recipe: Recipe) -> Path:
         if is_first():
             run_folder.discard_replaced(folder)
         take_result(resume, folder)
-    after = evaluate_student(recipe, folder / run_folder.STUDENT, "after training")
+    after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     if is_first():
         report(recipe, folder, before, after)
     wait()
@@ -294,7 +295,7 @@ def build_trainer(
     rate, source = peak_flops(device, compute_dtype(recipe))
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     stop = StopRequest(recipe.run.stop_file)
-    metrics = WriteMetrics(folder / run_folder.METRICS, step)
+    metrics = WriteMetrics(folder / run_files.METRICS, step)
     samples = SampleLog(folder, data.index, step) if recipe.run.log_samples else None
     logs = [writer.file for writer in (metrics, samples) if writer is not None]
     trainer = DistillTrainer(
@@ -357,7 +358,7 @@ def _tell_plan(plan: Plan, folder: Path) -> None:
         summary = plan.summary()
         say(f"data: {summary}")
         text = json.dumps(dataclasses.asdict(summary), indent=2)
-        (folder / run_folder.PLAN).write_text(text, encoding="utf-8")
+        (folder / run_files.PLAN).write_text(text, encoding="utf-8")
 
 
 def _settle_steps(recipe: Recipe, plan: Plan) -> None:

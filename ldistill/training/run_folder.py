@@ -26,19 +26,17 @@ from typing import Any
 import yaml
 
 from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, survey, write_durably
+from ldistill.common.run_files import (
+    ENVIRONMENT,
+    JOB,
+    METRICS,
+    PLAN,
+    RECIPE,
+    REPLACED,
+    RUN,
+    STUDENT,
+)
 from ldistill.training.wandb_run import RUN_ID
-
-RECIPE = "recipe.yaml"
-RUN = "run.json"
-ENVIRONMENT = "environment.json"
-PLAN = "plan.json"
-METRICS = "metrics.jsonl"
-CURVES = "loss_curves.png"
-EVALUATION = "evaluation.json"
-STUDENT = "student"
-REPLACED = ".replaced"
-JOB = "slurm_job"
-"""Which job writes here: slurm/common.sh puts it down before the run starts."""
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 IDENTITY = (

@@ -17,9 +17,9 @@ from runs import write_recipe, write_shards
 from safetensors.torch import load_file
 
 from ldistill.checkpoint import folder as checkpoint_folder
+from ldistill.common.run_files import REPLACED
 from ldistill.train import main
 from ldistill.training.metrics import read_metrics
-from ldistill.training.run_folder import REPLACED
 from ldistill.training.sample_log import SampleLog, read_samples
 from ldistill.training.trainer import WEIGHTS, DistillTrainer
 

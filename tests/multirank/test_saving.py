@@ -18,7 +18,7 @@ from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.checkpoint import resuming
 from ldistill.checkpoint.folder import read_manifest, survey
 from ldistill.checkpoint.saver import CheckpointError, Saver
-from ldistill.common import ranks
+from ldistill.common import ranks, run_files
 from ldistill.common.errors import TransientError
 from ldistill.training import metrics, run_folder
 from ldistill.training.result import copy_student
@@ -151,19 +151,19 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     target, link = tmp_path / "disk", tmp_path / "run"
     target.mkdir()
     link.symlink_to(target)
-    (target / run_folder.JOB).write_text("4711")  # by the script that started the run
+    (target / run_files.JOB).write_text("4711")  # by the script that started the run
     run_folder.claim(link, {}, None, False)
     keep_checkpoint(link, 1)
     assert run_folder.claim(link, {}, None, overwrite=True)
     assert run_folder.claim(link, {}, None, overwrite=True), "the first was killed in its set-up"
-    assert [f.step for f in survey(link / run_folder.REPLACED)] == [1]
+    assert [f.step for f in survey(link / run_files.REPLACED)] == [1]
     run_folder.discard_replaced(link)
     assert link.is_symlink()
     assert sorted(p.name for p in target.iterdir()) == [
         "environment.json",
         "recipe.yaml",
         "run.json",
-        run_folder.JOB,
+        run_files.JOB,
     ]
 
 

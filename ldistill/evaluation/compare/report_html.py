@@ -84,7 +84,9 @@ def write_page(
         "pictures": {f"{task}/{doc}": list(uris) for (task, doc), uris in pictures.items()},
         "examples": [_record(e) for e in examples],
     }
-    template = resources.files("ldistill.evaluation.compare").joinpath("failures.html").read_text("utf-8")
+    template = (
+        resources.files("ldistill.evaluation.compare").joinpath("failures.html").read_text("utf-8")
+    )
     path.write_text(template.replace("__DATA__", _json(data)), encoding="utf-8")
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import ldistill
+from ldistill.common import run_files
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.lmms_run import Evaluation, evaluate
 from ldistill.recipe import load_recipe
 from ldistill.tools.study.variants import ORIGINAL, Variant, variants
-from ldistill.training import run_folder
 
 RECIPE = "tiny"
 SUITE = "tiny"
@@ -72,7 +72,7 @@ def run_study(study: TinyStudy, show: bool = True) -> None:
             progress.update(task, description=f"{name}: training")
             _train(variant, seed, folder, study.overrides)
             progress.update(task, description=f"{name}: evaluation")
-            _evaluate(str(folder / run_folder.STUDENT), folder / "eval", study)
+            _evaluate(str(folder / run_files.STUDENT), folder / "eval", study)
             progress.advance(task)
 
 
@@ -96,7 +96,7 @@ def _claim(study: TinyStudy) -> None:
 
 
 def _train(variant: Variant, seed: int, folder: Path, overrides: Sequence[str]) -> None:
-    if (folder / run_folder.STUDENT / "config.json").is_file():
+    if (folder / run_files.STUDENT / "config.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), "--recipe", RECIPE, *variant.flags()]
@@ -137,7 +137,7 @@ def collect(study: TinyStudy) -> dict[str, dict[str, list[float]]]:
 def metrics_files(study: TinyStudy) -> dict[str, Path]:
     """Variant → metrics of its first seed, for the loss curves."""
     runs = ((name, folder) for name, seed, folder, _ in _finished(study) if seed == 1)
-    files = {name: folder / run_folder.METRICS for name, folder in runs}
+    files = {name: folder / run_files.METRICS for name, folder in runs}
     return {name: path for name, path in files.items() if path.is_file()}
 
 

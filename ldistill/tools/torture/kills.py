@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ldistill.checkpoint.folder import WRITING, survey
+from ldistill.common.run_files import METRICS
 from ldistill.tools.torture.bench import Bench, Row
 from ldistill.tools.torture.history import History, last_step
 from ldistill.tools.torture.processes import Ranks
-from ldistill.training.run_folder import METRICS
 
 _SAID = "going on from "
 

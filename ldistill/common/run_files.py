@@ -1,0 +1,13 @@
+"""The files of a run by name; `training/run_folder.py` says what they hold."""
+
+RECIPE = "recipe.yaml"
+RUN = "run.json"
+ENVIRONMENT = "environment.json"
+PLAN = "plan.json"
+METRICS = "metrics.jsonl"
+CURVES = "loss_curves.png"
+EVALUATION = "evaluation.json"
+STUDENT = "student"
+REPLACED = ".replaced"
+JOB = "slurm_job"
+"""Which job writes here: slurm/common.sh puts it down before the run starts."""
