@@ -81,7 +81,7 @@ def export(
 
 @app.command()
 def generate(
-    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
+    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,

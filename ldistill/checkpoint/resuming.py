@@ -18,6 +18,7 @@ from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.checkpoint import identity, universal
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError, disk_failed
+from ldistill.common.telling import telling
 from ldistill.data.archive import patiently
 from ldistill.training import run_folder
 
@@ -182,8 +183,13 @@ def fit(
     if found["layout"] == about["layout"]:
         return checkpoint, False
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
-    ranks.say(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it ...")
-    target = ranks.from_first_patiently(lambda: str(universal.convert(checkpoint, run)))
+
+    def convert() -> str:
+        told = f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"
+        with telling(told):
+            return str(universal.convert(checkpoint, run))
+
+    target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
     return Path(target), True

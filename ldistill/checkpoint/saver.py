@@ -94,6 +94,7 @@ class Saver:
         path = self.folder / target.name
         if ranks.is_first():
             self._tidy(path)
+        ranks.wait_for_first()
         return path
 
     def sync_logs(self) -> None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldistill.common.errors import TransientError, may_pass
+from ldistill.common.partition import partitioned_by
 
 T = TypeVar("T")
 _rounds = itertools.count()
@@ -80,42 +81,42 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def wait_for_first() -> None:
+    """Until rank 0 is here too, however long it works alone (minutes to hours).
+
+    A collective gives up after the group's timeout; a key in the group's store has none.
+    """
+    if not distributed():
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"ldistill/round-{next(_rounds)}"
+    if dist.get_rank() == 0:
+        store.set(key, "here")
+    else:
+        store.wait([key], timedelta(days=7))
+
+
 def from_first(make: Callable[[], T]) -> T:
-    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere."""
+    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere.
+
+    ``make`` must not wait for other ranks. They wait as long as it takes, and what it loads is
+    whole: while the configuration of a ZeRO-3 run is alive, transformers would partition it, and
+    let every ``generate`` ask all ranks whether they are done.
+    """
     if not distributed():
         return make()
     box: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            box = [(make(), None)]
+            with partitioned_by(None):
+                box = [(make(), None)]
         except (ValueError, OSError) as error:
             box = [(None, error)]
+    wait_for_first()
     dist.broadcast_object_list(box)
     result, error = box[0]
     if error is not None:
         raise shared(error)
     return result
-
-
-def from_first_patiently(make: Callable[[], T]) -> T:
-    """As `from_first`, for what takes longer than a collective may wait (minutes to hours).
-
-    The others wait for a key in the process group's store, which has no such limit.
-    """
-    if not distributed():
-        return make()
-    store, key = dist.distributed_c10d._get_default_store(), f"ldistill/round-{next(_rounds)}"
-    if dist.get_rank() != 0:
-        store.wait([key], timedelta(days=7))
-        return from_first(make)
-
-    def make_and_tell() -> T:
-        try:
-            return make()
-        finally:
-            store.set(key, "done")
-
-    return from_first(make_and_tell)
 
 
 def everywhere(make: Callable[[], T]) -> T:

@@ -151,6 +151,7 @@ def make_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
+    prefetch_factor: int | None = None,
     plan: Plan | None = None,
 ) -> PackLoader:
     """A loader of this rank's micro-batches (see `collate`), endless unless `stop_pack` is set.
@@ -193,5 +194,6 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=multiprocessing_context if num_workers else None,
+        prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=outlive_signals,
     )

@@ -206,10 +206,10 @@ class Distiller(nn.Module):
         """:meth:`activation_checkpointing_enable` by the name older transformers call."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
-    def compile_blocks(self) -> None:
-        """`torch.compile` every decoder block: one graph serves all layers."""
+    def compile_blocks(self, **options: Any) -> None:
+        """`torch.compile` every decoder block, with its options: one graph serves all layers."""
         for layer in self.student.backbone.layers:
-            layer.compile()
+            layer.compile(**options)
 
 
 def _idle_row(memory: KVMemory, scope: str) -> TeacherRows:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
+from ldistill.common.partition import partitioned_by
 from ldistill.distill.attention import KVMemory
 from ldistill.distill.targets import TeacherRows
 from ldistill.models.head import LMHead
-from ldistill.models.partition import partitioned_by
 from ldistill.models.rotary import keep_float32
 from ldistill.models.weights import read_model, refuse_misfit
 from ldistill_kernels import shared_kv_attention

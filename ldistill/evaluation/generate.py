@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ldistill.common.locate import resolve
 from ldistill.models.formats import load_processor, load_student
+from ldistill.training.export import find_student
 
 
 def answer(
@@ -23,7 +25,7 @@ def answer(
     """A student's answer.
 
     Args:
-        student: folder or hub id.
+        student: folder, hub id or run.
         prompt: the user's turn.
         images: pictures, before the prompt.
         max_new_tokens: at most so many tokens.
@@ -38,14 +40,17 @@ def answer(
     for image in images:
         if not image.is_file():
             raise FileNotFoundError(f"picture {image} does not exist.")
-    processor = load_processor(student, tokenizer, tiling=tiling, max_images=max(len(images), 1))
+    folder = resolve(student)
+    if not (folder / "config.json").is_file():
+        folder = find_student(folder)
+    processor = load_processor(folder, tokenizer, tiling=tiling, max_images=max(len(images), 1))
     tiles, grids = [], []
     for image in images:
         tile, grid = processor.tiles(processor.load_image(image.read_bytes()))
         tiles.append(tile)
         grids.append(grid)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_student(student).eval().to(device)
+    model = load_student(folder).eval().to(device)
     ids = torch.as_tensor(processor.prompt([], prompt, grids), dtype=torch.long)[None]
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     new = model.generate(

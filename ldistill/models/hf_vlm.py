@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ldistill.common.partition import partitioned_by
 from ldistill.models.head import LMHead
-from ldistill.models.partition import partitioned_by
 from ldistill.models.rotary import keep_float32
 from ldistill.models.student import Student
 

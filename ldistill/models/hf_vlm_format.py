@@ -29,6 +29,7 @@ from transformers import (
 
 from ldistill.common.images import ImageSettings
 from ldistill.common.locate import resolve
+from ldistill.common.partition import partitioned_by, partitioned_by_the_run
 from ldistill.models.formats import StudentFormat, weight_files
 from ldistill.models.hf_vlm import FAMILIES, HFVLM, tokens_per_tile
 from ldistill.models.hf_vlm_processor import (
@@ -38,7 +39,6 @@ from ldistill.models.hf_vlm_processor import (
     LlavaTokens,
 )
 from ldistill.models.lora import LowRank, updated
-from ldistill.models.partition import partitioned_by, partitioned_by_the_run
 from ldistill.models.weights import open_weights, read_model, refuse_misfit
 
 logger = logging.getLogger(__name__)

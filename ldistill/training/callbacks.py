@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ldistill.common.telling import Telling
 from ldistill.training.metrics import MetricsFile, read_metrics
 
 _SHOWN = (
@@ -20,8 +21,14 @@ _SHOWN = (
 )
 
 
-def short_line(step: int, steps: int, logs: dict[str, float]) -> str:
-    """One line of a logged step: the few numbers one watches."""
+def short_line(step: int, steps: int, logs: dict[str, float], kd_scale: float = 1.0) -> str:
+    """One line of a logged step: the few numbers one watches.
+
+    Args:
+        kd_scale: of the KL, whose mean is logged, in the loss.
+    """
+    if "kd" in logs:
+        logs = logs | {"kd": logs["kd"] * kd_scale}
     parts = [f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs]
     return f"step {step}/{steps}: " + ", ".join(parts)
 
@@ -32,26 +39,41 @@ class ShortProgress(ProgressCallback):
     The bar is for terminals: in a job's log it would be a line a step.
     """
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_train_begin(*args, **kwargs)
+    def __init__(self, kd_scale: float = 1.0) -> None:
+        super().__init__()
+        self._kd_scale = kd_scale
+        self._log: Telling | None = None
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+        elif state.is_world_process_zero:
+            self._log = Telling("training", state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            super().on_step_end(*args, **kwargs)
+            super().on_step_end(args, state, control, **kwargs)
+        if self._log is not None:
+            self._log.done = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        line = short_line(state.global_step, state.max_steps, logs)
+        line = short_line(state.global_step, state.max_steps, logs, self._kd_scale)
         if self.training_bar is not None:
             self.training_bar.write(line)
-        else:
-            print(line, flush=True)
+        elif self._log is not None:
+            self._log.line(line)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
             super().on_train_end(*args, **kwargs)
+        self.close()
+
+    def close(self) -> None:
+        """Say nothing more, also where the training failed."""
+        if self._log is not None:
+            self._log.end()
 
 
 class WriteMetrics(TrainerCallback):

@@ -11,11 +11,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ldistill.common import ranks
 from ldistill.common.errors import exit_code
+from ldistill.common.telling import telling
 
 GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
 """GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
@@ -109,6 +111,24 @@ def check_clocks() -> None:
                 "--exclude."
             )
         )
+
+
+def announce_compiling() -> None:
+    """Say, before DeepSpeed compiles an op for this machine, that it does; one rank a machine."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    load = OpBuilder.jit_load
+
+    def told(self: Any, verbose: bool = True) -> Any:
+        built = Path(_get_build_directory(self.name, verbose=False), f"{self.name}.so").exists()
+        if built or os.environ.get("LOCAL_RANK", "0") != "0":
+            return load(self, verbose)
+        note = "once on this machine; one to three minutes"
+        with telling(f"compiling DeepSpeed's {self.name}", note=note):
+            return load(self, verbose)
+
+    OpBuilder.jit_load = told
 
 
 def leave_code(code: int) -> None:

@@ -13,7 +13,8 @@ from rich.table import Table
 from ldistill.checkpoint.folder import sync
 from ldistill.common import run_files
 from ldistill.common.errors import writing
-from ldistill.common.ranks import everywhere, from_first_patiently, say
+from ldistill.common.ranks import everywhere, from_first
+from ldistill.common.telling import telling
 from ldistill.recipe import Recipe
 from ldistill.training.callbacks import plot_curves
 from ldistill.training.trainer import DistillTrainer
@@ -32,7 +33,7 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
     source, result = last / run_files.STUDENT, folder / run_files.STUDENT
-    from_first_patiently(lambda: copy_student(source, result))
+    from_first(lambda: copy_student(source, result))
 
 
 def copy_student(source: Path, target: Path) -> None:
@@ -67,21 +68,21 @@ def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, floa
     """Scores of a student folder on the recipe's items, by rank 0 alone."""
     if recipe.run.eval_items is None or not recipe.run.evaluate:
         return None
-    return from_first_patiently(lambda: _evaluate_here(recipe, student, when))
+    return from_first(lambda: _evaluate_here(recipe, student, when))
 
 
 def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
-    from ldistill.evaluation.items import evaluate, load_items
+    from ldistill.evaluation.items import evaluate, first_of_each, load_items
     from ldistill.models.formats import load_processor, load_student
     from ldistill.training.run import compute_dtype
 
-    items = load_items(recipe.run.eval_items)
-    say(f"evaluating {when} on {len(items)} held-out items ...")
+    items = first_of_each(load_items(recipe.run.eval_items), recipe.run.eval_limit)
     device = recipe.training.device
     dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
     model = load_student(student, dtype=dtype).to(device)
     processor = load_processor(student, recipe.pair.tokenizer, tiling=recipe.data.tiling)
-    return evaluate(model, processor, items)
+    with telling(f"evaluating {when} on {len(items)} held-out items", len(items)) as told:
+        return evaluate(model, processor, items, progress=told.advance)
 
 
 def report(

@@ -11,7 +11,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ import torch
 from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
+from ldistill.common.partition import whole_numel
 from ldistill.common.ranks import (
     everywhere,
     from_first,
-    from_first_patiently,
     is_first,
     say,
-    wait,
 )
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
@@ -41,12 +40,11 @@ from ldistill.evaluation.during import evaluator_of
 from ldistill.models.flops import peak_flops
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, freeze_vision, load_pair
-from ldistill.models.partition import whole_numel
-from ldistill.recipe import Recipe
-from ldistill.sources import SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.recipe import DistilArguments, Recipe
+from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.training import run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
-from ldistill.training.launch import check_clocks, check_launcher
+from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.result import evaluate_student, export_result, report, take_result
 from ldistill.training.sample_log import SampleLog
@@ -73,27 +71,28 @@ def run(recipe: Recipe) -> Path:
         FloatingPointError: the loss or the weights are not finite.
     """
     torch.manual_seed(recipe.training.seed)
+    if recipe.training.deepspeed:
+        announce_compiling()
     device = recipe.training.device  # also starts torch.distributed
     check_launcher(recipe.training.n_gpu)
     check_clocks()
+    for note in recipe.notes:
+        say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
         trainer, before = _set_up(recipe, folder, resume, device)
         if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
-            with trainer.stop.listening(folder):
+            with trainer.stop.listening(folder), closing(trainer.progress):
                 trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
                 trainer.stop.raise_if_stopped(trainer.state, folder)
     if left:
         export_result(trainer, folder)
     else:
         say(f"{resume} is the last step: nothing is left to train.")
-        if is_first():
-            run_folder.discard_replaced(folder)
+        from_first(lambda: run_folder.discard_replaced(folder))
         take_result(resume, folder)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
-    if is_first():
-        report(recipe, folder, before, after)
-    wait()
+    from_first(lambda: report(recipe, folder, before, after))
     return folder
 
 
@@ -182,8 +181,8 @@ def _prepare(recipe: Recipe) -> None:
         raise ValueError(
             f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
         ) from error
-    say("preparing the recipe's data (made once, then found in the cache) ...")
-    made = from_first_patiently(prepare)
+    say("preparing the recipe's data (made once, then found in the cache)")
+    made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
 
@@ -211,12 +210,16 @@ def open_data(recipe: Recipe) -> Data:
     declared = dict(zip(everything.sources, everything.categories, strict=True))
     extra = {n: c for n, c in declared.items() if n not in known_sources()}
     extra |= declared_here
-    names = resolve_sources(options.sources, extra)
+    names = everything.sources
+    if options.sources != ALL:
+        names = resolve_sources(options.sources, extra)
+        _check_there(options.shards, options.sources, names, everything.sources)
     index = ShardIndex.load(options.shards, names, reading)
+    args = recipe.training
     plan = Plan(
         index,
         limit=options.max_length,
-        seed=recipe.training.seed,
+        seed=args.seed if args.data_seed is None else args.data_seed,
         over_long=options.on_long,
         packing=options.packing,
         shuffle_window=options.shuffle_window,
@@ -229,6 +232,16 @@ def open_data(recipe: Recipe) -> Data:
         extra=extra,
     )
     return Data(index, plan, weights)
+
+
+def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"{shards} has no finished shards of {', '.join(missing)} (--sources {asked}); it has "
+            f"{', '.join(found)}. Train on what is there with --sources {ALL}, or build the others "
+            "with `ldistill shards build`."
+        )
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
@@ -274,7 +287,7 @@ def build_trainer(
         attention=recipe.pair.attention,
     )
     if recipe.pair.compile_blocks:
-        distiller.compile_blocks()
+        distiller.compile_blocks(**recipe.compile_options)
     loader = partial(
         _loader,
         data=data,
@@ -313,7 +326,7 @@ def build_trainer(
         converted=converted,
         sample_log=samples,
     )
-    _use_own_progress(trainer, metrics)
+    _use_own_progress(trainer, metrics, distil)
     use_patient_wandb(trainer)
     return trainer
 
@@ -337,18 +350,22 @@ def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any)
         packing=options.packing,
         on_bad_sample=options.on_bad_sample,
         num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
         plan=data.plan,
     )
 
 
-def _use_own_progress(trainer: DistillTrainer, metrics: WriteMetrics) -> None:
+def _use_own_progress(
+    trainer: DistillTrainer, metrics: WriteMetrics, distil: DistilArguments
+) -> None:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    trainer.progress = ShortProgress(distil.temperature**2 if distil.t_squared else 1.0)
     if not trainer.args.disable_tqdm:
-        trainer.add_callback(ShortProgress)
+        trainer.add_callback(trainer.progress)
     trainer.add_callback(metrics)
 
 

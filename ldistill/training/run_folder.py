@@ -34,6 +34,7 @@ from ldistill.common.run_files import (
     RECIPE,
     REPLACED,
     RUN,
+    SAMPLES,
     STUDENT,
 )
 from ldistill.training.wandb_run import RUN_ID
@@ -60,6 +61,7 @@ IDENTITY = (
     "lora_rank",
     "lora_alpha",
     "seed",
+    "data_seed",
     "optim",
 )
 _PACKAGES = (
@@ -136,7 +138,7 @@ def claim(
         _check_same_run(old, recipe)
     elif old.exists() and not overwrite:
         raise ValueError(
-            f"{folder} already holds a run: continue it with --resume_from_checkpoint true, "
+            f"{folder} already holds a run: continue it with --resume_from_checkpoint auto, "
             "replace it with --overwrite, or choose another --output_dir."
         )
     if old.exists() and overwrite:
@@ -209,11 +211,12 @@ def discard_replaced(folder: Path) -> None:
 
 
 def _trained(folder: Path) -> bool:
-    return (folder / METRICS).exists() or bool(survey(folder))
+    metrics = folder / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or bool(survey(folder))
 
 
 def release(folder: Path, run: str) -> None:
-    """Undo :func:`claim` for a run that began and failed before its first step.
+    """Undo :func:`claim` for a run that began and failed before anything came of it.
 
     The run that it was to replace is there again. A folder in which anything was trained, or that
     is another run's by now, stays as it is. Raises nothing: there is an error to tell already.
@@ -225,8 +228,10 @@ def release(folder: Path, run: str) -> None:
     with suppress(OSError, ValueError):
         if run_id(folder) != run or _trained(folder):
             return
-        for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, RUN):
+        for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, METRICS, RUN):
             (folder / name).unlink(missing_ok=True)
+        for name in (SAMPLES, WRITING):
+            shutil.rmtree(folder / name, ignore_errors=True)
         _put_back(folder)
         folder.rmdir()  # unless there was something in it before
 

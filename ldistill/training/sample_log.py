@@ -16,11 +16,10 @@ import numpy as np
 from transformers import TrainerCallback
 
 from ldistill.common import ranks
+from ldistill.common.run_files import SAMPLES
 from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
 from ldistill.training.metrics import StepLog, read_metrics, rewrite_records
-
-FOLDER = "samples"
 
 
 class SampleLog(TrainerCallback):
@@ -33,7 +32,7 @@ class SampleLog(TrainerCallback):
     """
 
     def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
-        self.folder, self.index, self.resume_step = run / FOLDER, index, resume_step
+        self.folder, self.index, self.resume_step = run / SAMPLES, index, resume_step
         self.file = StepLog(self.folder / f"rank-{ranks.index()}.jsonl")
         self._rows = index.column("row")
         self._pending: list[list[str]] = []
@@ -65,7 +64,7 @@ class SampleLog(TrainerCallback):
 def read_samples(run: Path) -> dict[int, list[list[str]]]:
     """``{step: [samples of pack 0, of pack 1, ...]}`` in the plan's order, whatever the ranks."""
     steps: dict[int, list[list[list[str]]]] = defaultdict(list)
-    paths = (run / FOLDER).glob("rank-*.jsonl")
+    paths = (run / SAMPLES).glob("rank-*.jsonl")
     for path in sorted(paths, key=lambda p: int(p.stem.partition("-")[2])):
         for record in read_metrics(path):
             steps[record["step"]].append(record["packs"])

@@ -34,6 +34,7 @@ from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
 from ldistill.models.state import gather_trained
 from ldistill.training import run_folder
+from ldistill.training.callbacks import ShortProgress
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import hold_options, parameter_groups, part_step_counters
 from ldistill.training.sample_log import SampleLog
@@ -62,6 +63,9 @@ class DistillTrainer(Trainer):
         converted: ``resume`` is in DeepSpeed's universal format (see `universal.py`).
         sample_log: notes which samples each step trains on.
     """
+
+    progress: ShortProgress
+    """What is shown of the training; whoever starts it closes it."""
 
     def __init__(
         self,
@@ -155,8 +159,7 @@ class DistillTrainer(Trainer):
     def _begin(self) -> None:
         """What is restored, or let go, when everything is set up, before the first batch."""
         self._began = True
-        if ranks.is_first():
-            run_folder.discard_replaced(self._saver.folder)
+        ranks.from_first(lambda: run_folder.discard_replaced(self._saver.folder))
         self.meter.start()
         if self.resume is None:
             return
@@ -172,8 +175,7 @@ class DistillTrainer(Trainer):
         self._globalstep_last_logged = states[0]["logged"]
         if self._converted:
             ranks.wait()
-            if ranks.is_first():
-                universal.discard(self._saver.folder)
+            ranks.from_first(lambda: universal.discard(self._saver.folder))
 
     def _agree(
         self, plans: list[Any], num_batches: int, problem: Exception | None
@@ -325,7 +327,7 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student in its own format, trained weights in full precision, the data's state."""
         folder = Path(output_dir or self.args.output_dir)
-        trained = gather_trained(self.pair.student, keep=self.args.should_save)
+        trained = gather_trained(self.pair.student, keep=ranks.is_first())
         broken = [name for name, tensor in trained.items() if not tensor.isfinite().all()]
         if broken := [name for names in ranks.gather(broken) for name in names]:
             error = FloatingPointError(
@@ -336,10 +338,13 @@ class DistillTrainer(Trainer):
             raise ranks.shared(error)
         state = {"packs": self.packs_done, "step": self.state.global_step}
         state["ranks"] = ranks.gather(self._rank_state())
-        if self.args.should_save:
+
+        def write() -> None:
             with self._saver.attempt() if _internal_call else writing(folder):
                 self._write_student(folder, trained)
                 (folder / DATA_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+        ranks.from_first(write)
 
     def sync_logs(self) -> None:
         """Make what this rank logged durable; raises TransientError if some of it is missing."""

@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers_data import digests, make_student, picture
 from runs import REPO, losses
-from slurm_cluster import Cluster, job_port, missing_programs
+from slurm_cluster import Cluster, CommandFailed, job_port, missing_programs
 from typer.testing import CliRunner
 
 from ldistill.common.errors import ERROR_EXIT_CODE
@@ -248,6 +248,21 @@ def test_scripts_ask_for_what_exists(cluster, tmp_path):
         assert recipe in (*shipped_recipes(), "llava-7b", "llava-13b")
         assert f"--output_dir {tmp_path / 'out' / script}" in text
         assert "--shards shards --alpha 0.1" in text, "the user's arguments come last"
+
+
+def test_a_job_without_gpus_never_waits_for_cores_that_no_node_has(cluster, tmp_path):
+    """The nodes have one core, the script asks for 8 with each GPU: refused at once, or run."""
+    options = {"CONTAINER": "echo", "OUTPUT_DIR": str(tmp_path / "out")}
+    flags = (*CPU, "--cpus-per-gpu=8")  # the script's own
+    refused = ""
+    try:
+        job = cluster.submit("selective", log=tmp_path / "log", flags=flags, **options)
+    except CommandFailed as error:
+        refused = str(error)
+    if refused:
+        assert "Requested node configuration is not available" in refused
+    else:
+        ended(cluster, job, "COMPLETED", "0:0", tmp_path / "log")
 
 
 def test_evaluation_waits_for_the_run(cluster, world, tmp_path):

@@ -155,6 +155,38 @@ def test_every_start_has_a_port_of_its_own_and_leaves_no_buffers(tmp_path):
     assert "start: 23456 " in job(MASTER_PORT="23456", MAX_CRASHES="1")[1]
 
 
+def test_a_recipe_that_has_its_shards_is_given_none(tmp_path):
+    """`RECIPE=tiny sbatch slurm/selective.sh` needs no folder; what is named in SHARDS counts."""
+    job = Job(tmp_path, "")
+    (tmp_path / "ldistill" / "recipes").symlink_to(REPO / "ldistill" / "recipes")
+    (tmp_path / "mine.yaml").write_text("alpha: 0.5\nshards: /data/mine\n")
+    (tmp_path / "bare.yaml").write_text("# shards: of the shared folder\nalpha: 0.5\n")
+    for recipe, env, expected in (
+        ("tiny", {}, []),
+        ("mine.yaml", {}, []),
+        ("bare.yaml", {}, ["shards"]),
+        ("lingudistill", {}, ["shards"]),
+        ("lingudistill", {"SHARDS": ""}, []),
+        ("tiny", {"SHARDS": "/data/other"}, ["/data/other"]),
+    ):
+        code, text = job(RECIPE=recipe, **env)
+        assert code == 0, text
+        assert re.findall(r"--shards (\S+)", text) == expected, recipe
+
+
+def test_cores_are_shared_out_over_the_ranks_of_a_node(tmp_path):
+    """Given by GPU, by task, or, where nothing says, those that the job has on the node."""
+    job = Job(
+        tmp_path, 'echo "cores: $SRUN_CPUS_PER_TASK $OMP_NUM_THREADS ${SLURM_CPUS_PER_GPU-no}"'
+    )
+    for env, cores in (
+        ({"SLURM_CPUS_PER_GPU": "8", "SLURM_CPUS_ON_NODE": "64", "SLURM_NTASKS_PER_NODE": "8"}, 8),
+        ({"SLURM_CPUS_PER_GPU": "8", "SLURM_CPUS_ON_NODE": "1", "SLURM_NTASKS_PER_NODE": "1"}, 1),
+        ({"SLURM_CPUS_PER_TASK": "16", "SLURM_CPUS_ON_NODE": "16"}, 16),
+    ):
+        assert f"cores: {cores} {cores} no" in job(**env)[1]
+
+
 # ---- shards.sh: which task builds what ----
 
 

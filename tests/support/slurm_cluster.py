@@ -153,7 +153,8 @@ class Cluster:
 
     def submit(self, script: str, *args: str, log: Path, flags: tuple[str, ...] = (), **env) -> str:
         """Number of a new job of `slurm/{script}.sh`; one core a task, the log where asked."""
-        flags = ("--cpus-per-task=1", f"--output={log}", *flags)
+        cores = ("--cpus-per-task=1",) if script in ("shards", "merge") else ("--cpus-per-gpu=1",)
+        flags = (*cores, f"--output={log}", *flags)
         command = ("sbatch", "--parsable", *flags, f"slurm/{script}.sh", *args)
         self.submitted.append(self.call(*command, env={"SETUP": ":"} | env).strip())
         return self.submitted[-1]

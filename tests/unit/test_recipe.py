@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import HfArgumentParser, TrainingArguments
 
 from ldistill.recipe import load_recipe, parse, shipped_recipes
-from ldistill.recipe_values import check_deepspeed
+from ldistill.recipe_values import HEEDED, check_deepspeed, check_trainer_flags
 from ldistill.sources import (
     DOCUMENT,
     LANGUAGE,
@@ -57,7 +61,8 @@ def test_recipes_are_the_papers(name):
 
 
 @pytest.mark.parametrize("name", TABLE_2)
-def test_shared_settings_are_the_papers_table_4(name):
+def test_shared_settings_are_the_papers_table_4(name, monkeypatch):
+    monkeypatch.setattr("ldistill.recipe.has_fast_bf16", lambda: True)
     recipe = parse(["--recipe", name])
     args = recipe.training
     assert recipe.pair.student == "lusxvr/nanoVLM-460M-8k"
@@ -106,16 +111,75 @@ def test_own_recipe_file(tmp_path):
     assert (recipe.distil.alpha, recipe.pair.student) == (0.4, "somewhere")
 
 
+def sizes(argv: list[str], ranks: int, monkeypatch) -> tuple[int, int, int]:
+    """Rows of a pass, passes and rows of a step of a command line on so many ranks."""
+    monkeypatch.setattr("ldistill.recipe.world_size", lambda: ranks)
+    recipe = parse(argv)
+    args = recipe.training
+    found = (args.per_device_train_batch_size, args.gradient_accumulation_steps)
+    assert recipe.run.global_batch_size == found[0] * found[1] * ranks
+    return (*found, recipe.run.global_batch_size)
+
+
 def test_gradient_accumulation_follows_the_global_batch(monkeypatch):
-    monkeypatch.setattr("ldistill.recipe.world_size", lambda: 4)
-    recipe = parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "8"])
-    assert recipe.training.gradient_accumulation_steps == 4
-    recipe = parse(["--recipe", "lingudistill", "--gradient_accumulation_steps", "2"])
-    assert recipe.run.global_batch_size == 64
-    with pytest.raises(ValueError, match="no multiple"):
-        parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "5"])
-    with pytest.raises(ValueError, match="at least 1"):
-        parse(["--recipe", "lingudistill", "--per_device_train_batch_size", "0"])
+    lingudistill = ["--recipe", "lingudistill"]
+    rows = ["--per_device_train_batch_size", "8"]
+    assert sizes([*lingudistill, *rows], 4, monkeypatch) == (8, 4, 128)
+    steps = ["--gradient_accumulation_steps", "2"]
+    assert sizes([*lingudistill, *steps], 4, monkeypatch) == (8, 2, 64)
+
+
+@pytest.mark.parametrize("name", [*TABLE_2, "tiny"])
+def test_sizes_of_a_recipe_give_way_to_the_ranks(name, monkeypatch):
+    """Exactly the recipe's step wherever the ranks divide it, and near it elsewhere."""
+    total, most = (16, 16) if name == "tiny" else (128, 8)
+    for ranks in (1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 96, 128, 200, 1000):
+        rows, _, got = sizes(["--recipe", name], ranks, monkeypatch)
+        assert 1 <= rows <= most
+        if total % ranks == 0:
+            assert got == total, ranks
+        elif ranks > total:
+            assert got == ranks
+        else:
+            assert abs(got - total) <= total / 3, ranks
+    assert sizes(["--recipe", name], 2, monkeypatch)[0] == 8
+
+
+def test_where_a_recipe_gave_way_one_line_says_so(monkeypatch):
+    monkeypatch.setattr("ldistill.recipe.has_fast_bf16", lambda: True)
+    monkeypatch.setattr("ldistill.recipe.world_size", lambda: 2)
+    [line] = parse([]).notes
+    assert "8 rows a pass instead of the recipe's 16" in line
+    assert parse(["--recipe", "lingudistill"]).notes == []
+    assert parse(["--per_device_train_batch_size", "4"]).notes == []
+    monkeypatch.setattr("ldistill.recipe.world_size", lambda: 24)
+    [line] = parse(["--recipe", "lingudistill"]).notes
+    assert "120 rows instead of the recipe's 128: 5 a pass × 1 passes × 24 ranks" in line
+
+
+@pytest.mark.parametrize(("typed", "ranks", "expected"), [
+    ({"per_device_train_batch_size": 5}, 4, (5, 6, 120)),
+    ({"per_device_train_batch_size": 16}, 32, (16, 1, 512)),
+    ({"global_batch_size": 4}, 2, (2, 1, 4)),
+    ({"global_batch_size": 30}, 2, (5, 3, 30)),
+    ({"global_batch_size": 64, "gradient_accumulation_steps": 2}, 4, (8, 2, 64)),
+    ({"global_batch_size": 256, "gradient_accumulation_steps": 2}, 4, (32, 2, 256)),
+    ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, 4, (2, 3, 24)),
+    ({"global_batch_size": 128, "per_device_train_batch_size": 5}, 4, "128 .*5 rows × 4 ranks"),
+    ({"global_batch_size": 16}, 3, "global_batch_size 16 is no multiple of 3 ranks"),
+    ({"global_batch_size": 4}, 8, "no multiple of 8 ranks"),
+    ({"global_batch_size": 12, "gradient_accumulation_steps": 5}, 2, "5 accumulation steps × 2"),
+    ({"global_batch_size": 16, "per_device_train_batch_size": 2,
+      "gradient_accumulation_steps": 2}, 2, "16 is not 2 rows × 2 accumulation steps × 2 ranks"),
+    ({"per_device_train_batch_size": 0}, 1, "at least 1"),
+])  # fmt: skip
+def test_sizes_that_were_typed_stay(typed, ranks, expected, monkeypatch):
+    argv = ["--recipe", "lingudistill", *(f"--{name}={size}" for name, size in typed.items())]
+    if isinstance(expected, tuple):
+        assert sizes(argv, ranks, monkeypatch) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            sizes(argv, ranks, monkeypatch)
 
 
 def test_deepspeed_learns_the_accumulation(monkeypatch):
@@ -143,6 +207,17 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--use_liger_kernel", "true"], "--kernels"),
     (["--report_to", "nowhere"], "report_to nowhere: its package is not installed"),
     (["--recipe", "lingudistill", "--kv_grad", "through", "--gradient_checkpointing"], "kv_grad"),
+    (["--auto_find_batch_size", "true"], "ldistill plan"),
+    (["--train_sampling_strategy", "group_by_length"], "in the order of --seed or --data_seed"),
+    (["--ignore_data_skip"], "reads on exactly where it stopped"),
+    (["--average_tokens_across_devices", "false"], "counts the rows of all ranks"),
+    (["--push_to_hub", "true"], "hf upload"),
+    (["--hub_model_id", "me/mine"], "hf upload"),
+    (["--bf16_full_eval", "true"], "--eval_items and --eval_suite"),
+    (["--load_best_model_at_end", "true"], "its last state"),
+    (["--fsdp", "full_shard"], "--deepspeed"),
+    (["--eval_strategy", "epoch", "--eval_suite", "tiny"], "must be steps or no, got 'epoch'"),
+    (["--logging_strategy", "epoch"], "must be steps or no, got 'epoch'"),
     (["--save_only_model", "true"], "no run can go on"),
     (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
     (["--save_strategy", "best", "--metric_for_best_model", "x"], "got 'best'"),
@@ -150,6 +225,41 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(argv)
+
+
+def test_every_flag_of_the_trainer_is_heeded_or_refused():
+    """A field of a newer transformers is refused until somebody has looked at it."""
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    unread = known - HEEDED
+    assert len(unread) > 30
+    defaults = HfArgumentParser(TrainingArguments).parse_known_args([])[0]
+    for name in unread & set(vars(defaults)):
+        changed = Namespace(**(vars(defaults) | {name: "something else"}))
+        with pytest.raises(ValueError, match=f"{name} cannot be used here"):
+            check_trainer_flags(changed, defaults)
+    check_trainer_flags(defaults, defaults)
+
+
+def test_bf16_of_a_recipe_gives_way_on_a_cpu_that_is_slow_at_it(monkeypatch):
+    monkeypatch.setattr("ldistill.recipe.has_fast_bf16", lambda: False)
+    recipe = parse(["--recipe", "lingudistill"])
+    assert not recipe.training.bf16
+    assert ["fp32 instead of the recipe's bf16" in note for note in recipe.notes] == [True]
+    typed = parse(["--recipe", "lingudistill", "--bf16", "true"])
+    assert (typed.training.bf16, typed.notes) == (True, [])
+    assert parse([]).notes == []
+    monkeypatch.setattr("ldistill.recipe.has_fast_bf16", lambda: True)
+    assert parse(["--recipe", "lingudistill"]).training.bf16
+
+
+def test_torch_compile_compiles_the_blocks():
+    """transformers would have accelerate compile the whole module, by its environment too."""
+    recipe = parse(["--torch_compile_backend", "eager"])
+    assert recipe.pair.compile_blocks
+    assert recipe.compile_options == {"backend": "eager", "mode": None}
+    assert not recipe.training.torch_compile
+    assert not [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO")]
+    assert not parse([]).pair.compile_blocks
 
 
 def test_unknown_recipe_field(tmp_path):
