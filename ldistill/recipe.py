@@ -126,7 +126,9 @@ class RunArguments:
         "Items of every task, of --eval_items and of --eval_suite; default all."
     )
     log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
-    overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
+    overwrite: bool = _doc(
+        "Begin anew; a run in the output folder is renamed to FOLDER.old-1.", False
+    )
     stop_file: str | None = _doc(
         "Its appearance stops the run with a checkpoint, exit 85; default $LDISTILL_STOP_FILE."
     )

@@ -89,7 +89,6 @@ def run(recipe: Recipe) -> Path:
         export_result(trainer, folder)
     else:
         say(f"{resume} is the last step: nothing is left to train.")
-        from_first(lambda: run_folder.discard_replaced(folder))
         take_result(resume, folder)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))

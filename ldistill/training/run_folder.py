@@ -32,7 +32,6 @@ from ldistill.common.run_files import (
     METRICS,
     PLAN,
     RECIPE,
-    REPLACED,
     RUN,
     SAMPLES,
     STUDENT,
@@ -113,8 +112,7 @@ def claim(
         folder: the run's.
         recipe: resolved.
         resume: checkpoint to go on from.
-        overwrite: replace another run; what lies in its folder is kept aside until
-            :func:`discard_replaced`, or until :func:`release` puts it back.
+        overwrite: begin a new run; one that lies there is renamed, ``FOLDER.old-1``.
         restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
 
     Returns:
@@ -123,13 +121,13 @@ def claim(
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
     """
-    old = folder / RECIPE
+    old, aside = folder / RECIPE, None
     begins = overwrite or not old.exists()
     if resume is not None:
         _check_same_run(resume.parent / RECIPE, recipe)
         if overwrite and folder.resolve() in resume.resolve().parents:
             raise ValueError(
-                f"--overwrite would delete {resume}, from which the run is to go on: leave one of "
+                f"--overwrite would rename {resume}, from which the run is to go on: leave one of "
                 "the two flags out."
             )
         if old.exists() and not overwrite and not folder.samefile(resume.parent):
@@ -139,18 +137,20 @@ def claim(
     elif old.exists() and not overwrite:
         raise ValueError(
             f"{folder} already holds a run: continue it with --resume_from_checkpoint auto, "
-            "replace it with --overwrite, or choose another --output_dir."
+            "begin anew with --overwrite, or choose another --output_dir."
         )
     if old.exists() and overwrite:
-        _set_aside(folder)
+        aside = _set_aside(folder)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if run_id(folder) is None:
-            write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
+            replaced = {"replaced": str(aside)} if aside else {}
+            write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex} | replaced))
         write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
         write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
     except OSError:
-        _put_back(folder)
+        if aside:
+            _put_back(folder, aside)
         raise
     return begins
 
@@ -169,70 +169,47 @@ def _check_room_for(folder: Path, resume: Path, recipe: dict[str, Any]) -> None:
     _check_same_run(folder / RECIPE, recipe)
 
 
-def _set_aside(folder: Path) -> None:
-    """Move what lies in a folder, which may itself be a link to another disk, out of sight."""
-    aside = folder / REPLACED
-    if aside.exists() and _trained(folder):
-        shutil.rmtree(aside)  # of a start that came further, but could not delete it
-    kept = aside.exists()  # of a start killed in its set-up: the rest is its claim
-    aside.mkdir(exist_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):  # it says: taken
-        if path.name in (REPLACED, JOB):
-            continue
-        if kept:
-            _delete(path)
-        else:
-            path.rename(aside / path.name)
+def _set_aside(folder: Path) -> Path:
+    """Rename a folder, or what it links to, and leave an empty one; where the old one is now."""
+    real, number = folder.resolve(), 1
+    while (aside := real.with_name(f"{real.name}.old-{number}")).exists():
+        number += 1
+    real.rename(aside)
+    real.mkdir()
+    if (aside / JOB).exists():  # by the script that starts this run
+        shutil.copyfile(aside / JOB, real / JOB)
+    print(f"the run that was in {folder} is now in {aside}.", flush=True)
+    return aside
 
 
-def _put_back(folder: Path) -> None:
+def _put_back(folder: Path, aside: Path) -> None:
     """Undo :func:`_set_aside`."""
-    aside = folder / REPLACED
-    if not aside.exists():
-        return
-    for path in list(aside.iterdir()):
-        target = folder / path.name
-        if target.exists() or target.is_symlink():
-            _delete(target)
-        path.rename(target)
-    aside.rmdir()
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def discard_replaced(folder: Path) -> None:
-    """Delete the run that this one replaces; call it when nothing but training is left to do."""
-    shutil.rmtree(folder / REPLACED, ignore_errors=True)
-
-
-def _trained(folder: Path) -> bool:
-    metrics = folder / METRICS
-    return (metrics.exists() and metrics.stat().st_size > 0) or bool(survey(folder))
+    shutil.rmtree(folder.resolve())
+    aside.rename(folder.resolve())
 
 
 def release(folder: Path, run: str) -> None:
     """Undo :func:`claim` for a run that began and failed before anything came of it.
 
-    The run that it was to replace is there again. A folder in which anything was trained, or that
-    is another run's by now, stays as it is. Raises nothing: there is an error to tell already.
+    A folder in which anything was trained, or that is another run's by now, stays as it is. Raises
+    nothing: there is an error to tell already.
 
     Args:
         folder: the run's.
         run: its id.
     """
     with suppress(OSError, ValueError):
-        if run_id(folder) != run or _trained(folder):
+        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        metrics = folder / METRICS
+        if record["id"] != run or survey(folder) or (metrics.exists() and metrics.stat().st_size):
+            return
+        if "replaced" in record:
+            _put_back(folder, Path(record["replaced"]))
             return
         for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, METRICS, RUN):
             (folder / name).unlink(missing_ok=True)
         for name in (SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)
-        _put_back(folder)
         folder.rmdir()  # unless there was something in it before
 
 
@@ -324,8 +301,8 @@ def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None
     kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
     there = sum(min(_bytes(path), each) for path in kept)
     there += min(_bytes(folder / STUDENT), 4 * total)
-    # What a killed run left half done, or this one replaces, goes before the next checkpoint.
-    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED, REPLACED))
+    # What a killed run left half done goes before the next checkpoint.
+    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED))
     free = shutil.disk_usage(folder).free
     if free + there < needed:
         raise OSError(

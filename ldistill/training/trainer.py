@@ -33,7 +33,6 @@ from ldistill.models.flops import count_step, student_flops
 from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
 from ldistill.models.state import gather_trained
-from ldistill.training import run_folder
 from ldistill.training.callbacks import ShortProgress
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import hold_options, parameter_groups, part_step_counters
@@ -159,7 +158,6 @@ class DistillTrainer(Trainer):
     def _begin(self) -> None:
         """What is restored, or let go, when everything is set up, before the first batch."""
         self._began = True
-        ranks.from_first(lambda: run_folder.discard_replaced(self._saver.folder))
         self.meter.start()
         if self.resume is None:
             return

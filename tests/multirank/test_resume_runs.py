@@ -17,7 +17,6 @@ from runs import write_recipe, write_shards
 from safetensors.torch import load_file
 
 from ldistill.checkpoint import folder as checkpoint_folder
-from ldistill.common.run_files import REPLACED
 from ldistill.train import main
 from ldistill.training.metrics import read_metrics
 from ldistill.training.sample_log import SampleLog, read_samples
@@ -99,11 +98,14 @@ def test_overwriting_begins_anew_whatever_auto_would_find(capsys, world, run):
     assert "going on from" not in resume(capsys, world, run, *flags, code=0)
     assert (run / "run.json").read_bytes() != before
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1]
-    assert not (run / REPLACED).exists()
+    old = run.with_name(f"{run.name}.old-1")
+    assert (old / "run.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("where", ["set-up", "train"])
-def test_a_run_is_replaced_only_once_the_new_one_trains(capsys, world, run, monkeypatch, where):
+def test_a_run_has_its_name_back_if_the_new_one_fails(
+    capsys, world, run, monkeypatch, where
+):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     flags = ["--overwrite", "true"]
     if where == "set-up":
@@ -113,7 +115,7 @@ def test_a_run_is_replaced_only_once_the_new_one_trains(capsys, world, run, monk
         monkeypatch.setattr(DistillTrainer, "_prepare_for_training", engine)
     assert ("shards" if where == "set-up" else "refuses") in resume(capsys, world, run, *flags)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-    assert not (run / REPLACED).exists()
+    assert not run.with_name(f"{run.name}.old-1").exists()
 
 
 def test_a_disk_that_fills_between_checkpoints_is_a_sentence_and_may_pass(

@@ -131,7 +131,7 @@ def test_a_checkpoint_from_elsewhere_does_not_go_into_another_run(tmp_path):
     assert survey(new)
     assert run_folder.claim(new, recipe, resume, overwrite=True)
     assert survey(new) == []
-    with pytest.raises(ValueError, match=r"--overwrite would delete .*checkpoint-4"):
+    with pytest.raises(ValueError, match=r"--overwrite would rename .*checkpoint-4"):
         run_folder.claim(old, recipe, resume, overwrite=True)
 
 
@@ -147,7 +147,7 @@ def test_the_newest_run_of_a_recipe_is_its_own(tmp_path):
     assert run_folder.newest_folder("bar", tmp_path) is None
 
 
-def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
+def test_a_linked_folder_is_renamed_behind_its_link(tmp_path):
     target, link = tmp_path / "disk", tmp_path / "run"
     target.mkdir()
     link.symlink_to(target)
@@ -155,16 +155,13 @@ def test_a_linked_folder_is_emptied_and_stays_a_link(tmp_path):
     run_folder.claim(link, {}, None, False)
     keep_checkpoint(link, 1)
     assert run_folder.claim(link, {}, None, overwrite=True)
-    assert run_folder.claim(link, {}, None, overwrite=True), "the first was killed in its set-up"
-    assert [f.step for f in survey(link / run_files.REPLACED)] == [1]
-    run_folder.discard_replaced(link)
+    assert [f.step for f in survey(tmp_path / "disk.old-1")] == [1]
     assert link.is_symlink()
-    assert sorted(p.name for p in target.iterdir()) == [
-        "environment.json",
-        "recipe.yaml",
-        "run.json",
-        run_files.JOB,
-    ]
+    names = ["environment.json", "recipe.yaml", "run.json", run_files.JOB]
+    assert sorted(p.name for p in target.iterdir()) == names
+    run_folder.release(link, run_folder.run_id(link))
+    assert [f.step for f in survey(link)] == [1]
+    assert not (tmp_path / "disk.old-1").exists()
 
 
 def test_what_a_run_has_written_counts_as_its_room(tmp_path, monkeypatch):
