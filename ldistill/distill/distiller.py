@@ -16,7 +16,6 @@ from ldistill.distill.attention import (
     PACKED,
     SharedKV,
     attach,
-    choose_attention,
     document_boundaries,
     recording,
 )
@@ -39,7 +38,7 @@ class Distiller(nn.Module):
         objective: how CE and KL are mixed.
         kv_scope: ``full``, ``prompt`` or ``visual``.
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
-        attention: the student's backend, one of ``attention.BACKENDS``.
+        attention: the student's backend, of :func:`ldistill.distill.attention.choose_attention`.
     """
 
     def __init__(
@@ -65,8 +64,7 @@ class Distiller(nn.Module):
 
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on."""
-        self.attention = choose_attention(backend, self.student.backbone.dtype)
-        self.slots = attach(self.student.backbone, self.attention)
+        self.attention, self.slots = backend, attach(self.student.backbone, backend)
 
     @property
     def teacher_vocab(self) -> int:

@@ -71,7 +71,7 @@ class StepBench:
             teacher,
             weights if teacher else self.labels_only,
             Objective(kernels=options.kernels),
-            attention=options.attention,
+            attention=choose_attention(options.attention, dtype),
         )
         if options.checkpointing:
             self.distiller.activation_checkpointing_enable()

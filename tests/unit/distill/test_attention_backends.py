@@ -75,7 +75,6 @@ def reference_varlen(q, k, v, starts_q, starts_k, max_q, max_k, *, scale, window
 
 def test_varlen_takes_documents_by_their_boundaries(pair_root, monkeypatch):
     """The same loss and gradients as sdpa, and the shared K/V as it read them: views."""
-    monkeypatch.setattr("ldistill.distill.attention.varlen_available", lambda: True)
     read = []
 
     def noted(q, k, v, *args, **kwargs):
@@ -87,8 +86,7 @@ def test_varlen_takes_documents_by_their_boundaries(pair_root, monkeypatch):
     for backend in ("sdpa", "varlen"):
         pair = load_pair(str(pair_root / "student"), str(pair_root / "teacher"))
         freeze_vision(pair.student)
-        distiller = Distiller(pair.student, Teacher(pair.lm), weights())
-        distiller.attention, distiller.slots = backend, attach(pair.student.backbone, backend)
+        distiller = Distiller(pair.student, Teacher(pair.lm), weights(), attention=backend)
         batch = random_batch(pair.student, [[24, 31], [40]])
         supervision = distiller.supervise(batch)
         loss = distiller(batch, supervision, 30.0, True)["loss"]
