@@ -22,8 +22,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from ldistill.distill.gating import GATES
-from ldistill.distill.objective import DIVERGENCES, MIXES
+from ldistill.distill.objective import DIVERGENCES, GATES, MIXES
 from ldistill.recipe_values import (
     check_deepspeed,
     check_trainer_flags,

@@ -1,8 +1,8 @@
-"""The student's keys and values, layer by layer, as views: what the teacher reads.
+"""The student's attention, and its keys and values as views: the *shared K/V* of the teacher.
 
 transformers lets an attention function be registered by name. Ours notes the rotated keys and the
-values on their way into the real one and changes nothing, so the memory shares storage with what
-the student's attention read: no copy, no repeated heads (the paper's section 3.1).
+values on their way into the real one and changes nothing, so the shared K/V are the very storage
+that the student's attention read: no copy, no repeated heads (the paper's section 3.1).
 
 A slot per attention module, not a list by layer index, keeps `torch.compile` from specialising the
 decoder block on its index: one graph serves all layers.
@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,9 +31,16 @@ from transformers.masking_utils import (
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.utils import is_flash_attn_2_available
 
 PREFIX = "ldistill_"
-BACKENDS = ("auto", "sdpa", "flash_attention_2", "flex_attention", "eager")
+BACKENDS = ("auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager")
+PACKED = ("flash_attention_2", "varlen")
+"""Backends that take documents by their boundaries (:func:`document_boundaries`), not by a mask."""
+
+
+# PyTorch 2.11 takes fewer key heads as they come, later ones want to be told.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 class KVSlot:
@@ -46,7 +55,7 @@ class KVSlot:
 
 
 @dataclass
-class KVMemory:
+class SharedKV:
     """Keys and values of one student forward.
 
     ``keys[l]``, ``values[l]``: [batch, kv_heads, seq, head_dim] in the student's dtype, keys
@@ -56,9 +65,9 @@ class KVMemory:
     keys: list[Tensor]
     values: list[Tensor]
 
-    def detach(self) -> KVMemory:
+    def detach(self) -> SharedKV:
         """The same storage outside the student's graph (``kv_grad: detached``)."""
-        return KVMemory([k.detach() for k in self.keys], [v.detach() for v in self.values])
+        return SharedKV([k.detach() for k in self.keys], [v.detach() for v in self.values])
 
 
 def _flash_attention_2(
@@ -71,7 +80,10 @@ def _flash_attention_2(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """flash-attn through transformers, called by its real name (ours would not be found)."""
+    """flash-attn through transformers, called by its real name (ours would not be found).
+
+    query [batch, heads, seq, head_dim], key and value with kv_heads → [batch, seq, heads, head_dim]
+    """
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -85,6 +97,31 @@ def _flash_attention_2(
         **kwargs,
     )
     return output, None
+
+
+def _varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """PyTorch's own variable-length attention over the documents of a packed batch."""
+    shape = query.shape
+    # Transposed back to how the projections left them, so flattening copies nothing:
+    # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    boundaries, longest = cu_seq_lens_q, max_length_q
+    options = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if k.shape[1] != q.shape[1]:
+        options |= _GROUPED
+    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
+    return out.unflatten(0, (shape[0], shape[2])), None  # [batch, seq, heads, head_dim]
 
 
 def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
@@ -102,7 +139,7 @@ def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Ten
 def _recording(attend: Callable) -> Callable:
     def attention(module, query, key, value, attention_mask, **kwargs):
         # Under autocast the projections give 16-bit tensors and RoPE's float32 tables widen two of
-        # them; attention would narrow them again, unseen. Done here, the memory has one dtype.
+        # them; attention would narrow them again, unseen. Done here, the shared K/V have one dtype.
         query, key = query.to(value.dtype), key.to(value.dtype)
         slot = getattr(module, "kv_slot", None)
         if slot is not None and slot.active:
@@ -116,43 +153,60 @@ _ATTENTIONS = {
     "sdpa": (sdpa_attention_forward, shared_sdpa_mask),
     "eager": (eager_attention_forward, eager_mask),
     "flash_attention_2": (_flash_attention_2, flash_attention_mask),
+    "varlen": (_varlen, None),
     "flex_attention": (flex_attention_forward, flex_attention_mask),
 }
 
 
-def choose_attention(asked: str) -> str:
-    """``auto`` is flash-attn's variable-length kernel where it is installed, else ``sdpa``.
+def choose_attention(asked: str, dtype: torch.dtype) -> str:
+    """``auto`` is a variable-length kernel where one runs, else ``sdpa``.
 
-    flash-attn computes in bf16 or fp16 alone. ``flex_attention`` compiles at the first step, and
-    whether it pays is for `ldistill bench step --attention auto` to measure, which tries them all.
+    flash-attn's where it is installed, PyTorch's own on any other GPU it knows; both compute in
+    bf16 or fp16 alone. ``flex_attention`` compiles at the first step, and whether it pays is for
+    `ldistill bench step --attention auto` to measure, which tries them all.
+
+    Args:
+        asked: one of ``BACKENDS``.
+        dtype: that the student computes in.
+
+    Raises:
+        ValueError: a backend that does not run here.
     """
-    if asked != "auto":
-        return asked
-    from transformers.utils import is_flash_attn_2_available
+    half = dtype in (torch.bfloat16, torch.float16)
+    if asked == "auto":
+        if half and is_flash_attn_2_available():
+            return "flash_attention_2"
+        return "varlen" if half and varlen_available() else "sdpa"
+    if asked == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ValueError(
+            "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
+            "pip install flash-attn --no-build-isolation, or leave --attention at sdpa."
+        )
+    if asked == "varlen" and not (half and varlen_available()):
+        raise ValueError(
+            "attention is varlen, which computes in bf16 or fp16 on a GPU from Ampere on: give "
+            "--bf16 true there, or choose sdpa."
+        )
+    return asked
 
-    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
+
+def varlen_available() -> bool:
+    """Whether PyTorch's variable-length attention runs on this machine's GPU."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     """Make a transformers decoder leave its keys and values in slots, one per layer.
 
     Args:
-        decoder: of the Llama kind (``layers[l].self_attn``), with or without its head.
-        backend: ``sdpa``, ``flash_attention_2`` (needs flash-attn), ``flex_attention`` (compiled
-            at first use), ``eager``, or ``auto`` for :func:`choose_attention`.
-
-    Raises:
-        ValueError: unknown backend, or flash-attn asked for and not installed.
+        decoder: with attention modules in ``layers[l].self_attn``, with or without its head.
+        backend: one of ``BACKENDS`` but ``auto``: what :func:`choose_attention` gives.
     """
-    backend = choose_attention(backend)
-    if backend not in _ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    if backend == "flash_attention_2":
-        _require_flash_attn()
     name = PREFIX + backend
     attend, mask = _ATTENTIONS[backend]
     ALL_ATTENTION_FUNCTIONS.register(name, _recording(attend))
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    if mask is not None:  # without one by that name transformers makes no mask
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     backbone = decoder.base_model
     backbone.config._attn_implementation = name
     slots = []
@@ -163,19 +217,9 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     return slots
 
 
-def _require_flash_attn() -> None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if not is_flash_attn_2_available():
-        raise ValueError(
-            "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
-            "pip install flash-attn --no-build-isolation, or leave --attention at sdpa."
-        )
-
-
 @contextmanager
-def recording(slots: list[KVSlot]) -> Iterator[Callable[[], KVMemory]]:
-    """Record within the block; the yielded function gives the memory of the last forward.
+def recording(slots: list[KVSlot]) -> Iterator[Callable[[], SharedKV]]:
+    """Record within the block; the yielded function gives the K/V of the last forward.
 
     Recomputation under gradient checkpointing happens after the block, so it records nothing.
     """
@@ -188,26 +232,29 @@ def recording(slots: list[KVSlot]) -> Iterator[Callable[[], KVMemory]]:
             slot.active, slot.key, slot.value = False, None, None
 
 
-def _collect(slots: list[KVSlot]) -> KVMemory:
+def _collect(slots: list[KVSlot]) -> SharedKV:
     missing = [index for index, slot in enumerate(slots) if slot.key is None]
     if missing:
         raise ValueError(
             f"layers {missing} left no keys and values: this decoder does not go through "
             "transformers' attention interface."
         )
-    return KVMemory([slot.key for slot in slots], [slot.value for slot in slots])
+    return SharedKV([slot.key for slot in slots], [slot.value for slot in slots])
 
 
-def packed_flash_kwargs(position_ids: Tensor) -> dict[str, Tensor | int]:
-    """Document boundaries of packed rows for flash-attn's variable-length kernel.
+def document_boundaries(position_ids: Tensor) -> dict[str, Tensor | int]:
+    """Where documents begin in packed rows, by transformers' names, for the ``PACKED`` backends.
 
     Args:
         position_ids: int64 [batch, seq], restarting at 0 in every document.
+
+    Returns:
+        ``cu_seq_lens_*``: int32 [documents + 1] over the flattened batch; ``max_length_*``.
     """
     starts = torch.nonzero(position_ids.flatten() == 0).flatten().to(torch.int32)
     total = torch.tensor([position_ids.numel()], dtype=torch.int32, device=position_ids.device)
     boundaries = torch.cat([starts, total])
-    longest = position_ids.shape[1]
+    longest = position_ids.shape[1]  # a bound; the true one would have to be waited for
     return {
         "cu_seq_lens_q": boundaries,
         "cu_seq_lens_k": boundaries,

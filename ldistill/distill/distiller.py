@@ -6,20 +6,21 @@ The teacher hangs beside the module tree, so it is neither trained, broadcast, s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldistill.distill.attention import (
-    KVMemory,
+    PACKED,
+    SharedKV,
     attach,
-    choose_attention,
-    packed_flash_kwargs,
+    document_boundaries,
     recording,
 )
 from ldistill.distill.objective import Objective
-from ldistill.distill.targets import RowPlan, TeacherRows, plan_rows, teacher_rows
+from ldistill.distill.targets import Queries, Supervision, queries_for, supervise
 from ldistill.distill.teacher import Teacher
 from ldistill.models.student import Student
 from ldistill.sources import SourceWeights
@@ -37,7 +38,7 @@ class Distiller(nn.Module):
         objective: how CE and KL are mixed.
         kv_scope: ``full``, ``prompt`` or ``visual``.
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
-        attention: the student's backend, one of ``memory.BACKENDS``.
+        attention: the student's backend, of :func:`ldistill.distill.attention.choose_attention`.
     """
 
     def __init__(
@@ -52,8 +53,6 @@ class Distiller(nn.Module):
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        if kv_grad not in KV_GRADS:
-            raise ValueError(f"kv_grad must be one of {', '.join(KV_GRADS)}, got {kv_grad!r}.")
         if weights.distils and teacher is None:
             raise ValueError("the recipe distils, but no teacher was given (--teacher).")
         self.student = student
@@ -65,8 +64,7 @@ class Distiller(nn.Module):
 
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on."""
-        self.attention = choose_attention(backend)
-        self.slots = attach(self.student.backbone, self.attention)
+        self.attention, self.slots = backend, attach(self.student.backbone, backend)
 
     @property
     def teacher_vocab(self) -> int:
@@ -77,109 +75,113 @@ class Distiller(nn.Module):
         image = self.student.image_token_id
         return min(self.teacher.vocab_size, image) if self.teacher else image
 
-    def plan(self, batch: dict[str, Tensor]) -> RowPlan:
-        """Rows of a batch that still lies on the CPU."""
-        return plan_rows(batch, self.weights, self.kv_scope, self.teacher_vocab)
+    def supervise(self, batch: dict[str, Tensor]) -> Supervision:
+        """Targets and queries of a batch that still lies on the CPU."""
+        return supervise(batch, self.weights, self.kv_scope, self.teacher_vocab)
 
     def forward(
         self,
         batch: dict[str, Tensor],
-        plan: RowPlan,
-        total_rows: float,
+        supervision: Supervision,
+        total: float,
         run_teacher: bool,
     ) -> dict[str, Tensor]:
         """Loss of a micro-batch as its share of the global batch.
 
         Args:
             batch: of ``ldistill.data.collate``, on the device.
-            plan: of :meth:`plan`, on the device.
-            total_rows: supervised rows of the global batch, at least 1.
-            run_teacher: whether any rank has teacher rows in this micro-batch; all ranks must
-                agree where the teacher is sharded.
+            supervision: of :meth:`supervise`, on the device.
+            total: targets of the global batch, at least 1.
+            run_teacher: whether any rank has queries in this micro-batch; all ranks must agree
+                where the teacher is sharded.
 
         Returns:
             ``loss`` (scalar) and ``metrics`` (float32 [sources, len(COLUMNS)], detached sums).
         """
-        hidden, memory = self._student(batch, run_teacher)
-        hidden = _autocast(hidden.flatten(0, 1)[plan.supervised.flat])
+        targets, queries = supervision.targets, supervision.queries
+        teaches = run_teacher and (len(queries) > 0 or self.teacher.collective)
+        hidden, shared = self._student(batch, teaches)
+        # [batch, seq, hidden] → [targets, hidden]: the head runs on no other position.
+        hidden = _autocast(hidden.flatten(0, 1)[targets.flat])
+        judge = partial(
+            self.objective, targets=targets, total=total, sources=len(self.weights.names)
+        )
 
-        def judge() -> tuple[Tensor, Tensor]:
-            return self.objective(
+        # Under ZeRO-3 a head's weight is whole only while the head is being called with the states
+        # (its hooks gather and release, in backward too), so the loss is computed within: the
+        # teacher's head is entered within the student's, and both weights are whole there.
+        def against_teacher() -> tuple[Tensor, Tensor]:
+            taught = self._teach(queries, shared)  # [taught, hidden of the teacher]
+            return self.student.lm_head(
                 hidden,
-                self.student.lm_head,
-                plan.supervised,
-                teacher_hidden=None if memory is None else self._teach(plan.teacher, memory),
-                teacher=self.teacher,
-                total_rows=total_rows,
-                sources=len(self.weights.names),
+                lambda *student: self.teacher.head(
+                    taught, lambda *teacher: judge(student, teacher)
+                ),
             )
 
-        loss, metrics = judge() if memory is None else self.teacher.as_one_forward(judge)
+        if shared is None:
+            loss, metrics = self.student.lm_head(hidden, lambda *student: judge(student, None))
+        else:
+            loss, metrics = self.teacher.as_one_forward(against_teacher)
         return {"loss": loss, "metrics": metrics}
 
-    def _student(
-        self, batch: dict[str, Tensor], run_teacher: bool
-    ) -> tuple[Tensor, KVMemory | None]:
-        kwargs: dict[str, Any] = {}
-        if self.attention == "flash_attention_2":
-            kwargs = packed_flash_kwargs(batch["position_ids"])
+    def _student(self, batch: dict[str, Tensor], record: bool) -> tuple[Tensor, SharedKV | None]:
+        """States [batch, seq, hidden], and the K/V of every layer if they are asked for."""
+        packed = document_boundaries(batch["position_ids"]) if self.attention in PACKED else {}
         arguments = (batch["input_ids"], batch["position_ids"], batch["pixel_values"])
-        if not (run_teacher and self.teacher is not None):
-            return self.student(*arguments, **kwargs), None
+        if not record:
+            return self.student(*arguments, **packed), None
         with recording(self.slots) as recorded:
-            hidden = self.student(*arguments, **kwargs)
-            memory = recorded()
-        return hidden, memory if self.kv_grad == "through" else memory.detach()
+            hidden = self.student(*arguments, **packed)
+            shared = recorded()
+        return hidden, shared if self.kv_grad == "through" else shared.detach()
 
-    def _teach(self, rows: TeacherRows, memory: KVMemory) -> Tensor | None:
-        """Teacher states of the distilling rows; an empty tensor where only other ranks distil."""
+    def _teach(self, queries: Queries, shared: SharedKV) -> Tensor:
+        """Teacher states of the taught targets; none where only other ranks distil."""
         through = self.kv_grad == "through"
-        if len(rows):
-            return self.teacher.hidden(rows, memory, through)
-        if not self.teacher.collective:
-            return None
-        # A sharded teacher gathers its weights together: take part with a row that counts nothing.
-        idle = _idle_row(memory, self.kv_scope)
-        return self.teacher.hidden(idle, memory, through)[:0]
+        if len(queries):
+            return self.teacher.hidden(queries, shared, through)
+        # A sharded teacher gathers its weights on all ranks together: take part with one query
+        # that counts nothing.
+        return self.teacher.hidden(_idle_query(shared, self.kv_scope), shared, through)[:0]
 
     @torch.no_grad()
-    def teacher_alone(self, batch: dict[str, Tensor], plan: RowPlan, own: TeacherRows) -> Tensor:
-        """Rows where the teacher, with no memory but its own, predicts the label; and how many.
+    def teacher_alone(
+        self, batch: dict[str, Tensor], supervision: Supervision, own: Queries
+    ) -> Tensor:
+        """Targets whose label the teacher predicts with no K/V but its own; and how many.
 
         Args:
             batch: on the device; gives the student's dtype and shapes.
-            plan: whose distilling rows are judged.
-            own: of ``teacher_rows(..., scope="own")`` for the same rows.
+            supervision: whose taught targets are judged.
+            own: of :meth:`own_queries` for the same batch.
 
         Returns:
-            float32 [2]: right rows, rows.
+            float32 [2]: targets predicted, targets.
         """
-        rows = plan.supervised
-        label = rows.label[rows.kd_rows]
-        blank = self._blank_memory(batch)
-        hidden = (
-            self.teacher.hidden(own, blank)
-            if len(own)
-            else self.teacher.hidden(_idle_row(blank, "own"), blank)[:0]
-        )
+        label = supervision.targets.label[supervision.targets.taught]
+        blank = self._blank_kv(batch)
+        if len(own):
+            hidden = self.teacher.hidden(own, blank)
+        else:
+            hidden = self.teacher.hidden(_idle_query(blank, "own"), blank)[:0]
         best = self.teacher.head(hidden, _argmax)
         right = (best == label).float().sum()
         return torch.stack([right, torch.tensor(float(label.numel()), device=right.device)])
 
-    def own_rows(self, batch: dict[str, Tensor], plan: RowPlan) -> TeacherRows:
-        """Teacher rows for :meth:`teacher_alone`, of a batch that still lies on the CPU."""
-        wanted = plan.supervised.flat[plan.supervised.kd_rows]
-        return teacher_rows(batch, wanted, "own", self.teacher_vocab)
+    def own_queries(self, batch: dict[str, Tensor], supervision: Supervision) -> Queries:
+        """Queries for :meth:`teacher_alone`, of a batch that still lies on the CPU."""
+        targets = supervision.targets
+        return queries_for(batch, targets.flat[targets.taught], "own", self.teacher_vocab)
 
-    def _blank_memory(self, batch: dict[str, Tensor]) -> KVMemory:
-        """Memory that nothing sees, of one zero expanded to the student's shape."""
+    def _blank_kv(self, batch: dict[str, Tensor]) -> SharedKV:
+        """Shared K/V of the student's shape that nothing sees."""
         backbone = self.student.backbone
-        config, head_dim = backbone.config, backbone.layers[0].self_attn.head_dim
-        shape = (batch["input_ids"].shape[0], config.num_key_value_heads)
-        dtype = backbone.dtype
-        zero = torch.zeros(*shape, batch["input_ids"].shape[1], head_dim, dtype=dtype)
+        heads, head_dim = backbone.config.num_key_value_heads, backbone.layers[0].self_attn.head_dim
+        size, seq = batch["input_ids"].shape
+        zero = torch.zeros(size, heads, seq, head_dim, dtype=backbone.dtype)
         zero = zero.to(batch["input_ids"].device)
-        return KVMemory([zero] * config.num_hidden_layers, [zero] * config.num_hidden_layers)
+        return SharedKV(*[[zero] * backbone.config.num_hidden_layers] * 2)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -212,17 +214,17 @@ class Distiller(nn.Module):
             layer.compile(**options)
 
 
-def _idle_row(memory: KVMemory, scope: str) -> TeacherRows:
-    device = memory.keys[0].device
-    zero = torch.zeros(1, dtype=torch.long, device=device)
-    row = TeacherRows(zero, zero, zero, zero, zero)
+def _idle_query(shared: SharedKV, scope: str) -> Queries:
+    """One query, at the very first position."""
+    zero = torch.zeros(1, dtype=torch.long, device=shared.keys[0].device)
+    queries = Queries(zero, zero, zero, zero, zero)
     if scope != "full":
-        row.own, row.start2, row.end2, row.logits = zero, zero, zero + 1, zero
-    return row
+        queries.own, queries.start2, queries.end2, queries.wanted = zero, zero, zero + 1, zero
+    return queries
 
 
 def _argmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Most probable token of every row, a thousand rows of logits at a time."""
+    """Most probable token of every state, a thousand positions' logits at a time."""
     parts = [(part @ weight.T).argmax(-1) for part in hidden.split(1024)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.long)
 

@@ -1,27 +1,29 @@
-"""The objective: cross-entropy and distillation over supervised rows, and what to log of them.
+"""The objective: cross-entropy and distillation over targets, and what to log of them.
 
     L = (1/N) Σ_i [ (1-α) CE_i + α τ² KL( softmax(z_T/τ) ‖ softmax(z_S/τ) ) ]
 
-N counts the supervised rows of the *global* batch, all ranks and accumulation steps, so neither
-the loss nor its gradient depends on how a batch is cut (the paper's section 3.2).
+N counts the targets of the *global* batch, all ranks and accumulation steps, so neither the loss
+nor its gradient depends on how a batch is cut (the paper's section 3.2). A function of states and
+heads' weights alone: who calls it sees to it that the weights are whole.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ldistill.distill.gating import GATES, gate
-from ldistill.distill.targets import SupervisedRows
+from ldistill.distill.targets import Targets
 from ldistill_kernels import DistillLoss, distill_loss
 
 MIXES = ("convex", "additive")
 DIVERGENCES = ("forward", "reverse", "jsd")
+GATES = ("none", "agreement", "confidence")
+_AT_ONCE = 1024  # teacher logits of so many targets exist at a time, for a gate
 
-# Columns of the metrics matrix, all sums over rows.
+# Columns of the metrics matrix, all sums over targets (called rows in what a run logs).
 COLUMNS = (
     "rows",
     "loss",
@@ -36,8 +38,8 @@ COLUMNS = (
 )
 
 
-class RowWeights(NamedTuple):
-    """Weights of CE and KD, [rows] each, and the gates in them, [kd rows] or None."""
+class Weights(NamedTuple):
+    """Weights of CE and KD, [targets] each, and the gates in them, [taught] or None."""
 
     ce: Tensor
     kd: Tensor
@@ -54,108 +56,121 @@ class Objective:
     kernels: str = "auto"
     gate: str = "none"
 
-    def __post_init__(self) -> None:
-        if self.mix not in MIXES:
-            raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {self.mix!r}.")
-        if self.kl not in DIVERGENCES:
-            raise ValueError(f"kl must be one of {', '.join(DIVERGENCES)}, got {self.kl!r}.")
-        if self.gate not in GATES:
-            raise ValueError(f"gate must be one of {', '.join(GATES)}, got {self.gate!r}.")
-
-    def weights(self, rows: SupervisedRows, gates: Tensor | None = None) -> RowWeights:
-        """CE and KD weight of every supervised row, before the division by N.
+    def weights(self, targets: Targets, gates: Tensor | None = None) -> Weights:
+        """CE and KD weight of every target, before the division by N.
 
         Args:
-            rows: with their α.
-            gates: what α is multiplied by, float32 [kd rows]; None for 1.
+            targets: with their α.
+            gates: what α is multiplied by, float32 [taught]; None for 1.
         """
-        alpha = rows.alpha
+        alpha, taught = targets.alpha, targets.taught
         if gates is not None:
-            alpha = alpha.index_copy(0, rows.kd_rows, alpha[rows.kd_rows] * gates)
+            alpha = alpha.index_copy(0, taught, alpha[taught] * gates)
         ce = 1 - alpha if self.mix == "convex" else torch.ones_like(alpha)
         kd = torch.zeros_like(alpha)
-        kd[rows.kd_rows] = alpha[rows.kd_rows]
-        return RowWeights(ce, kd, gates)
+        kd[taught] = alpha[taught]
+        return Weights(ce, kd, gates)
 
     def __call__(
         self,
-        hidden: Tensor,
-        head: Any,
-        rows: SupervisedRows,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor] | None,
+        targets: Targets,
         *,
-        teacher_hidden: Tensor | None,
-        teacher: Any,
-        total_rows: float,
+        total: float,
         sources: int,
     ) -> tuple[Tensor, Tensor]:
         """Loss of a micro-batch as its share of the global batch.
 
         Args:
-            hidden: student states of the supervised rows, [rows, hidden].
-            head: the student's ``LMHead``.
-            rows: labels, α, τ, and which rows distil.
-            teacher_hidden: [kd rows, hidden]; None: no rank distils in this micro-batch.
-            teacher: whose head goes with it.
-            total_rows: N.
+            student: states [targets, hidden] and the head's weight [vocabulary, hidden].
+            teacher: states [taught, hidden of the teacher] and its head's weight; None: no rank
+                distils in this micro-batch.
+            targets: labels, α, τ, and which of them are taught.
+            total: N.
             sources: number of sources, for the metrics.
 
         Returns:
             The scalar loss and detached sums by source, float32 [sources, len(COLUMNS)].
         """
-
-        def losses(
-            h_s: Tensor, w_s: Tensor, h_t: Tensor | None, w_t: Tensor | None
-        ) -> tuple[DistillLoss, RowWeights]:
-            gates = None
-            if h_t is not None and self.gate != "none":
-                gates = gate(self.gate, h_t, w_t, rows.label[rows.kd_rows])
-            weights = self.weights(rows, gates)
-            result = distill_loss(
-                h_s,
-                w_s.to(h_s.dtype),
-                h_t,
-                None if w_t is None else w_t.to(h_t.dtype),
-                rows.label,
-                ce_weight=weights.ce / total_rows,
-                kd_weight=None if h_t is None else weights.kd / total_rows,
-                temperature=rows.temperature,
-                kd_rows=None if h_t is None else rows.kd_rows,
-                kl=self.kl,
-                t_squared=self.t_squared,
-                kernels=self.kernels,
-            )
-            return result, weights
-
-        if teacher_hidden is None:
-            result, weights = head(hidden, lambda h, w: losses(h, w, None, None))
-        else:
-            # The teacher's head is entered within the student's: both weights are whole there.
-            result, weights = head(
-                hidden,
-                lambda h, w: teacher.head(teacher_hidden, lambda ht, wt: losses(h, w, ht, wt)),
-            )
-        metrics = self._metrics(result, rows, weights, sources)
-        return result.loss, metrics
+        (h_s, w_s), (h_t, w_t) = student, teacher or (None, None)
+        gates = None
+        if h_t is not None:
+            w_t = w_t.to(h_t.dtype)
+            if self.gate != "none":
+                gates = gate(self.gate, h_t, w_t, targets.label[targets.taught])
+        weights = self.weights(targets, gates)
+        result = distill_loss(
+            h_s,
+            w_s.to(h_s.dtype),
+            h_t,
+            w_t,
+            targets.label,
+            ce_weight=weights.ce / total,
+            kd_weight=None if h_t is None else weights.kd / total,
+            temperature=targets.temperature,
+            kd_rows=None if h_t is None else targets.taught,
+            kl=self.kl,
+            t_squared=self.t_squared,
+            kernels=self.kernels,
+        )
+        return result.loss, self._metrics(result, targets, weights, sources)
 
     @torch.no_grad()
     def _metrics(
-        self, result: DistillLoss, rows: SupervisedRows, weights: RowWeights, sources: int
+        self, result: DistillLoss, targets: Targets, weights: Weights, sources: int
     ) -> Tensor:
-        sums = torch.zeros(sources, len(COLUMNS), device=rows.label.device)
-        ones = torch.ones_like(rows.alpha)
-        by_row = [ones, weights.ce * result.ce, result.ce, result.student_label, result.extra_mass]
-        sums[:, :5].index_add_(0, rows.source, torch.stack([c.float() for c in by_row], dim=1))
+        sums = torch.zeros(sources, len(COLUMNS), device=targets.label.device)
+        ones = torch.ones_like(targets.alpha)
+        of_all = [ones, weights.ce * result.ce, result.ce, result.student_label, result.extra_mass]
+        _add_by_source(sums[:, :5], targets.source, of_all)  # each [targets]
         if result.kl is not None and result.kl.numel():
-            kd = rows.kd_rows
-            scale = rows.temperature[kd] ** 2 if self.t_squared else 1.0
-            by_kd = [
-                torch.ones_like(result.kl),
-                result.kl,
-                result.teacher_student,
-                result.teacher_label,
-                torch.ones_like(result.kl) if weights.gates is None else weights.gates,
-            ]
-            source = rows.source[kd]
-            sums[:, 5:].index_add_(0, source, torch.stack([c.float() for c in by_kd], dim=1))
-            sums[:, 1].index_add_(0, source, (weights.kd[kd] * scale * result.kl).float())
+            taught, ones = targets.taught, torch.ones_like(result.kl)
+            gates = ones if weights.gates is None else weights.gates
+            of_taught = [ones, result.kl, result.teacher_student, result.teacher_label, gates]
+            source = targets.source[taught]
+            _add_by_source(sums[:, 5:], source, of_taught)  # each [taught]
+            scale = targets.temperature[taught] ** 2 if self.t_squared else 1.0
+            sums[:, 1].index_add_(0, source, (weights.kd[taught] * scale * result.kl).float())
         return sums
+
+
+def _add_by_source(sums: Tensor, source: Tensor, columns: list[Tensor]) -> None:
+    sums.index_add_(0, source, torch.stack([c.float() for c in columns], dim=1))
+
+
+@torch.no_grad()
+def gate(kind: str, hidden: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+    """How far to trust the teacher, target by target: an option beyond the paper.
+
+    The teacher reads the picture through the student's keys and values and may misread it. A gate
+    g in [0, 1] scales each taught target's α, so that one where the teacher is unsure, or
+    contradicts the label, leans on its label instead. With p_T the teacher's distribution at
+    temperature 1:
+
+    * ``agreement``:  g = p_T(label) / max p_T: 1 where the label is what the teacher would say;
+    * ``confidence``: g = max p_T: 1 where the teacher is sure, right or wrong.
+
+    Args:
+        kind: ``agreement`` or ``confidence``.
+        hidden: teacher states, [taught, hidden].
+        weight: the teacher's head, [teacher vocabulary, hidden].
+        label: int64 [taught]; one that the teacher does not know counts as contradicted.
+
+    Returns:
+        float32 [taught].
+    """
+    parts = [
+        _gate(kind, (h @ weight.T).float(), y)
+        for h, y in zip(hidden.split(_AT_ONCE), label.split(_AT_ONCE), strict=True)
+    ]
+    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _gate(kind: str, logits: Tensor, label: Tensor) -> Tensor:
+    best = logits.amax(-1)
+    if kind == "confidence":
+        return torch.exp(best - logits.logsumexp(-1))
+    known = label < logits.shape[1]
+    own = logits.gather(1, torch.where(known, label, 0)[:, None])[:, 0]
+    return torch.exp(own - best) * known

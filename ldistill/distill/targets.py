@@ -1,11 +1,11 @@
-"""Which rows are supervised, which of them meet the teacher, and what each teacher row sees.
+"""Which positions are supervised, which of them meet the teacher, and what each query sees.
 
-Worked out on the CPU from a batch and the source weights, once per micro-batch: the number of rows
-decides tensor shapes, and finding it on the GPU would stall it.
+Worked out on the CPU from a batch and the source weights, once per micro-batch: the number of
+targets decides tensor shapes, and finding it on the GPU would stall it.
 
-A *supervised row* is a position whose next token carries a label. A *teacher row* is a position
-the teacher computes: with ``kv_scope`` ``full`` just the supervised rows of distilling sources,
-because such a row depends on no other teacher row.
+A *target* is a position whose next token carries a label. A *query* is a position the teacher
+computes: with ``kv_scope`` ``full`` just the targets of distilling sources, because such a query
+depends on no other query.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
 SCOPES = ("full", "prompt", "visual")
-IGNORE = -100
 
 
 class _Tensors:
@@ -28,26 +28,24 @@ class _Tensors:
         moved = {}
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
-            if isinstance(value, (Tensor, _Tensors)):
-                value = (
-                    value.to(device, non_blocking=True)
-                    if isinstance(value, Tensor)
-                    else value.to(device)
-                )
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=True)
+            elif isinstance(value, _Tensors):
+                value = value.to(device)
             moved[f.name] = value
         return type(self)(**moved)
 
 
 @dataclass
-class TeacherRows(_Tensors):
-    """Rows the teacher computes, sorted by document.
+class Queries(_Tensors):
+    """Positions the teacher computes, sorted by document.
 
-    token, rotary:        int64 [rows]: input token and RoPE position.
-    batch, start, index:  int64 [rows]: memory row, first memory position of the document, own one.
-    visible:              bool [batch, seq] | None: memory positions the teacher may read.
-    own:                  int64 [own] | None: rows whose own keys and values other rows see.
-    start2, end2:         int64 [rows] | None: range of ``own`` that a row sees.
-    logits:               int64 [kd rows] | None: rows whose logits are wanted (None: all).
+    token, rotary:        int64 [queries]: input token and RoPE position.
+    batch, start, index:  int64 [queries]: batch row, its document's first position, its own one.
+    visible:              bool [batch, seq] | None: shared K/V that may be read (None: all).
+    own:                  int64 [own] | None: queries whose own keys and values other queries see.
+    start2, end2:         int64 [queries] | None: range of ``own`` that a query sees.
+    wanted:               int64 [taught] | None: queries whose logits are wanted (None: all).
     """
 
     token: Tensor
@@ -59,21 +57,21 @@ class TeacherRows(_Tensors):
     own: Tensor | None = None
     start2: Tensor | None = None
     end2: Tensor | None = None
-    logits: Tensor | None = None
+    wanted: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]
 
 
 @dataclass
-class SupervisedRows(_Tensors):
-    """Rows that carry a label, in row-major order.
+class Targets(_Tensors):
+    """Positions that carry a label, in the order of the flattened batch.
 
-    flat:      int64 [rows]: index into the flattened [batch × seq].
-    label:     int64 [rows]: the next token.
-    source:    int64 [rows]: index into ``SourceWeights.names``.
-    alpha, temperature: float32 [rows].
-    kd_rows:   int64 [kd rows]: those with α > 0, as indices into the supervised rows.
+    flat:      int64 [targets]: index into the flattened [batch × seq].
+    label:     int64 [targets]: the next token.
+    source:    int64 [targets]: index into ``SourceWeights.names``.
+    alpha, temperature: float32 [targets].
+    taught:    int64 [taught]: those that distil (α > 0), as indices into the targets.
     """
 
     flat: Tensor
@@ -81,24 +79,24 @@ class SupervisedRows(_Tensors):
     source: Tensor
     alpha: Tensor
     temperature: Tensor
-    kd_rows: Tensor
+    taught: Tensor
 
     def __len__(self) -> int:
         return self.flat.shape[0]
 
 
 @dataclass
-class RowPlan(_Tensors):
-    """All that the objective must know about a micro-batch's rows."""
+class Supervision(_Tensors):
+    """All that the objective must know about a micro-batch's positions."""
 
-    supervised: SupervisedRows
-    teacher: TeacherRows
+    targets: Targets
+    queries: Queries
 
 
-def plan_rows(
+def supervise(
     batch: dict[str, Tensor], weights: SourceWeights, scope: str, teacher_vocab: int
-) -> RowPlan:
-    """Rows of a micro-batch.
+) -> Supervision:
+    """Targets and queries of a micro-batch.
 
     Args:
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
@@ -106,99 +104,84 @@ def plan_rows(
         scope: ``full``, ``prompt`` or ``visual``.
         teacher_vocab: tokens from this id on have no teacher embedding: image positions.
     """
-    labels, source_at = batch["labels"], _source_at(batch)
-    flat = torch.nonzero(labels.flatten() != IGNORE).flatten()
-    source = source_at.flatten()[flat]
-    alpha = torch.tensor(weights.alpha, dtype=torch.float32)
-    temperature = torch.tensor(weights.temperature, dtype=torch.float32)
+    labels = batch["labels"].flatten()  # [batch × seq], as are all that follow until `flat`
+    flat = torch.nonzero(labels != IGNORE).flatten()
+    source = _source_at(batch)[flat]  # [targets] from here on
+    alpha = torch.tensor(weights.alpha, dtype=torch.float32)[source]
+    temperature = torch.tensor(weights.temperature, dtype=torch.float32)[source]
     known = batch["input_ids"].flatten()[flat] < teacher_vocab
-    kd_rows = torch.nonzero((alpha[source] > 0) & known).flatten()
-    supervised = SupervisedRows(
-        flat, labels.flatten()[flat], source, alpha[source], temperature[source], kd_rows
-    )
-    teacher = teacher_rows(batch, flat[kd_rows], scope, teacher_vocab)
-    return RowPlan(supervised, teacher)
+    taught = torch.nonzero((alpha > 0) & known).flatten()
+    targets = Targets(flat, labels[flat], source, alpha, temperature, taught)
+    return Supervision(targets, queries_for(batch, flat[taught], scope, teacher_vocab))
 
 
-def teacher_rows(
+def queries_for(
     batch: dict[str, Tensor], wanted: Tensor, scope: str, teacher_vocab: int
-) -> TeacherRows:
-    """Teacher rows whose logits at ``wanted`` positions are asked for.
+) -> Queries:
+    """What the teacher must compute to give its logits at ``wanted`` positions.
 
     Args:
-        batch: as for :func:`plan_rows`.
-        wanted: int64 [kd rows], flat positions, ascending.
-        scope: ``full``, ``prompt``, ``visual``, or ``own`` (text alone, no student memory at all:
-            what the teacher knows without the picture).
-        teacher_vocab: as for :func:`plan_rows`.
+        batch: as for :func:`supervise`.
+        wanted: int64 [taught], flat positions, ascending.
+        scope: ``full``, ``prompt``, ``visual``, or ``own`` (text alone, no shared K/V at all: what
+            the teacher knows without the picture).
+        teacher_vocab: as for :func:`supervise`.
     """
     if scope == "full":
         return _gather(batch, wanted)
-    ids = batch["input_ids"].flatten()
-    doc = _global_document(batch)
-    distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)
+    # Here the teacher has keys and values of its own at some positions (`own_at`), which later
+    # queries of the document read: so these positions are queries too, wanted or not.
+    ids, doc = batch["input_ids"].flatten(), _document_at(batch)
+    distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)  # the last one for padding, -1
     distilling[doc[wanted]] = True
     text = (ids < teacher_vocab) & (doc >= 0) & distilling[doc]
-    if scope == "prompt":
-        own_at = _answer_positions(batch["labels"]).flatten() & text
-        visible = ~own_at
-    elif scope in ("visual", "own"):
-        own_at = text
-        visible = ~own_at if scope == "visual" else torch.zeros_like(own_at)
-    else:
-        raise ValueError(f"kv_scope must be one of {', '.join(SCOPES)}, got {scope!r}.")
+    own_at = _answer_positions(batch["labels"]).flatten() & text if scope == "prompt" else text
+    visible = torch.zeros_like(own_at) if scope == "own" else ~own_at
     needed = own_at.clone()
     needed[wanted] = True
-    rows = _gather(batch, torch.nonzero(needed).flatten())
-    rows.visible = visible.view(batch["input_ids"].shape)
-    _attach_own(rows, torch.nonzero(needed).flatten(), own_at, doc, wanted)
-    return rows
+    flat = torch.nonzero(needed).flatten()
+    queries = _gather(batch, flat)
+    queries.visible = visible.view(batch["input_ids"].shape)
+    # Own positions are numbered through the batch; a query sees those of its document up to itself.
+    is_own = own_at[flat]
+    queries.own = torch.nonzero(is_own).flatten()
+    queries.end2 = is_own.long().cumsum(0)
+    first_of_document = torch.searchsorted(doc[flat], doc[flat], right=False)
+    before = torch.cat([torch.zeros(1, dtype=torch.long), queries.end2])
+    queries.start2 = before[first_of_document]
+    queries.wanted = torch.searchsorted(flat, wanted)
+    return queries
 
 
-def _gather(batch: dict[str, Tensor], flat: Tensor) -> TeacherRows:
+def _gather(batch: dict[str, Tensor], flat: Tensor) -> Queries:
     seq = batch["input_ids"].shape[1]
     rotary = batch["position_ids"].flatten()[flat]
     index = flat % seq
-    return TeacherRows(
+    return Queries(
         token=batch["input_ids"].flatten()[flat],
         rotary=rotary,
         batch=flat // seq,
-        start=index - rotary,
+        start=index - rotary,  # rotary positions count from the document's first
         index=index,
     )
 
 
-def _attach_own(
-    rows: TeacherRows, flat: Tensor, own_at: Tensor, doc: Tensor, wanted: Tensor
-) -> None:
-    """Number the rows with keys and values of their own and say which of them each row sees."""
-    is_own = own_at[flat]
-    rows.own = torch.nonzero(is_own).flatten()
-    rows.end2 = is_own.long().cumsum(0)
-    first_of_doc = torch.searchsorted(doc[flat], doc[flat], right=False)
-    before = torch.cat([torch.zeros(1, dtype=torch.long), rows.end2])
-    rows.start2 = before[first_of_doc]
-    rows.logits = torch.searchsorted(flat, wanted)
-
-
 def _source_at(batch: dict[str, Tensor]) -> Tensor:
-    """Source of every position, [batch, seq] (0 on padding, where nothing is supervised)."""
-    doc = _global_document(batch).view(batch["input_ids"].shape)
+    """Source of every flat position (0 on padding, where nothing is supervised)."""
     padded = torch.cat([batch["doc_source"], torch.zeros(1, dtype=torch.long)])
-    return padded[doc]
+    return padded[_document_at(batch)]
 
 
-def _global_document(batch: dict[str, Tensor]) -> Tensor:
+def _document_at(batch: dict[str, Tensor]) -> Tensor:
     """Document number over the whole micro-batch of every flat position; -1 on padding."""
-    documents = batch["document_ids"]
-    rows = documents.shape[0]
-    counts = torch.bincount(batch["doc_batch"], minlength=rows)
+    documents = batch["document_ids"]  # [batch, seq], numbered row by row
+    counts = torch.bincount(batch["doc_batch"], minlength=documents.shape[0])
     offset = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)[:-1]])
     return torch.where(documents >= 0, documents + offset[:, None], -1).flatten()
 
 
 def _answer_positions(labels: Tensor) -> Tensor:
-    """Positions of the labelled tokens themselves: one after each supervised row."""
+    """Positions of the labelled tokens themselves: one after each target."""
     answer = torch.zeros_like(labels, dtype=torch.bool)
     answer[:, 1:] = labels[:, :-1] != IGNORE
     return answer

@@ -1,9 +1,10 @@
-"""The frozen LM run over the student's memory: its queries, the student's keys and values.
+"""The frozen LM over the student's keys and values: transformers' own forward, other attention.
 
-A teacher row starts from the LM's own embedding of its token; in every layer it forms a query with
-the LM's weights, rotates it at its multimodal position, attends over the memory and goes on through
-the LM's output projection, norms and MLP (the paper's section 3.1). With scope ``full`` the LM's
-k/v projections are never run, and only supervised rows of distilling sources are computed.
+No layer of an LM is written here. The positions that the teacher must compute, its *queries*, go
+through the LM's backbone as if they were a sequence, each with its own rotary position; a
+registered attention function drops the LM's keys and values and reads the student's (the paper's
+section 3.1). Norms of q and k, scaled queries, experts, layers without RoPE: all that is
+transformers' business. With scope ``full`` the LM's k and v projections are not run.
 
 The teacher is no ``nn.Module`` of the student's: whatever holds it must keep it out of the trained
 module's tree, or it would be saved, broadcast and counted with the student.
@@ -11,40 +12,99 @@ module's tree, or it would be saved, broadcast and counted with the student.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import rotate_half
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ldistill.common.partition import partitioned_by
-from ldistill.distill.attention import KVMemory
-from ldistill.distill.targets import TeacherRows
-from ldistill.models.head import LMHead
-from ldistill.models.rotary import keep_float32
-from ldistill.models.weights import read_model, refuse_misfit
+from ldistill.distill.attention import SharedKV
+from ldistill.distill.targets import Queries
+from ldistill.models.student import LMHead, keep_rotary_float32
 from ldistill_kernels import shared_kv_attention
 
 T = TypeVar("T")
 ENGINES = ("auto", "replicated", "zero3", "deepspeed-inference")
+ATTENTION = "ldistill_teacher"
+
+_reading: ContextVar[tuple[Queries, SharedKV, str] | None] = ContextVar("_reading", default=None)
+"""What the forward under way reads: its queries, the shared K/V, the choice of kernels."""
+
+
+def _read_shared(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query [1, heads, queries, head_dim], rotated."""
+    queries, shared, kernels = _reading.get()
+    k, v = shared.keys[module.layer_idx], shared.values[module.layer_idx]
+    own: dict[str, Tensor | None] = {}
+    if queries.own is not None:
+        # [1, kv_heads, queries, head_dim] → [own, kv_heads, head_dim]: those that others see, too
+        key, value = (t[0].transpose(0, 1)[queries.own].to(k.dtype) for t in (key, value))
+        own = {"k2": key, "v2": value, "start2": queries.start2, "end2": queries.end2}
+    out = shared_kv_attention(
+        query[0].transpose(0, 1).to(k.dtype),  # a view: [queries, heads, head_dim]
+        k,
+        v,
+        queries.batch,
+        queries.start,
+        queries.index,
+        visible=queries.visible,
+        scale=scaling,
+        kernels=kernels,
+        # All layers ask with the same arrays, so the first one's look at them is enough.
+        check=None if module.layer_idx == 0 else False,
+        **own,
+    )
+    return out.to(query.dtype)[None], None  # [1, queries, heads, head_dim]
+
+
+# Without a mask function of that name transformers makes no mask: the kernel knows who sees whom.
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _read_shared)
+
+
+class _OwnProjection(nn.Module):
+    """A k or v projection, run only where some query sees the LM's own keys and values."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, queries, hidden] → [1, queries, kv_heads × head_dim], or as many views of one 0."""
+        reading = _reading.get()
+        if reading is not None and reading[0].own is None:
+            # The linear layer is not called, so ZeRO-3 does not gather its weight either.
+            return x.new_zeros(()).expand(*x.shape[:-1], self.linear.out_features)
+        return self.linear(x)
 
 
 class Teacher:
-    """A frozen decoder read row by row over a :class:`KVMemory`.
+    """A frozen decoder that answers queries over a :class:`SharedKV`.
 
     Args:
-        lm: ``LlamaForCausalLM`` or a decoder with the same sub-modules.
+        lm: one of transformers' causal LMs whose attention goes through its attention interface.
         kernels: ``auto``, ``triton`` or ``reference``, for the attention.
     """
 
     def __init__(self, lm: PreTrainedModel, kernels: str = "auto") -> None:
         self.lm = lm.eval().requires_grad_(False)
-        self.lm.lm_head = LMHead.wrap(lm.lm_head)
-        keep_float32(lm.model.rotary_emb)
+        LMHead.wrap(lm.get_output_embeddings())
+        keep_rotary_float32(lm)
+        for module in list(lm.modules()):
+            for name in ("k_proj", "v_proj"):
+                if isinstance(linear := getattr(module, name, None), nn.Linear):
+                    setattr(module, name, _OwnProjection(linear))
         self.kernels = kernels
         self.collective = False  # set by `shard`: every rank must run it together
         self.engine: Any = None
@@ -54,71 +114,49 @@ class Teacher:
     def vocab_size(self) -> int:
         return self.lm.config.vocab_size
 
-    def hidden(self, rows: TeacherRows, memory: KVMemory, through: bool = False) -> Tensor:
-        """Hidden states after the final norm of the rows whose logits are wanted.
+    def hidden(self, queries: Queries, shared: SharedKV, through: bool = False) -> Tensor:
+        """Hidden states after the final norm of the queries whose logits are wanted.
 
         Args:
-            rows: of ``ldistill.distill.targets``; at least one.
-            memory: the student's keys and values.
-            through: let gradients flow into the memory (``kv_grad: through``); the LM's weights
-                stay frozen either way.
+            queries: of ``ldistill.distill.targets``; at least one.
+            shared: the student's keys and values.
+            through: let gradients flow into them (``kv_grad: through``); the LM's weights stay
+                frozen either way.
 
         Returns:
-            [kd rows, hidden] in the LM's dtype.
+            [taught, hidden] in the LM's dtype.
         """
-        with nullcontext() if through else torch.no_grad():
-            return self._hidden(rows, memory)
+        with nullcontext() if through else torch.no_grad(), self._reads(queries, shared):
+            output = self.lm.base_model(
+                input_ids=queries.token[None],  # [1, queries]
+                position_ids=queries.rotary[None],
+                use_cache=False,
+            )
+        states = output.last_hidden_state[0]  # [queries, hidden]
+        return states if queries.wanted is None else states[queries.wanted]
 
-    def _hidden(self, rows: TeacherRows, memory: KVMemory) -> Tensor:
-        model = self.lm.model
-        x = model.embed_tokens(rows.token)
-        cos, sin = (t[0] for t in model.rotary_emb(x, rows.rotary[None]))
-        for layer, k, v in zip(model.layers, memory.keys, memory.values, strict=True):
-            x = x + self._attend(layer, x, k, v, rows, cos, sin)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        x = model.norm(x)
-        return x if rows.logits is None else x[rows.logits]
-
-    def _attend(
-        self, layer: nn.Module, x: Tensor, k: Tensor, v: Tensor, rows: TeacherRows, cos, sin
-    ) -> Tensor:
-        attention = layer.self_attn
-        normed = layer.input_layernorm(x)
-        q = _rotate(_heads(attention.q_proj(normed), attention.head_dim), cos, sin)
-        own: dict[str, Tensor | None] = {}
-        if rows.own is not None:
-            kept = normed[rows.own]
-            k2 = _heads(attention.k_proj(kept), attention.head_dim)
-            own = {
-                "k2": _rotate(k2, cos[rows.own], sin[rows.own]).to(k.dtype),
-                "v2": _heads(attention.v_proj(kept), attention.head_dim).to(v.dtype),
-                "start2": rows.start2,
-                "end2": rows.end2,
-            }
-        out = shared_kv_attention(
-            q.to(k.dtype),
-            k,
-            v,
-            rows.batch,
-            rows.start,
-            rows.index,
-            visible=rows.visible,
-            scale=attention.scaling,
-            kernels=self.kernels,
-            **own,
-        )
-        return attention.o_proj(out.flatten(1).to(x.dtype))
+    @contextmanager
+    def _reads(self, queries: Queries, shared: SharedKV) -> Iterator[None]:
+        """Within, the LM's attention is ours; outside, the LM is as transformers made it."""
+        config = self.lm.base_model.config
+        stock, config._attn_implementation = config._attn_implementation, ATTENTION
+        token = _reading.set((queries, shared, self.kernels))
+        try:
+            yield
+        finally:
+            _reading.reset(token)
+            config._attn_implementation = stock
 
     def head(self, hidden: Tensor, op: Callable[[Tensor, Tensor], Any]) -> Any:
         """``op(hidden, weight)`` with the head's weight whole, also under ZeRO-3."""
-        return self.lm.lm_head(hidden, op)
+        return self.lm.get_output_embeddings()(hidden, op)
 
     def as_one_forward(self, make: Callable[[], T]) -> T:
         """``make()``, which runs the teacher up to its head, as one forward for its engine.
 
         DeepSpeed learns from one forward of the module it was given which weights the next one
-        will ask for, and gathers them ahead; called layer by layer alone it gathers each when its
-        layer begins, and waits.
+        will ask for, and gathers them ahead; called part by part alone it gathers each when its
+        part begins, and waits.
         """
         return make() if self._root is None else self._root.run(make)
 
@@ -127,9 +165,31 @@ class Teacher:
         if self.engine is None:
             self.lm.to(device=device, dtype=dtype)
 
+    def shard(self, engine: str, dtype: torch.dtype, offload: bool = False) -> None:
+        """Hand the LM to a DeepSpeed engine.
+
+        Args:
+            engine: ``zero3`` (parameters partitioned over the ranks, gathered layer by layer, no
+                optimizer) or ``deepspeed-inference`` (``init_inference``, a whole copy per rank).
+            dtype: compute dtype, the student's.
+            offload: keep the partitions in CPU memory (``zero3``).
+        """
+        import deepspeed
+
+        if engine == "zero3":
+            self._root = _Root(self.lm).eval()
+            config = zero3_config(dtype, offload)
+            self.engine, *_ = deepspeed.initialize(model=self._root, config=config)
+            self.collective = True
+        else:
+            self.engine = deepspeed.init_inference(
+                self.lm, dtype=dtype, replace_with_kernel_inject=False
+            )
+            self.lm = self.engine.module
+
 
 class _Root(nn.Module):
-    """The LM as an engine's module, whose forward is whatever is done with the LM's layers.
+    """The LM as an engine's module, whose forward is whatever is done with the LM's parts.
 
     Nothing goes in or comes out: DeepSpeed would gather weights again in backward for the tensors
     it finds there.
@@ -153,60 +213,6 @@ class _Root(nn.Module):
             self._make = self._made = None
 
 
-def _heads(x: Tensor, head_dim: int) -> Tensor:
-    """[rows, heads × head_dim] → [rows, heads, head_dim]."""
-    return x.view(x.shape[0], -1, head_dim)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE, rotate-half, of [rows, heads, head_dim] at the rows' own positions."""
-    return x * cos[:, None] + rotate_half(x) * sin[:, None]
-
-
-def load_lm(folder: Path, zero_init: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The original LM from a transformers folder.
-
-    Args:
-        folder: with ``config.json`` and weights.
-        zero_init: DeepSpeed configuration under whose ZeRO-3 the weights are partitioned while
-            loading; None keeps them whole even where the student is being partitioned.
-
-    Raises:
-        OSError: a weight file is missing.
-        ValueError: weights that cannot be read, or are not those of the configuration.
-    """
-    with partitioned_by(zero_init):
-        lm, problems, unused = read_model(AutoModelForCausalLM, folder, dtype="auto")
-    refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
-    return lm
-
-
-def shard(teacher: Teacher, engine: str, dtype: torch.dtype, offload: bool = False) -> None:
-    """Hand the teacher to a DeepSpeed engine.
-
-    Args:
-        teacher: with its weights on the CPU or already partitioned.
-        engine: ``zero3`` (parameters partitioned over the ranks, gathered layer by layer, no
-            optimizer) or ``deepspeed-inference`` (``init_inference``, one whole copy per rank).
-        dtype: compute dtype, the student's.
-        offload: keep the partitions in CPU memory (``zero3``).
-    """
-    import deepspeed
-
-    if engine == "zero3":
-        config = zero3_config(dtype, offload)
-        teacher._root = _Root(teacher.lm).eval()
-        teacher.engine, *_ = deepspeed.initialize(model=teacher._root, config=config)
-        teacher.collective = True
-    elif engine == "deepspeed-inference":
-        teacher.engine = deepspeed.init_inference(
-            teacher.lm, dtype=dtype, replace_with_kernel_inject=False
-        )
-        teacher.lm = teacher.engine.module
-    else:
-        raise ValueError(f"teacher engine must be one of {', '.join(ENGINES)}, got {engine!r}.")
-
-
 def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
     """DeepSpeed configuration of a frozen, partitioned teacher."""
     zero: dict[str, Any] = {
@@ -225,9 +231,11 @@ def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
 
 
 def choose_engine(asked: str, zero_stage: int) -> str:
-    """``auto`` is ``zero3`` where the student is at stage 3, else ``replicated``."""
-    if asked not in ENGINES:
-        raise ValueError(f"teacher engine must be one of {', '.join(ENGINES)}, got {asked!r}.")
+    """``auto`` is ``zero3`` where the student is at stage 3, else ``replicated``.
+
+    Raises:
+        ValueError: ``zero3`` without DeepSpeed (stage -1).
+    """
     if asked == "zero3" and zero_stage < 0:
         raise ValueError("teacher engine zero3 needs --deepspeed: it is DeepSpeed's partitioning.")
     if asked != "auto":

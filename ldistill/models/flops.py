@@ -4,7 +4,7 @@ MFU is *model* FLOPs over time and peak: what the step asks for mathematically, 
 executed. A multiply-add is two operations. The student runs forward and backward: a product of a
 trained weight counts three times its forward (result, gradient of the input, gradient of the
 weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. The vision
-tower and the teacher run forward alone; the teacher runs on its own rows, without k and v
+tower and the teacher run forward alone; the teacher runs on its queries, without k and v
 projections where the scope is ``full``. Attention counts visible pairs.
 
 Not counted: what activation checkpointing recomputes, the teacher's forward of the health check,
@@ -55,19 +55,19 @@ class StepCounts:
         positions: [batch × seq] the decoder ran, padding included.
         pairs: visible (query, key) pairs of the student's attention, one head.
         tiles: images the vision tower ran.
-        rows: supervised rows (student head).
-        teacher_rows: rows the teacher ran.
-        teacher_pairs: (query, key) pairs those rows saw.
-        kd_rows: rows of the teacher's head.
+        targets: positions with a label (the student's head ran there).
+        queries: positions the teacher ran.
+        query_pairs: (query, key) pairs of the teacher's attention.
+        taught: positions its head ran.
     """
 
     positions: int
     pairs: int
     tiles: int
-    rows: int
-    teacher_rows: int = 0
-    teacher_pairs: int = 0
-    kd_rows: int = 0
+    targets: int
+    queries: int = 0
+    query_pairs: int = 0
+    taught: int = 0
 
 
 def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
@@ -115,16 +115,16 @@ def step_flops(
     )
     head = hidden * config.vocab_size
     products = 2 * layers * decoder_layer_weights(config) * counts.positions
-    products += 2 * head * counts.rows
+    products += 2 * head * counts.targets
     adapters = 2 * layers * adapter_weights(config, lora_rank) * counts.positions
     attention = layers * 4 * width * counts.pairs
     projector = 2 * projector_weights * tokens_per_tile * counts.tiles
     student = (2 if lora_rank else 3) * products + 3 * (adapters + attention + projector)
     teacher = layers * (
-        2 * decoder_layer_weights(config, kv_scope != "full") * counts.teacher_rows
-        + 4 * width * counts.teacher_pairs
+        2 * decoder_layer_weights(config, kv_scope != "full") * counts.queries
+        + 4 * width * counts.query_pairs
     )
-    teacher += 2 * head * counts.kd_rows
+    teacher += 2 * head * counts.taught
     return student + vision_flops_per_tile * counts.tiles + teacher
 
 
@@ -165,19 +165,19 @@ def vision_flops(config: Any) -> float:
     return config.num_hidden_layers * (2 * layer * patches + attention) + 2 * embed * patches
 
 
-def count_step(batch: dict[str, Tensor], plan: Any) -> StepCounts:
+def count_step(batch: dict[str, Tensor], supervision: Any) -> StepCounts:
     """Counts of a micro-batch, from tensors that still lie on the CPU."""
     lengths = batch["doc_length"]
-    teacher = plan.teacher
+    targets, queries = supervision.targets, supervision.queries
     # Scopes other than `full` see own positions instead of the student's, but as many.
     return StepCounts(
         positions=batch["input_ids"].numel(),
         pairs=int((lengths * (lengths + 1) // 2).sum()),
         tiles=batch["pixel_values"].shape[0],
-        rows=len(plan.supervised),
-        teacher_rows=len(teacher),
-        teacher_pairs=int((teacher.index - teacher.start + 1).sum()),
-        kd_rows=plan.supervised.kd_rows.numel(),
+        targets=len(targets),
+        queries=len(queries),
+        query_pairs=int((queries.index - queries.start + 1).sum()),
+        taught=targets.taught.numel(),
     )
 
 

@@ -1,55 +1,61 @@
 """The checkpoint formats a student can come in, told apart by the folder's ``config.json``.
 
-A format is a :class:`StudentFormat`; a new family is a new module that has one and a line in
-``_MODULES``. Everything else goes through the four functions below.
+A new family is a new module and an entry in ``FORMATS``; everything else goes through the four
+functions below.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ldistill.common.locate import resolve
-from ldistill.models.weights import open_weights
-
-if TYPE_CHECKING:
-    from ldistill.models.lora import LowRank
-    from ldistill.models.processor import Processor
-    from ldistill.models.student import Student
-
-_MODULES = ("ldistill.models.nanovlm_format", "ldistill.models.hf_vlm_format")
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
+from ldistill.models import hf_vlm_format, nanovlm_format
+from ldistill.models.lora import LowRank
+from ldistill.models.processor import Processor
+from ldistill.models.student import Student
 
 
-@dataclass(frozen=True)
-class StudentFormat:
-    """How one family of checkpoints is recognised, read and written.
-
-    name:            what users call it.
-    reads:           whether a ``config.json`` is of this family.
-    load:            (folder, partition, dtype) → student.
-    load_processor:  (folder, tokenizer, **image settings) → processor.
-    export_like:     (base folder, updates by parameter name, target folder): the base checkpoint
-                     with the updates in it, same keys, shapes, dtypes and configuration.
-    """
+class Format(NamedTuple):
+    """How one family of checkpoints is recognised, read and written."""
 
     name: str
+    """What users call it."""
     reads: Callable[[Mapping[str, Any]], bool]
+    """Whether a ``config.json`` is of this family."""
     load: Callable[..., Student]
+    """(folder, partition, dtype) → student."""
     load_processor: Callable[..., Processor]
+    """(folder, tokenizer, **image settings) → processor."""
     export_like: Callable[[Path, Mapping[str, Tensor | LowRank], Path], None]
+    """(base folder, updates by parameter name, target folder): the base checkpoint with the updates
+    in it, same keys, shapes, dtypes and configuration."""
 
 
-def format_of(folder: Path) -> StudentFormat:
+FORMATS = (
+    Format(
+        "nanoVLM",
+        nanovlm_format.reads,
+        nanovlm_format.load_nanovlm,
+        nanovlm_format.load_processor,
+        nanovlm_format.export_like,
+    ),
+    Format(
+        "transformers' llava, idefics3, smolvlm (LLaVA-1.5, SmolVLM)",
+        hf_vlm_format.reads,
+        hf_vlm_format.load_hf_vlm,
+        hf_vlm_format.load_processor,
+        hf_vlm_format.export_like,
+    ),
+)
+
+
+def format_of(folder: Path) -> Format:
     """Format of a checkpoint folder.
 
     Raises:
@@ -63,34 +69,16 @@ def format_of(folder: Path) -> StudentFormat:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy it again.") from error
-    formats = [importlib.import_module(name).FORMAT for name in _MODULES]
-    for candidate in formats:
+    for candidate in FORMATS:
         if candidate.reads(config):
             return candidate
-    supported = "; ".join(candidate.name for candidate in formats)
+    kind = f"a {config['model_type']!r} model" if config.get("model_type") else "without model_type"
+    lm = "vision_config" not in config and "text_config" not in config
+    reason = ": it has no vision tower (is it the teacher? --student and --teacher swapped?)"
     raise ValueError(
-        f"student {str(folder)!r} is {_kind(config)}, which is not supported{_reason(config)}. "
-        f"Supported: {supported}."
+        f"student {str(folder)!r} is {kind}, which is not supported{reason if lm else ''}. "
+        f"Supported: {'; '.join(candidate.name for candidate in FORMATS)}."
     )
-
-
-def _kind(config: Mapping[str, Any]) -> str:
-    kind = config.get("model_type")
-    return f"a {kind!r} model" if kind else "a model without model_type"
-
-
-def _reason(config: Mapping[str, Any]) -> str:
-    """Why a VLM that is otherwise of the right kind cannot share its keys with its LM."""
-    text = config.get("text_config") or config
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    if "mrope_section" in rope:
-        return (
-            ": its decoder rotates keys along several axes (multi-axis RoPE), which its LM, whose "
-            "positions are one number, cannot query"
-        )
-    if "vision_config" not in config and "text_config" not in config:
-        return ": it has no vision tower (is it the teacher? --student and --teacher swapped?)"
-    return ""
 
 
 def load_student(
@@ -133,29 +121,3 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
         folder: where to write.
     """
     format_of(base).export_like(base, updates, folder)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of a checkpoint's safetensors files: one, or as many as its index lists."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
-    mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return sorted(set(mapping.values()))
-
-
-def weight_dtype(folder: Path) -> torch.dtype:
-    """The floating type that most of a checkpoint's weights have on disk."""
-    counts: Counter[torch.dtype] = Counter()
-    for name in weight_files(folder):
-        with open_weights(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                counts[_DTYPES.get(part.get_dtype(), torch.float32)] += prod(part.get_shape())
-    return counts.most_common(1)[0][0]
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a configuration and all of its weights."""
-    names = ["config.json", *weight_files(folder)] if folder.is_dir() else ["config.json"]
-    return all((folder / name).is_file() for name in names)

@@ -16,9 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ldistill.common.partition import partitioned_by
-from ldistill.models.head import LMHead
-from ldistill.models.rotary import keep_float32
-from ldistill.models.student import Student
+from ldistill.models.student import LMHead, Student, keep_rotary_float32
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ class HFVLM(Student):
         super().__init__()
         self.vlm = vlm
         self.family = FAMILIES[vlm.config.model_type]
-        self.vlm.lm_head = LMHead.wrap(vlm.lm_head)
-        keep_float32(self.backbone.rotary_emb)
+        LMHead.wrap(vlm.lm_head)
+        keep_rotary_float32(vlm)
         self.image_token_id = vlm.config.image_token_id
         self.tokens_per_tile = tokens_per_tile(vlm.config)
         self.tile_size = vlm.config.vision_config.image_size

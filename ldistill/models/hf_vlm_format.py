@@ -23,14 +23,12 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
 from ldistill.common.images import ImageSettings
 from ldistill.common.locate import resolve
 from ldistill.common.partition import partitioned_by, partitioned_by_the_run
-from ldistill.models.formats import StudentFormat, weight_files
 from ldistill.models.hf_vlm import FAMILIES, HFVLM, tokens_per_tile
 from ldistill.models.hf_vlm_processor import (
     HFProcessor,
@@ -39,7 +37,13 @@ from ldistill.models.hf_vlm_processor import (
     LlavaTokens,
 )
 from ldistill.models.lora import LowRank, updated
-from ldistill.models.weights import open_weights, read_model, refuse_misfit
+from ldistill.models.processor import check_token
+from ldistill.models.weights import (
+    open_weights,
+    read_model,
+    refuse_misfit,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +165,7 @@ def load_processor(
     tok.chat_template = values.get("chat_template") or tok.chat_template
     family = _IMAGES[config.model_type]
     images, tokens, options = family(config, image_processor, tiling, max_images)
-    _check_image_token(tok, tokens.image, config, source)
+    check_token(tok, tokens.image, config.image_token_id, source)
     return HFProcessor(tok, image_processor, images, tokens, options)
 
 
@@ -194,25 +198,6 @@ def _idefics3_images(
 _IMAGES = {"llava": _llava_images, "idefics3": _idefics3_images, "smolvlm": _idefics3_images}
 
 
-def _check_image_token(
-    tokenizer: PreTrainedTokenizerBase, token: str, config: PretrainedConfig, source: Path
-) -> None:
-    got = tokenizer.convert_tokens_to_ids(token)
-    if got != config.image_token_id:
-        raise ValueError(
-            f"tokenizer {str(source)!r} gives {token} id {got}, the student expects "
-            f"{config.image_token_id}: it is not the tokenizer this student was trained with."
-        )
-
-
-def _reads(config: Mapping[str, Any]) -> bool:
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of one of these families."""
     return config.get("model_type") in FAMILIES
-
-
-FORMAT = StudentFormat(
-    f"transformers' {', '.join(FAMILIES)} (LLaVA-1.5, SmolVLM)",
-    _reads,
-    load_hf_vlm,
-    load_processor,
-    export_like,
-)

@@ -125,14 +125,11 @@ class HFProcessor(Processor):
     ) -> None:
         super().__init__(tokenizer, images, tokens)
         self.image_processor, self._options = image_processor, dict(options)
-        self._end = ""
+        self._end = ""  # put behind answers where the template puts nothing
         self._prefix, mark = self._around_answer()
         if not mark:
-            if tokenizer.eos_token is None:
-                raise ValueError("neither chat template nor tokenizer ends an answer: no eos_token")
             self._end = mark = tokenizer.eos_token
-        known = tokenizer.get_vocab().get(mark)
-        stops = [tokenizer.eos_token_id, known]
+        stops = [tokenizer.eos_token_id, tokenizer.get_vocab().get(mark)]
         self._stops = list(dict.fromkeys(i for i in stops if i is not None))
 
     def _around_answer(self) -> tuple[str, str]:
@@ -140,11 +137,16 @@ class HFProcessor(Processor):
         messages = self._messages([Turn("question", "answer")], [])
         asked = self._render(messages[:1], generation=True)
         before, found, mark = self._render(messages).rpartition("answer")
+        problem = None
         if not found or "question" not in asked or not before.startswith(asked):
-            raise ValueError(
+            problem = (
                 "the chat template does not render user and assistant text given as a list of "
                 "{type: text, text: ...}: it is not the template of a vision-language model"
             )
+        elif not mark.strip() and self.tokenizer.eos_token is None:
+            problem = "neither chat template nor tokenizer ends an answer: no eos_token"
+        if problem:
+            raise ValueError(problem)
         return before.removeprefix(asked), mark.strip()
 
     @property

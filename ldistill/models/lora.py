@@ -77,7 +77,7 @@ def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpd
 
     Args:
         student: whose parameters they are.
-        trained: of :func:`ldistill.models.state.gather_trained`.
+        trained: of :func:`ldistill.models.weights.gather_trained`.
     """
     if student.lora_scale is None:
         return dict(trained)

@@ -16,10 +16,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from ldistill.models.head import LMHead
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.rotary import keep_float32
-from ldistill.models.student import Student
+from ldistill.models.student import LMHead, Student, keep_rotary_float32
 
 
 class Projector(nn.Module):
@@ -80,8 +78,6 @@ class NanoVLM(Student):
 
 def vision_config(config: NanoVLMConfig) -> SiglipVisionConfig:
     """transformers' configuration of the vision tower."""
-    if config.vit_cls_flag:
-        raise ValueError("vit_cls_flag is true: vision towers with a class token don't fit SigLIP.")
     return SiglipVisionConfig(
         hidden_size=config.vit_hidden_dim,
         intermediate_size=config.vit_inter_dim,
@@ -119,7 +115,7 @@ def decoder_config(config: NanoVLMConfig) -> LlamaConfig:
 def build_decoder(config: NanoVLMConfig) -> LlamaForCausalLM:
     """Llama decoder with a callable head and frequencies that survive a cast."""
     decoder = LlamaForCausalLM(decoder_config(config))
-    decoder.lm_head = LMHead.wrap(decoder.lm_head)
-    rotary = keep_float32(decoder.model.rotary_emb)
-    rotary.attention_scaling = config.lm_attn_scaling
+    LMHead.wrap(decoder.lm_head)
+    keep_rotary_float32(decoder)
+    decoder.model.rotary_emb.attention_scaling = config.lm_attn_scaling
     return decoder

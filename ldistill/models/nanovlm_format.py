@@ -7,7 +7,7 @@ that q, k and v of the vision tower are stacked on disk, and that a tied embeddi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,57 +17,57 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldistill.common.locate import resolve
-from ldistill.models.formats import StudentFormat
 from ldistill.models.lora import LowRank, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.processor import ImageSettings, Processor
+from ldistill.models.processor import ImageSettings, Processor, check_token
 from ldistill.models.weights import open_weights, refuse_misfit
 
 INV_FREQ = "decoder.rotary_embd.inv_freq"
 EMBEDDING = "decoder.token_embedding.weight"
 HEAD = "decoder.head.weight"
 
-# (nanoVLM, transformers) as regular expressions over whole keys; \1 is the layer, \2 the rest.
-_RULES: tuple[tuple[str, str], ...] = (
-    ("vision_encoder.patch_embedding.conv", "vision.embeddings.patch_embedding"),
-    ("vision_encoder.layer_norm", "vision.post_layernorm"),
-    ("decoder.token_embedding", "decoder.model.embed_tokens"),
-    ("decoder.head", "decoder.lm_head"),
-    ("decoder.norm", "decoder.model.norm"),
-    ("MP.proj", "projector.proj"),
-)
-_VISION = ("vision_encoder.blocks", "vision.encoder.layers")
-_DECODER = ("decoder.blocks", "decoder.model.layers")
-_IN_VISION = (
-    ("ln1", "layer_norm1"),
-    ("ln2", "layer_norm2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-)
-_IN_DECODER = (
-    ("attn.out_proj", "self_attn.o_proj"),
-    ("attn", "self_attn"),
-    ("norm1", "input_layernorm"),
-    ("norm2", "post_attention_layernorm"),
-)
+# Prefixes of keys, ours → nanoVLM's.
+_PREFIXES = {
+    "vision.embeddings.patch_embedding": "vision_encoder.patch_embedding.conv",
+    "vision.post_layernorm": "vision_encoder.layer_norm",
+    "decoder.model.embed_tokens": "decoder.token_embedding",
+    "decoder.lm_head": "decoder.head",
+    "decoder.model.norm": "decoder.norm",
+    "projector.proj": "MP.proj",
+}
+# The same within a layer, and where the layers lie.
+_LAYERS = {
+    "vision.encoder.layers": (
+        "vision_encoder.blocks",
+        {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn.out_proj"},
+    ),
+    "decoder.model.layers": (
+        "decoder.blocks",
+        {
+            "self_attn.o_proj": "attn.out_proj",
+            "self_attn": "attn",
+            "input_layernorm": "norm1",
+            "post_attention_layernorm": "norm2",
+        },
+    ),
+}
 
 
 def to_disk_key(key: str) -> str:
     """nanoVLM's name of one of our parameters (q, k, v of the vision tower keep their own name)."""
     if key == "vision.embeddings.position_embedding.weight":
         return "vision_encoder.patch_embedding.position_embedding"
-    for disk, ours in _RULES:
+    for ours, (disk, inner) in _LAYERS.items():
         if key.startswith(ours + "."):
-            return disk + key.removeprefix(ours)
-    for (disk, ours), inner in ((_VISION, _IN_VISION), (_DECODER, _IN_DECODER)):
-        if match := re.fullmatch(rf"{re.escape(ours)}\.(\d+)\.(.+)", key):
-            layer, rest = match.groups()
-            for disk_part, our_part in inner:
-                if rest.startswith(our_part + "."):
-                    rest = disk_part + rest.removeprefix(our_part)
-                    break
-            return f"{disk}.{layer}.{rest}"
-    raise ValueError(f"no nanoVLM name for {key!r}.")
+            layer, rest = key.removeprefix(ours + ".").split(".", 1)
+            return f"{disk}.{layer}.{_renamed(rest, inner) or rest}"
+    return _renamed(key, _PREFIXES)
+
+
+def _renamed(key: str, prefixes: Mapping[str, str]) -> str | None:
+    found = (ours for ours in prefixes if key.startswith(ours + "."))
+    return next((prefixes[ours] + key.removeprefix(ours) for ours in found), None)
 
 
 def to_disk(state: dict[str, Tensor], inv_freq: Tensor, tied: bool) -> dict[str, Tensor]:
@@ -186,13 +186,8 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -
     tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(config.vlm_extra_tokens))
     tok.chat_template = config.lm_chat_template
     tok.pad_token = tok.eos_token
-    for offset, (key, token) in enumerate(config.vlm_extra_tokens.items()):
-        want, got = config.lm_base_vocab_size + offset, tok.convert_tokens_to_ids(token)
-        if want != got:
-            raise ValueError(
-                f"tokenizer {str(source)!r} gives {token} ({key}) id {got}, the student expects "
-                f"{want}: it is not the tokenizer this student was trained with."
-            )
+    for offset, token in enumerate(config.vlm_extra_tokens.values()):
+        check_token(tok, token, config.lm_base_vocab_size + offset, source)
     return Processor(tok, image_settings(config, **settings))
 
 
@@ -218,15 +213,13 @@ def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Te
     disk = {n: t for n, t in disk.items() if n in expected or n != EMBEDDING}
     problems = [f"missing {n}" for n in sorted(set(expected) - set(disk))]
     problems += [f"unknown {n}" for n in sorted(set(disk) - set(expected))]
-    problems += list(_shape_problems(disk, expected))
+    problems += [
+        f"shape of {name}: {list(disk[name].shape)} in the file, "
+        f"{list(expected[name].shape)} by the configuration"
+        for name in sorted(set(expected) & set(disk))
+        if disk[name].shape != expected[name].shape
+    ]
     refuse_misfit(folder, problems)
-
-
-def _shape_problems(disk: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
-    for name in sorted(set(expected) & set(disk)):
-        if disk[name].shape != expected[name].shape:
-            want, got = list(expected[name].shape), list(disk[name].shape)
-            yield f"shape of {name}: {got} in the file, {want} by the configuration"
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -235,8 +228,6 @@ def read_metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def _reads(config: Mapping[str, Any]) -> bool:
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is nanoVLM's."""
     return "vit_hidden_dim" in config
-
-
-FORMAT = StudentFormat("nanoVLM", _reads, load_nanovlm, load_processor, export_like)

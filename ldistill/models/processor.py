@@ -26,6 +26,8 @@ from ldistill.common.images import ImageSettings, cut_tiles, open_image
 from ldistill.common.samples import Turn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -117,23 +119,26 @@ class Processor:
         self._literal = re.compile("|".join(re.escape(token) for token in known))
 
     def _check_tokenizer(self, vocabulary: Mapping[str, int]) -> None:
-        if not vocabulary:
-            raise ValueError("the tokenizer must be a fast one: labels need character offsets")
-        if not self.tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template")
-        grid = self.images.max_side // self.images.tile_size
-        if self.images.tiling and grid > self.tokens.max_grid:
-            raise ValueError(
-                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
-                f"tokens exist for {self.tokens.max_grid} x {self.tokens.max_grid}: lower max_side"
-            )
+        grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
         needed = self.tokens.needed(self.images.tiling)
         missing = [token for token in needed if token not in vocabulary]
-        if missing:
-            raise ValueError(
+        problem = None
+        if not vocabulary:
+            problem = "the tokenizer must be a fast one: labels need character offsets"
+        elif not self.tokenizer.chat_template:
+            problem = "the tokenizer has no chat template: set tokenizer.chat_template"
+        elif self.images.tiling and grid > most:
+            problem = (
+                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
+                f"tokens exist for {most} x {most}: lower max_side"
+            )
+        elif missing:
+            problem = (
                 f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
                 "them with extra_special_tokens"
             )
+        if problem:
+            raise ValueError(problem)
 
     # text ------------------------------------------------------------------------------------
 
@@ -264,6 +269,19 @@ class Processor:
     def fingerprint(self) -> str:
         """SHA-256 over tokenizer, template and image settings; shards carry it."""
         return _sha(self.parts)
+
+
+def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, source: Path) -> None:
+    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects.
+
+    Raises:
+        ValueError: with both ids.
+    """
+    if (got := tokenizer.convert_tokens_to_ids(token)) != want:
+        raise ValueError(
+            f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "
+            "not the tokenizer this student was trained with."
+        )
 
 
 def _sha(value: object) -> str:

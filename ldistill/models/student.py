@@ -1,17 +1,70 @@
 """What the rest of the program needs of a student, whatever its family.
 
-A student is a vision tower, a projector and a decoder of the Llama kind. Subclasses say where these
-lie and how pictures become embeddings; packed rows, text-only batches and decoding are the same for
-all of them. Which checkpoints exist, and how each is read and written, is `formats`' business.
+A student is a vision tower, a projector and a decoder. Subclasses say where these lie and how
+pictures become embeddings; packed rows, text-only batches and decoding are the same for all of
+them. Which checkpoints exist, and how each is read and written, is `formats`' business.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ldistill.models.head import LMHead
+
+class LMHead(nn.Linear):
+    """A head to be called with the operation to run on its weight.
+
+    ``head(hidden)`` gives logits; ``head(hidden, op)`` gives ``op(hidden, weight)``. Under ZeRO-3 a
+    weight is whole only while its own module is being called, and the fused loss needs the weight,
+    not the logits: so the head is called with the loss as the operation, and DeepSpeed's hooks
+    gather the weight before and release it after, in forward and in backward.
+    """
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear) -> LMHead:
+        """The same head (same Parameter, same keys) made callable with an operation.
+
+        Raises:
+            ValueError: the head has a bias, which the fused loss does not know.
+        """
+        if linear.bias is not None:
+            raise ValueError("language-model heads with a bias are not supported.")
+        # Changing the class keeps identity: ties, ZeRO-3 partitions and hooks stay what they are.
+        linear.__class__ = cls
+        return linear  # type: ignore[return-value]
+
+    def forward(self, hidden: Tensor, op: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
+        return op(hidden, self.weight)
+
+
+class _Float32Buffers:
+    """Mixin: `module.to(dtype)` moves the buffers between devices but never changes their dtype."""
+
+    def _apply(self, fn, recurse: bool = True):
+        kept = dict(self.named_buffers(recurse=False))  # type: ignore[attr-defined]
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, buffer in kept.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
+def keep_rotary_float32(model: nn.Module) -> None:
+    """Make a model's rotary frequencies stay float32 when it is cast.
+
+    DeepSpeed casts a whole module to bf16, buffers included; bf16 frequencies are off by up to
+    0.4%, which at position 1000 is several radians.
+    """
+    for module in model.modules():
+        names = [name for name, _ in module.named_buffers(recurse=False)]
+        rotary = any(name.endswith("inv_freq") for name in names)
+        if rotary and not isinstance(module, _Float32Buffers):
+            cls = type(module)
+            module.__class__ = type(f"Float32{cls.__name__}", (_Float32Buffers, cls), {})
 
 
 class Student(nn.Module):
@@ -41,11 +94,9 @@ class Student(nn.Module):
 
     def project(self, pixel_values: Tensor) -> Tensor:
         """[tiles, 3, S, S] → [tiles × tokens per tile, hidden]; no gradient into the tower."""
-        raise NotImplementedError
 
     def causal_lm(self) -> PreTrainedModel:
         """Decoder and head as transformers' ``...ForCausalLM``, sharing this student's modules."""
-        raise NotImplementedError
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """Token embeddings with the image tokens' places filled by the projector, in order.

@@ -1,20 +1,31 @@
-"""Reading weights: every one from the checkpoint's folder, or an error that says what to do.
+"""Weights: read whole or in pieces from a checkpoint's folder, gathered whole from an engine.
 
-transformers itself fills what a checkpoint lacks with random values, warns and goes on.
+Every one comes from the folder, or there is an error that says what to do: transformers itself
+fills what a checkpoint lacks with random values, warns and goes on.
 """
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ldistill.common.partition import partitioned_by
+
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
+
+
+# ---- in a folder ----
 
 
 @contextmanager
@@ -79,3 +90,84 @@ def refuse_misfit(folder: Path, problems: Sequence[str]) -> None:
             f"{folder} does not fit its own config.json ({len(problems)} problems):\n  "
             + "\n  ".join(problems)
         )
+
+
+def load_lm(folder: Path, zero_init: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The original LM from a transformers folder, all of its weights and no others.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        zero_init: DeepSpeed configuration under whose ZeRO-3 the weights are partitioned while
+            loading; None keeps them whole even where the student is being partitioned.
+
+    Raises:
+        OSError: a weight file is missing.
+        ValueError: weights that cannot be read, or are not those of the configuration.
+    """
+    with partitioned_by(zero_init):
+        lm, problems, unused = read_model(AutoModelForCausalLM, folder, dtype="auto")
+    refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
+    return lm
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of a checkpoint's safetensors files: one, or as many as its index lists."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return sorted(set(mapping.values()))
+
+
+def weight_dtype(folder: Path) -> torch.dtype:
+    """The floating type that most of a checkpoint's weights have on disk."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in weight_files(folder):
+        with open_weights(folder / name) as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                counts[_DTYPES.get(part.get_dtype(), torch.float32)] += prod(part.get_shape())
+    return counts.most_common(1)[0][0]
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a configuration and all of its weights."""
+    names = ["config.json", *weight_files(folder)] if folder.is_dir() else ["config.json"]
+    return all((folder / name).is_file() for name in names)
+
+
+# ---- in pieces ----
+
+
+def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Trained parameters, whole, on the CPU: fp32 master weights where an optimizer holds them.
+
+    Every rank must call it: under ZeRO each parameter is gathered from all of them, one at a time.
+
+    Args:
+        student: parameters under their own names; those that don't require gradients are left out.
+        keep: whether this rank wants the result (others take part and get an empty dict).
+    """
+    whole: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for name, parameter in student.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in whole:
+            tensor = _gather(parameter)
+            if keep:
+                tensor = tensor.detach().to("cpu", copy=True)
+            whole[id(parameter)] = tensor if keep else tensor.new_empty(0)
+        if keep:
+            state[name] = whole[id(parameter)]
+    return state
+
+
+def _gather(parameter: nn.Parameter) -> Tensor:
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        master = safe_get_full_fp32_param(parameter)
+        if master is not None:
+            return master
+    return parameter

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ldistill.checkpoint.folder import survey
 from ldistill.common import run_files
-from ldistill.models.formats import is_complete, load_processor, load_student, weight_dtype
+from ldistill.models.formats import load_processor, load_student
+from ldistill.models.weights import is_complete, weight_dtype
 from ldistill.training.trainer import STUDENT
 
 

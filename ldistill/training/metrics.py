@@ -82,7 +82,7 @@ class Meter:
         self.counts["positions"] += counts.positions
         self.counts["documents"] += batch["doc_length"].numel()
         self.counts["tiles"] += counts.tiles
-        self.counts["teacher_rows"] += counts.teacher_rows
+        self.counts["teacher_rows"] += counts.queries
         self.counts["flops"] += flops
         self._drops.update(batch.get("drops") or {})
 

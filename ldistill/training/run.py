@@ -21,7 +21,6 @@ import torch
 from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
-from ldistill.common.partition import whole_numel
 from ldistill.common.ranks import (
     everywhere,
     from_first,
@@ -33,9 +32,10 @@ from ldistill.data.loader import make_loader
 from ldistill.data.order import Plan
 from ldistill.data.remote.read_ahead import settle_reads
 from ldistill.data.store import Reading
+from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
-from ldistill.distill.teacher import choose_engine, shard, zero3_config
+from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.evaluation.during import evaluator_of
 from ldistill.models.flops import peak_flops
 from ldistill.models.lora import add_lora
@@ -244,7 +244,7 @@ def _check_there(shards: str, asked: str, names: list[str], found: list[str]) ->
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
-    """Student, processor and, where the recipe distils, its teacher on the recipe's engine."""
+    """Student, processor and, where the recipe distils, its teacher's LM."""
     options, args = recipe.pair, recipe.training
     engine = choose_engine(options.teacher_engine, zero_stage(recipe))
     dtype = compute_dtype(recipe)
@@ -253,7 +253,6 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         options.student,
         options.teacher if weights.distils else None,
         tokenizer=options.tokenizer,
-        kernels=options.kernels,
         zero_init=zero_init,
         partition=True,
         dtype=dtype if zero_stage(recipe) >= 0 else torch.float32,  # autocast wants float32
@@ -263,12 +262,21 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
     freeze_vision(pair.student)
     if options.lora_rank:
         add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
-    if pair.teacher is not None:
-        if engine == "replicated":
-            pair.teacher.place(args.device, dtype)
-        else:
-            shard(pair.teacher, engine, dtype, options.teacher_offload)
     return pair
+
+
+def make_teacher(recipe: Recipe, pair: Pair) -> Teacher | None:
+    """The pair's LM as a teacher on the recipe's engine; None where nothing distils."""
+    if pair.lm is None:
+        return None
+    options, dtype = recipe.pair, compute_dtype(recipe)
+    teacher = Teacher(pair.lm, options.kernels)
+    engine = choose_engine(options.teacher_engine, zero_stage(recipe))
+    if engine == "replicated":
+        teacher.place(recipe.training.device, dtype)
+    else:
+        teacher.shard(engine, dtype, options.teacher_offload)
+    return teacher
 
 
 def build_trainer(
@@ -278,12 +286,12 @@ def build_trainer(
     args, distil = recipe.training, recipe.distil
     distiller = Distiller(
         pair.student,
-        pair.teacher,
+        make_teacher(recipe, pair),
         data.weights,
         Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
         kv_scope=distil.kv_scope,
         kv_grad=distil.kv_grad,
-        attention=recipe.pair.attention,
+        attention=choose_attention(recipe.pair.attention, compute_dtype(recipe)),
     )
     if recipe.pair.compile_blocks:
         distiller.compile_blocks(**recipe.compile_options)
@@ -387,9 +395,12 @@ def _settle_steps(recipe: Recipe, plan: Plan) -> None:
 
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
+    def size(parameter: torch.nn.Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())  # whole, partitioned or not
+
     args = recipe.training
-    total = sum(whole_numel(p) for p in pair.student.parameters())
-    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
+    total = sum(size(p) for p in pair.student.parameters())
+    trained = sum(size(p) for p in pair.student.parameters() if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))
 

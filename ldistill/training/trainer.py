@@ -32,7 +32,7 @@ from ldistill.distill.distiller import Distiller
 from ldistill.models.flops import count_step, student_flops
 from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
-from ldistill.models.state import gather_trained
+from ldistill.models.weights import gather_trained
 from ldistill.training.callbacks import ShortProgress
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import hold_options, parameter_groups, part_step_counters
@@ -134,7 +134,7 @@ class DistillTrainer(Trainer):
             self._begin()
         batches, problem = _read(epoch_iterator, num_batches)
         problem = self._saver.log_problem or problem
-        plans = [self.distiller.plan(batch) for batch in batches]
+        plans = [self.distiller.supervise(batch) for batch in batches]
         total, run_teacher = self._agree(plans, num_batches, problem)
         health = self._health_steps and self.state.global_step % self._health_steps == 0
         samples = []
@@ -146,12 +146,12 @@ class DistillTrainer(Trainer):
                 self._sample_log.add(batch)
             inputs = {
                 "batch": {k: v for k, v in batch.items() if isinstance(v, Tensor)},
-                "plan": plan,
-                "total_rows": total,
+                "supervision": plan,
+                "total": total,
                 "run_teacher": run_teacher[index],
             }
             if health and index == 0 and run_teacher[index]:
-                inputs["own_rows"] = self.distiller.own_rows(batch, plan)
+                inputs["own_queries"] = self.distiller.own_queries(batch, plan)
             samples.append(inputs)
         return samples, None
 
@@ -183,9 +183,9 @@ class DistillTrainer(Trainer):
         What one rank alone could not read stops all of them here, instead of leaving the others in
         a collective.
         """
-        own = [len(plan.teacher) for plan in plans] or [0] * num_batches
+        own = [len(plan.queries) for plan in plans] or [0] * num_batches
         flags = [self.stop.asked, problem is not None]
-        counts = [*map(float, flags), sum(len(p.supervised) for p in plans), *own]
+        counts = [*map(float, flags), sum(len(p.targets) for p in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite.double()[None]])
         asked, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
@@ -201,18 +201,16 @@ class DistillTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.args.device
         batch = {k: v.to(device, non_blocking=True) for k, v in inputs["batch"].items()}
-        moved = inputs | {"batch": batch, "plan": inputs["plan"].to(device)}
-        if "own_rows" in inputs:
-            moved["own_rows"] = inputs["own_rows"].to(device)
-        return moved
+        moved = {k: inputs[k].to(device) for k in ("supervision", "own_queries") if k in inputs}
+        return inputs | {"batch": batch} | moved
 
     # ---- loss ----
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """This micro-batch's share of the global loss, times the ranks that will average it."""
-        own = inputs.pop("own_rows", None)
+        own = inputs.pop("own_queries", None)
         if own is not None:
-            judged = self.distiller.teacher_alone(inputs["batch"], inputs["plan"], own)
+            judged = self.distiller.teacher_alone(inputs["batch"], inputs["supervision"], own)
             self.meter.health += judged
         outputs = model(**inputs)
         self.meter.add_sums(outputs["metrics"])

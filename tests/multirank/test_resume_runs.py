@@ -103,9 +103,7 @@ def test_overwriting_begins_anew_whatever_auto_would_find(capsys, world, run):
 
 
 @pytest.mark.parametrize("where", ["set-up", "train"])
-def test_a_run_has_its_name_back_if_the_new_one_fails(
-    capsys, world, run, monkeypatch, where
-):
+def test_a_run_has_its_name_back_if_the_new_one_fails(capsys, world, run, monkeypatch, where):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     flags = ["--overwrite", "true"]
     if where == "set-up":

@@ -13,10 +13,10 @@ from helpers_zero import SHAPE
 from pairs import small_config
 from runs import REPO, environment, free_port
 
-from ldistill.models.shapes import shape_of
 from ldistill.tools.plan.hardware import ZEROS, Cluster, Strategy
 from ldistill.tools.plan.memory import memory
 from ldistill.tools.plan.network import transfers
+from ldistill.tools.shapes import shape_of
 
 RANKS, ACCUMULATION = 2, 2
 

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM
 
 from ldistill.common import ranks
 from ldistill.distill.distiller import Distiller
-from ldistill.distill.teacher import Teacher, shard
+from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.pair import freeze_vision
 from ldistill.training.optimizer import parameter_groups
@@ -45,7 +45,7 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     teacher = Teacher(LlamaForCausalLM(teacher_config(shape)))
     sharded = config["zero_optimization"]["stage"] == 3
     if sharded:
-        shard(teacher, "zero3", torch.bfloat16)
+        teacher.shard("zero3", torch.bfloat16)
     else:
         teacher.place(torch.device("cpu"), torch.bfloat16)
     distiller = Distiller(student, teacher, weights())
@@ -54,12 +54,12 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     sent: Counter[str] = Counter()
     count_collectives(sent)
     batch = random_batch(student, [[30, 34]], seed=engine.global_rank)
-    plan = distiller.plan(batch)
+    plan = distiller.supervise(batch)
     gradients = whole = 0
     for step in range(2):
         sent.clear()
         for _ in range(accumulation):
-            loss = engine(batch, plan, len(plan.supervised), True)["loss"]
+            loss = engine(batch, plan, len(plan.targets), True)["loss"]
             whole = max(whole, left_whole(teacher.lm) if sharded else 0)
             engine.backward(loss)
             gradients = max(gradients, gradient_bytes(engine.optimizer))

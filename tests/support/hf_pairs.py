@@ -66,6 +66,13 @@ def decoder_config(kind: str = "llama", vocab: int = VOCAB, **changes) -> Pretra
         "llama": {"num_key_value_heads": 6},
         "mistral": {"num_key_value_heads": 2, "sliding_window": 512},
         "qwen2": {"num_key_value_heads": 2},
+        "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+        "olmo2": {"num_key_value_heads": 2},
+        "smollm3": {
+            "num_key_value_heads": 2,
+            "no_rope_layers": [1, 0],
+            "use_sliding_window": False,
+        },
     }.get(kind, {})
     # What else these configurations default to lies outside the small vocabulary.
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
@@ -198,4 +205,7 @@ WRITERS: dict[str, Callable[..., None]] = {
     "smolvlm": write_smolvlm,
     "llava-mistral": _of_kind("mistral"),
     "llava-qwen2": _of_kind("qwen2"),
+    "llava-qwen3": _of_kind("qwen3"),
+    "llava-olmo2": _of_kind("olmo2"),
+    "llava-smollm3": _of_kind("smollm3"),
 }

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ldistill_kernels.shared_kv_attention import cpu
+
 MERGE_PAIRS = 1 << 12  # below this many (row, position) pairs a Python step costs more than the sum
 MAX_ROWS = 512  # rows of one step: bounds the score block to heads x 512 x document
 
@@ -47,11 +49,15 @@ def reference_forward(
     for step in _steps(batch, start, position, visible, start2, end2):
         group = step.group
         keys, values = _memory(group, step.unseen, k, v, k2, v2)
-        scores = heads[:, group.first : group.last].flatten(1, 2) @ keys.mT
-        scores = scores.unflatten(1, (*step.hidden.shape[:1], -1))
-        scores = scores.masked_fill(step.hidden, -torch.inf).flatten(1, 2)
-        out, lse = torch.softmax(scores, -1) @ values, torch.logsumexp(scores, -1)
-        out, lse = _unpack(out, group), _unpack(lse[..., None], group).squeeze(-1)
+        asking = heads[:, group.first : group.last]
+        if cpu.fits(heads, keys, values):
+            out, lse = cpu.fused_attention(asking, keys, values, step.hidden)
+        else:
+            scores = asking.flatten(1, 2) @ keys.mT
+            scores = scores.unflatten(1, (*step.hidden.shape[:1], -1))
+            scores = scores.masked_fill(step.hidden, -torch.inf).flatten(1, 2)
+            out, lse = torch.softmax(scores, -1) @ values, torch.logsumexp(scores, -1)
+            out, lse = _unpack(out, group), _unpack(lse[..., None], group).squeeze(-1)
         if step.blind is not None:
             out = out.masked_fill(step.blind[:, None, None], 0.0)
             lse = lse.masked_fill(step.blind[:, None], -torch.inf)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldistill.distill.targets import IGNORE
 from ldistill.models.flops import StepCounts
+from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights, category_of
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
@@ -81,10 +81,10 @@ class RowCounts:
             positions=round(rows * length),
             pairs=round(rows * self.pairs),
             tiles=round(rows * self.tiles),
-            rows=round(rows * self.supervised),
-            teacher_rows=round(taught * self.teacher_rows),
-            teacher_pairs=round(taught * self.teacher_pairs),
-            kd_rows=round(taught * self.teacher_rows),
+            targets=round(rows * self.supervised),
+            queries=round(taught * self.teacher_rows),
+            query_pairs=round(taught * self.teacher_pairs),
+            taught=round(taught * self.teacher_rows),
         )
 
 

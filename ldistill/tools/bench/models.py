@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from ldistill.models.hf_vlm import HFVLM, tokens_per_tile
-from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.student import Student
 from ldistill.tools.bench.batch import BatchShape
+from ldistill.tools.shapes import base_vocabulary, teacher_config
 
 
 def random_student(config: Any, device: torch.device, dtype: torch.dtype) -> Student:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ldistill.distill.attention import BACKENDS
-from ldistill.models.named_pairs import RECIPES
 from ldistill.recipe import load_recipe
 from ldistill.tools.bench.batch import MIXES
+from ldistill.tools.shapes import RECIPES
 
 MODES = ("ce", "naive", "ours")
 COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in

@@ -28,19 +28,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.naive import naive_counts, naive_loss
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher
 from ldistill.models.flops import count_step, peak_flops, seconds, step_flops, synchronise
-from ldistill.models.named_pairs import student_config
 from ldistill.models.pair import freeze_vision
-from ldistill.models.shapes import pair_shape
 from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.models import batch_shape, random_lm, random_student
 from ldistill.tools.bench.options import COMPILED, DTYPES, StepOptions
 from ldistill.tools.bench.profile import profile_step
 from ldistill.tools.bench.report import StepResult
+from ldistill.tools.shapes import pair_shape, student_config
 from ldistill.training.optimizer import parameter_groups
 
 
@@ -71,7 +71,7 @@ class StepBench:
             teacher,
             weights if teacher else self.labels_only,
             Objective(kernels=options.kernels),
-            attention=options.attention,
+            attention=choose_attention(options.attention, dtype),
         )
         if options.checkpointing:
             self.distiller.activation_checkpointing_enable()
@@ -93,7 +93,7 @@ class StepBench:
         """Rows of the batch, on the host: labels alone know no teacher rows."""
         labels_only = mode.startswith("ce")
         self.distiller.weights = self.labels_only if labels_only else self.weights
-        return self.distiller.plan(self.host_batch)
+        return self.distiller.supervise(self.host_batch)
 
     def loss(self, mode: str) -> Tensor:
         """Forward of one mode; the same scalar for ``naive`` and ``ours``."""
@@ -101,10 +101,10 @@ class StepBench:
             # torch has no public way back; setting a stance would undo flex_attention's own compile
             layer._compiled_call_impl = compiled if COMPILED in mode else None
         plan = self.plan(mode)
-        rows, plan = len(plan.supervised), plan.to(self.device)
+        total, plan = len(plan.targets), plan.to(self.device)
         if mode == "naive":
-            return naive_loss(self.distiller, self.batch, plan, rows)
-        return self.distiller(self.batch, plan, rows, mode.startswith("ours"))["loss"]
+            return naive_loss(self.distiller, self.batch, plan, total)
+        return self.distiller(self.batch, plan, total, mode.startswith("ours"))["loss"]
 
     def step(self, mode: str) -> None:
         """Forward, backward, AdamW."""
@@ -215,14 +215,9 @@ def fastest_attention(options: StepOptions, say: Callable[[str], None]) -> str:
 
 def available_attention(device: str, dtype: torch.dtype) -> list[str]:
     """Backends that can train the packed student here; ``eager`` never wins and is left out."""
-    from transformers.utils import is_flash_attn_2_available
-
-    found = ["sdpa"]
-    if device == "cuda":
-        found.append("flex_attention")
-        if is_flash_attn_2_available() and dtype != torch.float32:
-            found.append("flash_attention_2")
-    return found
+    if device != "cuda":
+        return ["sdpa"]
+    return list(dict.fromkeys(["sdpa", "flex_attention", choose_attention("auto", dtype)]))
 
 
 def _timed_rounds(bench: StepBench, say: Callable[[str], None]) -> list[dict[str, float]]:
@@ -270,10 +265,10 @@ def _result(
         memory_vs_ce=peak / base if peak and base else None,
         memory_less_teacher_vs_ce=(peak - teacher) / base if peak and base else None,
         teacher_mib=teacher,
-        supervised_rows=len(plan.supervised),
+        supervised_rows=len(plan.targets),
         teacher_rows=bench.options.rows * bench.options.length
         if mode == "naive"
-        else len(plan.teacher),
+        else len(plan.queries),
         compile_gain=statistics.median(gain) if gain else None,
         parts=profile_step(bench, mode, lambda: _settled_seconds(bench.device)),
         options=bench.options,

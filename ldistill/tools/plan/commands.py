@@ -64,11 +64,11 @@ def plan(
     """Does a pair fit so many GPUs, laid out how, and what will a run take? Computed, not run."""
     from rich.console import Console
 
-    from ldistill.models.shapes import pair_shape
     from ldistill.tools.plan.hardware import Cluster
     from ldistill.tools.plan.layouts import Request
     from ldistill.tools.plan.plan import make_plan
     from ldistill.tools.plan.report import as_dict, blocks, command, headline
+    from ldistill.tools.shapes import pair_shape
 
     cluster = Cluster.of(
         gpus,

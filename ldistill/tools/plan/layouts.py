@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from ldistill.distill.attention import BACKENDS
 from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops
-from ldistill.models.shapes import PairShape
 from ldistill.tools.bench.batch import MIXES, RowCounts
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Strategy, Zero
 from ldistill.tools.plan.memory import Memory, memory
 from ldistill.tools.plan.network import Transfer, network_seconds, transfers
+from ldistill.tools.shapes import PairShape
 
 ENGINES = ("auto", "none", "replicated", "zero3", "deepspeed-inference")
 MOST_ROWS = 64  # of a micro-batch that is looked for

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ldistill.models.flops import adapter_weights
-from ldistill.models.shapes import PairShape
 from ldistill.tools.plan.hardware import GIB, Cluster, Strategy
+from ldistill.tools.shapes import PairShape
 
 LOGITS_BYTES = 384 * 2**20  # ldistill_kernels.distill_loss.chunked, on CUDA
 # CUDA context, NCCL's channels, cuBLAS; and a share of the card lost to fragments.

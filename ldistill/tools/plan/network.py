@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldistill.models.shapes import PairShape
 from ldistill.tools.plan.hardware import Cluster, Strategy
 from ldistill.tools.plan.memory import lora_weights, trained_weights
+from ldistill.tools.shapes import PairShape
 
 WORLD, NODE, HOST = "all GPUs", "within nodes", "CPU memory"
 # AdamW on the CPU reads gradient, weight and moments (16 bytes) and writes the last three and bf16.

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ldistill.models.shapes import PairShape
 from ldistill.tools.bench.batch import RowCounts, count_rows
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
 from ldistill.tools.plan.layouts import Layout, Request, fits, layouts
+from ldistill.tools.shapes import PairShape
 
 HORIZON = 4096  # GPUs up to which a plan that does not fit looks for one that does
 

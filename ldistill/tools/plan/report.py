@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ldistill.models.named_pairs import KNOWN_STUDENTS, RECIPES
 from ldistill.recipe import load_recipe
 from ldistill.tools.plan.hardware import GIB, Strategy
 from ldistill.tools.plan.layouts import Layout
 from ldistill.tools.plan.memory import Memory
 from ldistill.tools.plan.plan import Plan
+from ldistill.tools.shapes import KNOWN_STUDENTS, RECIPES
 
 LORA_RATE = "2e-4"
 """LLaVA-1.5's own for adapters; a recipe's rate is that of full training, too low for them."""

@@ -18,6 +18,7 @@ from pairs import random_batch, weights
 
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
+from ldistill.distill.teacher import Teacher
 from ldistill.models.pair import freeze_vision, load_pair
 
 pytest.importorskip("triton")
@@ -30,17 +31,18 @@ CASES = [("full", "detached"), ("full", "through"), ("prompt", "detached"), ("vi
 
 
 def step(root, kernels: str, scope: str, kv_grad: str):
-    pair = load_pair(str(root / "student"), str(root / "teacher"), kernels=kernels)
+    pair = load_pair(str(root / "student"), str(root / "teacher"))
     freeze_vision(pair.student)
-    objective = Objective(kernels=kernels)
+    objective, teacher = Objective(kernels=kernels), Teacher(pair.lm, kernels)
     distiller = Distiller(
-        pair.student, pair.teacher, weights(), objective, kv_scope=scope, kv_grad=kv_grad
+        pair.student, teacher, weights(), objective, kv_scope=scope, kv_grad=kv_grad
     ).to(DEVICE)
-    pair.teacher.place(torch.device(DEVICE), torch.float32)
+    teacher.place(torch.device(DEVICE), torch.float32)
     batch = random_batch(pair.student, [[16, 14], [20]], seq=40)
-    plan = distiller.plan(batch)
+    supervision = distiller.supervise(batch)
     moved = {k: v.to(DEVICE) for k, v in batch.items()}
-    output = distiller(moved, plan.to(torch.device(DEVICE)), float(len(plan.supervised)), True)
+    total = float(len(supervision.targets))
+    output = distiller(moved, supervision.to(torch.device(DEVICE)), total, True)
     output["loss"].backward()
     grads = {n: p.grad for n, p in distiller.student.named_parameters() if p.requires_grad}
     return output, grads

@@ -15,7 +15,6 @@ from pairs import write_pair
 from PIL import Image
 
 import ldistill.evaluation.items as items_module
-from ldistill.distill.teacher import load_lm
 from ldistill.evaluation.items import (
     Answer,
     Item,
@@ -26,6 +25,7 @@ from ldistill.evaluation.items import (
     score,
 )
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.weights import load_lm
 from ldistill.training.result import evaluate_student
 
 

@@ -13,11 +13,9 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from ldistill.distill.naive import naive_counts
-from ldistill.distill.targets import plan_rows
+from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step, step_flops, vision_flops
-from ldistill.models.named_pairs import student_config
 from ldistill.models.nanovlm import decoder_config, vision_config
-from ldistill.models.shapes import shape_of
 from ldistill.tools.bench import step as bench_step
 from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.commands import app
@@ -26,6 +24,7 @@ from ldistill.tools.bench.options import StepOptions
 from ldistill.tools.bench.profile import PARTS, profile_step
 from ldistill.tools.bench.report import append_csv
 from ldistill.tools.bench.step import StepBench, measure_step
+from ldistill.tools.shapes import shape_of, student_config
 
 COLUMNS = {
     "pair", "mode", "device", "dtype", "rows", "ms", "ms_min", "ms_max", "tokens_per_s", "mfu",
@@ -78,11 +77,11 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 def test_the_batch_keeps_the_papers_mix(mix):
     config = student_config("nanovlm-460m")
     batch = paper_batch(batch_shape(config), 8, 1024)
-    plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
+    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
-    assert len(plan.supervised) / tokens == pytest.approx(0.2, abs=0.01)
-    share = len(plan.teacher) / len(plan.supervised)
+    assert len(plan.targets) / tokens == pytest.approx(0.2, abs=0.01)
+    share = len(plan.queries) / len(plan.targets)
     assert share == (1 if mix == "uniform" else pytest.approx(0.5, abs=0.05))
 
 
@@ -118,7 +117,7 @@ def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     vocab = config.lm_base_vocab_size
 
     def flops(alpha: float, *, naive: bool = False) -> float:
-        plan = plan_rows(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
+        plan = supervise(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
         counts = count_step(batch, plan)
         return step_flops(
             decoder_config(config),

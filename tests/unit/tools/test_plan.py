@@ -12,10 +12,8 @@ from runs import REPO
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.distill.targets import plan_rows
+from ldistill.distill.targets import supervise
 from ldistill.models.flops import PEAKS, count_step, step_flops
-from ldistill.models.named_pairs import RECIPES, student_config
-from ldistill.models.shapes import pair_shape
 from ldistill.recipe import parse
 from ldistill.tools.bench.batch import count_rows, mix_weights, paper_batch
 from ldistill.tools.bench.models import batch_shape
@@ -23,6 +21,7 @@ from ldistill.tools.plan.hardware import GIB, GPUS, ZEROS, Cluster
 from ldistill.tools.plan.layouts import Request, fits
 from ldistill.tools.plan.network import HOST, NODE, WORLD
 from ldistill.tools.plan.plan import make_plan
+from ldistill.tools.shapes import RECIPES, pair_shape, student_config
 
 LLAVA = pair_shape("llava-13b")
 NANO = pair_shape("nanovlm-460m")
@@ -53,7 +52,7 @@ def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
     shape = batch_shape(student_config("nanovlm-460m"))
     batch = paper_batch(shape, 16, 1024)
     counts = count_step(
-        batch, plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", shape.vocabulary)
+        batch, supervise(batch, mix_weights(mix, 0.7, 4.0), "full", shape.vocabulary)
     )
     assert count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024) == counts
 

@@ -14,11 +14,10 @@ from transformers import LlamaForCausalLM
 from ldistill.distill.attention import attach, recording
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
-from ldistill.models.named_pairs import PAIRS
 from ldistill.models.nanovlm import NanoVLM
-from ldistill.models.shapes import count, pair_shape, shape_of
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Strategy
 from ldistill.tools.plan.memory import activations, kv_memory, lora_weights, memory
+from ldistill.tools.shapes import PAIRS, count, pair_shape, shape_of
 
 CONFIG = small_config()
 SHAPE = shape_of("small", CONFIG, {})

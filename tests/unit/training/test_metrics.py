@@ -52,7 +52,7 @@ def test_means_are_over_rows_and_kd_rows():
 
 def test_drops_and_documents_are_counted_by_interval():
     meter = Meter(weights(), torch.device("cpu"), peak=1e12)
-    counts = StepCounts(positions=64, pairs=1, tiles=2, rows=3)
+    counts = StepCounts(positions=64, pairs=1, tiles=2, targets=3)
     batch = {"doc_length": torch.tensor([20, 30]), "drops": {"undecodable image": 2}}
     meter.add_batch(batch, counts, 1e9)
     meter.add_batch(batch | {"drops": {}}, counts, 1e9)
@@ -101,7 +101,7 @@ def test_flops_match_what_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.lm_head(student(ids, pixel_values=pixels))
     vision = vision_flops(student.vision.config)
-    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, rows=64)
+    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     step = step_flops(
         student.decoder.config,
         counts,
@@ -129,7 +129,7 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
     pixels = torch.rand(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
         student.lm_head(student(ids, pixel_values=pixels)).sum().backward()
-    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, rows=64)
+    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     unneeded = 2 * linear_weights(student.projector) * config.mp_image_token_length * 2
     expected = counter.get_total_flops() + unneeded
     assert student_flops(student, counts) == pytest.approx(expected, rel=1e-6)
