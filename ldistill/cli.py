@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
+import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
 from ldistill.data.build.commands import app as shards_app
-from ldistill.evaluation.commands import evaluate_command
-from ldistill.evaluation.compare.command import compare
+from ldistill.evaluation.commands import compare, evaluate_command
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.plan.commands import plan
@@ -90,7 +90,7 @@ def generate(
     tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
 ) -> None:
     """Ask a student something about a picture, or just something."""
-    from ldistill.evaluation.generate import answer
+    from ldistill.evaluation.loading import answer
 
     text = answer(
         student,

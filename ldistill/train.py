@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     _quieten()
+    import ldistill.tiny.suite  # noqa: F401 - --eval_suite tiny
     from ldistill.common.errors import exit_code, ignore_dead_workers, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.training.launch import check_launch, tell

@@ -37,7 +37,6 @@ from ldistill.data.store import Reading
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import choose_engine, shard, zero3_config
-from ldistill.evaluation.during import evaluator_of
 from ldistill.models.flops import peak_flops
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, freeze_vision, load_pair
@@ -51,6 +50,7 @@ from ldistill.training.metrics import Meter
 from ldistill.training.result import evaluate_student, export_result, report, take_result
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
+from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
 
@@ -308,7 +308,7 @@ def build_trainer(
         saver=Saver(folder, about, args.save_total_limit, logs),
         health_steps=recipe.run.health_steps,
         resume=resume,
-        evaluator=evaluator_of(recipe, pair, folder, stop),
+        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
         stop=stop,
         converted=converted,
         sample_log=samples,

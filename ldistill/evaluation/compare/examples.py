@@ -1,15 +1,23 @@
-"""Won and lost samples of reading tasks, each with its failure mode, ready for a page.
+"""Won and lost samples of reading tasks, each with its failure mode, and the page that shows them.
 
 A *lost* sample is one the baseline scores higher on: the variant's answer is judged. On a *won*
 sample the baseline's answer is. Tasks whose answers are text to be read are looked at: those of the
 document and reading groups, and generated answers of tasks in no suite.
+
+The page is one file that opens from disk and needs nothing else. Its template is
+``failures.html``; data go into it as JSON, pictures as data URIs. Filters (variant, task, won or
+lost, mode, a search) stand in the address: ``failures.html#mode=elsewhere&task=...``.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 from ldistill.evaluation.compare.comparison import Comparison
 from ldistill.evaluation.compare.failure_modes import (
@@ -19,15 +27,13 @@ from ldistill.evaluation.compare.failure_modes import (
     accepted_answers,
     judge,
 )
-from ldistill.evaluation.compare.matching import Match, Pair
 from ldistill.evaluation.compare.results import Sample
-from ldistill.evaluation.compare.sample_scores import sample_categories
-from ldistill.evaluation.compare.tables import OTHER
-from ldistill.evaluation.compare.task_data import TaskData, inline_picture
-from ldistill.evaluation.suites import Row
+from ldistill.evaluation.compare.samples import Match, Pair, sample_categories
+from ldistill.evaluation.compare.task_data import inline_picture
+from ldistill.evaluation.suites import READING, Row
 
-READING_GROUPS = frozenset({"document", "tiny_reading", OTHER})
 WON, LOST = "won", "lost"
+_GENERATED = "generate_until"
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,14 @@ class Example:
     outcome: str
     sample: Sample
     """The baseline's; question and target are those of both."""
-    baseline_answer: str
     variant_answer: str
     category: str
     verdict: Verdict
     accepted: tuple[str, ...]
+
+    @property
+    def document(self) -> str:
+        return f"{self.row.task}/{self.sample.doc_id}"
 
 
 @dataclass(frozen=True)
@@ -69,24 +78,24 @@ def find_examples(
         lexicon: for the first mode; None leaves it out, and a note says so.
         progress: wraps the samples as they are gone through.
     """
-    matches = [m for m in comparison.matches if m.pairs and _reads(comparison, m)]
-    every = {m.row: _samples(comparison, m) for m in matches}
+    results = {v.name: v.tasks for v in comparison.variants}
+    matches = [
+        m
+        for m in comparison.matches
+        if m.pairs
+        and m.row.group in READING
+        and results[m.variant][m.row.task].config.get("output_type", _GENERATED) == _GENERATED
+    ]
+    base = results.get(str(comparison.table.baseline), {})
+    every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
     work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
     found = [_example(comparison, m, p, every[m.row], lexicon) for m, p in progress(work)]
-    counts: dict[tuple[str, str, str], Counter[str]] = {}
-    for m in matches:
-        for outcome in (LOST, WON):
-            counts[m.variant, m.row.id, outcome] = Counter(dict.fromkeys(MODES, 0))
+    outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
+    counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
     for example in found:
         counts[example.variant, example.row.id, example.outcome][example.verdict.mode] += 1
     rows = tuple(dict.fromkeys(m.row for m in matches))
     return Examples(tuple(found), rows, tuple(_notes(comparison, rows, lexicon)), counts)
-
-
-def _reads(comparison: Comparison, m: Match) -> bool:
-    result = next(v for v in comparison.variants if v.name == m.variant).tasks[m.row.task]
-    generated = result.config.get("output_type", "generate_until") == "generate_until"
-    return m.row.group in READING_GROUPS and generated
 
 
 def _example(
@@ -100,23 +109,16 @@ def _example(
     wrong = pair.variant if outcome == LOST else pair.baseline
     data = comparison.data[m.row.task]
     accepted = _accepted(pair.baseline, m.row)
-    verdict = judge(wrong.answer, accepted, lambda: data.text(pair.baseline, every), lexicon)
     return Example(
         variant=m.variant,
         row=m.row,
         outcome=outcome,
         sample=pair.baseline,
-        baseline_answer=pair.baseline.answer,
         variant_answer=pair.variant.answer,
         category=", ".join(sample_categories(pair.baseline, m.row)),
-        verdict=verdict,
+        verdict=judge(wrong.answer, accepted, lambda: data.text(pair.baseline, every), lexicon),
         accepted=tuple(accepted),
     )
-
-
-def _samples(comparison: Comparison, m: Match) -> Mapping[int, Sample]:
-    base = next(v for v in comparison.variants if v.name == comparison.table.baseline)
-    return base.tasks[m.row.task].samples(m.row.filter)
 
 
 def _accepted(sample: Sample, row: Row) -> list[str]:
@@ -142,26 +144,104 @@ def _notes(comparison: Comparison, rows: Iterable[Row], lexicon: Lexicon | None)
             yield f"{row.name}: pictures and their text are missing: {data.reason}."
 
 
-def chosen_for_page(examples: Examples, most: int) -> list[Example]:
-    """At most ``most`` examples of each variant, task, outcome and mode, in sample order."""
+# ---- the page ----
+
+
+RULES: tuple[tuple[str, str], ...] = (
+    (
+        MODES["corrected"],
+        "The expected text is no word, and the answer is a word near it (PEAEC → peace), or is "
+        "spelt like one (meLtiid → meltid).",
+    ),
+    (
+        MODES["shortened"],
+        "A number with fewer decimals (5.04 → 5), some of the expected words in order (21–49 years "
+        "of age → 21–49 years), the same number or date in another notation, initials; or, if the "
+        "picture does not say it so, at least half of the words shared.",
+    ),
+    (
+        MODES["elsewhere"],
+        "The answer stands in the picture's text, which comes from the data set, from tesseract, "
+        "or from the answers to other questions about the same picture.",
+    ),
+    (
+        MODES["undecided"],
+        "No rule fits so far as is known, but the text of the picture is not, or not all of it.",
+    ),
+    (
+        "Order",
+        "The first rule that fits counts: corrected, shortened, elsewhere, shared words. The rules "
+        "count; they do not explain.",
+    ),
+)
+
+
+def write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
+    """Write the page.
+
+    Args:
+        path: the HTML file.
+        comparison: the examples' own.
+        examples: of `find_examples`.
+        most: listed at most of each variant, task, outcome and mode, in sample order.
+    """
     seen: Counter[tuple] = Counter()
-    chosen = []
+    listed = []
     for example in examples.found:
         key = (example.variant, example.row.id, example.outcome, example.verdict.mode)
         seen[key] += 1
         if seen[key] <= most:
-            chosen.append(example)
-    return chosen
+            listed.append(example)
+    baseline, found = comparison.table.baseline, len(examples.found)
+    count = f"all {found:,}" if found == len(listed) else f"{len(listed):,} of {found:,}"
+    data = {
+        "title": f"Samples won and lost against {baseline}",
+        "lead": (
+            f"Listed are {count} samples of reading tasks on which a variant and {baseline} score "
+            "differently. On a lost sample the variant's answer is judged, on a won one the "
+            "baseline's."
+        ),
+        "baseline": baseline,
+        "variants": list(dict.fromkeys(e.variant for e in listed)),
+        "tasks": list(dict.fromkeys(e.row.name for e in listed)),
+        "modes": MODES,
+        "rules": RULES,
+        "notes": list(examples.notes),
+        "bare": {
+            e.row.name: comparison.data[e.row.task].reason or "none in its data" for e in listed
+        },
+        "pictures": _page_pictures(comparison, listed),
+        "examples": [_record(e) for e in listed],
+    }
+    template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
+    # No text of a sample can end the script element that the data stand in.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    path.write_text(template.replace("__DATA__", text), encoding="utf-8")
 
 
-def page_pictures(
-    chosen: Iterable[Example], data: Mapping[str, TaskData]
-) -> dict[tuple[str, int], list[str]]:
-    """(task, document) → data URIs of its pictures, each picture encoded once."""
-    pictures: dict[tuple[str, int], list[str]] = {}
-    for example in chosen:
-        key = (example.row.task, example.sample.doc_id)
-        if key not in pictures:
-            encoded = data[example.row.task].pictures(example.sample)
-            pictures[key] = [uri for p in encoded if (uri := inline_picture(p))]
+def _page_pictures(comparison: Comparison, listed: Iterable[Example]) -> dict[str, list[str]]:
+    """Task/document → data URIs of its pictures, each picture encoded once."""
+    pictures: dict[str, list[str]] = {}
+    for example in listed:
+        if example.document not in pictures:
+            encoded = comparison.data[example.row.task].pictures(example.sample)
+            pictures[example.document] = [uri for p in encoded if (uri := inline_picture(p))]
     return pictures
+
+
+def _record(example: Example) -> dict[str, Any]:
+    return {
+        "variant": example.variant,
+        "task": example.row.name,
+        "category": example.category,
+        "outcome": example.outcome,
+        "mode": example.verdict.mode,
+        "rule": example.verdict.rule,
+        "reason": example.verdict.reason,
+        "doc_id": example.sample.doc_id,
+        "question": example.sample.question,
+        "expected": " | ".join(example.accepted),
+        "baseline_answer": example.sample.answer,
+        "variant_answer": example.variant_answer,
+        "picture": example.document,
+    }

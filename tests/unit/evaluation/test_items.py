@@ -117,7 +117,7 @@ def test_a_bare_language_model_answers_text_items(pair):
     one = [a.text for a in answers(lm, processor, items, 1, max_new_tokens=6)]
     many = [a.text for a in answers(lm, processor, items, 64, max_new_tokens=6)]
     assert one == many
-    with pytest.raises(ValueError, match="need a student"):
+    with pytest.raises(ValueError, match="cannot see"):
         evaluate(lm, processor, some_items(images=True))
 
 
@@ -129,8 +129,6 @@ def test_scores_are_means_of_tasks():
     scores = score(answered("x", "language", 3, 1) + answered("y", "language", 1, 3))
     assert scores == {"x": 0.75, "y": 0.25, "language": 0.5}
     assert score(answered("z", "reading", 1, 0))["reading"] == 1.0
-    with pytest.raises(ValueError, match="no items"):
-        score([])
 
 
 def test_modes_and_random_state_are_given_back(pair):

@@ -25,7 +25,7 @@ from transformers import (
 from ldistill.common.samples import Turn
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import load_lm
-from ldistill.evaluation.generate import answer
+from ldistill.evaluation.loading import answer
 from ldistill.models.fit import check_pair, check_tokenizers
 from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.hf_vlm_processor import Idefics3Settings

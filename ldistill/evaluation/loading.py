@@ -1,17 +1,34 @@
-"""Which kind of model a folder holds, and the answerer for it."""
+"""Which kind of model a folder holds, the scorer for it, and one answer of a student."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
+from ldistill.common.images import open_image
 from ldistill.common.locate import resolve
 from ldistill.common.run_files import RECIPE
-from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
+from ldistill.evaluation.scorer import (
+    LMScorer,
+    Question,
+    Scorer,
+    StudentScorer,
+    VLMScorer,
+    image_token,
+)
+from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import read_model, refuse_misfit
 
 if TYPE_CHECKING:
@@ -56,19 +73,16 @@ def kind_of(folder: Path) -> str:
     config = json.loads(path.read_text(encoding="utf-8"))
     if "vit_hidden_dim" in config:
         return "nanovlm"
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if "model_type" not in config:
-        raise ValueError(f"{path} names no model_type: neither a nanoVLM nor a transformers model.")
-    cls = type(AutoConfig.from_pretrained(folder))
+    named = config.get("model_type")
+    cls = type(AutoConfig.from_pretrained(folder)) if named else None
     if cls in AutoModelForImageTextToText._model_mapping:
         return "vlm"
     if cls in AutoModelForCausalLM._model_mapping:
         return "lm"
-    raise ValueError(f"{folder} is a {config['model_type']!r} model: neither a VLM nor an LM.")
+    raise ValueError(f"{folder} is of model_type {named!r}: neither a VLM nor an LM.")
 
 
-def load_answerer(
+def load_scorer(
     name: str,
     *,
     device: str | torch.device = "cpu",
@@ -77,7 +91,7 @@ def load_answerer(
     tiling: bool | None = None,
     pictures: str = "error",
     chat_template: str | None = None,
-) -> Answerer:
+) -> Scorer:
     """A model of whichever kind its folder holds.
 
     Args:
@@ -97,29 +111,20 @@ def load_answerer(
     kind = kind_of(folder)
     tiling = tiled_in_training(name) if tiling is None else tiling
     if kind == "nanovlm":
-        from ldistill.models.nanovlm_format import load_nanovlm, load_processor
-
         processor = load_processor(folder, tokenizer, tiling=tiling)
-        return StudentAnswerer(load_nanovlm(folder).to(device, torch_type), processor)
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
+        return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
     template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
     if kind == "vlm":
         processor = AutoProcessor.from_pretrained(folder)
         processor.chat_template = template or processor.chat_template
         if tokenizer:
-            processor.tokenizer = _tokenizer_for(processor, tokenizer)
+            processor.tokenizer = _other_tokenizer(processor, tokenizer)
         model = _whole(AutoModelForImageTextToText, folder, torch_type)
-        return VLMAnswerer(model.to(device), processor, tiling)
+        return VLMScorer(model.to(device), processor, tiling)
     tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
     tok.chat_template = template or tok.chat_template
     model = _whole(AutoModelForCausalLM, folder, torch_type)
-    return LMAnswerer(model.to(device), tok, pictures)
+    return LMScorer(model.to(device), tok, pictures)
 
 
 def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,13 +134,10 @@ def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _tokenizer_for(processor: Any, name: str) -> Any:
+def _other_tokenizer(processor: Any, name: str) -> Any:
     """Another tokenizer for a VLM's processor, if it knows the picture's token by the same id."""
-    from transformers import AutoTokenizer
-
     own, other = processor.tokenizer, AutoTokenizer.from_pretrained(resolve(name))
-    token = getattr(processor, "image_token", None)
-    token = getattr(token, "content", token)
+    token = image_token(processor)
     if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
         raise ValueError(
             f"tokenizer {name!r} gives {token} another id than the model's own: it is not the "
@@ -152,3 +154,37 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {name!r}.")
     return dtype
+
+
+def answer(
+    student: str,
+    prompt: str,
+    images: Sequence[Path],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    tokenizer: str | None = None,
+    tiling: bool = False,
+) -> str:
+    """A student's answer.
+
+    Args:
+        student: folder or hub id.
+        prompt: the user's turn.
+        images: pictures, before the prompt.
+        max_new_tokens: at most so many tokens.
+        temperature: 0 for greedy.
+        tokenizer: default the one the student's configuration names.
+        tiling: cut large pictures into tiles.
+
+    Raises:
+        FileNotFoundError: no such student or picture.
+        ValueError: a picture that cannot be decoded.
+    """
+    pictures = tuple(open_image(image.read_bytes()) for image in images)
+    processor = load_processor(student, tokenizer, tiling=tiling, max_images=max(len(images), 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer = StudentScorer(load_student(student).to(device), processor)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    (text,) = scorer.generate([Question(prompt, pictures)], max_new_tokens, **sampling)
+    return text.strip()
