@@ -23,13 +23,11 @@ import base64
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
@@ -154,7 +152,8 @@ def evaluate(
     """Scores in [0, 1] by task, then by group (mean over the group's tasks).
 
     Args:
-        model: a student, or a causal LM, which can only take items without pictures.
+        model: a student, or a causal LM, which can only take items without pictures; it is left
+            in eval mode.
         processor: the student's; its tokenizer and template serve a bare LM as well.
         items: the questions, at least one; the result does not depend on their order or on
             `batch_size`.
@@ -190,30 +189,29 @@ def answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The model's answer to every item, in the items' order."""
+    is_student = hasattr(model, "embed")
+    scorer: Scorer = (
+        StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
+    )
     texts: dict[int, str] = {}
-    with _evaluating(model):
-        is_student = hasattr(model, "embed")
-        scorer: Scorer = (
-            StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
-        )
-        for batch in _batches(items, batch_size):
-            asked = [items[i] for i in batch]
-            if asked[0].choices:
-                texts |= zip(batch, _choose(scorer, asked), strict=True)
-            else:
-                questions = [item.question() for item in asked]
-                texts |= zip(batch, scorer.generate(questions, max_new_tokens), strict=True)
-            if progress:
-                progress(len(batch))
+    for batch in _batches(items, batch_size):
+        asked = [items[i] for i in batch]
+        questions = [item.question() for item in asked]
+        if asked[0].choices:
+            found = _choose(scorer, asked, questions)
+        else:
+            found = scorer.generate(questions, max_new_tokens)
+        texts |= zip(batch, found, strict=True)
+        if progress:
+            progress(len(batch))
     return [Answer(item, texts[i]) for i, item in enumerate(items)]
 
 
-def _choose(scorer: Scorer, items: Sequence[Item]) -> Iterator[str]:
+def _choose(scorer: Scorer, items: Sequence[Item], questions: Sequence[Question]) -> Iterator[str]:
     """The likeliest choice of every item."""
-    asked = [(item, item.question()) for item in items]
-    found = iter(
-        scorer.log_likelihoods([(q, i.delimiter + c) for i, q in asked for c in i.choices])
-    )
+    asked = zip(items, questions, strict=True)
+    pairs = [(question, item.delimiter + c) for item, question in asked for c in item.choices]
+    found = iter(scorer.log_likelihoods(pairs))
     for item in items:
         totals = [next(found)[0] for _ in item.choices]
         yield item.choices[totals.index(max(totals))]
@@ -229,19 +227,6 @@ def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
     for (choices, _), group in groupby(order, key=kind):
         indices, count = list(group), max(1, size // max(1, choices))
         yield from (indices[i : i + count] for i in range(0, len(indices), count))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module's mode and the random state are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # ---- tasks of lmms-eval ----

@@ -1,7 +1,7 @@
 """lmms-eval's view of our models: ``--model ldistill_nanovlm`` and ``--model ldistill_hf``.
 
-lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). Both are
-*simple* models, the only kind that reaches multiple-choice tasks.
+lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). It is a
+*simple* model, the only kind that reaches multiple-choice tasks.
 
     lmms-eval --model ldistill_nanovlm --model_args pretrained=runs/x/student --tasks hellaswag ...
 
@@ -28,11 +28,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldistill.evaluation.items import CHAT
-from ldistill.evaluation.loading import kind_of, load_scorer, model_folder
+from ldistill.evaluation.loading import load_scorer
 from ldistill.evaluation.scorer import Question
 
-NANOVLM = "ldistill_nanovlm"
-HF = "ldistill_hf"
 MAX_NEW_TOKENS = 128
 
 # What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
@@ -42,11 +40,10 @@ _IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
 
 
 def manifests() -> list[ModelManifest]:
-    """Both models, for the entry-point group ``lmms_eval.models``."""
-    return [
-        ModelManifest(model_id=NANOVLM, simple_class_path=f"{__name__}.NanoVLMModel"),
-        ModelManifest(model_id=HF, simple_class_path=f"{__name__}.HFModel"),
-    ]
+    """The model under both of its names, for the entry-point group ``lmms_eval.models``."""
+    path = f"{__name__}.{ScoredModel.__name__}"
+    names = ("ldistill_nanovlm", "ldistill_hf")
+    return [ModelManifest(model_id=name, simple_class_path=path) for name in names]
 
 
 @dataclass
@@ -65,7 +62,7 @@ class _Request:
         return f"task {self.task}, document {self.doc_id}"
 
 
-class _Model(lmms):
+class ScoredModel(lmms):
     """A scorer behind lmms-eval's interface.
 
     Args:
@@ -74,10 +71,9 @@ class _Model(lmms):
         device: default the GPU of this process's rank, else the CPU.
         max_new_tokens: where a task sets no limit.
         max_batch_size: lmms-eval passes it; no use without ``auto``.
-        options: of ``load_scorer``.
+        options: of ``load_scorer``: ``dtype``, ``tokenizer``, ``tiling``, ``chat_template``,
+            ``pictures``.
     """
-
-    kinds: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -91,10 +87,6 @@ class _Model(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number of at least 1, got {batch_size!r}.")
-        kind = kind_of(model_folder(str(pretrained)))
-        if kind not in self.kinds:
-            other = NANOVLM if kind == "nanovlm" else HF
-            raise ValueError(f"{pretrained} is a {kind}: use --model {other}.")
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
         self._rank = int(os.environ.get("RANK", "0"))
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,8 +101,8 @@ class _Model(lmms):
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(summed negative log-likelihood, is greedy) of every request's continuation.
 
-        Positive, since the scorer of lmms-eval takes the smallest. Wrapped, since its evaluator
-        turns a bare tuple into its text.
+        Positive, since lmms-eval takes the smallest. Wrapped, since its evaluator turns a bare
+        tuple into its text.
         """
 
         def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
@@ -149,7 +141,13 @@ class _Model(lmms):
         with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
             for indices in _batches(requests, self.batch_size):
                 for part, questions in self._questions(requests, indices, chat):
-                    found = self._ask(answer, [requests[index] for index in part], questions)
+                    batch = [requests[index] for index in part]
+                    try:
+                        found = answer(batch, questions)
+                    except Exception as error:
+                        where = " to ".join(dict.fromkeys((batch[0].where, batch[-1].where)))
+                        where = f"batch from {where}" if len(batch) > 1 else where
+                        raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
                     for index, value in zip(part, found, strict=True):
                         answers[index] = value
                 bar.update(len(indices))
@@ -167,35 +165,14 @@ class _Model(lmms):
             if key not in loaded:
                 loaded[key] = _pictures(request, document)
             pictures = loaded[key]
-            own = document.get(CHAT, chat or bool(pictures))
             part, questions = parts[bool(pictures)]
             part.append(index)
-            questions.append(Question(request.text, pictures, own))
+            in_chat = document.get(CHAT, chat or bool(pictures))
+            questions.append(Question(request.text, pictures, in_chat))
         return (part for part in parts.values() if part[0])
-
-    def _ask(self, answer: Callable, batch: list[_Request], questions: list[Question]) -> list[Any]:
-        try:
-            return answer(batch, questions)
-        except Exception as error:
-            first, last = batch[0], batch[-1]
-            where = first.where if len(batch) == 1 else f"batch from {first.where} to {last.where}"
-            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
 
     def _document(self, request: _Request) -> dict[str, Any]:
         return self.task_dict[request.task][request.split][request.doc_id]
-
-
-class NanoVLMModel(_Model):
-    """nanoVLM folders, ours and stock. Options: ``dtype``, ``tokenizer``, ``tiling``."""
-
-    kinds = ("nanovlm",)
-
-
-class HFModel(_Model):
-    """Hugging Face VLMs and bare LMs. Options: ``dtype``, ``chat_template`` and ``tokenizer``; for
-    VLMs ``tiling``; for LMs ``pictures`` (``error`` or ``drop``)."""
-
-    kinds = ("vlm", "lm")
 
 
 def _pictures(request: _Request, document: dict[str, Any]) -> tuple[Image.Image, ...]:

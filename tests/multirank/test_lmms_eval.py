@@ -252,12 +252,12 @@ def instances(count: int, seen: bool) -> tuple[dict, list]:
 
 
 def test_the_model_gives_the_same_answers_in_any_batch_and_order():
-    from ldistill.evaluation.lmms_model import NanoVLMModel
+    from ldistill.evaluation.lmms_model import ScoredModel
 
     for seen in (True, False):
         answers = []
         for size in (1, 4):
-            model = NanoVLMModel(STUDENT, batch_size=size, device="cpu")
+            model = ScoredModel(STUDENT, batch_size=size, device="cpu")
             model.task_dict, requests = instances(5, seen)
             answers.append(model.generate_until(requests))
             turned = model.generate_until(requests[::-1])
@@ -266,9 +266,9 @@ def test_the_model_gives_the_same_answers_in_any_batch_and_order():
 
 
 def test_a_broken_answer_stops_the_run(monkeypatch):
-    from ldistill.evaluation.lmms_model import HFModel, NanoVLMModel
+    from ldistill.evaluation.lmms_model import ScoredModel
 
-    model = NanoVLMModel(STUDENT, batch_size=2, device="cpu")
+    model = ScoredModel(STUDENT, batch_size=2, device="cpu")
     model.task_dict, requests = instances(3, seen=True)
 
     def broken(*args, **kwargs):
@@ -279,9 +279,7 @@ def test_a_broken_answer_stops_the_run(monkeypatch):
         with pytest.raises(RuntimeError, match=r"task t, document \d.*not finite"):
             model.generate_until(requests)
     with pytest.raises(ValueError, match="batch_size"):
-        NanoVLMModel(STUDENT, batch_size="auto", device="cpu")
-    with pytest.raises(ValueError, match="use --model ldistill_nanovlm"):
-        HFModel(STUDENT, device="cpu")
+        ScoredModel(STUDENT, batch_size="auto", device="cpu")
     monkeypatch.setitem(model.task_dict["t"]["test"][0], "image", "film.mp4")
     with pytest.raises(ValueError, match="no picture"):
         model.generate_until(requests)

@@ -147,35 +147,6 @@ def _notes(comparison: Comparison, rows: Iterable[Row], lexicon: Lexicon | None)
 # ---- the page ----
 
 
-RULES: tuple[tuple[str, str], ...] = (
-    (
-        MODES["corrected"],
-        "The expected text is no word, and the answer is a word near it (PEAEC → peace), or is "
-        "spelt like one (meLtiid → meltid).",
-    ),
-    (
-        MODES["shortened"],
-        "A number with fewer decimals (5.04 → 5), some of the expected words in order (21–49 years "
-        "of age → 21–49 years), the same number or date in another notation, initials; or, if the "
-        "picture does not say it so, at least half of the words shared.",
-    ),
-    (
-        MODES["elsewhere"],
-        "The answer stands in the picture's text, which comes from the data set, from tesseract, "
-        "or from the answers to other questions about the same picture.",
-    ),
-    (
-        MODES["undecided"],
-        "No rule fits so far as is known, but the text of the picture is not, or not all of it.",
-    ),
-    (
-        "Order",
-        "The first rule that fits counts: corrected, shortened, elsewhere, shared words. The rules "
-        "count; they do not explain.",
-    ),
-)
-
-
 def write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
     """Write the page.
 
@@ -205,7 +176,6 @@ def write_page(path: Path, comparison: Comparison, examples: Examples, most: int
         "variants": list(dict.fromkeys(e.variant for e in listed)),
         "tasks": list(dict.fromkeys(e.row.name for e in listed)),
         "modes": MODES,
-        "rules": RULES,
         "notes": list(examples.notes),
         "bare": {
             e.row.name: comparison.data[e.row.task].reason or "none in its data" for e in listed

@@ -131,19 +131,6 @@ def test_scores_are_means_of_tasks():
     assert score(answered("z", "reading", 1, 0))["reading"] == 1.0
 
 
-def test_modes_and_random_state_are_given_back(pair):
-    student, processor, _ = pair
-    student.train()
-    student.vision.eval()
-    before = [module.training for module in student.modules()]
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    evaluate(student, processor, some_items(images=True)[:4], max_new_tokens=2)
-    assert torch.equal(torch.rand(3), expected)
-    assert [module.training for module in student.modules()] == before
-
-
 def test_progress_counts_every_item(pair):
     student, processor, _ = pair
     counted: list[int] = []
