@@ -19,6 +19,7 @@ from ldistill.data.build.commands import app as shards_app
 from ldistill.evaluation.commands import compare, evaluate_command
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.study.commands import app as study_app
 from ldistill.tools.torture.commands import torture
@@ -35,6 +36,7 @@ app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
+app.command()(merge)
 app.command()(plan)
 app.command()(torture)
 
@@ -83,7 +85,9 @@ def export(
 def generate(
     student: Annotated[str, typer.Option(help="Student folder or hub id.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture; may be repeated.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
