@@ -16,7 +16,7 @@ import typer
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
 from ldistill.data.build.commands import app as shards_app
-from ldistill.evaluation.commands import compare, evaluate_command
+from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.merge import merge
@@ -36,6 +36,7 @@ app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
+app.command()(generate)
 app.command()(merge)
 app.command()(plan)
 app.command()(torture)
@@ -79,33 +80,6 @@ def export(
     if decoder_only:
         export_decoder(out, decoder, tokenizer)
         typer.echo(f"decoder  {decoder}")
-
-
-@app.command()
-def generate(
-    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
-    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
-) -> None:
-    """Ask a student something about a picture, or just something."""
-    from ldistill.evaluation.loading import answer
-
-    text = answer(
-        student,
-        prompt,
-        image or [],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        tokenizer=tokenizer,
-        tiling=tiling,
-    )
-    typer.echo(text)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""``ldistill eval`` and ``ldistill compare``: the scores of one model, and of several beside it."""
+"""``ldistill generate``, ``eval`` and ``compare``: an answer, a model's scores, several models'."""
 
 from __future__ import annotations
 
@@ -10,12 +10,39 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ldistill.common.images import open_image
 from ldistill.evaluation.compare import comparison
 from ldistill.evaluation.compare.examples import find_examples
 from ldistill.evaluation.compare.failure_modes import Lexicon, english
 from ldistill.evaluation.compare.report import headline, write
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.suites import GROUPS, OTHER, ROWS, group_title
+
+
+def generate(
+    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
+) -> None:
+    """Ask a student something about a picture, or just something."""
+    import torch
+
+    from ldistill.evaluation.scorer import Question, StudentScorer
+    from ldistill.models.formats import load_processor, load_student
+
+    pictures = tuple(open_image(path.read_bytes()) for path in image or ())
+    processor = load_processor(student, tokenizer, tiling=tiling, max_images=max(len(pictures), 1))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer = StudentScorer(load_student(student).to(device), processor)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    (text,) = scorer.generate([Question(prompt, pictures)], max_new_tokens, **sampling)
+    typer.echo(text.strip())
 
 
 def evaluate_command(

@@ -207,7 +207,7 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
 
 def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
     """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
-    count = asked.processes or _gpus(asked.environment)
+    count = asked.processes or max(1, torch.cuda.device_count())
     command = [sys.executable, "-m"]
     if count > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
@@ -226,17 +226,12 @@ def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
                     return process.wait(timeout=1)
                 if give_up():
                     raise InterruptedError(f"the evaluation of {asked.student} was given up.")
-        finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-        process.kill()
-        process.wait()
+        finally:  # of one that has ended, nothing
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
+            process.wait()
 
 
 def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[str, str]:
@@ -249,13 +244,6 @@ def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[s
     if offline:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return env | dict(extra)
-
-
-def _gpus(environment: Mapping[str, str]) -> int:
-    """Visible GPUs, at least 1 process."""
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        return max(1, len([d for d in environment["CUDA_VISIBLE_DEVICES"].split(",") if d]))
-    return max(1, torch.cuda.device_count())
 
 
 # ---- what came of it ----

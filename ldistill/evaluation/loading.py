@@ -1,9 +1,8 @@
-"""Which kind of model a folder holds, the scorer for it, and one answer of a student."""
+"""Which kind of model a folder holds, and the scorer for it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,9 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ldistill.common.images import open_image
 from ldistill.common.locate import resolve
 from ldistill.common.run_files import RECIPE
-from ldistill.evaluation.scorer import (
-    LMScorer,
-    Question,
-    Scorer,
-    StudentScorer,
-    VLMScorer,
-    image_token,
-)
+from ldistill.evaluation.scorer import LMScorer, Scorer, StudentScorer, VLMScorer, image_token
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import read_model, refuse_misfit
 
@@ -154,37 +145,3 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {name!r}.")
     return dtype
-
-
-def answer(
-    student: str,
-    prompt: str,
-    images: Sequence[Path],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    tokenizer: str | None = None,
-    tiling: bool = False,
-) -> str:
-    """A student's answer.
-
-    Args:
-        student: folder or hub id.
-        prompt: the user's turn.
-        images: pictures, before the prompt.
-        max_new_tokens: at most so many tokens.
-        temperature: 0 for greedy.
-        tokenizer: default the one the student's configuration names.
-        tiling: cut large pictures into tiles.
-
-    Raises:
-        FileNotFoundError: no such student or picture.
-        ValueError: a picture that cannot be decoded.
-    """
-    pictures = tuple(open_image(image.read_bytes()) for image in images)
-    processor = load_processor(student, tokenizer, tiling=tiling, max_images=max(len(images), 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = StudentScorer(load_student(student).to(device), processor)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
-    (text,) = scorer.generate([Question(prompt, pictures)], max_new_tokens, **sampling)
-    return text.strip()

@@ -136,8 +136,8 @@ class Scorer(ABC):
         special = not (bos and text.startswith(bos))
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def _plain_prompt(self, text: str) -> list[int]:
-        """Ids of a plain prompt; one start token where there would be none."""
+    def _prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt; one start token where there would be none."""
         first = self.tokenizer.bos_token_id
         return self._ids(text) or [self.tokenizer.eos_token_id if first is None else first]
 
@@ -175,7 +175,7 @@ class StudentScorer(Scorer):
             rows.append(
                 self.processor.prompt((), question.text, grids)
                 if question.chat
-                else self._plain_prompt(question.text)
+                else self._prompt_ids(question.text)
             )
         return self._pad(rows) | {
             "pixel_values": torch.cat(tiles).to(self.device) if tiles else None
@@ -194,6 +194,14 @@ class TransformersScorer(Scorer):
         self._accepts = set(inspect.signature(model.forward).parameters)
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         self._own_positions = "mrope_section" in rope  # 3-D positions: the model makes them itself
+
+    @abstractmethod
+    def _render(self, question: Question) -> str:
+        """The question in the chat template, up to where the answer starts."""
+
+    def _text_prompts(self, questions: Sequence[Question]) -> Inputs:
+        texts = [self._render(q) if q.chat else q.text for q in questions]
+        return self._pad([self._prompt_ids(text) for text in texts])
 
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         options: Inputs = {"use_cache": False}
@@ -220,15 +228,13 @@ class LMScorer(TransformersScorer):
                 "the question has a picture, and a bare language model cannot see: evaluate it on "
                 "text-only tasks, or leave the pictures out with pictures=drop (--drop-pictures)."
             )
-        return self._pad([self._prompt(question) for question in questions])
+        return self._text_prompts(questions)
 
-    def _prompt(self, question: Question) -> list[int]:
-        if not question.chat or not self.tokenizer.chat_template:
-            return self._plain_prompt(question.text)
+    def _render(self, question: Question) -> str:
+        if not self.tokenizer.chat_template:
+            return question.text
         turn = [{"role": "user", "content": question.text}]
-        return self._ids(
-            self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        )
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
 class VLMScorer(TransformersScorer):
@@ -264,12 +270,7 @@ class VLMScorer(TransformersScorer):
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         """All of the questions with pictures, or none (a batch is never mixed)."""
         if not any(question.pictures for question in questions):
-            return self._pad(
-                [
-                    self._ids(self._render(q)) if q.chat else self._plain_prompt(q.text)
-                    for q in questions
-                ]
-            )
+            return self._text_prompts(questions)
         inputs = self.processor(
             text=[self._render(question) for question in questions],
             images=[[p.convert("RGB") for p in question.pictures] for question in questions],

@@ -23,7 +23,6 @@ from ldistill.evaluation.compare.comparison import Comparison
 from ldistill.evaluation.compare.failure_modes import (
     MODES,
     Lexicon,
-    Verdict,
     accepted_answers,
     judge,
 )
@@ -43,16 +42,11 @@ class Example:
     variant: str
     row: Row
     outcome: str
+    mode: str
     sample: Sample
     """The baseline's; question and target are those of both."""
-    variant_answer: str
-    category: str
-    verdict: Verdict
-    accepted: tuple[str, ...]
-
-    @property
-    def document(self) -> str:
-        return f"{self.row.task}/{self.sample.doc_id}"
+    shown: Mapping[str, Any]
+    """What the page says of it."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ def find_examples(
     outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
     counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
     for example in found:
-        counts[example.variant, example.row.id, example.outcome][example.verdict.mode] += 1
+        counts[example.variant, example.row.id, example.outcome][example.mode] += 1
     rows = tuple(dict.fromkeys(m.row for m in matches))
     return Examples(tuple(found), rows, tuple(_notes(comparison, rows, lexicon)), counts)
 
@@ -107,18 +101,25 @@ def _example(
 ) -> Example:
     outcome = LOST if pair.after < pair.before else WON
     wrong = pair.variant if outcome == LOST else pair.baseline
-    data = comparison.data[m.row.task]
-    accepted = _accepted(pair.baseline, m.row)
-    return Example(
-        variant=m.variant,
-        row=m.row,
-        outcome=outcome,
-        sample=pair.baseline,
-        variant_answer=pair.variant.answer,
-        category=", ".join(sample_categories(pair.baseline, m.row)),
-        verdict=judge(wrong.answer, accepted, lambda: data.text(pair.baseline, every), lexicon),
-        accepted=tuple(accepted),
-    )
+    data, sample = comparison.data[m.row.task], pair.baseline
+    accepted = _accepted(sample, m.row)
+    verdict = judge(wrong.answer, accepted, lambda: data.text(sample, every), lexicon)
+    shown = {
+        "variant": m.variant,
+        "task": m.row.name,
+        "category": ", ".join(sample_categories(sample, m.row)),
+        "outcome": outcome,
+        "mode": verdict.mode,
+        "rule": verdict.rule,
+        "reason": verdict.reason,
+        "doc_id": sample.doc_id,
+        "question": sample.question,
+        "expected": " | ".join(accepted),
+        "baseline_answer": sample.answer,
+        "variant_answer": pair.variant.answer,
+        "picture": f"{m.row.task}/{sample.doc_id}",
+    }
+    return Example(m.variant, m.row, outcome, verdict.mode, sample, shown)
 
 
 def _accepted(sample: Sample, row: Row) -> list[str]:
@@ -159,7 +160,7 @@ def write_page(path: Path, comparison: Comparison, examples: Examples, most: int
     seen: Counter[tuple] = Counter()
     listed = []
     for example in examples.found:
-        key = (example.variant, example.row.id, example.outcome, example.verdict.mode)
+        key = (example.variant, example.row.id, example.outcome, example.mode)
         seen[key] += 1
         if seen[key] <= most:
             listed.append(example)
@@ -181,7 +182,7 @@ def write_page(path: Path, comparison: Comparison, examples: Examples, most: int
             e.row.name: comparison.data[e.row.task].reason or "none in its data" for e in listed
         },
         "pictures": _page_pictures(comparison, listed),
-        "examples": [_record(e) for e in listed],
+        "examples": [e.shown for e in listed],
     }
     template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
     # No text of a sample can end the script element that the data stand in.
@@ -193,25 +194,7 @@ def _page_pictures(comparison: Comparison, listed: Iterable[Example]) -> dict[st
     """Task/document → data URIs of its pictures, each picture encoded once."""
     pictures: dict[str, list[str]] = {}
     for example in listed:
-        if example.document not in pictures:
+        if (document := example.shown["picture"]) not in pictures:
             encoded = comparison.data[example.row.task].pictures(example.sample)
-            pictures[example.document] = [uri for p in encoded if (uri := inline_picture(p))]
+            pictures[document] = [uri for p in encoded if (uri := inline_picture(p))]
     return pictures
-
-
-def _record(example: Example) -> dict[str, Any]:
-    return {
-        "variant": example.variant,
-        "task": example.row.name,
-        "category": example.category,
-        "outcome": example.outcome,
-        "mode": example.verdict.mode,
-        "rule": example.verdict.rule,
-        "reason": example.verdict.reason,
-        "doc_id": example.sample.doc_id,
-        "question": example.sample.question,
-        "expected": " | ".join(example.accepted),
-        "baseline_answer": example.sample.answer,
-        "variant_answer": example.variant_answer,
-        "picture": example.document,
-    }
