@@ -20,7 +20,7 @@ from ldistill.evaluation.suites import GROUPS, OTHER, ROWS, group_title
 
 
 def generate(
-    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
+    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[
         list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
@@ -33,13 +33,15 @@ def generate(
     """Ask a student something about a picture, or just something."""
     import torch
 
+    from ldistill.evaluation.loading import model_folder
     from ldistill.evaluation.scorer import Question, StudentScorer
     from ldistill.models.formats import load_processor, load_student
 
     pictures = tuple(open_image(path.read_bytes()) for path in image or ())
-    processor = load_processor(student, tokenizer, tiling=tiling, max_images=max(len(pictures), 1))
+    folder, most = model_folder(student), max(len(pictures), 1)
+    processor = load_processor(folder, tokenizer, tiling=tiling, max_images=most)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scorer = StudentScorer(load_student(student).to(device), processor)
+    scorer = StudentScorer(load_student(folder).to(device), processor)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
     (text,) = scorer.generate([Question(prompt, pictures)], max_new_tokens, **sampling)
     typer.echo(text.strip())
