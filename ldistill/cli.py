@@ -13,12 +13,13 @@ from typing import Annotated
 
 import typer
 
+import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
 from ldistill.data.build.commands import app as shards_app
-from ldistill.evaluation.commands import evaluate_command
-from ldistill.evaluation.compare.command import compare
+from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.study.commands import app as study_app
 from ldistill.tools.torture.commands import torture
@@ -35,6 +36,8 @@ app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
+app.command()(generate)
+app.command()(merge)
 app.command()(plan)
 app.command()(torture)
 
@@ -77,31 +80,6 @@ def export(
     if decoder_only:
         export_decoder(out, decoder, tokenizer)
         typer.echo(f"decoder  {decoder}")
-
-
-@app.command()
-def generate(
-    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture; may be repeated.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
-    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
-) -> None:
-    """Ask a student something about a picture, or just something."""
-    from ldistill.evaluation.generate import answer
-
-    text = answer(
-        student,
-        prompt,
-        image or [],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        tokenizer=tokenizer,
-        tiling=tiling,
-    )
-    typer.echo(text)
 
 
 @app.command()

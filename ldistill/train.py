@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if first and not {"--help", "-h", "--help_all"} & set(argv):
         print("loading PyTorch, transformers and DeepSpeed ...", flush=True)
     _quieten()
+    import ldistill.tiny.suite  # noqa: F401 - --eval_suite tiny
     from ldistill.common.errors import exit_code, ignore_dead_workers, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.training.launch import check_launch, tell

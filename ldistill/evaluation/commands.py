@@ -1,4 +1,4 @@
-"""``ldistill eval``: a model on the paper's tasks, the tiny world's or one's own, by lmms-eval."""
+"""``ldistill generate``, ``eval`` and ``compare``: an answer, a model's scores, several models'."""
 
 from __future__ import annotations
 
@@ -6,6 +6,45 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ldistill.common.images import open_image
+from ldistill.evaluation.compare import comparison
+from ldistill.evaluation.compare.examples import find_examples
+from ldistill.evaluation.compare.failure_modes import Lexicon, english
+from ldistill.evaluation.compare.report import headline, write
+from ldistill.evaluation.compare.results import read_variants
+from ldistill.evaluation.suites import GROUPS, OTHER, ROWS, group_title
+
+
+def generate(
+    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
+) -> None:
+    """Ask a student something about a picture, or just something."""
+    import torch
+
+    from ldistill.evaluation.loading import model_folder
+    from ldistill.evaluation.scorer import Question, StudentScorer
+    from ldistill.models.formats import load_processor, load_student
+
+    pictures = tuple(open_image(path.read_bytes()) for path in image or ())
+    folder, most = model_folder(student), max(len(pictures), 1)
+    processor = load_processor(folder, tokenizer, tiling=tiling, max_images=most)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer = StudentScorer(load_student(folder).to(device), processor)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    (text,) = scorer.generate([Question(prompt, pictures)], max_new_tokens, **sampling)
+    typer.echo(text.strip())
 
 
 def evaluate_command(
@@ -50,7 +89,7 @@ def evaluate_command(
         student,
         out,
         suite,
-        tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        tuple(_names(tasks)),
         limit,
         batch_size,
         tuple(include_path or ()),
@@ -62,6 +101,10 @@ def evaluate_command(
     show(evaluate(asked), out)
 
 
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in (text or "").split(",") if name.strip()]
+
+
 def model_options(
     student: str, tiling: bool | None, drop_pictures: bool, dtype: str, tokenizer: str | None
 ) -> dict[str, Any]:
@@ -70,7 +113,7 @@ def model_options(
     Raises:
         ValueError: an option that this kind of model does not have.
     """
-    from ldistill.evaluation.answerer_loading import kind_of, model_folder, tiled_in_training
+    from ldistill.evaluation.loading import kind_of, model_folder, tiled_in_training
 
     kind = kind_of(model_folder(student))
     if tiling and kind == "lm":
@@ -79,10 +122,8 @@ def model_options(
         raise ValueError(f"--drop-pictures is for a bare LM; {student} holds a {kind} student.")
     options: dict[str, Any] = {"dtype": dtype}
     trained = tiled_in_training(student)
-    if trained if tiling is None else tiling:
-        options["tiling"] = True
-    elif trained:
-        options["tiling"] = False
+    if tiling or trained:
+        options["tiling"] = trained if tiling is None else tiling
     if drop_pictures:
         options["pictures"] = "drop"
     if tokenizer:
@@ -92,12 +133,6 @@ def model_options(
 
 def show(result: dict[str, Any], out: Path) -> None:
     """Scores as a table by group, and where everything is."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from ldistill.evaluation.compare.tables import OTHER, group_title
-    from ldistill.evaluation.suites import GROUPS, ROWS
-
     table = Table(title=f"{result['student']}", title_justify="left")
     for column in ("task", "score", "documents"):
         table.add_column(column, justify="left" if column == "task" else "right")
@@ -117,3 +152,55 @@ def show(result: dict[str, Any], out: Path) -> None:
     if result["limit"]:
         console.print(f"Only the first {result['limit']} documents of every task: a try, no score.")
     console.print(f"results   {out / result['results']}", highlight=False)
+
+
+def compare(
+    results: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN_DIR|RESULTS_DIR...",
+            help="Folders with lmms-eval results; NAME=DIR names a variant.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    baseline: Annotated[
+        str | None, typer.Option(help="Variant to compare with. Default: nanovlm-full.")
+    ] = None,
+    original: Annotated[
+        str | None,
+        typer.Option(help="Student before training, or teacher: what counts as 100% recovered."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="Rows of this suite, found or not.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Only these tasks, comma-separated.")] = None,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Samples on the page per variant, task, outcome and mode.")
+    ] = 25,
+    words: Annotated[
+        Path | None, typer.Option(help="Word list, one a line, instead of English.")
+    ] = None,
+    read_pictures: Annotated[
+        bool, typer.Option(help="Let tesseract read pictures for the failure modes.")
+    ] = True,
+) -> None:
+    """Put variants side by side: scores, share recovered, samples won and lost, and how."""
+    lexicon = english() if words is None else Lexicon(words.read_text("utf-8").split())
+    missing: list[str] = []
+    variants = read_variants(results, missing.append)
+    for sentence in missing:
+        typer.echo(sentence, err=True)
+    names = [variant.name for variant in variants]
+    roles = comparison.choose_roles(names, baseline, original)
+    rows = comparison.choose_rows(variants, suite, None if tasks is None else _names(tasks))
+    compared = comparison.compare(
+        variants, rows, *roles, read_pictures=read_pictures, missing=missing
+    )
+    console = Console(stderr=True)
+    found = find_examples(
+        compared,
+        lexicon,
+        lambda work: track(work, "failure modes", console=console, transient=True),
+    )
+    files = write(compared, found, out, examples)
+    typer.echo(f"baseline {roles[0] or 'none'}, original {roles[1] or 'none'}")
+    typer.echo(compared.table.markdown())
+    typer.echo(headline(compared, found, files))

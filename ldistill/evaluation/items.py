@@ -1,4 +1,4 @@
-"""Score a student, or a bare language model, on items from a JSONL file.
+"""Items: questions from a JSONL file, scored on a model here, or written as tasks for lmms-eval.
 
 An item is a question with either choices (scored by the summed log-likelihood of each choice) or
 an exact answer (greedy generation, compared after stripping blanks). It may carry a picture. Items
@@ -23,17 +23,22 @@ import base64
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import yaml
+from torch import nn
 
+from ldistill.common.images import open_image
+from ldistill.evaluation.scorer import LMScorer, Question, Scorer, StudentScorer
 from ldistill.models.processor import Processor
 
 STYLES = ("chat", "text")
+MAX_NEW_TOKENS = 24
+CHAT = "ldistill_chat"
+"""Column of a task's data: whether an item is asked in the model's chat template."""
 _DATA_URI = "data:image/png;base64,"
 
 
@@ -57,6 +62,16 @@ class Item:
         if self.style == "text" and self.image is not None:
             raise ValueError("an item with a picture needs style chat.")
 
+    @property
+    def delimiter(self) -> str:
+        """What stands between prompt and choice."""
+        return " " if self.style == "text" else ""
+
+    def question(self) -> Question:
+        """What a scorer is asked, its picture decoded."""
+        pictures = () if self.image is None else (open_image(self.image),)
+        return Question(self.prompt, pictures, chat=self.style == "chat")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -70,6 +85,9 @@ class Answer:
         return self.text.strip() == self.item.answer.strip()
 
 
+# ---- files ----
+
+
 def load_items(path: str | Path) -> list[Item]:
     """Items of a JSONL file.
 
@@ -80,11 +98,8 @@ def load_items(path: str | Path) -> list[Item]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no evaluation items at {path}.")
-    items = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                items.append(_parse(line, f"{path}:{number}", path.parent))
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+    items = [_parse(line, f"{path}:{n}", path.parent) for n, line in lines if line.strip()]
     if not items:
         raise ValueError(f"{path} holds no items.")
     return items
@@ -107,7 +122,7 @@ def _parse(line: str, where: str, folder: Path) -> Item:
         image = record.pop("image", None)
         choices = tuple(record.pop("choices", ()))
         return Item(**record, choices=choices, image=_read_image(image, folder))
-    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where} is not an evaluation item: {error}") from error
 
 
@@ -133,45 +148,47 @@ def save_items(items: Iterable[Item], path: str | Path) -> None:
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
+# ---- scores ----
+
+
 def evaluate(
     model: nn.Module,
     processor: Processor,
     items: Sequence[Item],
     batch_size: int = 64,
     *,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Scores in [0, 1] by task, then by group (mean over the group's tasks).
 
     Args:
-        model: a student (``embed``, ``generate``, ``lm_head``) or a Llama-kind causal LM, which
-            can only take items without pictures.
+        model: a student, or a causal LM, which can only take items without pictures; it is left
+            in eval mode.
         processor: the student's; its tokenizer and template serve a bare LM as well.
-        items: the questions; the result does not depend on their order or on `batch_size`.
+        items: the questions, at least one; the result does not depend on their order or on
+            `batch_size`.
         batch_size: sequences per forward.
         max_new_tokens: most tokens of a generated answer.
         progress: called with the number of items just answered.
 
     Raises:
-        ValueError: items with pictures for a bare LM, or no items.
+        ValueError: items with pictures for a bare LM.
     """
     return score(answers(model, processor, items, batch_size, max_new_tokens, progress))
 
 
 def score(answered: Iterable[Answer]) -> dict[str, float]:
     """Share of right answers by task and by group."""
-    right: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    groups: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for answer in answered:
-        right[answer.item.group, answer.item.task].append(answer.right)
-    if not right:
-        raise ValueError("no items to score.")
-    tasks = {key: sum(values) / len(values) for key, values in right.items()}
-    scores = {task: value for (_, task), value in tasks.items()}
-    for group in dict.fromkeys(group for group, _ in tasks):
-        of_group = [value for (g, _), value in tasks.items() if g == group]
-        scores[group] = sum(of_group) / len(of_group)
-    return scores
+        groups[answer.item.group][answer.item.task].append(answer.right)
+    by_group = {
+        group: {task: sum(right) / len(right) for task, right in tasks.items()}
+        for group, tasks in groups.items()
+    }
+    scores = {task: value for tasks in by_group.values() for task, value in tasks.items()}
+    return scores | {group: sum(t.values()) / len(t) for group, t in by_group.items()}
 
 
 def answers(
@@ -179,163 +196,134 @@ def answers(
     processor: Processor,
     items: Sequence[Item],
     batch_size: int = 64,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """The model's answer to every item, in the items' order."""
-    if not hasattr(model, "embed") and any(item.image is not None for item in items):
-        raise ValueError("items with pictures need a student, not a bare language model.")
+    is_student = hasattr(model, "embed")
+    scorer: Scorer = (
+        StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
+    )
     texts: dict[int, str] = {}
-    done = progress or (lambda count: None)
-    chosen = [i for i, item in enumerate(items) if item.choices]
-    generated = [i for i, item in enumerate(items) if not item.choices]
-    with _evaluating(model):
-        runner = _Runner(model, processor, max_new_tokens)
-        for part in _by_length(chosen, runner, items, batch_size, choices=True):
-            texts |= zip(part, runner.choose([items[i] for i in part]), strict=True)
-            done(len(part))
-        for part in _by_length(generated, runner, items, batch_size, choices=False):
-            texts |= zip(part, runner.generate([items[i] for i in part]), strict=True)
-            done(len(part))
+    for batch in _batches(items, batch_size):
+        asked = [items[i] for i in batch]
+        questions = [item.question() for item in asked]
+        if asked[0].choices:
+            found = _choose(scorer, asked, questions)
+        else:
+            found = scorer.generate(questions, max_new_tokens)
+        texts |= zip(batch, found, strict=True)
+        if progress:
+            progress(len(batch))
     return [Answer(item, texts[i]) for i, item in enumerate(items)]
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's mode and the RNG are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices), torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _choose(scorer: Scorer, items: Sequence[Item], questions: Sequence[Question]) -> Iterator[str]:
+    """The likeliest choice of every item."""
+    asked = zip(items, questions, strict=True)
+    pairs = [(question, item.delimiter + c) for item, question in asked for c in item.choices]
+    found = iter(scorer.log_likelihoods(pairs))
+    for item in items:
+        totals = [next(found)[0] for _ in item.choices]
+        yield item.choices[totals.index(max(totals))]
 
 
-def _by_length(
-    indices: list[int], runner: _Runner, items: Sequence[Item], batch_size: int, choices: bool
-) -> Iterator[list[int]]:
-    """Batches of similar length; items with choices count one sequence per choice."""
-    batch: list[int] = []
-    rows = 0
-    for index in sorted(indices, key=lambda i: (runner.length(items[i]), i)):
-        count = len(items[index].choices) if choices else 1
-        if batch and rows + count > batch_size:
-            yield batch
-            batch, rows = [], 0
-        batch.append(index)
-        rows += count
-    if batch:
-        yield batch
+def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
+    """Indices of items of one kind and similar length; a choice counts as one sequence."""
+
+    def kind(index: int) -> tuple[int, bool]:
+        return len(items[index].choices), items[index].image is not None
+
+    order = sorted(range(len(items)), key=lambda i: (kind(i), len(items[i].prompt)))
+    for (choices, _), group in groupby(order, key=kind):
+        indices, count = list(group), max(1, size // max(1, choices))
+        yield from (indices[i : i + count] for i in range(0, len(indices), count))
 
 
-class _Runner:
-    """Forward passes over items; knows how a student differs from a bare LM."""
+# ---- tasks of lmms-eval ----
 
-    def __init__(self, model: nn.Module, processor: Processor, max_new_tokens: int) -> None:
-        self.model, self.processor = model, processor
-        self.tokenizer = processor.tokenizer
-        self.max_new_tokens = max_new_tokens
-        self.device = next(model.parameters()).device
-        self.is_student = hasattr(model, "embed")
-        self._prompts: dict[Item, tuple[list[int], Tensor | None]] = {}
 
-    def prompt(self, item: Item) -> tuple[list[int], Tensor | None]:
-        """Token ids of the prompt and its tiles [tiles, 3, H, W]."""
-        if item not in self._prompts:
-            self._prompts[item] = self._encode(item)
-        return self._prompts[item]
+def write_tasks(
+    items: Iterable[Item], folder: Path, prefix: str = "", max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[str]:
+    """Write items as local lmms-eval tasks: YAML and parquet files for ``--include-path``.
 
-    def length(self, item: Item) -> int:
-        return len(self.prompt(item)[0])
+    Each of the items' tasks becomes one lmms-eval task: `multiple_choice` where its items have
+    choices, else `generate_until` with exact match. Our lmms-eval models put the same questions to
+    the same scorer, so its scores are those of `evaluate`.
 
-    def _encode(self, item: Item) -> tuple[list[int], Tensor | None]:
-        if item.style == "text":
-            return self.ids(item.prompt), None
-        tiles, grids = None, []
-        if item.image is not None:
-            tiles, grid = self.processor.tiles(self.processor.load_image(item.image))
-            grids = [grid]
-        return self.processor.prompt((), item.prompt, grids).tolist(), tiles
+    Args:
+        items: in any order; the order within a task is kept. Those of a task are of one kind: all
+            with choices or none, all with a picture or none, one style.
+        folder: made if need be. The files name their data by absolute path: don't move it.
+        prefix: before the items' own task names (lmms-eval knows a thousand tasks already).
+        max_new_tokens: most tokens of a generated answer.
 
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    Returns:
+        lmms-eval's names of the tasks.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    by_task: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_task[prefix + item.task].append(item)
+    for name, own in by_task.items():
+        data = folder / f"{name}.parquet"
+        _write_data(data, own)
+        config = _task(name, data, own[0], max_new_tokens)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return list(by_task)
 
-    def choose(self, items: Sequence[Item]) -> list[str]:
-        """The choice of highest summed log-likelihood of every item."""
-        rows, starts, tiles = [], [], []
-        for item in items:
-            prompt, picture = self.prompt(item)
-            for choice in item.choices:
-                before = " " if item.style == "text" else self.processor.answer_prefix
-                rows.append(prompt + self.ids(before + choice))
-                starts.append(len(prompt))
-                tiles += [] if picture is None else [picture]
-        scores = self._log_likelihood(rows, starts, tiles).tolist()
-        chosen = []
-        for item in items:
-            own, scores = scores[: len(item.choices)], scores[len(item.choices) :]
-            chosen.append(item.choices[max(range(len(own)), key=own.__getitem__)])
-        return chosen
 
-    def _log_likelihood(
-        self, rows: list[list[int]], starts: list[int], tiles: list[Tensor]
-    ) -> Tensor:
-        """Summed log-likelihood [rows] of each row from its start on; rows padded at the right."""
-        ids, mask = self._pad(rows, left=False)
-        hidden = self._hidden(ids, mask, tiles)
-        places = torch.arange(ids.shape[1] - 1, device=self.device)
-        lengths = mask.sum(1, keepdim=True)
-        start = torch.tensor(starts, device=self.device)[:, None]
-        wanted = (places >= start - 1) & (places < lengths - 1)  # place p predicts token p + 1
-        logits = self._head(hidden[:, :-1][wanted]).float()
-        picked = -nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
-        total = torch.zeros(len(rows), device=self.device)
-        return total.index_add_(0, wanted.nonzero()[:, 0], picked)
-
-    def generate(self, items: Sequence[Item]) -> list[str]:
-        """Greedy answers, prompts padded at the left."""
-        prompts = [self.prompt(item) for item in items]
-        ids, mask = self._pad([prompt for prompt, _ in prompts], left=True)
-        options = {
-            "attention_mask": mask,
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": False,
-            "eos_token_id": self.processor.stop_token_ids,
-            "pad_token_id": self.processor.pad_token_id,
+def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "task": name,
+        "dataset_path": "parquet",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "doc_to_text": "prompt",
+    }
+    if like.image is not None:
+        config["doc_to_visual"] = "image"
+    if like.choices:
+        metrics = ("acc", "acc_norm")
+        config |= {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "target",
+            "target_delimiter": like.delimiter,
         }
-        if self.is_student:
-            tiles = [picture for _, picture in prompts if picture is not None]
-            new = self.model.generate(ids, pixel_values=self._stack(tiles), **options)
-        else:
-            new = self.model.generate(ids, **options)[:, ids.shape[1] :]
-        return self.tokenizer.batch_decode(new, skip_special_tokens=True)
+    else:
+        metrics = ("exact_match",)
+        config |= {
+            "output_type": "generate_until",
+            "doc_to_target": "answer",
+            "generation_kwargs": {
+                "until": [],
+                "max_new_tokens": max_new_tokens,
+                "do_sample": False,
+            },
+        }
+    means = ({"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics)
+    return config | {"metric_list": list(means)}
 
-    def _hidden(self, ids: Tensor, mask: Tensor, tiles: list[Tensor]) -> Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        if self.is_student:
-            return self.model(
-                ids, position_ids=positions, pixel_values=self._stack(tiles), attention_mask=mask
-            )
-        return self.model.model(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden)
+def _write_data(path: Path, items: Sequence[Item]) -> None:
+    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 
-    def _stack(self, tiles: list[Tensor]) -> Tensor | None:
-        return torch.cat(tiles).to(self.device) if tiles else None
-
-    def _pad(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """int64 [rows, longest] and its mask."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.processor.pad_token_id, device=self.device)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            where = slice(longest - len(tokens), longest) if left else slice(0, len(tokens))
-            ids[row, where] = torch.tensor(tokens, device=self.device)
-            mask[row, where] = 1
-        return ids, mask
+    disable_progress_bars()  # one for every little file
+    columns: dict[str, tuple[Any, list[Any]]] = {
+        "group": (Value("string"), [item.group for item in items]),
+        "prompt": (Value("string"), [item.prompt for item in items]),
+        "answer": (Value("string"), [item.answer.strip() for item in items]),
+        CHAT: (Value("bool"), [item.style == "chat" for item in items]),
+    }
+    if items[0].choices:
+        columns["choices"] = (List(Value("string")), [list(item.choices) for item in items])
+        targets = [item.choices.index(item.answer) for item in items]
+        columns["target"] = (Value("int64"), targets)
+    if items[0].image is not None:
+        columns["image"] = (Image(), [{"bytes": item.image, "path": None} for item in items])
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    Dataset.from_dict({name: own for name, (_, own) in columns.items()}, features).to_parquet(path)

@@ -1,14 +1,14 @@
 """lmms-eval's view of our models: ``--model ldistill_nanovlm`` and ``--model ldistill_hf``.
 
-lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). Both are
-*simple* models, the only kind that reaches multiple-choice tasks.
+lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). It is a
+*simple* model, the only kind that reaches multiple-choice tasks.
 
     lmms-eval --model ldistill_nanovlm --model_args pretrained=runs/x/student --tasks hellaswag ...
 
 Requests with pictures, and all generation, are user turns in the model's chat template;
 log-likelihoods without a picture are of plain text, so that ``acc`` and ``acc_norm`` mean what they
-mean in lm-evaluation-harness. An exception ends the run and names the document: an answer is never
-made up.
+mean in lm-evaluation-harness. Tasks made of `items` say themselves which of the two they want. An
+exception ends the run and names the document: an answer is never made up.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from ldistill.evaluation.answerer_loading import kind_of, load_answerer, model_folder
-from ldistill.evaluation.answerers import Question
+from ldistill.evaluation.items import CHAT
+from ldistill.evaluation.loading import load_scorer
+from ldistill.evaluation.scorer import Question
 
-NANOVLM = "ldistill_nanovlm"
-HF = "ldistill_hf"
 MAX_NEW_TOKENS = 128
 
 # What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
@@ -41,11 +40,10 @@ _IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
 
 
 def manifests() -> list[ModelManifest]:
-    """Both models, for the entry-point group ``lmms_eval.models``."""
-    return [
-        ModelManifest(model_id=NANOVLM, simple_class_path=f"{__name__}.NanoVLMModel"),
-        ModelManifest(model_id=HF, simple_class_path=f"{__name__}.HFModel"),
-    ]
+    """The model under both of its names, for the entry-point group ``lmms_eval.models``."""
+    path = f"{__name__}.{ScoredModel.__name__}"
+    names = ("ldistill_nanovlm", "ldistill_hf")
+    return [ModelManifest(model_id=name, simple_class_path=path) for name in names]
 
 
 @dataclass
@@ -64,8 +62,8 @@ class _Request:
         return f"task {self.task}, document {self.doc_id}"
 
 
-class _Model(lmms):
-    """An answerer behind lmms-eval's interface.
+class ScoredModel(lmms):
+    """A scorer behind lmms-eval's interface.
 
     Args:
         pretrained: model folder, ``pkg://`` or hub id.
@@ -73,10 +71,9 @@ class _Model(lmms):
         device: default the GPU of this process's rank, else the CPU.
         max_new_tokens: where a task sets no limit.
         max_batch_size: lmms-eval passes it; no use without ``auto``.
-        options: of ``load_answerer``.
+        options: of ``load_scorer``: ``dtype``, ``tokenizer``, ``tiling``, ``chat_template``,
+            ``pictures``.
     """
-
-    kinds: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -90,44 +87,39 @@ class _Model(lmms):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be a number of at least 1, got {batch_size!r}.")
-        kind = kind_of(model_folder(str(pretrained)))
-        if kind not in self.kinds:
-            other = NANOVLM if kind == "nanovlm" else HF
-            raise ValueError(f"{pretrained} is a {kind}: use --model {other}.")
         self.batch_size, self.max_new_tokens = int(batch_size), int(max_new_tokens)
-        self._rank, self._world_size = (int(os.environ.get(k, d)) for k, d in _RANKS)
-        self.device = torch.device(device or _own_device())
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device or own)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.answerer = load_answerer(str(pretrained), device=self.device, **options)
+        self.scorer = load_scorer(str(pretrained), device=self.device, **options)
 
     # ---- what lmms-eval calls ----
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(summed negative log-likelihood, is greedy) of every request's continuation.
 
-        Positive, since the scorer takes the smallest. Wrapped, since the evaluator turns a bare
+        Positive, since lmms-eval takes the smallest. Wrapped, since its evaluator turns a bare
         tuple into its text.
         """
-        parsed = [_Request(*request.args) for request in requests]
 
-        def answer(batch: list[tuple[_Request, Question]]) -> list[GenerationResult]:
-            pairs = [(question, self._continuation(request)) for request, question in batch]
-            scores = self.answerer.log_likelihoods(pairs)
+        def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
+            asks = (r.ask(self._document(r)) if callable(r.ask) else r.ask for r in requests)
+            scores = self.scorer.log_likelihoods(list(zip(questions, asks, strict=True)))
             return [GenerationResult(text=(-total, greedy)) for total, greedy in scores]
 
-        return self._run(parsed, answer, "log-likelihoods", chat_text=False)
+        return self._run(requests, answer, "log-likelihoods", chat=False)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy answers (unless the task samples), cut at the task's stop strings."""
-        parsed = [_Request(*request.args) for request in requests]
 
-        def answer(batch: list[tuple[_Request, Question]]) -> list[str]:
-            options = batch[0][0].ask or {}
-            limit, stop, sampling = read_options(options, self.max_new_tokens)
-            return self.answerer.generate([q for _, q in batch], limit, stop, **sampling)
+        def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
+            limit, stop, sampling = read_options(requests[0].ask or {}, self.max_new_tokens)
+            return self.scorer.generate(questions, limit, stop, **sampling)
 
-        return self._run(parsed, answer, "answers", chat_text=True)
+        return self._run(requests, answer, "answers", chat=True)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Not for these models."""
@@ -135,89 +127,63 @@ class _Model(lmms):
 
     def clean(self) -> None:
         """Free the model's memory before scores are worked out."""
-        del self.answerer
+        del self.scorer
         super().clean()
 
     # ---- batches ----
 
     def _run(
-        self, requests: Sequence[_Request], answer: Callable, what: str, chat_text: bool
+        self, instances: Sequence[Instance], answer: Callable, what: str, chat: bool
     ) -> list[Any]:
         """Answers in the requests' order, asked batch by batch, the longest prompts first."""
+        requests = [_Request(*instance.args) for instance in instances]
         answers: list[Any] = [None] * len(requests)
         with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
             for indices in _batches(requests, self.batch_size):
-                for part, batch in self._questions(requests, indices, chat_text):
-                    for index, value in zip(part, self._ask(answer, batch), strict=True):
+                for part, questions in self._questions(requests, indices, chat):
+                    batch = [requests[index] for index in part]
+                    try:
+                        found = answer(batch, questions)
+                    except Exception as error:
+                        where = " to ".join(dict.fromkeys((batch[0].where, batch[-1].where)))
+                        where = f"batch from {where}" if len(batch) > 1 else where
+                        raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+                    for index, value in zip(part, found, strict=True):
                         answers[index] = value
                 bar.update(len(indices))
         return answers
 
     def _questions(
-        self, requests: Sequence[_Request], indices: list[int], chat_text: bool
-    ) -> Iterator[tuple[list[int], list[tuple[_Request, Question]]]]:
+        self, requests: Sequence[_Request], indices: list[int], chat: bool
+    ) -> Iterator[tuple[list[int], list[Question]]]:
         """A batch with its pictures loaded: first what has none, then what has some."""
         loaded: dict[tuple[str, int], tuple[Image.Image, ...]] = {}
-        kinds: dict[bool, list[int]] = {False: [], True: []}
+        parts: dict[bool, tuple[list[int], list[Question]]] = {False: ([], []), True: ([], [])}
         for index in indices:
             request = requests[index]
-            key = (request.task, request.doc_id)
+            key, document = (request.task, request.doc_id), self._document(request)
             if key not in loaded:
-                loaded[key] = self._pictures(request)
-            kinds[bool(loaded[key])].append(index)
-        for seen, part in kinds.items():
-            if part:
-                yield (
-                    part,
-                    [
-                        (r, Question(r.text, loaded[r.task, r.doc_id], chat=seen or chat_text))
-                        for r in (requests[index] for index in part)
-                    ],
-                )
+                loaded[key] = _pictures(request, document)
+            pictures = loaded[key]
+            part, questions = parts[bool(pictures)]
+            part.append(index)
+            in_chat = document.get(CHAT, chat or bool(pictures))
+            questions.append(Question(request.text, pictures, in_chat))
+        return (part for part in parts.values() if part[0])
 
-    def _ask(self, answer: Callable, batch: list[tuple[_Request, Question]]) -> list[Any]:
-        try:
-            return answer(batch)
-        except Exception as error:
-            first, last = batch[0][0], batch[-1][0]
-            where = first.where if len(batch) == 1 else f"batch from {first.where} to {last.where}"
-            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
-
-    def _document(self, request: _Request) -> Any:
+    def _document(self, request: _Request) -> dict[str, Any]:
         return self.task_dict[request.task][request.split][request.doc_id]
 
-    def _continuation(self, request: _Request) -> str:
-        return request.ask(self._document(request)) if callable(request.ask) else request.ask
 
-    def _pictures(self, request: _Request) -> tuple[Image.Image, ...]:
-        visuals = request.to_visual(self._document(request)) or []
-        visuals = [v for v in visuals if v is not None]  # an empty picture column
-        if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
-            raise ValueError(
-                f"{request.where} shows something that is no picture ({', '.join(other)}): "
-                "video and audio tasks are not for these models."
-            )
-        return tuple(visuals)
-
-
-class NanoVLMModel(_Model):
-    """nanoVLM folders, ours and stock. Options: ``dtype``, ``tokenizer``, ``tiling``."""
-
-    kinds = ("nanovlm",)
-
-
-class HFModel(_Model):
-    """Hugging Face VLMs and bare LMs. Options: ``dtype``, ``chat_template`` and ``tokenizer``; for
-    VLMs ``tiling``; for LMs ``pictures`` (``error`` or ``drop``)."""
-
-    kinds = ("vlm", "lm")
-
-
-_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
-
-
-def _own_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+def _pictures(request: _Request, document: dict[str, Any]) -> tuple[Image.Image, ...]:
+    visuals = request.to_visual(document) or []
+    visuals = [v for v in visuals if v is not None]  # an empty picture column
+    if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
+        raise ValueError(
+            f"{request.where} shows something that is no picture ({', '.join(other)}): "
+            "video and audio tasks are not for these models."
+        )
+    return tuple(visuals)
 
 
 def _batches(requests: Sequence[_Request], size: int) -> Iterator[list[int]]:
@@ -243,10 +209,9 @@ def read_options(
     sampling = {name: options[name] for name in _SAMPLING if options.get(name) is not None}
     if not sampling.get("do_sample") or not sampling.get("temperature", 1):
         sampling = {k: v for k, v in sampling.items() if k in ("num_beams", "repetition_penalty")}
-    for name in sorted(set(options) - {*_SAMPLING, *_IGNORED}):
-        if name not in _told:
-            _told.add(name)
-            logger.warning(f"generation option {name}={options[name]!r} is not used.")
+    for name in sorted(options.keys() - {*_SAMPLING, *_IGNORED, *_told}):
+        _told.add(name)
+        logger.warning(f"generation option {name}={options[name]!r} is not used.")
     return limit, stop, sampling
 
 

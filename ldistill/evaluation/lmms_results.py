@@ -8,10 +8,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ldistill.evaluation.compare.result_files import load_results, results_files, tasks_of
-from ldistill.evaluation.compare.results import TaskResult, task_result
-from ldistill.evaluation.compare.task_scores import other_row, row_score
-from ldistill.evaluation.suites import GROUPS, Row, rows_of_tasks
+from ldistill.evaluation.compare.ocrbench import row_score
+from ldistill.evaluation.compare.results import (
+    TaskResult,
+    load_results,
+    other_row,
+    results_files,
+    task_result,
+    tasks_of,
+)
+from ldistill.evaluation.suites import GROUPS, rows_of_tasks
 
 EVALUATION = "eval.json"
 
@@ -62,14 +68,11 @@ def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
         for task in _meant(record, name) or [name]
     ]
     for task in tasks_of(record):
-        if any(fnmatchcase(name, asked) for name in (task, *_tags(configs.get(task, {})))):
+        tags = configs.get(task, {}).get("tag") or []
+        names = [task, tags] if isinstance(tags, str) else [task, *tags]
+        if any(fnmatchcase(name, asked) for name in names):
             found.append(task)
     return list(dict.fromkeys(found))
-
-
-def _tags(config: Mapping[str, Any]) -> list[str]:
-    tags = config.get("tag") or []
-    return [tags] if isinstance(tags, str) else list(tags)
 
 
 def _without_scores(result: TaskResult) -> str | None:
@@ -96,22 +99,21 @@ def _lines(path: Path) -> int:
 
 def scores_of(results: Iterable[TaskResult]) -> dict[str, dict[str, Any]]:
     """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
-    results = {result.task: result for result in results}
-    known = rows_of_tasks(results)
-    others = results.keys() - {row.task for row in known}
-    listed = (*known, *(other_row(result) for task, result in results.items() if task in others))
-    entries = {row.id: _entry(row, results[row.task]) for row in listed}
-    return {row: entry for row, entry in entries.items() if entry["value"] is not None}
-
-
-def _entry(row: Row, result: TaskResult) -> dict[str, Any]:
+    found = {result.task: result for result in results}
+    known = rows_of_tasks(found)
+    others = found.keys() - {row.task for row in known}
+    listed = (*known, *(other_row(result) for task, result in found.items() if task in others))
     return {
-        "name": row.name,
-        "group": row.group,
-        "metric": row.key,
-        "value": row_score(result, row),
-        "top": row.top,
-        "documents": result.expected or _lines(result.samples_path),
+        row.id: {
+            "name": row.name,
+            "group": row.group,
+            "metric": row.key,
+            "value": value,
+            "top": row.top,
+            "documents": found[row.task].expected or _lines(found[row.task].samples_path),
+        }
+        for row in listed
+        if (value := row_score(found[row.task], row)) is not None
     }
 
 
@@ -126,9 +128,8 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if lacking := {"model_args", "limit", "complete"} - record.keys():
-            raise ValueError(f"no {', '.join(sorted(lacking))} in it")
-    except (ValueError, AttributeError) as error:
+        record["model_args"], record["limit"], record["complete"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}): remove it, and evaluate again what it was to hold."
         ) from error

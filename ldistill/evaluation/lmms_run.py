@@ -13,24 +13,27 @@ writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` a
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import ldistill
-from ldistill.common.locate import resolve
-from ldistill.evaluation.answerer_loading import kind_of, model_folder
-from ldistill.evaluation.lmms_faults import check_before, explain
 from ldistill.evaluation.lmms_results import (
     EVALUATION,
     merge,
@@ -38,7 +41,8 @@ from ldistill.evaluation.lmms_results import (
     read_results,
     scores_of,
 )
-from ldistill.evaluation.suites import SUITES, suite
+from ldistill.evaluation.loading import kind_of, model_folder
+from ldistill.evaluation.suites import ROWS, SUITES, suite
 
 LOG = "lmms_eval.log"
 CONFIG = "lmms_eval.yaml"
@@ -46,9 +50,17 @@ CONFIG = "lmms_eval.yaml"
 _SPLITS = frozenset(",'\"{}[]")
 _PACKAGES = ("ldistill", "lmms-eval", "torch", "transformers", "datasets")
 # Of a launcher, of which this process may be a rank: lmms-eval would take itself for that rank.
-_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
-_LAUNCHER |= {"GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE"}
-_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "ROLE_", "OMPI_COMM_", "PMI_", "PMIX_")
+_LAUNCHER = re.compile(
+    r"(LOCAL_|NODE_|GROUP_)?RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)"
+    r"|(TORCHELASTIC|ACCELERATE|FSDP|ROLE|OMPI_COMM|PMI|PMIX)_.*"
+)
+_CAPTIONS = ("coco", "nocaps", "flickr30k", "textcaps")
+_UNREACHABLE = re.compile(
+    r"OfflineModeIsEnabled|ConnectionError|Couldn't reach|LocalEntryNotFoundError|"
+    r"DatasetNotFoundError|Couldn't find (?:any data file|the dataset|cache)|Max retries exceeded|"
+    r"Name or service not known|Temporary failure in name resolution|MaxRetryError|GatedRepoError"
+)
+_LAST_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|Enabled)\b.*)$")
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Evaluation:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables set for the subprocess, ``CUDA_VISIBLE_DEVICES`` for one."""
     items_per_task: int | None = None
-    """Of the tiny suite; default the benchmark's own number."""
+    """Of a suite that makes its own tasks; default its own number."""
 
     @property
     def all_tasks(self) -> tuple[str, ...]:
@@ -92,20 +104,17 @@ def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> 
         give_up: asked once a second; when true, lmms-eval is ended and InterruptedError raised.
 
     Raises:
-        FileNotFoundError: no such model or include path.
+        FileNotFoundError: no such model.
         InterruptedError: given up.
-        ValueError: it cannot run (nothing asked for, lmms-eval or Java missing, unknown suite), or
-            it ran and failed, or what it left is not complete. ``eval.json`` is written all the
-            same and says what is there.
+        ValueError: it cannot run (see `check`), or it ran and failed, or what it left is not
+            complete. ``eval.json`` is written all the same and says what is there.
     """
-    folder = model_folder(asked.student)
+    folder = model_folder(asked.student).resolve()
     kind = kind_of(folder)
-    check(asked)
-    arguments = _arguments(asked, folder)
+    check(asked, folder)
+    config = _config(asked, folder, kind)
+    earlier = _earlier(asked, config["model_args"])
     asked.out.mkdir(parents=True, exist_ok=True)
-    earlier = _earlier(asked, arguments)
-    include = _include_paths(asked, folder, kind)
-    config = _config(asked, kind, arguments, include)
     path = asked.out / CONFIG
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
@@ -119,42 +128,69 @@ def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> 
     return result
 
 
-def check(asked: Evaluation) -> None:
-    """Everything that can be known to be wrong before lmms-eval starts; ValueError says what."""
-    if not asked.all_tasks:
-        raise ValueError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks.")
+def check(asked: Evaluation, *paths: Path) -> None:
+    """Everything that can be known to be wrong before lmms-eval starts.
+
+    Args:
+        asked: what, on what, and where to.
+        paths: further ones that lmms-eval will be handed.
+
+    Raises:
+        ValueError: says what is wrong, or what to install.
+    """
+    if problem := next(_problems(asked, paths), None):
+        raise ValueError(problem)
+
+
+def _problems(asked: Evaluation, paths: Sequence[Path]) -> Iterator[str]:
+    tasks = asked.all_tasks
+    if not tasks:
+        yield f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks."
     for name, value in (("limit", asked.limit), ("batch size", asked.batch_size)):
         if value is not None and value < 1:
-            raise ValueError(f"the {name} must be at least 1, got {value}.")
+            yield f"the {name} must be at least 1, got {value}."
     for path in asked.include_paths:
         if not path.is_dir():
-            raise FileNotFoundError(f"include path {path} is not a folder.")
-    _refuse_splits(asked.out.resolve())
-    check_before(asked.all_tasks, asked.limit)
-
-
-def _refuse_splits(*values: Any) -> None:
-    for text in map(str, values):
+            yield f"include path {path} is not a folder."
+    for text in map(str, (asked.out.resolve(), *paths, *asked.options.values())):
         if found := sorted(_SPLITS.intersection(text)):
-            raise ValueError(f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}")
+            yield f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}"
+    if find_spec("lmms_eval") is None:
+        yield "lmms-eval is not installed: pip install 'ldistill[eval]'."
+    if not any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models")):
+        yield (
+            "ldistill runs from a folder that is not installed, so lmms-eval cannot find its "
+            "models: pip install -e . in the repository."
+        )
+    if asked.limit and asked.limit % 2 and any(fnmatchcase("mme", task) for task in tasks):
+        yield (
+            "task mme asks in pairs, and lmms-eval fails on half of one: the limit must be even, "
+            f"got {asked.limit}."
+        )
+    captions = ", ".join(task for task in tasks if task.startswith(_CAPTIONS))
+    if captions and shutil.which("java") is None:
+        yield (
+            f"task {captions}: caption scores (METEOR, the tokenizer) are computed by a "
+            "Java program, and there is no java on the PATH. Install a Java runtime "
+            "(apt install default-jre-headless), or name the others with --tasks and no --suite."
+        )
+    if captions and find_spec("pycocoevalcap") is None:
+        yield f"task {captions} needs pycocoevalcap: pip install pycocoevalcap."
 
 
 # ---- the subprocess ----
 
 
-def _arguments(asked: Evaluation, folder: Path) -> str:
-    given = {"pretrained": str(folder.resolve())} | dict(asked.options)
-    arguments = {name: value for name, value in given.items() if value is not None}
-    _refuse_splits(*arguments.values())
-    return ",".join(f"{name}={value}" for name, value in arguments.items())
-
-
-def _config(asked: Evaluation, kind: str, arguments: str, include: list[str]) -> dict[str, Any]:
+def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
     """lmms-eval's arguments, as its own configuration file."""
+    options = {"pretrained": str(folder)} | dict(asked.options)
+    own = [s for s in SUITES.values() if s.make_tasks and set(s.tasks) & set(asked.all_tasks)]
+    include = [path.resolve() for path in asked.include_paths]
+    include += [s.make_tasks(asked.items_per_task) for s in own]
     chosen = suite(asked.suite).batch_size if asked.suite else 1
     config: dict[str, Any] = {
         "model": "ldistill_nanovlm" if kind == "nanovlm" else "ldistill_hf",
-        "model_args": arguments,
+        "model_args": ",".join(f"{k}={v}" for k, v in options.items() if v is not None),
         "tasks": ",".join(asked.all_tasks),
         "batch_size": asked.batch_size or chosen,
         "log_samples": True,
@@ -165,52 +201,24 @@ def _config(asked: Evaluation, kind: str, arguments: str, include: list[str]) ->
     if asked.limit is not None:
         config["limit"] = asked.limit
     if include:
-        config["include_path"] = include
+        config["include_path"] = [str(path) for path in include]
     return config
-
-
-def _include_paths(asked: Evaluation, folder: Path, kind: str) -> list[str]:
-    paths = [path.resolve() for path in asked.include_paths]
-    if any(task.startswith("tiny_") for task in asked.all_tasks):
-        from ldistill.evaluation.item_tasks import chat_renderer
-        from ldistill.tiny.benchmark import ITEMS_PER_TASK
-        from ldistill.tiny.eval_tasks import prepare_tasks
-
-        render = chat_renderer(_chat_owner(folder, kind, asked.options.get("tokenizer")))
-        count = asked.items_per_task or ITEMS_PER_TASK
-        paths.append(prepare_tasks(render, items_per_task=count))
-    return [str(path) for path in paths]
-
-
-def _chat_owner(folder: Path, kind: str, tokenizer: str | None) -> Any:
-    """The tokenizer or processor that holds the model's chat template."""
-    if kind == "nanovlm":
-        from ldistill.models.nanovlm_format import load_processor
-
-        return load_processor(folder, tokenizer).tokenizer
-    from transformers import AutoProcessor, AutoTokenizer
-
-    if kind == "vlm":
-        return AutoProcessor.from_pretrained(folder)
-    return AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
 
 
 def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
     """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
-    count = asked.processes or _gpus(asked.environment)
+    count = asked.processes or max(1, torch.cuda.device_count())
     command = [sys.executable, "-m"]
     if count > 1:
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
     command += ["lmms_eval", "--config", str(config), "--verbosity", "DEBUG"]
+    made_here = {task for s in SUITES.values() if s.make_tasks for task in s.tasks}
+    env = clean_environment(asked.environment, offline=made_here.issuperset(asked.all_tasks))
     with (asked.out / LOG).open("w", encoding="utf-8") as log:
         log.write(" ".join(command) + "\n")
         log.flush()
         process = subprocess.Popen(
-            command,
-            env=clean_environment(asked.environment, offline=_all_local(asked)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
         )
         try:
             while True:
@@ -218,49 +226,24 @@ def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
                     return process.wait(timeout=1)
                 if give_up():
                     raise InterruptedError(f"the evaluation of {asked.student} was given up.")
-        finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=10)
-        process.kill()
-        process.wait()
-
-
-def _all_local(asked: Evaluation) -> bool:
-    return all(task.startswith("tiny_") for task in asked.all_tasks)
+        finally:  # of one that has ended, nothing
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+            process.kill()
+            process.wait()
 
 
 def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[str, str]:
     """This process's environment without any launcher's variables, and with our package on it."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHER and not name.startswith(_LAUNCHERS)
-    }
+    env = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
     root = str(Path(ldistill.__file__).resolve().parents[1])
-    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([root, *_split(env.get("PYTHONPATH"))]))
+    paths = [root, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     env["TOKENIZERS_PARALLELISM"] = "false"
     if offline:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return env | dict(extra)
-
-
-def _split(paths: str | None) -> list[str]:
-    return [path for path in (paths or "").split(os.pathsep) if path]
-
-
-def _gpus(environment: Mapping[str, str]) -> int:
-    """Visible GPUs, at least 1 process."""
-    if "CUDA_VISIBLE_DEVICES" in environment:
-        return max(1, len([d for d in environment["CUDA_VISIBLE_DEVICES"].split(",") if d]))
-    import torch
-
-    return max(1, torch.cuda.device_count())
 
 
 # ---- what came of it ----
@@ -278,7 +261,7 @@ def _describe(
 
     return {
         "student": asked.student,
-        "folder": str(folder.resolve()),
+        "folder": str(folder),
         "suite": asked.suite,
         "tasks": list(asked.all_tasks),
         "limit": asked.limit,
@@ -311,10 +294,12 @@ def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
+
+
+# ---- what went wrong ----
 
 
 def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -> str:
@@ -329,3 +314,68 @@ def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -
         lines.append(f"Complete, and comparable: {', '.join(there)}.")
     lines.append(f"lmms-eval's own words: {log}")
     return "\n".join(lines)
+
+
+def explain(log: str, tasks: Sequence[str]) -> str | None:
+    """The cause of a failure, from lmms-eval's log; None when there is none to be found."""
+    if found := re.search(r"Tasks? not found: ([^\n]*?)\. Try ", log):
+        return _unknown_tasks(found[1].split(", "))
+    if "OutOfMemoryError" in log or "CUDA out of memory" in log:
+        return "The GPU's memory did not suffice: lower --batch-size."
+    if found := re.findall(r"(?m)^RuntimeError: (task .*|batch from task .*)$", log):
+        return f"The model failed on {found[-1]}"
+    if _UNREACHABLE.search(log):
+        return _unreachable(log, tasks)
+    errors = _LAST_ERROR.findall(log)
+    return f"The last error was: {errors[-1]}" if errors else None
+
+
+def _unknown_tasks(names: Sequence[str]) -> str:
+    known = [row.task for row in ROWS]
+    close = [m for name in names for m in difflib.get_close_matches(name, known, n=1)]
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    return (
+        f"lmms-eval knows no task {', '.join(names)}.{hint} "
+        "`lmms-eval tasks` lists what it knows; --include-path adds a folder of your own."
+    )
+
+
+def _unreachable(log: str, tasks: Sequence[str]) -> str:
+    """Which tasks' data could not be fetched, as far as the log names the data set."""
+    lines = [line for line in log.splitlines() if _UNREACHABLE.search(line)]
+    paths = _data_sets(tasks)
+    hit = [task for task, path in paths.items() if any(path in line for line in lines)]
+    which = f"The data of {', '.join(hit)}" if hit else "The data of a task"
+    rest = [task for task in tasks if task not in hit]
+    reason = _LAST_ERROR.findall("\n".join(lines)) or lines[-1:]
+    text = f"{which} cannot be fetched ({reason[0][:200]}). "
+    text += "Fetch it once with a network (the Hugging Face cache keeps it)"
+    if hit and rest:
+        text += f", or leave it out: --tasks {','.join(rest)} and no --suite"
+    return text + "."
+
+
+def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
+    """Task → Hugging Face data set, for lmms-eval's own tasks, read from its YAML files."""
+    found = {}
+    root = Path(find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
+    for path in root.rglob("*.yaml"):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        if (task := _field(text, "task")) in tasks and (data := _data_set(path, text)):
+            found[task] = data
+    return found
+
+
+def _field(text: str, name: str) -> str | None:
+    """A plain field of a YAML file, which only lmms-eval itself can load (``!function``)."""
+    found = re.search(rf"(?m)^{name}\s*:\s*[\"']?([^\s\"']+)", text)
+    return found and found[1]
+
+
+def _data_set(path: Path, text: str) -> str | None:
+    """The file's data set, or that of the file it includes."""
+    include = _field(text, "include")
+    if (found := _field(text, "dataset_path")) or not include:
+        return found
+    other = path.with_name(include)
+    return _data_set(other, other.read_text(encoding="utf-8", errors="ignore"))

@@ -5,7 +5,8 @@ into which row of the paper's Table 3.
 
     rows("paper")                     # every row of the table, in the paper's order
     SUITES["document"].tasks          # ("docvqa_val", "infovqa_val", "ocrbench")
-    row.value(results["results"])     # the row's score from lmms-eval's results file, or None
+
+A package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does.
 
 The paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables
 list them the other way. The tables are followed. Where it leaves the metric open: ARC and HellaSwag
@@ -15,9 +16,9 @@ are `acc` (not length-normalised), captions CIDEr.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -49,21 +50,18 @@ class Row:
         """Unique over rows: the task, with the metric where a task has several rows (MME)."""
         return f"{self.task}:{self.metric}" if self.task in _SEVERAL else self.task
 
-    def value(self, results: Mapping[str, Mapping[str, Any]]) -> float | None:
-        """The score in ``results`` of a results file; None when it is not there or no number."""
-        score = results.get(self.task, {}).get(self.key)
-        return float(score) if isinstance(score, (int, float)) else None
-
 
 @dataclass(frozen=True)
 class Suite:
     """Groups of rows that are run by one command."""
 
     name: str
-    title: str
     groups: tuple[str, ...]
     batch_size: int = 1
     """The paper's; answers don't depend on it beyond rounding."""
+    make_tasks: Callable[[int | None], Path] | None = None
+    """Of tasks that lmms-eval does not have: items per task (None: as many as usual) → their
+    folder. Their data are made here, so that nothing need be fetched."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -81,13 +79,14 @@ GROUPS: dict[str, str] = {
     "language": "Language and knowledge-heavy",
     "document": "Document and OCR",
     "general": "General multimodal",
-    "tiny_language": "Language",
-    "tiny_reading": "Reading",
-    "tiny_vision": "Vision and knowledge",
 }
 """Group → title, in the order of the tables."""
+OTHER = "other"
+"""The group of tasks that are in no suite."""
+READING = {"document", OTHER}
+"""Groups of tasks whose generated answers are text to be read in pictures."""
 
-ROWS: tuple[Row, ...] = (
+ROWS: list[Row] = [
     Row("ai2d", "AI2D", "language", "exact_match", "flexible-extract"),
     Row("coco2017_cap_val", "COCO 2017 Captioning", "language", "coco_CIDEr"),
     Row("scienceqa", "ScienceQA", "language", "exact_match"),
@@ -102,27 +101,32 @@ ROWS: tuple[Row, ...] = (
     Row("mme", "MME Perception", "general", "mme_perception_score", top=2000, digits=0),
     Row("mmmu_val", "MMMU", "general", "mmmu_acc"),
     Row("mmstar", "MMStar", "general", "average"),
-    Row("tiny_facts", "Facts", "tiny_language", "acc"),
-    Row("tiny_statements", "Statements", "tiny_language", "acc"),
-    Row("tiny_spelling", "Spelling", "tiny_language", "exact_match"),
-    Row("tiny_words", "Words", "tiny_reading", "exact_match"),
-    Row("tiny_codes", "Codes", "tiny_reading", "exact_match"),
-    Row("tiny_fields", "Fields", "tiny_reading", "exact_match"),
-    Row("tiny_naming", "Naming", "tiny_vision", "exact_match"),
-    Row("tiny_knowledge", "Knowledge", "tiny_vision", "acc"),
-)
+]
 """Every row of every table, in table order."""
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
-        Suite("language", "language and knowledge", ("language",)),
-        Suite("document", "documents and OCR", ("document",)),
-        Suite("general", "general multimodal", ("general",)),
-        Suite("paper", "all of the paper's tasks", ("language", "document", "general")),
-        Suite("tiny", "the tiny world", ("tiny_language", "tiny_reading", "tiny_vision"), 64),
+        Suite("language", ("language",)),
+        Suite("document", ("document",)),
+        Suite("general", ("general",)),
+        Suite("paper", ("language", "document", "general")),
     )
 }
+
+
+def add(
+    new: Suite, groups: Mapping[str, str], own: Iterable[Row], reading: Iterable[str] = ()
+) -> None:
+    """Make a suite known, with its groups (key → title; which of them read) and rows."""
+    SUITES[new.name] = new
+    GROUPS.update(groups)
+    ROWS.extend(own)
+    READING.update(reading)
+
+
+def group_title(group: str) -> str:
+    return GROUPS.get(group, "Other tasks" if group == OTHER else group)
 
 
 def suite(name: str) -> Suite:

@@ -1,4 +1,4 @@
-"""The tiny world's benchmark as local lmms-eval tasks, made once for a chat template and kept."""
+"""The tiny world's benchmark as local lmms-eval tasks, made once and kept."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
-from ldistill.evaluation.item_tasks import fingerprint_of, write_tasks
+from ldistill.evaluation.items import write_tasks
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
 from ldistill.tiny.prepare import default_cache
 from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
@@ -19,30 +18,23 @@ PREFIX = "tiny_"
 
 
 def prepare_tasks(
-    render: Callable[[str], str],
     cache_dir: str | Path | None = None,
     *,
     seed: int = DEFAULT_SEED,
-    items_per_task: int = ITEMS_PER_TASK,
+    items_per_task: int | None = None,
 ) -> Path:
     """Folder for lmms-eval's ``--include_path``, from the cache or made now.
 
     Args:
-        render: the evaluated model's chat template around a user's turn.
         cache_dir: where it is kept; default `default_cache()`.
         seed: of the world; the shipped pair knows the default one.
-        items_per_task: held-out items of each task.
+        items_per_task: held-out items of each task; default `ITEMS_PER_TASK`.
 
     Raises:
         OSError: no room or no permission in the cache folder.
     """
-    recipe = {
-        "world": WORLD_VERSION,
-        "seed": seed,
-        "items_per_task": items_per_task,
-        "template": fingerprint_of(render),
-        "format": 1,
-    }
+    count = items_per_task or ITEMS_PER_TASK
+    recipe = {"world": WORLD_VERSION, "seed": seed, "items_per_task": count, "format": 2}
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(cache_dir or default_cache()).resolve()
     folder = cache / f"tiny-tasks-{name}"
@@ -50,7 +42,7 @@ def prepare_tasks(
         cache.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
         try:
-            write_tasks(benchmark(World(seed), items_per_task), making, render, PREFIX)
+            write_tasks(benchmark(World(seed), count), making, PREFIX)
             _settle(making, folder)
         finally:
             shutil.rmtree(making, ignore_errors=True)

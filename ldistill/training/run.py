@@ -36,7 +36,6 @@ from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
-from ldistill.evaluation.during import evaluator_of
 from ldistill.models.flops import peak_flops
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, freeze_vision, load_pair
@@ -49,6 +48,7 @@ from ldistill.training.metrics import Meter
 from ldistill.training.result import evaluate_student, export_result, report, take_result
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
+from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
 
@@ -328,7 +328,7 @@ def build_trainer(
         saver=Saver(folder, about, args.save_total_limit, logs),
         health_steps=recipe.run.health_steps,
         resume=resume,
-        evaluator=evaluator_of(recipe, pair, folder, stop),
+        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
         stop=stop,
         converted=converted,
         sample_log=samples,

@@ -17,12 +17,11 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (pip install 'ldistill[
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.evaluation import lmms_faults, lmms_run
-from ldistill.evaluation.answerer_loading import model_folder
-from ldistill.evaluation.item_tasks import chat_renderer, write_tasks
-from ldistill.evaluation.items import Item, evaluate
+from ldistill.evaluation import lmms_run
+from ldistill.evaluation.items import evaluate
 from ldistill.evaluation.lmms_results import read_results
 from ldistill.evaluation.lmms_run import Evaluation, clean_environment
+from ldistill.evaluation.loading import model_folder
 from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 from ldistill.tiny.benchmark import benchmark
@@ -33,7 +32,7 @@ TEACHER = "pkg://ldistill.tiny/pair/teacher"
 PER_TASK = 8
 needs_entry_point = pytest.mark.skipif(
     not any(
-        ep.name == "ldistill" for ep in lmms_faults.metadata.entry_points(group="lmms_eval.models")
+        ep.name == "ldistill" for ep in lmms_run.metadata.entry_points(group="lmms_eval.models")
     ),
     reason="ldistill is not installed, so lmms-eval cannot find its models",
 )
@@ -253,12 +252,12 @@ def instances(count: int, seen: bool) -> tuple[dict, list]:
 
 
 def test_the_model_gives_the_same_answers_in_any_batch_and_order():
-    from ldistill.evaluation.lmms_model import NanoVLMModel
+    from ldistill.evaluation.lmms_model import ScoredModel
 
     for seen in (True, False):
         answers = []
         for size in (1, 4):
-            model = NanoVLMModel(STUDENT, batch_size=size, device="cpu")
+            model = ScoredModel(STUDENT, batch_size=size, device="cpu")
             model.task_dict, requests = instances(5, seen)
             answers.append(model.generate_until(requests))
             turned = model.generate_until(requests[::-1])
@@ -267,22 +266,20 @@ def test_the_model_gives_the_same_answers_in_any_batch_and_order():
 
 
 def test_a_broken_answer_stops_the_run(monkeypatch):
-    from ldistill.evaluation.lmms_model import HFModel, NanoVLMModel
+    from ldistill.evaluation.lmms_model import ScoredModel
 
-    model = NanoVLMModel(STUDENT, batch_size=2, device="cpu")
+    model = ScoredModel(STUDENT, batch_size=2, device="cpu")
     model.task_dict, requests = instances(3, seen=True)
 
     def broken(*args, **kwargs):
         raise FloatingPointError("not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.answerer, "generate", broken)
+        patch.setattr(model.scorer, "generate", broken)
         with pytest.raises(RuntimeError, match=r"task t, document \d.*not finite"):
             model.generate_until(requests)
     with pytest.raises(ValueError, match="batch_size"):
-        NanoVLMModel(STUDENT, batch_size="auto", device="cpu")
-    with pytest.raises(ValueError, match="use --model ldistill_nanovlm"):
-        HFModel(STUDENT, device="cpu")
+        ScoredModel(STUDENT, batch_size="auto", device="cpu")
     monkeypatch.setitem(model.task_dict["t"]["test"][0], "image", "film.mp4")
     with pytest.raises(ValueError, match="no picture"):
         model.generate_until(requests)
@@ -317,7 +314,7 @@ def test_suites_are_the_papers_tables():
 
 def test_lmms_eval_knows_the_papers_tasks_and_metrics():
     """The names in our table are lmms-eval's own: its YAML files are asked."""
-    root = Path(lmms_faults.find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
+    root = Path(lmms_run.find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
     folders = {
         "coco2017_cap_val": "coco_cap", "docvqa_val": "docvqa", "infovqa_val": "infovqa",
         "mmmu_val": "mmmu", "arc_easy": "arc", "arc_challenge": "arc",
@@ -361,9 +358,9 @@ def test_a_launchers_variables_do_not_reach_lmms_eval(monkeypatch):
     ],
 )
 def test_causes_are_read_from_the_log(log, words):
-    said = lmms_faults.explain(log, ("docvqa_val", "hellaswag"))
+    said = lmms_run.explain(log, ("docvqa_val", "hellaswag"))
     assert all(word in said for word in words), said
-    assert lmms_faults.explain("all is well", ()) is None
+    assert lmms_run.explain("all is well", ()) is None
 
 
 @needs_entry_point
@@ -379,9 +376,9 @@ def test_what_cannot_run_is_refused_before_it_starts(tmp_path, monkeypatch):
     for asked in ({"suite": "general"}, {"tasks": ("mm*",)}):
         refused("mme asks in pairs.*must be even, got 3", limit=3, **asked)
     refused("not a folder", tasks=("x",), include_paths=(tmp_path / "none",))
-    monkeypatch.setattr(lmms_faults.shutil, "which", lambda name: None)
+    monkeypatch.setattr(lmms_run.shutil, "which", lambda name: None)
     refused("coco2017_cap_val.*Java", suite="language")
-    monkeypatch.setattr(lmms_faults.metadata, "entry_points", lambda group: ())
+    monkeypatch.setattr(lmms_run.metadata, "entry_points", lambda group: ())
     refused("pip install -e", suite="tiny")
     assert not (tmp_path / "o").exists()
 
@@ -415,12 +412,3 @@ def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, pair_root
     result = CliRunner().invoke(app, [*command, "--drop-pictures"])
     assert "--drop-pictures is for a bare LM" in str(result.exception)
     assert model_folder(str(run)) == run / "student"
-
-
-def test_items_of_one_task_must_be_of_one_kind(tmp_path):
-    mixed = [Item("t", "g", "p", "a"), Item("t", "g", "p", "a", ("a", "b"))]
-    render = chat_renderer(load_processor(STUDENT).tokenizer)
-    with pytest.raises(ValueError, match="task x_t: its items differ"):
-        write_tasks(mixed, tmp_path, render, "x_")
-    with pytest.raises(ValueError, match="no items"):
-        write_tasks([], tmp_path, render)

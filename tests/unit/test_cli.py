@@ -124,7 +124,7 @@ def test_generate_refuses_what_is_no_picture(pair_root, tmp_path):
     for path, message in ((tmp_path / "text.png", "undecodable"), (tmp_path / "no.png", "exist")):
         result = runner.invoke(app, [*arguments, str(path)])
         assert result.exit_code != 0
-        assert message in str(result.exception)
+        assert message in result.output + str(result.exception)
 
 
 def test_recipes_are_listed():

@@ -14,23 +14,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.evaluation.compare import ocrbench
-from ldistill.evaluation.compare.conditions import unlike_options
-from ldistill.evaluation.compare.matching import Match, Pair, match, sentences
-from ldistill.evaluation.compare.paired import Paired, paired
-from ldistill.evaluation.compare.results import TaskResult, Variant
-from ldistill.evaluation.compare.sample_scores import (
+from ldistill.evaluation.compare.ocrbench import row_score
+from ldistill.evaluation.compare.results import TaskResult, Variant, other_row
+from ldistill.evaluation.compare.samples import (
     CATEGORY_COLUMNS,
+    Match,
+    Pair,
+    Paired,
     document_categories,
+    match,
+    paired,
     sample_categories,
+    sentences,
 )
-from ldistill.evaluation.compare.tables import OTHER, ScoreTable, score_table, unknown_variant
+from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.compare.task_data import TaskData, load_task_data
-from ldistill.evaluation.compare.task_scores import other_row, row_score
-from ldistill.evaluation.suites import ROWS, Row, rows, rows_of_tasks
+from ldistill.evaluation.suites import OTHER, ROWS, Row, rows, rows_of_tasks
 
 BASELINE = "nanovlm-full"
 ORIGINALS = ("nanovlm", "original", "adapted", "teacher")
 """Names taken for the original where --original is not given."""
+_USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}
+"""Options of the lmms-eval model that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +83,18 @@ def choose_rows(
     else:
         groups = {row.group for row in rows_of_tasks(found)}
         listed = [row for row in ROWS if row.group in groups]
-        known = {row.task for row in listed}
-        others = (
-            next(v.tasks[t] for v in variants if t in v.tasks) for t in found if t not in known
-        )
+        own = {task: result for v in reversed(variants) for task, result in v.tasks.items()}
+        others = [own[task] for task in found if task not in {row.task for row in listed}]
         chosen = (*listed, *map(other_row, others))
-    if tasks is not None:
-        wanted = set(tasks)
-        unknown = wanted - {row.task for row in chosen}
-        if unknown:
-            raise ValueError(
-                f"no results for task {', '.join(sorted(unknown))}; there are results for: "
-                f"{', '.join(found)}."
-            )
-        chosen = tuple(row for row in chosen if row.task in wanted)
-    if not any(row.task in found for row in chosen):
-        raise ValueError(
-            f"no results for any task of {f'suite {suite}' if suite else 'these'}; there are "
-            f"results for: {', '.join(found) or 'nothing'}."
-        )
+    wanted = {row.task for row in chosen} if tasks is None else set(tasks)
+    unknown = wanted - {row.task for row in chosen}
+    chosen = tuple(row for row in chosen if row.task in wanted)
+    if unknown or not any(row.task in found for row in chosen):
+        what = f"task {', '.join(sorted(unknown))}" if unknown else "any of these tasks"
+        if suite and not unknown:
+            what = f"any task of suite {suite}"
+        there = ", ".join(found) or "nothing"
+        raise ValueError(f"no results for {what}; there are results for: {there}.")
     return chosen
 
 
@@ -110,7 +108,10 @@ def choose_roles(
     """
     for role, name in (("baseline", baseline), ("original", original)):
         if name is not None and name not in names:
-            raise ValueError(unknown_variant(role, name, names))
+            raise ValueError(
+                f"{role} {name!r} is none of the variants; there are: {', '.join(names)}. Without "
+                f"--{role} the scores can still be put side by side."
+            )
     if baseline is None and BASELINE in names:
         baseline = BASELINE
     if original is None:
@@ -134,18 +135,13 @@ def compare(
     Args:
         variants: of `read_variants`.
         chosen: of `choose_rows`.
-        baseline: name of the variant that others are compared with; see `choose_roles`.
-        original: name of the variant before training.
+        baseline: of `choose_roles`: the variant that others are compared with.
+        original: of `choose_roles`: the variant before training.
         read_pictures: let tesseract read pictures, where failure modes are looked for.
         missing: sentences on what was asked for and has no results.
-
-    Raises:
-        ValueError: an unknown baseline or original.
     """
-    baseline, original = choose_roles([v.name for v in variants], baseline, original)
-    counts, notes = _ocrbench(variants, chosen)
-    table = _table(variants, chosen, baseline, original)
-    notes = [*missing, *(note for v in variants for note in v.notes), *notes]
+    counts, of_ocrbench = _ocrbench(variants, chosen)
+    notes = [*missing, *(note for v in variants for note in v.notes), *of_ocrbench]
     notes += unlike_options(variants, chosen)
     matches: list[Match] = []
     base = next((v for v in variants if v.name == baseline), None)
@@ -158,15 +154,22 @@ def compare(
         others = [v for v in variants if v is not base]
         matches = [match(row, base, v) for v in others for row in chosen if row.task in v.tasks]
         notes += sentences(matches)
-    if base is not None and original is None:
-        notes.append(
-            f"No original: no variant is called {', '.join(ORIGINALS[:-1])} or {ORIGINALS[-1]} and "
-            "--original was not given, so there are no shares recovered."
-        )
-    data = _data(base, matches, read_pictures)
-    pairs, more = _paired(matches, data)
+        if original is None:
+            notes.append(
+                f"No original: no variant is called {', '.join(ORIGINALS[:-1])} or "
+                f"{ORIGINALS[-1]} and --original was not given, so there are no shares recovered."
+            )
+    with_pairs = dict.fromkeys(m.row.task for m in matches if m.pairs)
+    data = {task: load_task_data(base.tasks[task], read=read_pictures) for task in with_pairs}
+    tests, without = _paired(matches, data)
     return Comparison(
-        tuple(variants), table, tuple(matches), tuple(pairs), counts, data, (*notes, *more)
+        tuple(variants),
+        _table(variants, chosen, baseline, original),
+        tuple(matches),
+        tuple(tests),
+        counts,
+        data,
+        (*notes, *without),
     )
 
 
@@ -176,27 +179,15 @@ def _table(
     baseline: str | None,
     original: str | None,
 ) -> ScoreTable:
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, float | None]] = {v.name: {} for v in variants}
     notes: dict[tuple[str, str], str] = {}
     for variant in variants:
-        scores[variant.name] = {}
-        for row in chosen:
-            result = variant.tasks.get(row.task)
-            if result is None:
-                continue
-            value, said = row_score(result, row), _remarks(result, row)
-            if ocrbench.limited_score(result) is not None:
-                said.append("recomputed from the samples: lmms-eval divides by 1000 regardless")
-            if value is not None:
-                scores[variant.name][row.id] = value
-            if said:
-                notes[variant.name, row.id] = _sentence(said)
+        for row in (row for row in chosen if row.task in variant.tasks):
+            result = variant.tasks[row.task]
+            scores[variant.name][row.id] = row_score(result, row)
+            if text := "; ".join(_remarks(result, row)):
+                notes[variant.name, row.id] = f"{text[0].upper()}{text[1:]}."
     return score_table(scores, chosen, baseline=baseline, original=original, notes=notes)
-
-
-def _sentence(clauses: Sequence[str]) -> str:
-    text = "; ".join(clauses)
-    return f"{text[0].upper()}{text[1:]}."
 
 
 def _remarks(result: TaskResult, row: Row) -> list[str]:
@@ -211,6 +202,44 @@ def _remarks(result: TaskResult, row: Row) -> list[str]:
         logged = len(result.samples(row.filter))
         if logged < result.expected:
             said.append(f"partial: {logged:,} of {result.expected:,} samples are logged")
+    if ocrbench.limited_score(result) is not None:
+        said.append("recomputed from the samples: lmms-eval divides by 1000 regardless")
+    return said
+
+
+def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str]:
+    """A sentence for each way in which the options of variants differ, with its tasks."""
+    where: dict[str, list[str]] = {}
+    for task in dict.fromkeys(row.task for row in rows):
+        options = {v.name: _options(v.tasks[task]) for v in variants if task in v.tasks}
+        names = dict.fromkeys(name for own in options.values() for name in own)
+        differ = [n for n in names if len({own.get(n) for own in options.values()}) > 1]
+        if differ:
+            each = "; ".join(
+                f"{variant} {', '.join(f'{n}={own[n]}' for n in differ if n in own) or 'without'}"
+                for variant, own in options.items()
+            )
+            where.setdefault(each, []).append(task)
+    return [
+        f"Evaluated with different model options: {each} ({', '.join(tasks)})."
+        for each, tasks in where.items()
+    ]
+
+
+def _options(result: TaskResult) -> dict[str, str]:
+    usual = _USUAL_OPTIONS | {"pretrained": result.model_args.get("pretrained")}
+    return {name: v for name, v in result.model_args.items() if usual.get(name) != v}
+
+
+def unlike_samples(variants: Sequence[Variant], table: ScoreTable) -> list[str]:
+    """A sentence for each row whose shares recovered mix scores of different sample counts."""
+    said = []
+    for row in table.rows:
+        found = {v.name: v.tasks[row.task].expected for v in variants if table.cell(v.name, row)}
+        counts = {name: count for name, count in found.items() if count is not None}
+        if len(set(counts.values())) > 1:
+            each = ", ".join(f"{counts[v]:,} for {v}" for v in table.variants if v in counts)
+            said.append(f"{row.name}: scores of different samples ({each}), also in its group.")
     return said
 
 
@@ -246,14 +275,6 @@ def _ocrbench(
     return counts, notes
 
 
-def _data(
-    base: Variant | None, matches: Iterable[Match], read_pictures: bool
-) -> dict[str, TaskData]:
-    """Documents of every task that has pairs, loaded once."""
-    tasks = dict.fromkeys(m.row.task for m in matches if m.pairs)
-    return {task: load_task_data(base.tasks[task], read=read_pictures) for task in tasks}
-
-
 def _paired(
     matches: Iterable[Match], data: Mapping[str, TaskData]
 ) -> tuple[list[PairedRow], list[str]]:
@@ -268,15 +289,10 @@ def _paired(
         if len(categories) > 1:
             tests = ((name, _test(pairs)) for name, pairs in categories.items())
             found += [PairedRow(m.variant, m.row, name, test) for name, test in tests]
-        elif not categories and _has_categories(m.row) and data[m.row.task].documents is None:
+        elif not categories and (m.row.task in CATEGORY_COLUMNS or m.row.group == OTHER):
             without[m.row.name] = data[m.row.task].reason
-    notes = [f"{name}: categories are missing: {reason}." for name, reason in without.items()]
-    return found, notes
-
-
-def _has_categories(row: Row) -> bool:
-    """Whether the task's data name categories, as far as is known."""
-    return row.task in CATEGORY_COLUMNS or row.group == OTHER
+    missing = ((name, reason) for name, reason in without.items() if reason)
+    return found, [f"{name}: categories are missing: {reason}." for name, reason in missing]
 
 
 def _test(pairs: Sequence[Pair]) -> Paired:

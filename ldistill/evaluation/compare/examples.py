@@ -1,33 +1,38 @@
-"""Won and lost samples of reading tasks, each with its failure mode, ready for a page.
+"""Won and lost samples of reading tasks, each with its failure mode, and the page that shows them.
 
 A *lost* sample is one the baseline scores higher on: the variant's answer is judged. On a *won*
 sample the baseline's answer is. Tasks whose answers are text to be read are looked at: those of the
 document and reading groups, and generated answers of tasks in no suite.
+
+The page is one file that opens from disk and needs nothing else. Its template is
+``failures.html``; data go into it as JSON, pictures as data URIs. Filters (variant, task, won or
+lost, mode, a search) stand in the address: ``failures.html#mode=elsewhere&task=...``.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 from ldistill.evaluation.compare.comparison import Comparison
 from ldistill.evaluation.compare.failure_modes import (
     MODES,
     Lexicon,
-    Verdict,
     accepted_answers,
     judge,
 )
-from ldistill.evaluation.compare.matching import Match, Pair
 from ldistill.evaluation.compare.results import Sample
-from ldistill.evaluation.compare.sample_scores import sample_categories
-from ldistill.evaluation.compare.tables import OTHER
-from ldistill.evaluation.compare.task_data import TaskData, inline_picture
-from ldistill.evaluation.suites import Row
+from ldistill.evaluation.compare.samples import Match, Pair, sample_categories
+from ldistill.evaluation.compare.task_data import inline_picture
+from ldistill.evaluation.suites import READING, Row
 
-READING_GROUPS = frozenset({"document", "tiny_reading", OTHER})
 WON, LOST = "won", "lost"
+_GENERATED = "generate_until"
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,11 @@ class Example:
     variant: str
     row: Row
     outcome: str
+    mode: str
     sample: Sample
     """The baseline's; question and target are those of both."""
-    baseline_answer: str
-    variant_answer: str
-    category: str
-    verdict: Verdict
-    accepted: tuple[str, ...]
+    shown: Mapping[str, Any]
+    """What the page says of it."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +72,24 @@ def find_examples(
         lexicon: for the first mode; None leaves it out, and a note says so.
         progress: wraps the samples as they are gone through.
     """
-    matches = [m for m in comparison.matches if m.pairs and _reads(comparison, m)]
-    every = {m.row: _samples(comparison, m) for m in matches}
+    results = {v.name: v.tasks for v in comparison.variants}
+    matches = [
+        m
+        for m in comparison.matches
+        if m.pairs
+        and m.row.group in READING
+        and results[m.variant][m.row.task].config.get("output_type", _GENERATED) == _GENERATED
+    ]
+    base = results.get(str(comparison.table.baseline), {})
+    every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
     work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
     found = [_example(comparison, m, p, every[m.row], lexicon) for m, p in progress(work)]
-    counts: dict[tuple[str, str, str], Counter[str]] = {}
-    for m in matches:
-        for outcome in (LOST, WON):
-            counts[m.variant, m.row.id, outcome] = Counter(dict.fromkeys(MODES, 0))
+    outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
+    counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
     for example in found:
-        counts[example.variant, example.row.id, example.outcome][example.verdict.mode] += 1
+        counts[example.variant, example.row.id, example.outcome][example.mode] += 1
     rows = tuple(dict.fromkeys(m.row for m in matches))
     return Examples(tuple(found), rows, tuple(_notes(comparison, rows, lexicon)), counts)
-
-
-def _reads(comparison: Comparison, m: Match) -> bool:
-    result = next(v for v in comparison.variants if v.name == m.variant).tasks[m.row.task]
-    generated = result.config.get("output_type", "generate_until") == "generate_until"
-    return m.row.group in READING_GROUPS and generated
 
 
 def _example(
@@ -98,25 +101,25 @@ def _example(
 ) -> Example:
     outcome = LOST if pair.after < pair.before else WON
     wrong = pair.variant if outcome == LOST else pair.baseline
-    data = comparison.data[m.row.task]
-    accepted = _accepted(pair.baseline, m.row)
-    verdict = judge(wrong.answer, accepted, lambda: data.text(pair.baseline, every), lexicon)
-    return Example(
-        variant=m.variant,
-        row=m.row,
-        outcome=outcome,
-        sample=pair.baseline,
-        baseline_answer=pair.baseline.answer,
-        variant_answer=pair.variant.answer,
-        category=", ".join(sample_categories(pair.baseline, m.row)),
-        verdict=verdict,
-        accepted=tuple(accepted),
-    )
-
-
-def _samples(comparison: Comparison, m: Match) -> Mapping[int, Sample]:
-    base = next(v for v in comparison.variants if v.name == comparison.table.baseline)
-    return base.tasks[m.row.task].samples(m.row.filter)
+    data, sample = comparison.data[m.row.task], pair.baseline
+    accepted = _accepted(sample, m.row)
+    verdict = judge(wrong.answer, accepted, lambda: data.text(sample, every), lexicon)
+    shown = {
+        "variant": m.variant,
+        "task": m.row.name,
+        "category": ", ".join(sample_categories(sample, m.row)),
+        "outcome": outcome,
+        "mode": verdict.mode,
+        "rule": verdict.rule,
+        "reason": verdict.reason,
+        "doc_id": sample.doc_id,
+        "question": sample.question,
+        "expected": " | ".join(accepted),
+        "baseline_answer": sample.answer,
+        "variant_answer": pair.variant.answer,
+        "picture": f"{m.row.task}/{sample.doc_id}",
+    }
+    return Example(m.variant, m.row, outcome, verdict.mode, sample, shown)
 
 
 def _accepted(sample: Sample, row: Row) -> list[str]:
@@ -142,26 +145,56 @@ def _notes(comparison: Comparison, rows: Iterable[Row], lexicon: Lexicon | None)
             yield f"{row.name}: pictures and their text are missing: {data.reason}."
 
 
-def chosen_for_page(examples: Examples, most: int) -> list[Example]:
-    """At most ``most`` examples of each variant, task, outcome and mode, in sample order."""
+# ---- the page ----
+
+
+def write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
+    """Write the page.
+
+    Args:
+        path: the HTML file.
+        comparison: the examples' own.
+        examples: of `find_examples`.
+        most: listed at most of each variant, task, outcome and mode, in sample order.
+    """
     seen: Counter[tuple] = Counter()
-    chosen = []
+    listed = []
     for example in examples.found:
-        key = (example.variant, example.row.id, example.outcome, example.verdict.mode)
+        key = (example.variant, example.row.id, example.outcome, example.mode)
         seen[key] += 1
         if seen[key] <= most:
-            chosen.append(example)
-    return chosen
+            listed.append(example)
+    baseline, found = comparison.table.baseline, len(examples.found)
+    count = f"all {found:,}" if found == len(listed) else f"{len(listed):,} of {found:,}"
+    data = {
+        "title": f"Samples won and lost against {baseline}",
+        "lead": (
+            f"Listed are {count} samples of reading tasks on which a variant and {baseline} score "
+            "differently. On a lost sample the variant's answer is judged, on a won one the "
+            "baseline's."
+        ),
+        "baseline": baseline,
+        "variants": list(dict.fromkeys(e.variant for e in listed)),
+        "tasks": list(dict.fromkeys(e.row.name for e in listed)),
+        "modes": MODES,
+        "notes": list(examples.notes),
+        "bare": {
+            e.row.name: comparison.data[e.row.task].reason or "none in its data" for e in listed
+        },
+        "pictures": _page_pictures(comparison, listed),
+        "examples": [e.shown for e in listed],
+    }
+    template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
+    # No text of a sample can end the script element that the data stand in.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    path.write_text(template.replace("__DATA__", text), encoding="utf-8")
 
 
-def page_pictures(
-    chosen: Iterable[Example], data: Mapping[str, TaskData]
-) -> dict[tuple[str, int], list[str]]:
-    """(task, document) → data URIs of its pictures, each picture encoded once."""
-    pictures: dict[tuple[str, int], list[str]] = {}
-    for example in chosen:
-        key = (example.row.task, example.sample.doc_id)
-        if key not in pictures:
-            encoded = data[example.row.task].pictures(example.sample)
-            pictures[key] = [uri for p in encoded if (uri := inline_picture(p))]
+def _page_pictures(comparison: Comparison, listed: Iterable[Example]) -> dict[str, list[str]]:
+    """Task/document → data URIs of its pictures, each picture encoded once."""
+    pictures: dict[str, list[str]] = {}
+    for example in listed:
+        if (document := example.shown["picture"]) not in pictures:
+            encoded = comparison.data[example.row.task].pictures(example.sample)
+            pictures[document] = [uri for p in encoded if (uri := inline_picture(p))]
     return pictures

@@ -26,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal, InvalidOperation
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cached_property
 
 CORRECTED, ELSEWHERE, SHORTENED = "corrected", "elsewhere", "shortened"
@@ -96,15 +96,10 @@ class PictureText:
 
     def holds(self, text: str) -> bool:
         """Whether ``text`` stands there, token for token (or, if long, letter for letter)."""
-        wanted = tokens(text)
-        squashed = "".join(wanted)
-        for known in self.texts:
-            found = tokens(known)
-            if wanted and _run_in(wanted, found):
-                return True
-            if len(squashed) >= 6 and squashed in "".join(found):
-                return True
-        return False
+        wanted, found = tokens(text), [tokens(known) for known in self.texts]
+        joined = "".join(wanted)
+        long = len(joined) >= 6 and any(joined in "".join(known) for known in found)
+        return long or any(_run_in(wanted, known) for known in found)
 
 
 @dataclass(frozen=True)
@@ -132,18 +127,13 @@ def judge(
         accepted: answers that would have been right; at least one.
         text: gives what is known of the picture's text.
         lexicon: words; without one the first mode is not looked for.
-
-    Raises:
-        ValueError: no accepted answer.
     """
-    if not accepted:
-        raise ValueError("a wrong answer can only be judged against an accepted one.")
     expected = min(accepted, key=lambda a: distance(_plain(answer), _plain(a)))
-    for mode, rule in _RULES:
-        found = rule(answer, expected, text, lexicon)
-        if found is not None:
-            return Verdict(mode, *found, expected)
-    if not tokens(answer):
+    case = _Case(answer, expected, text, lexicon)
+    for mode, rule, holds in _RULES:
+        if reason := holds(case):
+            return Verdict(mode, rule, reason, expected)
+    if not case.got:
         return Verdict(OTHER, "empty", "nothing was answered", expected)
     known = text()
     if not known.whole:
@@ -164,103 +154,106 @@ def accepted_answers(target: str) -> list[str]:
     return [target]
 
 
-_Found = tuple[str, str] | None
+class _Case:
+    """A wrong answer and what it is held against."""
+
+    def __init__(self, answer: str, expected: str, text: KnownText, lexicon: Lexicon | None):
+        self.answer, self.expected, self.text, self.lexicon = answer, expected, text, lexicon
+        self.got, self.wanted = tokens(answer), tokens(expected)
+        self.number, self.wanted_number = _only_number(answer), _only_number(expected)
 
 
-def _corrected(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    got, wanted = tokens(answer), tokens(expected)
-    if lexicon is None or len(got) != len(wanted):
-        return None
-    changed = [(w, g) for w, g in zip(wanted, got) if w != g]
-    if not changed or not all(_can_be_word(w, g, lexicon) for w, g in changed):
-        return None
-    old, new = changed[0]
-    if all(g in lexicon for _, g in changed):
-        return "word", f"{old!r} is no word, {new!r} is one"
-    if all(g in lexicon or (lexicon.usual(g) and not lexicon.usual(w)) for w, g in changed):
-        return "near-word", f"{new!r} is spelt like a word, {old!r} is not"
+def _word(case: _Case) -> str | None:
+    changed = _changed(case)
+    if changed and all(g in case.lexicon for _, g in changed):
+        return f"{changed[0][0]!r} is no word, {changed[0][1]!r} is one"
     return None
 
 
-def _can_be_word(wanted: str, got: str, lexicon: Lexicon) -> bool:
-    letters = wanted.isalpha() and got.isalpha() and len(wanted) >= 3 and len(got) >= 2
-    return letters and wanted not in lexicon and distance(wanted, got) <= len(wanted) // 2
+def _near_word(case: _Case) -> str | None:
+    changed, lexicon = _changed(case), case.lexicon
+    if changed and all(
+        g in lexicon or (lexicon.usual(g) and not lexicon.usual(w)) for w, g in changed
+    ):
+        return f"{changed[0][1]!r} is spelt like a word, {changed[0][0]!r} is not"
+    return None
 
 
-def _number_cut(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    got, wanted = _only_number(answer), _only_number(expected)
-    if got is None or wanted is None:
+def _changed(case: _Case) -> list[tuple[str, str]]:
+    """(expected, answered) tokens that differ, if each may be one corrected into the other."""
+    if case.lexicon is None or len(case.got) != len(case.wanted):
+        return []
+    changed = [(w, g) for w, g in zip(case.wanted, case.got, strict=True) if w != g]
+    letters = all(w.isalpha() and g.isalpha() and len(w) >= 3 and len(g) >= 2 for w, g in changed)
+    near = letters and all(distance(w, g) <= len(w) // 2 for w, g in changed)
+    return changed if near and not any(w in case.lexicon for w, _ in changed) else []
+
+
+def _number_cut(case: _Case) -> str | None:
+    got, wanted = case.number, case.wanted_number
+    if got is None or wanted is None or got == wanted:
         return None
     places, had = -got.as_tuple().exponent, -wanted.as_tuple().exponent
-    if not places < had:
-        return None
     for how, name in ((ROUND_DOWN, "cut off"), (ROUND_HALF_UP, "rounded")):
-        if wanted != got and wanted.quantize(Decimal(1).scaleb(-places), how) == got:
-            return "number cut", f"{got} is {wanted} {name}"
+        if places < had and wanted.quantize(Decimal(1).scaleb(-places), how) == got:
+            return f"{got} is {wanted} {name}"
     return None
 
 
-def _part(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    got, wanted = tokens(answer), tokens(expected)
-    if not 0 < len(got) < len(wanted) or not set(got) - _STOP:
+def _part(case: _Case) -> str | None:
+    got, rest = case.got, iter(case.wanted)
+    if len(got) < len(case.wanted) and set(got) - _STOP and all(token in rest for token in got):
+        return f"{len(got)} of {len(case.wanted)} words"
+    return None
+
+
+def _notation(case: _Case) -> str | None:
+    if _plain(case.answer) == _plain(case.expected):
         return None
-    rest = iter(wanted)
-    if all(token in rest for token in got):
-        return "part", f"{len(got)} of {len(wanted)} words"
+    added = set(case.got) - set(case.wanted)
+    same = case.number is not None and case.number == case.wanted_number
+    if same and not any(token.isalpha() for token in added):
+        return "the same number, written otherwise"
+    date = _date(case.answer)
+    if date is not None and date == _date(case.expected):
+        return "the same date, written otherwise"
     return None
 
 
-def _notation(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    if _plain(answer) == _plain(expected):
-        return None
-    got, wanted = _only_number(answer), _only_number(expected)
-    added = set(tokens(answer)) - set(tokens(expected))
-    if got is not None and got == wanted and not any(token.isalpha() for token in added):
-        return "notation", "the same number, written otherwise"
-    got_date, wanted_date = _date(answer), _date(expected)
-    if got_date is not None and got_date == wanted_date:
-        return "notation", "the same date, written otherwise"
-    return None
-
-
-def _initials(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    got, wanted = tokens(answer), tokens(expected)
-    for short, long in ((got, wanted), (wanted, got)):
+def _initials(case: _Case) -> str | None:
+    for short, long in ((case.got, case.wanted), (case.wanted, case.got)):
         if len(short) == 1 and len(long) >= 2 and short[0].isalpha() and len(short[0]) >= 2:
             firsts = ("".join(t[0] for t in long), "".join(t[0] for t in long if t not in _STOP))
             if short[0] in firsts:
-                return "initials", f"{short[0].upper()} for {' '.join(long)}"
+                return f"{short[0].upper()} for {' '.join(long)}"
     return None
 
 
-def _elsewhere(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    words = tokens(answer)
-    if not words or not set(words) - _STOP or words == tokens(expected):
+def _elsewhere(case: _Case) -> str | None:
+    words, wanted = case.got, case.wanted
+    if not set(words) - _STOP or len("".join(words)) < 2 or _run_in(wanted, words):
         return None
-    if len("".join(words)) < 2 or _run_in(tokens(expected), words):
-        return None
-    known = text()
-    return ("elsewhere", f"it stands in {known.source}") if known.holds(answer) else None
+    known = case.text()
+    return f"it stands in {known.source}" if known.holds(case.answer) else None
 
 
-def _reworded(answer: str, expected: str, text: KnownText, lexicon: Lexicon | None) -> _Found:
-    got, wanted = set(tokens(answer)) - _STOP, set(tokens(expected)) - _STOP
+def _reworded(case: _Case) -> str | None:
+    got, wanted = set(case.got) - _STOP, set(case.wanted) - _STOP
     shared = len(got & wanted)
-    if len(wanted) < 2 or shared == 0 or tokens(answer) == tokens(expected):
+    if len(wanted) < 2 or not shared or case.got == case.wanted:
         return None
-    if 2 * shared / (len(got) + len(wanted)) >= 0.5:
-        return "reworded", f"{shared} of {len(wanted)} words kept"
-    return None
+    return f"{shared} of {len(wanted)} words kept" if 4 * shared >= len(got) + len(wanted) else None
 
 
-_RULES = (
-    (CORRECTED, _corrected),
-    (SHORTENED, _number_cut),
-    (SHORTENED, _part),
-    (SHORTENED, _notation),
-    (SHORTENED, _initials),
-    (ELSEWHERE, _elsewhere),
-    (SHORTENED, _reworded),
+_RULES: tuple[tuple[str, str, Callable[[_Case], str | None]], ...] = (
+    (CORRECTED, "word", _word),
+    (CORRECTED, "near-word", _near_word),
+    (SHORTENED, "number cut", _number_cut),
+    (SHORTENED, "part", _part),
+    (SHORTENED, "notation", _notation),
+    (SHORTENED, "initials", _initials),
+    (ELSEWHERE, "elsewhere", _elsewhere),
+    (SHORTENED, "reworded", _reworded),
 )
 
 
@@ -287,11 +280,9 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
-def _run_in(wanted: Sequence[str], found: Sequence[str]) -> bool:
+def _run_in(wanted: list[str], found: list[str]) -> bool:
     size = len(wanted)
-    return size > 0 and any(
-        list(found[i : i + size]) == list(wanted) for i in range(len(found) - size + 1)
-    )
+    return size > 0 and any(found[i : i + size] == wanted for i in range(len(found) - size + 1))
 
 
 def _only_number(text: str) -> Decimal | None:
@@ -300,12 +291,7 @@ def _only_number(text: str) -> Decimal | None:
     if len(numbers) != 1 or _DATE.search(text):
         return None
     around = text[: numbers[0].start()] + " " + text[numbers[0].end() :]
-    if len(tokens(around)) > 1:
-        return None
-    try:
-        return Decimal(numbers[0].group().replace(",", ""))
-    except InvalidOperation:
-        return None
+    return Decimal(numbers[0].group().replace(",", "")) if len(tokens(around)) <= 1 else None
 
 
 def _date(text: str) -> object | None:

@@ -13,26 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ldistill.evaluation.compare.results import Sample, TaskResult
+from ldistill.evaluation.suites import Row
 
 TASK = "ocrbench"
 METRIC = "ocrbench_accuracy"
-
-GROUPS: dict[str, tuple[str, ...]] = {
-    "Text recognition": (
-        "Regular Text Recognition",
-        "Irregular Text Recognition",
-        "Artistic Text Recognition",
-    ),
-    "Handwriting and non-semantic": (
-        "Handwriting Recognition",
-        "Digit String Recognition",
-        "Non-Semantic Text Recognition",
-        "Handwritten Mathematical Expression Recognition",
-    ),
-    "Scene text VQA": ("Scene Text-centric VQA",),
-    "Layout extraction": ("Key Information Extraction", "Doc-oriented VQA"),
-}
-"""Group → lmms-eval's ``question_type``, in the order of Table 6."""
 
 SIZES: dict[str, int] = {
     "Regular Text Recognition": 50,
@@ -46,7 +30,16 @@ SIZES: dict[str, int] = {
     "Key Information Extraction": 200,
     "Doc-oriented VQA": 200,
 }
-"""Samples of each sub-task in the whole benchmark."""
+"""lmms-eval's ``question_type`` → samples of it in the whole benchmark, in the order of Table 6."""
+
+_KINDS = tuple(SIZES)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Text recognition": _KINDS[:3],
+    "Handwriting and non-semantic": _KINDS[3:7],
+    "Scene text VQA": _KINDS[7:8],
+    "Layout extraction": _KINDS[8:],
+}
+"""Group → its sub-tasks."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +106,12 @@ def limited_score(result: TaskResult) -> float | None:
     except ValueError:
         return None
     return whole.right / whole.of if whole.of else None
+
+
+def row_score(result: TaskResult, row: Row) -> float | None:
+    """The row's score, of a limited OCRBench recounted; None when it is not there or no number."""
+    recounted = limited_score(result)
+    return result.scores.get(row.key) if recounted is None else recounted
 
 
 def losses(

@@ -5,7 +5,8 @@
 1 is all of it, 0 is as bad as the baseline, below 0 is worse. A group's share is the ratio of
 sums over its tasks, each score divided by its row's highest possible one (so that MME's points
 weigh like accuracies); a task that one of the three lacks is left out and named. Where the
-baseline lost less than `LEAST_LOSS` there is nothing to recover, and no share.
+baseline lost less than `LEAST_LOSS` there is nothing to recover, and no share. The table must have
+a baseline and an original.
 
     shares = recovery(table)             # variant → group → Share
     plot_recovery(table, Path("recovery.png"))
@@ -13,12 +14,12 @@ baseline lost less than `LEAST_LOSS` there is nothing to recover, and no share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ldistill.evaluation.compare.tables import ScoreTable, family, group_title, markdown_table
-from ldistill.evaluation.suites import Row
+from ldistill.evaluation.compare.tables import ScoreTable, family, markdown_table
+from ldistill.evaluation.suites import Row, group_title
 
 LEAST_LOSS = 0.005
 """Smallest loss, in shares of the highest score, that can be recovered in a meaningful way."""
@@ -43,13 +44,7 @@ class Share:
 
 
 def share(table: ScoreTable, variant: str, rows: Sequence[Row]) -> Share:
-    """Share recovered over ``rows``.
-
-    Raises:
-        ValueError: the table has no baseline or no original.
-    """
-    if table.baseline is None or table.original is None:
-        raise ValueError("shares recovered need a baseline and an original.")
+    """Share recovered over ``rows``."""
     names = (variant, table.baseline, table.original)
     full = [row for row in rows if all(table.cell(name, row) for name in names)]
     left_out = tuple(row.name for row in rows if row not in full)
@@ -73,19 +68,19 @@ def recovery(table: ScoreTable) -> dict[str, dict[str, Share]]:
 
 def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
     """Shares by group and by task, with what was left out and further ``remarks``."""
-    variants = list(recovery(table))
+    found = recovery(table)
     lines: list[list[str]] = []
     gaps = [f"- {remark}" for remark in remarks]
     for group, rows in table.groups.items():
-        shares = [share(table, v, rows) for v in variants]
-        lines.append([f"**{group_title(group)}**", *(f"**{s.text}**" for s in shares)])
-        lines += [[row.name, *(share(table, v, [row]).text for v in variants)] for row in rows]
+        shares = {v: of[group] for v, of in found.items()}
+        lines.append([f"**{group_title(group)}**", *(f"**{s.text}**" for s in shares.values())])
+        lines += [[row.name, *(share(table, v, [row]).text for v in found)] for row in rows]
         gaps += [
             f"- {v}, {group_title(group)}: without {', '.join(s.left_out)} (missing)."
-            for v, s in zip(variants, shares)
+            for v, s in shares.items()
             if s.left_out
         ]
-    text = markdown_table(["Share recovered", *variants], lines)
+    text = markdown_table(["Share recovered", *found], lines)
     text += (
         f"\n({table.baseline} = 0%, {table.original} = 100%. A group is the ratio of its tasks' "
         f'summed scores, each on a scale of 0 to 1. "nothing lost": {table.baseline} is less '
@@ -122,8 +117,10 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
 
     size = (1.6 + 3.1 * len(groups), 1.3 + 0.42 * len(shares))
     figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
-    for axis, group in zip(axes[0], groups):
-        _draw_group(axis, group, shares)
+    colours = [_COLOURS[family(variant)] for variant in shares]
+    for axis, group in zip(axes[0], groups, strict=True):
+        _draw_group(axis, [of[group] for of in shares.values()], colours)
+        axis.set_title(group_title(group), fontsize=10)
     axes[0][0].set_yticks(range(len(shares)), list(shares))
     axes[0][0].invert_yaxis()
     title = f"Share recovered: {table.baseline} = 0%, {table.original} = 100%"
@@ -134,39 +131,17 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     return True
 
 
-def _draw_group(axis, group: str, shares: Mapping[str, Mapping[str, Share]]) -> None:
-    values = [of[group].value for of in shares.values()]
-    known = [v for v in values if v is not None]
-    low = max(_FLOOR, min([0.0, *known])) - (0.45 if min([0.0, *known]) < 0 else 0.1)
-    high = min(_CEILING, max([1.0, *known])) + 0.35
-    for place, (variant, of) in enumerate(shares.items()):
-        length = min(max(of[group].value or 0.0, _FLOOR), _CEILING)
-        axis.barh(place, length, color=_COLOURS[family(variant)], height=0.66)
-        _label(axis, of[group], length, place)
+def _draw_group(axis, shares: Sequence[Share], colours: Sequence[str]) -> None:
+    lengths = [min(max(s.value or 0.0, _FLOOR), _CEILING) for s in shares]
+    bars = axis.barh(range(len(shares)), lengths, color=colours, height=0.66)
+    cut = [s.value not in (None, length) for s, length in zip(shares, lengths, strict=True)]
+    labels = [f"{s.text} (cut)" if c else s.text for s, c in zip(shares, cut, strict=True)]
+    axis.bar_label(bars, labels, padding=4, fontsize=8)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlim(low, high)
-    axis.set_title(group_title(group), fontsize=10)
+    axis.set_xlim(min(0.0, *lengths) - 0.5, max(1.0, *lengths) + 0.5)  # room for the labels
     axis.xaxis.get_major_locator().set_params(nbins=5)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.tick_params(labelsize=8)
     axis.grid(axis="x", alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _label(axis, found: Share, length: float, place: int) -> None:
-    """The share beside its bar, or in white inside a bar that is cut at the axis."""
-    cut = found.value is not None and found.value != length
-    text = f"◂ {found.text}" if cut and length < 0 else f"{found.text} ▸" if cut else found.text
-    rightwards = (length >= 0) != cut
-    axis.annotate(
-        text,
-        (length, place),
-        xytext=(4 if rightwards else -4, 0),
-        textcoords="offset points",
-        ha="left" if rightwards else "right",
-        va="center",
-        fontsize=8,
-        color="white" if cut else "black" if found.value is not None else "#777777",
-    )
+    axis.spines[["top", "right"]].set_visible(False)

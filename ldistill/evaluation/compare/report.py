@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ldistill.evaluation.compare import ocrbench
-from ldistill.evaluation.compare.comparison import Comparison, PairedRow
-from ldistill.evaluation.compare.conditions import unlike_samples
-from ldistill.evaluation.compare.examples import LOST, WON, Examples, chosen_for_page, page_pictures
+from ldistill.evaluation.compare.comparison import Comparison, PairedRow, unlike_samples
+from ldistill.evaluation.compare.examples import LOST, WON, Examples, write_page
 from ldistill.evaluation.compare.failure_modes import MODES
-from ldistill.evaluation.compare.paired import significance
 from ldistill.evaluation.compare.recovery import plot_recovery, recovery, recovery_markdown
-from ldistill.evaluation.compare.report_html import write_page
 from ldistill.evaluation.compare.tables import MISSING, csv_text, markdown_table
 
 FILES = (
@@ -51,10 +48,11 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
     out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (out / name).unlink(missing_ok=True)
-    table = comparison.table
+    drawn = _has_roles(comparison) and plot_recovery(comparison.table, out / "recovery.png")
     texts = {
-        "scores.csv": table.csv(),
-        "table.tex": table.latex(),
+        "report.md": markdown(comparison, examples, picture=drawn),
+        "scores.csv": comparison.table.csv(),
+        "table.tex": comparison.table.latex(),
         "comparison.json": json.dumps(_plain(comparison, examples), indent=2, ensure_ascii=False),
     }
     if comparison.paired:
@@ -63,11 +61,8 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
         texts["ocrbench.csv"] = csv_text(*_ocrbench_lines(comparison))
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    drawn = _has_roles(comparison) and plot_recovery(table, out / "recovery.png")
     if examples.looked_at:
-        _page(comparison, examples, out / "failures.html", most)
-    text = markdown(comparison, examples, picture=drawn)
-    (out / "report.md").write_text(text, encoding="utf-8")
+        write_page(out / "failures.html", comparison, examples, most)
     return [out / name for name in FILES if (out / name).exists()]
 
 
@@ -135,7 +130,7 @@ def _paired_line(p: PairedRow, name: str | None = None) -> list[Any]:
         f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
         r.won,
         r.lost,
-        significance(r.p),
+        "< 0.001" if r.p < 0.001 else f"{r.p:.3f}",
     ]
 
 
@@ -146,9 +141,9 @@ def paired_csv(lines: Iterable[PairedRow]) -> str:
     body = []
     for p in lines:
         r = p.result
-        numbers = (r.baseline, r.variant, r.difference, r.low, r.high)
+        numbers = [f"{n:.6g}" for n in (r.baseline, r.variant, r.difference, r.low, r.high)]
         before = [p.variant, p.row.task, p.row.metric, p.category or "", r.samples]
-        body.append([*before, *(f"{n:.6g}" for n in numbers), r.won, r.lost, f"{r.p:.6g}"])
+        body.append([*before, *numbers, r.won, r.lost, f"{r.p:.6g}"])
     return csv_text(head, body)
 
 
@@ -160,24 +155,26 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
     head = ["Group", "Sub-task", *variants, *(f"{v} change" for v in changes)]
     lines: list[list[Any]] = []
 
-    def add(group: str, name: str, pick: Any) -> None:
-        found = {v: pick(comparison.ocrbench[v]) for v in variants}
-        texts = [
-            MISSING if found[v] is None else f"{found[v].right:g}/{found[v].of}" for v in variants
-        ]
-        lines.append([group, name, *texts, *(_gain(found[baseline], found[v]) for v in changes)])
+    def add(group: str, name: str, found: Mapping[str, ocrbench.Count | None]) -> None:
+        told = [f"{c.right:g}/{c.of}" if c else MISSING for c in found.values()]
+        lines.append([group, name, *told, *(_gain(found[baseline], found[v]) for v in changes)])
 
+    counts = {v: comparison.ocrbench[v] for v in variants}
     for group, kinds in ocrbench.GROUPS.items():
         for kind in kinds:
-            add(group, kind, lambda counts, kind=kind: counts.get(kind))
+            add(group, kind, {v: own.get(kind) for v, own in counts.items()})
         if len(kinds) > 1:
-            add(group, "Subtotal", lambda counts, g=group: ocrbench.grouped(counts).get(g))
-    add("", "Total", ocrbench.total)
+            add(
+                group,
+                "Subtotal",
+                {v: ocrbench.grouped(own).get(group) for v, own in counts.items()},
+            )
+    add("", "Total", {v: ocrbench.total(own) for v, own in counts.items()})
     return head, lines
 
 
 def _gain(before: ocrbench.Count | None, after: ocrbench.Count | None) -> str:
-    """Points gained; "missing" where a side is, "differs" where the samples are not as many."""
+    """Points gained, where both sides are there and of as many samples."""
     if before is None or after is None:
         return MISSING
     return f"{after.right - before.right:+g}" if before.of == after.of else "other samples"
@@ -191,18 +188,15 @@ def _ocrbench_markdown(comparison: Comparison) -> str:
     ]
     text = "Right answers out of samples, recomputed from the samples.\n\n"
     text += markdown_table(head, bold, left=2)
-    baseline = comparison.table.baseline
-    base = comparison.ocrbench.get(baseline) if baseline else None
+    base = comparison.ocrbench.get(str(comparison.table.baseline), {})
+    before = ocrbench.total(base)
     for variant, counts in comparison.ocrbench.items():
-        whole = ocrbench.total(counts)
-        if base is None or variant == baseline or whole.of != ocrbench.total(base).of:
-            continue
-        if whole.right >= ocrbench.total(base).right:
-            continue
-        shares = ocrbench.losses(base, counts)
-        parts = ", ".join(f"{g} {c:+g} ({s:.0%})" for g, (c, s) in shares.items() if c)
-        lost = ocrbench.total(base).right - whole.right
-        text += f"\nWhere {variant} loses its {lost:g} points: {parts}.\n"
+        after = ocrbench.total(counts)
+        if after.of == before.of and after.right < before.right:
+            shares = ocrbench.losses(base, counts)
+            parts = ", ".join(f"{g} {c:+g} ({s:.0%})" for g, (c, s) in shares.items() if c)
+            lost = before.right - after.right
+            text += f"\nWhere {variant} loses its {lost:g} points: {parts}.\n"
     return text
 
 
@@ -218,21 +212,6 @@ def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
         for (v, row, outcome), counts in examples.counts.items()
     ]
     return text + markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
-
-
-def _page(comparison: Comparison, examples: Examples, path: Path, most: int) -> None:
-    chosen = chosen_for_page(examples, most)
-    data = comparison.data
-    without = {r.name: data[r.task].reason for r in examples.looked_at if data[r.task].reason}
-    write_page(
-        path,
-        chosen,
-        page_pictures(chosen, data),
-        baseline=str(comparison.table.baseline),
-        found=len(examples.found),
-        without_picture=without,
-        notes=examples.notes,
-    )
 
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
@@ -253,7 +232,12 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
         "recovered": {},
         "recovered_notes": [],
-        "paired": [_plain_pair(p) for p in comparison.paired],
+        "paired": [
+            {"variant": p.variant, "row": p.row.id, "category": p.category}
+            | dataclasses.asdict(p.result)
+            | {"difference": p.result.difference}
+            for p in comparison.paired
+        ],
         "ocrbench": {
             v: {kind: dataclasses.asdict(c) for kind, c in counts.items()}
             for v, counts in comparison.ocrbench.items()
@@ -273,18 +257,11 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
     return plain
 
 
-def _plain_pair(p: PairedRow) -> dict[str, Any]:
-    kept = {"variant": p.variant, "row": p.row.id, "category": p.category}
-    return kept | dataclasses.asdict(p.result) | {"difference": p.result.difference}
-
-
 def headline(comparison: Comparison, examples: Examples, files: Sequence[Path]) -> str:
     """What the terminal shows: notes, counts of lost samples, and where everything is."""
     lines = [f"note: {note}" for note in (*comparison.notes, *examples.notes)]
-    for outcome in (LOST, WON):
-        total = sum(
-            sum(c.values()) for (_, _, kind), c in examples.counts.items() if kind == outcome
-        )
-        if examples.looked_at:
+    if examples.looked_at:
+        for outcome in (LOST, WON):
+            total = sum(example.outcome == outcome for example in examples.found)
             lines.append(f"reading samples {outcome}: {total:,}")
     return "\n".join([*lines, *(str(path) for path in files)])

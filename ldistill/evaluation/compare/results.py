@@ -6,7 +6,7 @@ repeated run): every task counts once, the newest. A samples file has one line p
 filter: ``doc_id``, ``input`` (the prompt), ``target`` (always a string), ``filtered_resps`` and the
 metrics under their names; the document and its pictures are not in it (see `task_data`).
 
-    variant = read_variant("lingudistill", Path("eval/lingudistill"))
+    variant, = read_variants(["lingudistill=eval/lingudistill"])
     variant.tasks["ocrbench"].scores["ocrbench_accuracy,none"]
     variant.tasks["ocrbench"].samples()      # doc_id → Sample
 """
@@ -15,26 +15,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ldistill.evaluation.compare.result_files import (
-    RESULTS,
-    Record,
-    load_results,
-    model_args_of,
-    model_of,
-    of_run,
-    results_files,
-    tasks_of,
-)
+from ldistill.evaluation.suites import OTHER, Row
 
+_RESULTS = "_results.json"
+# Tasks write others of that ending: submissions/coco_captions_val2014_alg_results.json, a list.
+_NAME = re.compile(rf"\d{{8}}_\d{{6}}{re.escape(_RESULTS)}")
+_STEP = re.compile(r"(?:eval/)?step-(\d+)/")
 _NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"}
 _NOT_METRICS |= {"resps", "filtered_resps", "token_counts"}
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
+
+Record = tuple[Path, dict[str, Any]]
+"""A results file and its content."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class TaskResult:
 
     @property
     def samples_path(self) -> Path:
-        time = self.path.name.removesuffix(RESULTS)
+        time = self.path.name.removesuffix(_RESULTS)
         return self.path.with_name(f"{time}_samples_{self.task}.jsonl")
 
     @property
@@ -77,15 +76,11 @@ class TaskResult:
         """Whether only a part of the task's documents was asked for."""
         return None not in (self.expected, self.available) and self.expected < self.available
 
-    @property
-    def filters(self) -> tuple[str, ...]:
-        """Names of the filters in the order in which a document's lines follow one another."""
-        keys = (key.split(",", 1)[1] for key in self.scores if "," in key)
-        return tuple(dict.fromkeys(keys))
-
     def samples(self, filter: str = "none") -> dict[int, Sample]:
         """Document → sample, for the answers that passed that filter; empty without a file."""
-        place = self.filters.index(filter) if filter in self.filters else 0
+        # A document's lines follow one another in the order of the filters.
+        filters = list(dict.fromkeys(key.split(",", 1)[1] for key in self.scores if "," in key))
+        place = filters.index(filter) if filter in filters else 0
         return {doc: lines[place] for doc, lines in self._lines[0].items() if len(lines) > place}
 
     @property
@@ -103,22 +98,11 @@ class TaskResult:
             for line in filter(str.strip, lines):
                 try:
                     sample = _sample(json.loads(line))
-                except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+                except (KeyError, TypeError, ValueError):
                     bad += 1
                 else:
                     found.setdefault(sample.doc_id, []).append(sample)
         return found, bad
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A trained model with a name: its tasks, and what was odd about its files."""
-
-    name: str
-    folder: Path
-    model: str
-    tasks: Mapping[str, TaskResult]
-    notes: tuple[str, ...] = ()
 
 
 def _sample(record: Mapping[str, Any]) -> Sample:
@@ -136,14 +120,12 @@ def _answer(responses: Any) -> str:
     """The text that was scored; for multiple choice the number of the likeliest choice."""
     if isinstance(responses, str):
         return responses
-    if isinstance(responses, Sequence) and responses:
-        if all(
-            isinstance(r, Sequence) and not isinstance(r, str) and len(r) == 2 for r in responses
-        ):
-            losses = [_number(loss) for loss, _ in responses]
-            return f"choice {losses.index(min(losses))}"
-        return _answer(responses[0])
-    return ""
+    if not isinstance(responses, Sequence) or not responses:
+        return ""
+    if all(isinstance(r, Sequence) and not isinstance(r, str) and len(r) == 2 for r in responses):
+        losses = [_number(loss) for loss, _ in responses]
+        return f"choice {losses.index(min(losses))}"
+    return _answer(responses[0])
 
 
 def _number(text: Any) -> float:
@@ -151,6 +133,83 @@ def _number(text: Any) -> float:
         return float(text)
     except (TypeError, ValueError):
         return math.inf
+
+
+# ---- results files ----
+
+
+def results_files(folder: Path, inside: str = "**") -> Iterator[Path]:
+    """lmms-eval's own results files, in the folders below that ``inside`` matches."""
+    return (path for path in folder.glob(f"{inside}/*{_RESULTS}") if _NAME.fullmatch(path.name))
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Content of a results file; ValueError where it is none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["results"].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a results file of lmms-eval ({error}): evaluate again, or remove it to "
+            "compare without it."
+        ) from error
+    return record
+
+
+def tasks_of(record: Mapping[str, Any]) -> list[str]:
+    """Names of real tasks: groups of tasks have results but no configuration."""
+    configs = record.get("configs") or record["results"]
+    return [task for task in record["results"] if task in configs]
+
+
+def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
+    """A task of a results file whose content is ``record``."""
+    counts = record.get("n-samples", {}).get(task, {})
+    arguments = str(record.get("config", {}).get("model_args") or "").split(",")
+    return TaskResult(
+        task=task,
+        scores={k: float(v) for k, v in record["results"][task].items() if _is_score(k, v)},
+        config=record.get("configs", {}).get(task, {}),
+        expected=counts.get("effective"),
+        available=counts.get("original"),
+        path=path,
+        higher_is_better=record.get("higher_is_better", {}).get(task, {}),
+        model_args=dict(part.split("=", 1) for part in arguments if "=" in part),
+    )
+
+
+def _is_score(key: str, value: Any) -> bool:
+    metric, comma, _ = key.partition(",")
+    if not comma or metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
+        return False
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def other_row(result: TaskResult) -> Row:
+    """A row for a task of no suite: its first metric of which more is better."""
+    for key in result.scores:
+        metric, filter = key.split(",", 1)
+        if result.higher_is_better.get(metric, True):
+            return Row(result.task, result.task, OTHER, metric, filter)
+    return Row(result.task, result.task, OTHER, "score")
+
+
+def _model_of(record: Mapping[str, Any]) -> str:
+    return str(record.get("model_name") or record.get("config", {}).get("model_args") or "")
+
+
+# ---- variants ----
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A trained model with a name: its tasks, and what was odd about its files."""
+
+    name: str
+    folder: Path
+    model: str
+    tasks: Mapping[str, TaskResult]
+    notes: tuple[str, ...] = ()
 
 
 class NoResults(FileNotFoundError):
@@ -182,20 +241,18 @@ def read_variants(
         if name is None and folder.is_file():
             continue
         try:
-            variants += _expand(name, folder)
+            variants += _of_folder(name, folder)
         except NoResults as error:
             empty.append(f"{name or _folder_name(folder)} is left out: {error}")
-    if empty and not variants:
-        raise NoResults("nothing to compare.\n  " + "\n  ".join(empty))
+    if not variants:
+        none = ["no folder among the arguments: give run or results folders."]
+        raise NoResults("nothing to compare.\n  " + "\n  ".join(empty or none))
     for sentence in empty:
         tell(sentence)
-    if not variants:
-        raise FileNotFoundError("no folder among the arguments: give run or results folders.")
     names = [variant.name for variant in variants]
-    for name in names:
-        if names.count(name) > 1:
-            places = ", ".join(str(v.folder) for v in variants if v.name == name)
-            raise ValueError(f"two variants are called {name!r} ({places}): name them, NAME=DIR.")
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        places = ", ".join(str(v.folder) for v in variants if v.name == doubled)
+        raise ValueError(f"two variants are called {doubled!r} ({places}): name them, NAME=DIR.")
     return variants
 
 
@@ -206,47 +263,29 @@ def _split(argument: str) -> tuple[str | None, Path]:
     return None, Path(argument).expanduser()
 
 
-def _expand(name: str | None, folder: Path) -> list[Variant]:
-    if not folder.is_dir():
-        raise NoResults(f"{folder} is no folder: give run or results folders.")
-    files = _found(folder)
-    own = name or _folder_name(folder)
-    if only := _one(own, folder, files):
-        return [only]
-    parts: dict[str, list[Record]] = {}
-    for path, record in files:
-        parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
-    if name is not None:
-        raise ValueError(
-            f"{folder} holds results of several models: one name, {name!r}, cannot cover "
-            f"{', '.join(parts)}."
-        )
-    found = []
-    for part, inside in parts.items():
-        variant = _one(part, folder / part, inside)
-        if variant is None:
-            listed = ", ".join(sorted({model_of(record) for _, record in inside}))
-            raise ValueError(
-                f"{folder / part} holds results of several models ({listed}): give the folder of "
-                "each one, NAME=DIR."
-            )
-        found.append(variant)
-    return found
-
-
-def _one(name: str, folder: Path, files: list[Record]) -> Variant | None:
-    """The variant whose results these are; None where they are of several models."""
-    taken, note = of_run(folder, files)
-    if not taken and len({model_of(record) for _, record in files}) > 1:
-        return None
-    return _variant(name, folder, taken or files, (f"{name}: {note}",) if note else ())
-
-
 def _folder_name(folder: Path) -> str:
     path = folder.resolve()
     while path.name in _NOT_NAMES and path.parent.name:
         path = path.parent
     return path.name
+
+
+def _of_folder(name: str | None, folder: Path) -> list[Variant]:
+    files = _found(folder)
+    if only := _of_one_model(name or _folder_name(folder), folder, files):
+        return [only]
+    parts: dict[str, list[Record]] = {}
+    for path, record in files:
+        parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
+    each = {part: _of_one_model(part, folder / part, inside) for part, inside in parts.items()}
+    mixed = [folder] if name else [folder / part for part, found in each.items() if not found]
+    if mixed:
+        inside = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
+        raise ValueError(
+            f"{mixed[0]} holds results of several models ({', '.join(sorted(inside))}): give the "
+            "folder of each one, NAME=DIR."
+        )
+    return list(each.values())
 
 
 def _found(folder: Path) -> list[Record]:
@@ -255,54 +294,57 @@ def _found(folder: Path) -> list[Record]:
     if not files:
         samples = next(folder.rglob("*_samples_*.jsonl"), None)
         student = folder if (folder / "student").is_dir() else "..."
-        hint = (
-            f" There are samples ({samples.name}) without it: that evaluation did not finish."
-            if samples
-            else f" Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
-        )
-        raise NoResults(f"{folder} holds no lmms-eval results (*{RESULTS}).{hint}")
+        hint = f"Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
+        if samples:
+            hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
+        kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
+        raise NoResults(f"{folder} {kind} (*{_RESULTS}). {hint}")
     return sorted(files, key=lambda item: (item[0].name, str(item[0])))
 
 
-def _variant(name: str, folder: Path, files: list[Record], notes: tuple[str, ...] = ()) -> Variant:
+def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:
+    """The variant whose results these are; None where they are of several models."""
+    taken, note = _of_run(folder, files)
+    if not taken and len({_model_of(record) for _, record in files}) > 1:
+        return None
+    notes = [note] if note else []
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
-    for path, record in files:
-        for task in tasks_of(record):
-            again |= {task} & tasks.keys()
-            tasks[task] = task_result(task, path, record)
+    for path, record in taken or files:
+        found = {task: task_result(task, path, record) for task in tasks_of(record)}
+        again |= found.keys() & tasks.keys()
+        tasks |= found
     if again:
         listed = ", ".join(sorted(again))
-        notes += (f"{name}: {listed} evaluated more than once; the newest results are used.",)
-    return Variant(name, folder, model_of(files[-1][1]), tasks, notes)
+        notes.append(f"{listed} evaluated more than once; the newest results are used.")
+    model = _model_of((taken or files)[-1][1])
+    return Variant(name, folder, model, tasks, tuple(f"{name}: {note}" for note in notes))
 
 
-def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
-    """A task of a results file whose content is ``record``."""
-    scores = {
-        key: float(value)
-        for key, value in record["results"][task].items()
-        if "," in key and _is_score(key, value)
-    }
-    counts = record.get("n-samples", {}).get(task, {})
-    return TaskResult(
-        task=task,
-        scores=scores,
-        config=record.get("configs", {}).get(task, {}),
-        expected=_count(counts.get("effective")),
-        available=_count(counts.get("original")),
-        path=path,
-        higher_is_better=record.get("higher_is_better", {}).get(task, {}),
-        model_args=model_args_of(record),
-    )
+def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], str | None]:
+    """Results of a run's own student, else of its last step evaluated; and what to say of it.
 
-
-def _is_score(key: str, value: Any) -> bool:
-    metric = key.split(",", 1)[0]
-    if metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
-        return False
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, float)) else None
+    ``folder`` is the run's or its ``eval``. Where there are steps, what lies outside of them and
+    is of one model is the student's, wherever the run lay at that time.
+    """
+    steps: dict[int, list[Record]] = {}
+    outside = []
+    for path, record in files:
+        step = _STEP.match(path.relative_to(folder).as_posix())
+        (steps.setdefault(int(step[1]), []) if step else outside).append((path, record))
+    students = {(p / "student").resolve() for p in ([folder, folder.parent] if steps else [folder])}
+    final = [
+        (path, record)
+        for path, record in files
+        if (model := _model_of(record)) and Path(model).expanduser().resolve() in students
+    ]
+    if steps and len({_model_of(record) for _, record in outside}) == 1:
+        final = final or outside
+    if final:
+        left = len(files) - len(final)
+        note = f"results of {left} other evaluations in {folder} (steps in between) left aside."
+        return final, note if left else None
+    if steps and not outside:
+        last = max(steps)
+        return steps[last], f"evaluated during training, at step {last}."
+    return [], None

@@ -19,8 +19,9 @@ import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
-from ldistill.evaluation.suites import GROUPS, Row
+from ldistill.evaluation.suites import Row, group_title
 
 Scores = Mapping[str, Mapping[str, float | Sequence[float] | None]]
 """Variant → row id (``Row.id``) → score, or one score per seed."""
@@ -29,7 +30,6 @@ Notes = Mapping[tuple[str, str], str]
 
 MISSING = "missing"
 NO_RESULT = "No result for this task and variant."
-OTHER = "other"
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Fine-tuning": ("nanovlm", "nanovlm-full", "nanovlm-lang"),
@@ -90,21 +90,14 @@ class ScoreTable:
         }
         return {v for v, score in scores.items() if score == max(scores.values())}
 
-    def footnotes(self) -> list[str]:
-        """Texts of the notes in the order in which the table meets them; numbers start at 1."""
+    def footnotes(self) -> dict[str, int]:
+        """Notes with their numbers, in the order in which the table meets them."""
         found = (self._note(v, row) for row in self.rows for v in self.variants)
-        return list(dict.fromkeys(note for note in found if note))
+        return {note: i for i, note in enumerate(dict.fromkeys(filter(None, found)), 1)}
 
     def _note(self, variant: str, row: Row) -> str | None:
         note = self.notes.get((variant, row.id))
         return note or (NO_RESULT if self.cell(variant, row) is None else None)
-
-    def text(self, variant: str, row: Row) -> str:
-        """Score and change, without emphasis or footnote."""
-        cell, change = self.cell(variant, row), self.change(variant, row)
-        if cell is None:
-            return MISSING
-        return cell.text(row.digits) + ("" if change is None else f" ({_signed(change, row)})")
 
     def caption(self) -> str:
         """What the columns and the emphasis mean."""
@@ -119,37 +112,33 @@ class ScoreTable:
 
     def markdown(self) -> str:
         """GitHub Markdown, with caption and footnotes."""
-        numbers = {note: i for i, note in enumerate(self.footnotes(), 1)}
-        head = ["Task", *(self._title(v) for v in self.variants)]
-        lines = [_pipes(head), _pipes(["---"] + ["---:"] * len(self.variants))]
+        notes = self.footnotes()
+        roles = {self.baseline: " (baseline)", self.original: " (original)"}
+        head = ["Task", *(v + roles.get(v, "") for v in self.variants)]
+        lines: list[list[str]] = []
         for group, rows in self.groups.items():
-            lines.append(_pipes([f"**{group_title(group)}**"] + [""] * len(self.variants)))
+            lines.append([f"**{group_title(group)}**"] + [""] * len(self.variants))
             for row in rows:
-                best = self.best(row)
-                cells = []
-                for v in self.variants:
-                    text = _escape_pipes(self.text(v, row))
-                    if v in best:
-                        score, space, change = text.partition(" (")
-                        text = f"**{score}**{space}{change}"
-                    note = self._note(v, row)
-                    cells.append(text + (f" <sup>{numbers[note]}</sup>" if note else ""))
-                lines.append(_pipes([_escape_pipes(row.name), *cells]))
-        lines += ["", self.caption()]
-        lines += ["", *(f"{number}. {note}" for note, number in numbers.items())] if numbers else []
-        return "\n".join(lines) + "\n"
+                lines.append([row.name, *(self._markdown(v, row, notes) for v in self.variants)])
+        text = markdown_table(head, lines) + f"\n{self.caption()}\n"
+        footnotes = "".join(f"{number}. {note}\n" for note, number in notes.items())
+        return text + ("\n" + footnotes if footnotes else "")
 
-    def _title(self, variant: str) -> str:
-        role = {self.baseline: " (baseline)", self.original: " (original)"}.get(variant, "")
-        return _escape_pipes(variant + role)
+    def _markdown(self, variant: str, row: Row, notes: Mapping[str, int]) -> str:
+        cell, change = self.cell(variant, row), self.change(variant, row)
+        text = MISSING if cell is None else cell.text(row.digits)
+        if variant in self.best(row):
+            text = f"**{text}**"
+        if change is not None:
+            text += f" ({_signed(change, row)})"
+        note = self._note(variant, row)
+        return text + (f" <sup>{notes[note]}</sup>" if note else "")
 
     def csv(self) -> str:
         """One line per task; per variant a score, and its deviation where there are seeds."""
         seeds = any(cell.std is not None for cell in self.cells.values())
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         columns = [name for v in self.variants for name in ([v, f"{v} std"] if seeds else [v])]
-        writer.writerow(["group", "task", "metric", *columns, "notes"])
+        lines = []
         for row in self.rows:
             line: list[object] = [group_title(row.group), row.name, row.metric]
             for v in self.variants:
@@ -158,12 +147,12 @@ class ScoreTable:
                 if seeds:
                     line.append("" if cell is None or cell.std is None else f"{cell.std:.6g}")
             notes = [f"{v}: {note}" for v in self.variants if (note := self._note(v, row))]
-            writer.writerow([*line, " ".join(notes)])
-        return out.getvalue()
+            lines.append([*line, " ".join(notes)])
+        return csv_text(["group", "task", "metric", *columns, "notes"], lines)
 
     def latex(self) -> str:
         """A ``table*`` with booktabs rules; needs ``\\usepackage{booktabs}``."""
-        numbers = {note: i for i, note in enumerate(self.footnotes(), 1)}
+        notes = self.footnotes()
         width = len(self.variants) + 1
         lines = [r"\begin{table*}", r"\centering", r"\small"]
         lines += [rf"\begin{{tabular}}{{l{'r' * len(self.variants)}}}", r"\toprule"]
@@ -173,32 +162,26 @@ class ScoreTable:
             title = rf"\multicolumn{{{width}}}{{l}}{{\textit{{{_tex(group_title(group))}}}}}"
             lines += [r"\midrule", title + r" \\"]
             for row in rows:
-                cells = (self._latex_cell(v, row, numbers) for v in self.variants)
+                cells = (self._latex(v, row, notes) for v in self.variants)
                 lines.append(_ampersands([_tex(row.name), *cells]))
         lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(self.caption())}}}"]
-        for note, number in numbers.items():
+        for note, number in notes.items():
             lines.append(rf"\par\footnotesize\textsuperscript{{{number}}} {_tex(note)}")
         return "\n".join([*lines, r"\end{table*}"]) + "\n"
 
     def _latex_families(self) -> list[str]:
         """The line above the names, where the paper's families stand side by side."""
-        cells: list[list] = []
-        for v in self.variants:
-            name = family(v)
-            if cells and cells[-1][0] == name:
-                cells[-1][1] += 1
-            else:
-                cells.append([name, 1])
-        if not any(name for name, _ in cells):
+        spans = [(name, len(list(columns))) for name, columns in groupby(self.variants, key=family)]
+        if not any(name for name, _ in spans):
             return []
         parts, rules, column = [], [], 2
-        for name, span in cells:
+        for name, span in spans:
             parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
             rules += [rf"\cmidrule(lr){{{column}-{column + span - 1}}}"] if name else []
             column += span
         return [_ampersands(["", *parts]), "".join(rules)]
 
-    def _latex_cell(self, variant: str, row: Row, numbers: Mapping[str, int]) -> str:
+    def _latex(self, variant: str, row: Row, notes: Mapping[str, int]) -> str:
         cell, change = self.cell(variant, row), self.change(variant, row)
         text = MISSING
         if cell is not None:
@@ -209,7 +192,7 @@ class ScoreTable:
         if change is not None:
             text += rf" {{\scriptsize(${_signed(change, row)}$)}}"
         note = self._note(variant, row)
-        return text + (rf"\textsuperscript{{{numbers[note]}}}" if note else "")
+        return text + (rf"\textsuperscript{{{notes[note]}}}" if note else "")
 
 
 def score_table(
@@ -225,34 +208,14 @@ def score_table(
     Args:
         scores: variant → row id → score, or a list with one score per seed; None is missing.
         rows: the table's rows; see ``suites.rows``.
-        baseline: variant that changes refer to.
-        original: the student before training (or the teacher), what is to be recovered.
+        baseline: variant that changes refer to, one of `scores`.
+        original: the student before training (or the teacher), what is to be recovered; likewise.
         notes: footnotes by (variant, row id).
-
-    Raises:
-        ValueError: no scores, or an unknown baseline or original.
     """
-    if not scores:
-        raise ValueError("no variants to make a table of.")
-    for role, name in (("baseline", baseline), ("original", original)):
-        if name is not None and name not in scores:
-            raise ValueError(unknown_variant(role, name, scores))
     rows = tuple(rows)
-    cells = {}
-    for variant, of_variant in scores.items():
-        for row in rows:
-            cell = _cell(of_variant.get(row.id))
-            if cell is not None:
-                cells[variant, row.id] = cell
+    found = {(v, row.id): _cell(of_v.get(row.id)) for v, of_v in scores.items() for row in rows}
+    cells = {place: cell for place, cell in found.items() if cell is not None}
     return ScoreTable(rows, order(scores, original), cells, baseline, original, notes or {})
-
-
-def unknown_variant(role: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a --baseline or --original that is no variant."""
-    return (
-        f"{role} {name!r} is none of the variants; there are: {', '.join(known)}. Without "
-        f"--{role} the scores can still be put side by side."
-    )
 
 
 def _cell(score: float | Sequence[float] | None) -> Cell | None:
@@ -269,8 +232,7 @@ def order(variants: Iterable[str], original: str | None = None) -> tuple[str, ..
     """Original first, the paper's variants in its order, then the others as they came."""
     known = [name for names in FAMILIES.values() for name in names]
     place = {name: i for i, name in enumerate(known)}
-    names = list(variants)
-    return tuple(sorted(names, key=lambda v: (v != original, place.get(v, len(known)))))
+    return tuple(sorted(variants, key=lambda v: (v != original, place.get(v, len(known)))))
 
 
 def family(variant: str) -> str:
@@ -278,15 +240,14 @@ def family(variant: str) -> str:
     return next((title for title, names in FAMILIES.items() if variant in names), "")
 
 
-def group_title(group: str) -> str:
-    return GROUPS.get(group, "Other tasks" if group == OTHER else group)
-
-
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]], left: int = 1) -> str:
     """A plain Markdown table whose first ``left`` columns are left-aligned."""
     align = ["---"] * left + ["---:"] * (len(head) - left)
-    body = (_pipes([_escape_pipes(str(value)) for value in line]) for line in lines)
-    return "\n".join([_pipes(head), _pipes(align), *body]) + "\n"
+    table = (
+        [str(value).replace("|", r"\|").replace("\n", " ") for value in line]
+        for line in (head, align, *lines)
+    )
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
 def csv_text(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
@@ -296,10 +257,6 @@ def csv_text(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
-def _pipes(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _ampersands(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
 
@@ -307,10 +264,6 @@ def _ampersands(cells: Sequence[str]) -> str:
 def _signed(change: float, row: Row) -> str:
     """A change with its sign; one that rounds to nothing is +0."""
     return f"{round(change, row.digits) + 0.0:+.{row.digits}f}"
-
-
-def _escape_pipes(text: str) -> str:
-    return text.replace("|", r"\|").replace("\n", " ")
 
 
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {
@@ -323,4 +276,4 @@ _TEX = {c: "\\" + c for c in "&%$#_{}"} | {
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(char, char) for char in text)
+    return text.translate(str.maketrans(_TEX))

@@ -77,48 +77,30 @@ class TaskData:
         if document is None:
             return PictureText()
         for column in TEXT_COLUMNS:
-            texts = tuple(_texts(document.get(column)))
-            if texts:
+            if texts := tuple(_texts(document.get(column))):
                 return PictureText(texts, "the picture's text (by its data set)", whole=True)
-        read = self._tesseract(sample)
-        if read:
+        seen = self.pictures(sample) if self.read and shutil.which("tesseract") else []
+        if read := "\n".join(filter(None, map(self._tesseract, seen))):
             return PictureText((read,), "the picture's text (as tesseract reads it)", whole=True)
-        others = tuple(self._other_answers(sample, samples))
-        return PictureText(others, "the answer to another question about this picture")
+        others = (i for i in self._same_picture.get(sample.doc_id, ()) if i in samples)
+        answers = (accepted_answers(samples[i].target) for i in others if i != sample.doc_id)
+        known = tuple(answer for accepted in answers for answer in accepted)
+        return PictureText(known, "the answer to another question about this picture")
 
-    def _tesseract(self, sample: Sample) -> str:
-        if not self.read or not shutil.which("tesseract"):
-            return ""
-        texts = []
-        for picture in self.pictures(sample):
-            key = hashlib.sha1(picture).hexdigest()
-            if key not in self._read:
-                self._read[key] = read_text(picture)
-            texts.append(self._read[key])
-        return "\n".join(filter(None, texts))
-
-    def _other_answers(self, sample: Sample, samples: Mapping[int, Sample]) -> Iterator[str]:
-        key = self._keys.get(sample.doc_id)
-        for doc_id in self._same_picture.get(key, ()) if key else ():
-            if doc_id != sample.doc_id and doc_id in samples:
-                yield from accepted_answers(samples[doc_id].target)
+    def _tesseract(self, picture: bytes) -> str:
+        key = hashlib.sha1(picture).hexdigest()
+        if key not in self._read:
+            self._read[key] = read_text(picture)
+        return self._read[key]
 
     @cached_property
-    def _keys(self) -> dict[int, str]:
-        """Document → what identifies its picture."""
-        keys = {}
-        for doc_id in range(len(self.documents or ())):
-            key = _picture_key(self.documents[doc_id], self.folder)
-            if key:
-                keys[doc_id] = key
-        return keys
-
-    @cached_property
-    def _same_picture(self) -> dict[str, list[int]]:
+    def _same_picture(self) -> dict[int, list[int]]:
+        """Document → all documents of its picture."""
         same: dict[str, list[int]] = {}
-        for doc_id, key in self._keys.items():
-            same.setdefault(key, []).append(doc_id)
-        return same
+        for doc_id in range(len(self.documents or ())):
+            if key := _picture_key(self.documents[doc_id], self.folder):
+                same.setdefault(key, []).append(doc_id)
+        return {doc_id: documents for documents in same.values() for doc_id in documents}
 
 
 def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
@@ -129,7 +111,8 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
         read: see `TaskData`.
     """
     config = result.config
-    path, split = config.get("dataset_path"), _split(config)
+    path = config.get("dataset_path")
+    split = config.get("test_split") or config.get("validation_split")
     if not path or not split:
         return TaskData(None, "the results file names no data set", read=read)
     name = config.get("dataset_name")
@@ -142,10 +125,6 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
         line = (str(error).splitlines() or [""])[0]
         return TaskData(None, f"{where} is not on this machine ({line})", read=read)
     return TaskData(documents, folder=_data_folder(kwargs), read=read)
-
-
-def _split(config: Mapping[str, Any]) -> str | None:
-    return config.get("test_split") or config.get("validation_split")
 
 
 def _load(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
@@ -231,20 +210,15 @@ def _picture_key(document: Mapping[str, Any], folder: Path) -> str | None:
 
 def _texts(value: Any) -> Iterator[str]:
     """Text of a text column: a string, a list of words, or OCR output as (a string of) JSON."""
-    if isinstance(value, str) and value.strip():
-        if value.lstrip()[0] in "[{":
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                yield value
-                return
-            yield from _texts(value)
-        else:
+    if isinstance(value, str):
+        parsed = _json(value)
+        if parsed is not None:
+            yield from _texts(parsed)
+        elif value.strip():
             yield value
     elif isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-        texts = list(value)
-        as_json = [t for v in texts if v.lstrip()[:1] in ("[", "{") for t in _texts(v)]
-        yield from as_json or [" ".join(texts)]
+        as_json = [text for v in value if _json(v) is not None for text in _texts(v)]
+        yield from as_json or [" ".join(value)]
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)
@@ -252,6 +226,14 @@ def _texts(value: Any) -> Iterator[str]:
         for key, part in value.items():
             if isinstance(part, (Mapping, list)) or key.lower() in ("text", "word", "words"):
                 yield from _texts(part)
+
+
+def _json(text: str) -> Any:
+    """The list or object that a text is as JSON; None of other text."""
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else None
+    except json.JSONDecodeError:
+        return None
 
 
 def read_text(picture: bytes, seconds: float = 60) -> str:

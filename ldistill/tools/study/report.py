@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.evaluation.compare.recovery import recovery_markdown
 from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.suites import rows

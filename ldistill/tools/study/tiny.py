@@ -23,6 +23,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import ldistill
+import ldistill.tiny.suite
 from ldistill.common import run_files
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.lmms_run import Evaluation, evaluate

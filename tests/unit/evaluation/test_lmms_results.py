@@ -33,7 +33,7 @@ def evaluate(tmp_path, pair_root, monkeypatch):
         asked = Evaluation(str(pair_root / "student"), tmp_path / "out", tasks=tasks, limit=limit)
         return lmms_run.evaluate(asked)
 
-    monkeypatch.setattr(lmms_run, "check_before", lambda *known: None)
+    monkeypatch.setattr(lmms_run, "check", lambda *asked: None)
     return run
 
 
@@ -155,14 +155,13 @@ def test_a_damaged_record_is_named(tmp_path, text):
 
 
 @pytest.mark.parametrize("character", [*",'\"{}[]"])
-def test_paths_that_lmms_eval_would_split_are_refused(tmp_path, pair_root, character, monkeypatch):
+def test_paths_that_lmms_eval_would_split_are_refused(tmp_path, pair_root, character):
     """It takes them for the bounds of an argument: what follows of --tiling or --dtype is lost."""
-    monkeypatch.setattr(lmms_run, "check_before", lambda *known: None)
     folder = tmp_path / f"it{character}s"
     folder.mkdir()
     asked = Evaluation(str(pair_root / "student"), folder / "out", tasks=("x",))
     with pytest.raises(ValueError, match="lmms-eval cannot take a path with"):
         lmms_run.evaluate(asked)
     with pytest.raises(ValueError, match="lmms-eval cannot take a path with"):
-        lmms_run._arguments(asked, folder)
+        lmms_run.check(Evaluation("student", tmp_path, tasks=("x",)), folder)
     assert not (folder / "out").exists()

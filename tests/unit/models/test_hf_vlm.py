@@ -25,7 +25,7 @@ from transformers import (
 from ldistill.common.samples import Turn
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
-from ldistill.evaluation.generate import answer
+from ldistill.evaluation.commands import generate
 from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.hf_vlm_processor import Idefics3Settings
 from ldistill.models.lora import add_lora, weight_updates
@@ -286,8 +286,7 @@ def test_run_folder_exports_and_generates(roots, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()}
     picture(60, 40).save(tmp_path / "cat.png")
     for student in (tmp_path / "out", roots["llava"] / "student"):
-        text = answer(str(student), "what is it?", [tmp_path / "cat.png"], max_new_tokens=4)
-        assert isinstance(text, str)
+        generate(str(student), "what is it?", [tmp_path / "cat.png"], max_new_tokens=4)
     export_decoder(tmp_path / "out", tmp_path / "decoder")
     lm = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").eval()
     student = load_student(base).eval()

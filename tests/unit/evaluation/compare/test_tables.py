@@ -106,15 +106,6 @@ def test_order_is_the_papers():
     )
 
 
-def test_unknown_roles():
-    with pytest.raises(ValueError, match=r"baseline 'CE' is none of the variants; there are: a"):
-        score_table({"a": {"arc_easy": 0.5}}, [ARC], baseline="CE")
-    with pytest.raises(ValueError, match="no variants"):
-        score_table({}, [ARC])
-    with pytest.raises(ValueError, match="need a baseline and an original"):
-        share(score_table({"a": {"arc_easy": 0.5}}, [ARC]), "a", [ARC])
-
-
 def test_shares_by_hand(table):
     found = recovery(table)
     assert set(found) == {"lingudistill", "distill-full"}

@@ -14,12 +14,13 @@ from pairs import write_pair
 from runs import REPO, environment, launch, losses, write_recipe, write_shards
 from safetensors.torch import load_file
 
-from ldistill.evaluation import during, lmms_faults
-from ldistill.evaluation.during import SuiteEvaluator, evaluator_of, visible_device
-from ldistill.evaluation.lmms_faults import metadata
+from ldistill.evaluation import lmms_run
+from ldistill.evaluation.lmms_run import metadata
 from ldistill.models.nanovlm_format import load_nanovlm
+from ldistill.training import suite_evaluator
 from ldistill.training.metrics import Meter, read_metrics
-from ldistill.training.stopping import STOPPED_EXIT_CODE, StopRequest
+from ldistill.training.stopping import STOPPED_EXIT_CODE
+from ldistill.training.suite_evaluator import SuiteEvaluator, evaluator_of, visible_device
 
 CPU = torch.device("cpu")
 installed = any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models"))
@@ -91,7 +92,7 @@ def test_a_run_that_is_to_stop_gives_its_evaluation_up(tmp_path):
 
 @pytest.fixture
 def evaluator(tmp_path, pair_root, monkeypatch):
-    monkeypatch.setattr(during, "check", lambda asked: None)
+    monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
     return SuiteEvaluator("tiny", pair_root / "student", tmp_path, CPU)
 
 
@@ -107,7 +108,7 @@ def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_r
         seen["asked"] = asked
         return {"scores": {"tiny_facts": {"value": 0.5}}, "groups": {"tiny_language": 0.25}}
 
-    monkeypatch.setattr(during, "evaluate", fake)
+    monkeypatch.setattr(suite_evaluator, "evaluate", fake)
     assert evaluator(7, trained) == {"tiny_facts": 0.5, "tiny_language": 0.25}
     assert torch.equal(seen["projector"], trained["projector.proj.weight"])
     assert torch.equal(seen["decoder"], student.decoder.model.norm.weight)
@@ -123,7 +124,7 @@ def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
     def fail(asked, give_up):
         raise error
 
-    monkeypatch.setattr(during, "evaluate", fail)
+    monkeypatch.setattr(suite_evaluator, "evaluate", fail)
     assert evaluator(1, {}) == {"failed": 1.0}
     assert f"training goes on: {error}" in capsys.readouterr().out
 
@@ -131,7 +132,7 @@ def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
 def test_an_odd_limit_of_mme_is_refused_before_training(tmp_path, pair_root, monkeypatch):
     pytest.importorskip("lmms_eval")
     entry = SimpleNamespace(name="ldistill")
-    monkeypatch.setattr(lmms_faults.metadata, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(lmms_run.metadata, "entry_points", lambda group: [entry])
     with pytest.raises(ValueError, match="mme asks in pairs"):
         SuiteEvaluator("general", pair_root / "student", tmp_path, CPU, limit=5)
 
@@ -163,14 +164,14 @@ def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
         return SimpleNamespace(run=run, training=args, pair=pair, data=data, given=given)
 
     pair = SimpleNamespace(student_folder=pair_root / "student")
-    monkeypatch.setattr(during, "check", lambda asked: None)
-    assert evaluator_of(recipe(None), pair, tmp_path, StopRequest()) is None
+    monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
+    assert evaluator_of(recipe(None), pair, tmp_path, bool) is None
     with pytest.raises(ValueError, match="--eval_suite"):
-        evaluator_of(recipe(None, "steps"), pair, tmp_path, StopRequest())
+        evaluator_of(recipe(None, "steps"), pair, tmp_path, bool)
     asked = recipe("tiny")
-    made = evaluator_of(asked, pair, tmp_path, StopRequest())
+    made = evaluator_of(asked, pair, tmp_path, bool)
     assert asked.training.eval_steps == 50
     assert (made.limit, made.batch_size, made.options["tiling"]) == (3, None, True)
     given = recipe("tiny", eval_steps=7, given={"per_device_eval_batch_size"})
-    assert evaluator_of(given, pair, tmp_path, StopRequest()).batch_size == 8
+    assert evaluator_of(given, pair, tmp_path, bool).batch_size == 8
     assert given.training.eval_steps == 7

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ldistill.models.lora import WeightUpdates
     from ldistill.models.pair import Pair
     from ldistill.recipe import Recipe
-    from ldistill.training.stopping import StopRequest
 
 FOLDER = "eval"
 FAILED = "failed"
@@ -118,7 +117,7 @@ def visible_device(device: torch.device) -> str:
 
 
 def evaluator_of(
-    recipe: Recipe, pair: Pair, folder: Path, stop: StopRequest
+    recipe: Recipe, pair: Pair, folder: Path, give_up: Callable[[], bool]
 ) -> SuiteEvaluator | None:
     """What a recipe's ``eval_suite`` and ``eval_steps`` ask for.
 
@@ -146,5 +145,5 @@ def evaluator_of(
         recipe.run.eval_limit,
         args.per_device_eval_batch_size if given else None,
         options,
-        lambda: stop.asked,
+        give_up,
     )

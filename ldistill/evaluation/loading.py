@@ -1,4 +1,4 @@
-"""Which kind of model a folder holds, and the answerer for it."""
+"""Which kind of model a folder holds, and the scorer for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from ldistill.common.locate import resolve
 from ldistill.common.run_files import RECIPE
-from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
+from ldistill.evaluation.scorer import LMScorer, Scorer, StudentScorer, VLMScorer, image_token
+from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import read_model, refuse_misfit
 
 if TYPE_CHECKING:
@@ -56,19 +64,16 @@ def kind_of(folder: Path) -> str:
     config = json.loads(path.read_text(encoding="utf-8"))
     if "vit_hidden_dim" in config:
         return "nanovlm"
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-
-    if "model_type" not in config:
-        raise ValueError(f"{path} names no model_type: neither a nanoVLM nor a transformers model.")
-    cls = type(AutoConfig.from_pretrained(folder))
+    named = config.get("model_type")
+    cls = type(AutoConfig.from_pretrained(folder)) if named else None
     if cls in AutoModelForImageTextToText._model_mapping:
         return "vlm"
     if cls in AutoModelForCausalLM._model_mapping:
         return "lm"
-    raise ValueError(f"{folder} is a {config['model_type']!r} model: neither a VLM nor an LM.")
+    raise ValueError(f"{folder} is of model_type {named!r}: neither a VLM nor an LM.")
 
 
-def load_answerer(
+def load_scorer(
     name: str,
     *,
     device: str | torch.device = "cpu",
@@ -77,7 +82,7 @@ def load_answerer(
     tiling: bool | None = None,
     pictures: str = "error",
     chat_template: str | None = None,
-) -> Answerer:
+) -> Scorer:
     """A model of whichever kind its folder holds.
 
     Args:
@@ -97,29 +102,20 @@ def load_answerer(
     kind = kind_of(folder)
     tiling = tiled_in_training(name) if tiling is None else tiling
     if kind == "nanovlm":
-        from ldistill.models.nanovlm_format import load_nanovlm, load_processor
-
         processor = load_processor(folder, tokenizer, tiling=tiling)
-        return StudentAnswerer(load_nanovlm(folder).to(device, torch_type), processor)
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-
+        return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
     template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
     if kind == "vlm":
         processor = AutoProcessor.from_pretrained(folder)
         processor.chat_template = template or processor.chat_template
         if tokenizer:
-            processor.tokenizer = _tokenizer_for(processor, tokenizer)
+            processor.tokenizer = _other_tokenizer(processor, tokenizer)
         model = _whole(AutoModelForImageTextToText, folder, torch_type)
-        return VLMAnswerer(model.to(device), processor, tiling)
+        return VLMScorer(model.to(device), processor, tiling)
     tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
     tok.chat_template = template or tok.chat_template
     model = _whole(AutoModelForCausalLM, folder, torch_type)
-    return LMAnswerer(model.to(device), tok, pictures)
+    return LMScorer(model.to(device), tok, pictures)
 
 
 def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -129,13 +125,10 @@ def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _tokenizer_for(processor: Any, name: str) -> Any:
+def _other_tokenizer(processor: Any, name: str) -> Any:
     """Another tokenizer for a VLM's processor, if it knows the picture's token by the same id."""
-    from transformers import AutoTokenizer
-
     own, other = processor.tokenizer, AutoTokenizer.from_pretrained(resolve(name))
-    token = getattr(processor, "image_token", None)
-    token = getattr(token, "content", token)
+    token = image_token(processor)
     if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
         raise ValueError(
             f"tokenizer {name!r} gives {token} another id than the model's own: it is not the "

@@ -1,12 +1,13 @@
-"""Models that answer questions in batches: a nanoVLM student, a Hugging Face VLM, a bare LM.
+"""The one scorer: a model of any kind, asked in batches.
 
 Two things are asked of a model: the summed log-likelihood of a continuation, and a generated
 answer. Both work on prompts padded at the left, continuations behind them padded at the right, so
-that an answer does not depend on what else is in its batch.
+that an answer does not depend on what else is in its batch. A run's own evaluation (`items`),
+lmms-eval (`lmms_model`) and ``ldistill generate`` all ask through here.
 
-    model = load_answerer("runs/lingudistill/student")      # in answerer_loading
-    model.generate([Question("What is this?", (picture,))], max_new_tokens=16)
-    model.log_likelihoods([(Question("2 + 2 =", chat=False), " 4")])     # [(-0.1, True)]
+    scorer = load_scorer("runs/lingudistill/student")
+    scorer.generate([Question("What is this?", (picture,))], max_new_tokens=16)
+    scorer.log_likelihoods([(Question("2 + 2 =", chat=False), " 4")])     # [(-0.1, True)]
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ldistill.models.processor import Processor
+
 Inputs = dict[str, Any]
 
 
@@ -38,15 +41,18 @@ class Question:
     """A user's turn in the model's chat template; False: plain text to be continued."""
 
 
-class Answerer(ABC):
+class Scorer(ABC):
     """A model with its tokenizer, in eval mode on its device."""
+
+    answer_prefix = ""  # what the template writes between the invitation and an answer
+    echoes_prompt = True  # whether the model's ``generate`` gives the prompt back before new ids
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval(), tokenizer
         self.device = next(model.parameters()).device
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id or 0 if pad is None else pad
-        self.answer_prefix = ""  # between the template's invitation and an answer
+        self.ending: Inputs = {"pad_token_id": self.pad_id}  # options of ``generate``
 
     # ---- what a kind of model has to say ----
 
@@ -58,17 +64,13 @@ class Answerer(ABC):
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         """Logits of the last positions, [batch, last, vocabulary]."""
 
-    @abstractmethod
-    def _generate(self, inputs: Inputs, start: int, **options: Any) -> Tensor:
-        """New token ids [batch, new]; `start` is how many ids of ``generate``'s are no news."""
-
     def _clean(self, text: str) -> str:
         """Text without what would be taken for a picture."""
         return text
 
     # ---- what it is asked ----
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
         """Of each continuation: summed log-likelihood, and whether greedy decoding gives it.
 
@@ -81,19 +83,16 @@ class Answerer(ABC):
         """
         split = [self._split(question, continuation) for question, continuation in pairs]
         inputs = self._prompts([question for question, _ in split])
-        longest = max(len(ids) for _, ids in split)
-        ids = torch.full((len(split), longest), self.pad_id, device=self.device)
-        real = torch.zeros_like(ids)
-        for row, (_, tokens) in enumerate(split):
-            ids[row, : len(tokens)] = torch.tensor(tokens, device=self.device)
-            real[row, : len(tokens)] = 1
-        logits = self._logits(_append(inputs, ids, real), longest + 1)[:, :-1].float()
+        answers = self._pad([tokens for _, tokens in split], left=False)
+        ids, real = answers["input_ids"], answers["attention_mask"]  # [batch, longest]
+        # The last prompt position predicts the first id, and nothing follows the last one.
+        logits = self._logits(_append(inputs, ids, real), ids.shape[1] + 1)[:, :-1].float()
         picked = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         totals = (picked.double() * real).sum(1)
         greedy = ((logits.argmax(-1) == ids) | (real == 0)).all(1)
         return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         questions: Sequence[Question],
@@ -103,21 +102,16 @@ class Answerer(ABC):
     ) -> list[str]:
         """Answers, each cut before the first of the stop strings; greedy unless told otherwise."""
         inputs = self._prompts([self._cleaned(question) for question in questions])
-        stop = [text for text in stop if text]
-        start = self._generated_from(inputs)
-        options = {"do_sample": False, "max_new_tokens": max_new_tokens} | sampling
-        if stop:
+        start = inputs["input_ids"].shape[1] if self.echoes_prompt else 0
+        options = {"do_sample": False, "max_new_tokens": max_new_tokens} | self.ending | sampling
+        if stop := [text for text in stop if text]:
             criterion = _Stops(self.tokenizer, stop, start)
             options["stopping_criteria"] = StoppingCriteriaList([criterion])
-        new = self._generate(inputs, start, pad_token_id=self.pad_id, **options)
+        new = self.model.generate(**inputs, **options)[:, start:]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [cut(text, stop).removeprefix(self.answer_prefix) for text in texts]
 
     # ---- tokens ----
-
-    def _generated_from(self, inputs: Inputs) -> int:
-        """Ids that ``generate`` gives back in front of the new ones."""
-        return inputs["input_ids"].shape[1]
 
     def _cleaned(self, question: Question) -> Question:
         return replace(question, text=self._clean(question.text))
@@ -131,42 +125,43 @@ class Answerer(ABC):
             context = question.text.rstrip()
             whole = question.text + continuation
             question = replace(question, text=context)
-            ids = self._plain_ids(whole)[len(self._plain_ids(context)) :]
+            ids = self._ids(whole)[len(self._ids(context)) :]
         if not ids:
             raise ValueError(f"the continuation {continuation!r} has no tokens of its own.")
         return question, ids
 
-    def _plain_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text)["input_ids"]
-
-    def _plain_prompt(self, question: Question) -> list[int]:
-        """Ids of a plain prompt; one start token where there would be none."""
-        first = self.tokenizer.bos_token_id
-        first = self.tokenizer.eos_token_id if first is None else first
-        return self._plain_ids(question.text) or [first]
-
-    def _chat_prompt(self, text: str) -> list[int]:
-        """Ids of a rendered chat; the tokenizer's start token unless the template wrote it."""
+    def _ids(self, text: str) -> list[int]:
+        """Ids of text; the tokenizer's start token unless a template wrote it there."""
         bos = self.tokenizer.bos_token
         special = not (bos and text.startswith(bos))
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def _pad(self, rows: Sequence[Sequence[int]]) -> Inputs:
+    def _prompt_ids(self, text: str) -> list[int]:
+        """Ids of a prompt; one start token where there would be none."""
+        first = self.tokenizer.bos_token_id
+        return self._ids(text) or [self.tokenizer.eos_token_id if first is None else first]
+
+    def _pad(self, rows: Sequence[Sequence[int]], left: bool = True) -> Inputs:
+        """int64 [rows, longest] and its mask."""
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
+        ids = torch.full((len(rows), longest), self.pad_id)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(rows):
-            ids[row, longest - len(tokens) :] = torch.as_tensor(tokens)
-            mask[row, longest - len(tokens) :] = 1
+            where = slice(longest - len(tokens), None) if left else slice(len(tokens))
+            ids[row, where], mask[row, where] = torch.as_tensor(tokens), 1
         return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
 
 
-class StudentAnswerer(Answerer):
-    """A nanoVLM folder, ours or stock."""
+class StudentScorer(Scorer):
+    """A student of any format with its processor."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    echoes_prompt = False  # a student generates from embeddings
+
+    def __init__(self, model: Any, processor: Processor) -> None:
         super().__init__(model, processor.tokenizer)
         self.processor = processor
+        self.answer_prefix = processor.answer_prefix
+        self.ending["eos_token_id"] = processor.stop_token_ids
 
     def _clean(self, text: str) -> str:
         return self.processor.clean(text)
@@ -174,37 +169,39 @@ class StudentAnswerer(Answerer):
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         rows, tiles = [], []
         for question in questions:
-            grids = []
-            for picture in question.pictures:
-                tile, grid = self.processor.tiles(picture.convert("RGB"))
-                tiles.append(tile)
-                grids.append(grid)
-            if question.chat:
-                rows.append(self.processor.prompt((), question.text, grids).tolist())
-            else:
-                rows.append(self._plain_prompt(question))
-        pixels = torch.cat(tiles).to(self.device) if tiles else None
-        return self._pad(rows) | {"pixel_values": pixels}
+            cut_up = [self.processor.tiles(picture.convert("RGB")) for picture in question.pictures]
+            tiles += [tile for tile, _ in cut_up]
+            grids = [grid for _, grid in cut_up]
+            rows.append(
+                self.processor.prompt((), question.text, grids)
+                if question.chat
+                else self._prompt_ids(question.text)
+            )
+        return self._pad(rows) | {
+            "pixel_values": torch.cat(tiles).to(self.device) if tiles else None
+        }
 
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         positions = _positions(inputs["attention_mask"])
         return self.model.lm_head(self.model(position_ids=positions, **inputs)[:, -last:])
 
-    def _generated_from(self, inputs: Inputs) -> int:
-        return 0  # it starts from embeddings, so only new ids come back
 
-    def _generate(self, inputs: Inputs, start: int, **options: Any) -> Tensor:
-        return self.model.generate(**inputs, eos_token_id=self.tokenizer.eos_token_id, **options)
-
-
-class TransformersAnswerer(Answerer):
-    """What bare LMs and Hugging Face VLMs share: their forward and their ``generate``."""
+class TransformersScorer(Scorer):
+    """What bare LMs and other VLMs share: transformers' forward."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model, tokenizer)
         self._accepts = set(inspect.signature(model.forward).parameters)
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         self._own_positions = "mrope_section" in rope  # 3-D positions: the model makes them itself
+
+    @abstractmethod
+    def _render(self, question: Question) -> str:
+        """The question in the chat template, up to where the answer starts."""
+
+    def _text_prompts(self, questions: Sequence[Question]) -> Inputs:
+        texts = [self._render(q) if q.chat else q.text for q in questions]
+        return self._pad([self._prompt_ids(text) for text in texts])
 
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         options: Inputs = {"use_cache": False}
@@ -214,11 +211,8 @@ class TransformersAnswerer(Answerer):
             options["logits_to_keep"] = last
         return self.model(**inputs, **options).logits[:, -last:]
 
-    def _generate(self, inputs: Inputs, start: int, **options: Any) -> Tensor:
-        return self.model.generate(**inputs, **options)[:, start:]
 
-
-class LMAnswerer(TransformersAnswerer):
+class LMScorer(TransformersScorer):
     """A language model: the teacher, as the ceiling of the text-only tasks.
 
     `pictures` says what happens to a question that has some: ``error`` or ``drop``.
@@ -226,28 +220,25 @@ class LMAnswerer(TransformersAnswerer):
 
     def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
         super().__init__(model, tokenizer)
-        if pictures not in ("error", "drop"):
-            raise ValueError(f"pictures must be error or drop, got {pictures!r}.")
         self.pictures = pictures
 
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        if self.pictures == "error" and any(question.pictures for question in questions):
+        if self.pictures != "drop" and any(question.pictures for question in questions):
             raise ValueError(
                 "the question has a picture, and a bare language model cannot see: evaluate it on "
                 "text-only tasks, or leave the pictures out with pictures=drop (--drop-pictures)."
             )
-        return self._pad([self._ids(question) for question in questions])
+        return self._text_prompts(questions)
 
-    def _ids(self, question: Question) -> list[int]:
-        if not question.chat or not self.tokenizer.chat_template:
-            return self._plain_prompt(question)
+    def _render(self, question: Question) -> str:
+        if not self.tokenizer.chat_template:
+            return question.text
         turn = [{"role": "user", "content": question.text}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self._chat_prompt(text)
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
-class VLMAnswerer(TransformersAnswerer):
-    """A Hugging Face VLM with its processor: LLaVA, SmolVLM/Idefics3 and their kind.
+class VLMScorer(TransformersScorer):
+    """Any VLM of transformers with its own processor.
 
     `tiling` is SmolVLM's image splitting: on in its processor unless told otherwise, off in
     training unless the run says so.
@@ -255,8 +246,7 @@ class VLMAnswerer(TransformersAnswerer):
 
     def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
-        images = getattr(processor, "image_processor", None)
-        splits = hasattr(images, "do_image_splitting")
+        splits = hasattr(getattr(processor, "image_processor", None), "do_image_splitting")
         if tiling and not splits:
             raise ValueError(
                 f"tiling: {type(processor).__name__} has no image splitting to turn on; leave it "
@@ -271,8 +261,7 @@ class VLMAnswerer(TransformersAnswerer):
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token_id is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        token = getattr(processor, "image_token", None)
-        self.image_token: str | None = getattr(token, "content", token)
+        self.image_token = image_token(processor)
         self.answer_prefix = self._blank_before_answers()
 
     def _clean(self, text: str) -> str:
@@ -281,7 +270,7 @@ class VLMAnswerer(TransformersAnswerer):
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         """All of the questions with pictures, or none (a batch is never mixed)."""
         if not any(question.pictures for question in questions):
-            return self._pad([self._text_ids(question) for question in questions])
+            return self._text_prompts(questions)
         inputs = self.processor(
             text=[self._render(question) for question in questions],
             images=[[p.convert("RGB") for p in question.pictures] for question in questions],
@@ -289,9 +278,10 @@ class VLMAnswerer(TransformersAnswerer):
             return_tensors="pt",
             **self._options,
         )
-        floats = {k: v for k, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
-        return {k: v.to(self.device) for k, v in inputs.items() if torch.is_tensor(v)} | {
-            k: v.to(self.device, self.model.dtype) for k, v in floats.items()
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if torch.is_tensor(value)
         }
 
     def _blank_before_answers(self) -> str:
@@ -308,17 +298,18 @@ class VLMAnswerer(TransformersAnswerer):
         blank = before.removeprefix(invited)
         return blank if before.startswith(invited) and not blank.strip() else ""
 
-    def _text_ids(self, question: Question) -> list[int]:
-        if not question.chat:
-            return self._plain_prompt(question)
-        return self._chat_prompt(self._render(question))
-
     def _render(self, question: Question) -> str:
         content: list[dict[str, str]] = [{"type": "image"} for _ in question.pictures]
         content.append({"type": "text", "text": question.text})
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
+
+
+def image_token(processor: Any) -> str | None:
+    """The token that stands for a picture, as a transformers processor names it."""
+    token = getattr(processor, "image_token", None)
+    return getattr(token, "content", token)
 
 
 class _Stops(StoppingCriteria):
@@ -338,8 +329,7 @@ class _Stops(StoppingCriteria):
 
 def cut(text: str, stop: Sequence[str]) -> str:
     """Text before the first stop string in it."""
-    ends = [place for place in (text.find(s) for s in stop) if place >= 0]
-    return text[: min(ends)] if ends else text
+    return min((text.partition(end)[0] for end in stop), key=len, default=text)
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -350,11 +340,9 @@ def _positions(mask: Tensor) -> Tensor:
 def _append(inputs: Inputs, ids: Tensor, real: Tensor) -> Inputs:
     """Inputs with continuations behind the prompts; other tensors of that shape get zeros."""
     shape = inputs["input_ids"].shape
-    longer = {
-        name: torch.cat([value, value.new_zeros(ids.shape)], 1)
+    behind = {"input_ids": ids, "attention_mask": real}
+    return inputs | {
+        name: torch.cat([value, behind.get(name, value.new_zeros(ids.shape))], 1)
         for name, value in inputs.items()
         if torch.is_tensor(value) and value.shape == shape
     }
-    longer["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
-    longer["attention_mask"] = torch.cat([inputs["attention_mask"], real], 1)
-    return inputs | longer

@@ -1,0 +1,254 @@
+"""Single samples: the score and category of each, and two variants sample by sample.
+
+lmms-eval logs what each task's own code returns: a number, a dict with ``score`` and what its
+aggregation needs, or (MMMU) only the parsed answer. Captions have no score per sample in the logs.
+
+Samples of two runs belong together when document number, prompt and expected answer agree:
+lmms-eval's own ``doc_hash`` differs between runs wherever a document holds a picture. A sample is
+*won* where the variant scores higher than the baseline, *lost* where it scores lower. For
+right/wrong scores the test on won and lost is McNemar's exact test; for graded scores (ANLS) the
+same arithmetic is the sign test. The interval of the mean difference is a percentile bootstrap over
+samples.
+
+    paired([1, 0, 0], [1, 1, 0]).won      # 1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ldistill.evaluation.compare.results import Sample, Variant
+from ldistill.evaluation.suites import Row
+
+CATEGORY_COLUMNS: dict[str, str] = {
+    "scienceqa": "subject",
+    "docvqa_val": "question_types",
+    "infovqa_val": "answer_type",
+}
+"""Task → column of its data that names the category, where the samples themselves don't."""
+
+USUAL_COLUMNS = ("category", "subject", "question_type", "topic")
+"""Columns tried for every other task."""
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+DRAWN_AT_ONCE = 1 << 20
+"""Counts in memory while resampling: graded scores have as many distinct values as samples."""
+
+
+# ---- one sample ----
+
+
+def sample_score(sample: Sample, row: Row) -> float | None:
+    """Score of one sample under a row's metric; None where the logs hold none."""
+    value = sample.metrics.get(row.metric)
+    if isinstance(value, Mapping):
+        if "parsed_pred" in value:
+            return _mmmu(value)
+        value = value.get("score", value.get(row.metric))
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return None
+
+
+def _mmmu(value: Mapping[str, Any]) -> float | None:
+    """MMMU judges when it aggregates; choices are compared here, open answers by its own code."""
+    if value.get("question_type") == "multiple-choice":
+        gold = value["answer"]
+        allowed = gold if isinstance(gold, list) else [gold]
+        return float(any(parsed in allowed for parsed in value["parsed_pred"]))
+    try:
+        from lmms_eval.tasks.mmmu.utils import eval_open
+    except ImportError:
+        return None
+    return float(any(eval_open(value["answer"], parsed) for parsed in value["parsed_pred"]))
+
+
+def sample_categories(sample: Sample, row: Row) -> tuple[str, ...]:
+    """Categories that the logged score itself names (OCRBench, MME, MMStar, MMMU)."""
+    value = sample.metrics.get(row.metric)
+    if not isinstance(value, Mapping):
+        return ()
+    if row.task == "mmstar":
+        return tuple(k for k in sample.metrics if k != row.metric)[:1]
+    named = (value.get(key) for key in ("subdomain", "category", "question_type"))
+    return next(((name,) for name in named if isinstance(name, str)), ())
+
+
+def document_categories(document: Mapping[str, Any], task: str) -> tuple[str, ...]:
+    """Categories by the task's data; a document may have several (DocVQA)."""
+    columns = (CATEGORY_COLUMNS[task],) if task in CATEGORY_COLUMNS else USUAL_COLUMNS
+    for column in columns:
+        value = document.get(column)
+        if isinstance(value, str) and value:
+            return (value,)
+        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
+            return tuple(value)
+    return ()
+
+
+# ---- samples of two variants ----
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One document as baseline and variant answered it, with their scores."""
+
+    baseline: Sample
+    variant: Sample
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """Pairs in document order, and a clause for everything that could not be paired."""
+
+    row: Row
+    variant: str
+    pairs: tuple[Pair, ...]
+    gaps: tuple[str, ...]
+
+
+def match(row: Row, baseline: Variant, variant: Variant) -> Match:
+    """Pair the samples of a row's task; no pairs and a gap where that cannot be done."""
+    gaps: list[str] = []
+    first, second = (_scored(v, row, gaps) for v in (baseline, variant))
+    pairs: list[Pair] = []
+    if first and second:
+        names = (baseline.name, variant.name)
+        for (name, own), (than, other) in (
+            ((names[0], first), (names[1], second)),
+            ((names[1], second), (names[0], first)),
+        ):
+            if only := len(own.keys() - other.keys()):
+                gaps.append(f"{only:,} samples of {name} are not among {than}'s")
+        both = sorted(first.keys() & second.keys())
+        pairs = [
+            Pair(a, b, before, after)
+            for (a, before), (b, after) in ((first[doc], second[doc]) for doc in both)
+            if (a.question, a.target) == (b.question, b.target)
+        ]
+        if different := len(both) - len(pairs):
+            gaps.append(
+                f"{different:,} samples have another prompt or expected answer in {names[1]} than "
+                f"in {names[0]} (another version of the data, or another prompt format?)"
+            )
+    return Match(row, variant.name, tuple(pairs), tuple(gaps))
+
+
+def _scored(variant: Variant, row: Row, gaps: list[str]) -> dict[int, tuple[Sample, float]]:
+    """Document → sample and score."""
+    name, result = variant.name, variant.tasks.get(row.task)
+    if result is None:
+        gaps.append(f"{name} has no results")
+        return {}
+    if result.unreadable:
+        gaps.append(f"{name}'s samples file has lines that are no samples (cut off?)")
+    samples = result.samples(row.filter)
+    if not samples:
+        what = "an empty" if result.samples_path.is_file() else "no"
+        gaps.append(f"{name} has {what} samples file (evaluate with samples logged)")
+        return {}
+    scores = {i: sample_score(s, row) for i, s in samples.items() if row.metric in s.metrics}
+    unscored = sum(score is None for score in scores.values())
+    if unscored == len(scores):
+        gaps.append(f"{name}'s samples carry no score of their own, only the whole has one")
+    elif unscored:
+        gaps.append(f"{unscored:,} of {name}'s samples carry no score of their own")
+    return {i: (samples[i], score) for i, score in scores.items() if score is not None}
+
+
+def sentences(matches: Iterable[Match]) -> list[str]:
+    """The gaps of all matches, each named once, with the rows it holds for."""
+    where: dict[tuple[str, bool], dict[str, None]] = {}
+    for m in matches:
+        rest = f" (the other {len(m.pairs):,} are paired)" if m.pairs else ""
+        for gap in m.gaps:
+            where.setdefault((gap, bool(m.pairs)), {})[m.row.name + rest] = None
+    ends = {True: ".", False: "; not compared sample by sample, scores are."}
+    return [f"{gap}: {', '.join(rows)}{ends[some]}" for (gap, some), rows in where.items()]
+
+
+# ---- won, lost, and whether that could be chance ----
+
+
+@dataclass(frozen=True)
+class Paired:
+    """How a variant compares with the baseline on the samples both answered."""
+
+    samples: int
+    baseline: float
+    """Mean score of the baseline."""
+    variant: float
+    won: int
+    lost: int
+    low: float
+    """Lower end of the 95% interval of ``difference``."""
+    high: float
+    p: float
+    """Two-sided p value of won against lost."""
+
+    @property
+    def difference(self) -> float:
+        return self.variant - self.baseline
+
+
+def paired(
+    baseline: Sequence[float],
+    variant: Sequence[float],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Paired:
+    """Compare two score vectors [samples], at least one, whose entries are of the same samples."""
+    first, second = np.asarray(baseline, float), np.asarray(variant, float)
+    difference = second - first
+    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    low, high = bootstrap_interval(difference, resamples=resamples, seed=seed)
+    return Paired(
+        samples=len(first),
+        baseline=float(first.mean()),
+        variant=float(second.mean()),
+        won=won,
+        lost=lost,
+        low=low,
+        high=high,
+        p=mcnemar(won, lost),
+    )
+
+
+def mcnemar(won: int, lost: int) -> float:
+    """Exact two-sided p value: how odd ``won`` against ``lost`` is if both were equally likely."""
+    n, term, tail = won + lost, 1, 0
+    for k in range(min(won, lost) + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / (1 << n))
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of the mean of ``values`` [samples] under resampling of samples.
+
+    Drawing n samples with replacement is drawing counts of the distinct values from a multinomial
+    distribution: the same bootstrap, without the n × resamples draws.
+    """
+    distinct, counts = np.unique(np.round(np.asarray(values, float), 12), return_counts=True)
+    n = counts.sum()
+    rng, most = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(distinct))
+    sizes = [min(most, resamples - done) for done in range(0, resamples, most)]
+    means = [rng.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
