@@ -18,9 +18,9 @@ from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.checkpoint import identity, universal
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError, disk_failed
+from ldistill.common.run_files import run_id
 from ldistill.common.telling import telling
 from ldistill.data.archive import patiently
-from ldistill.training import run_folder
 
 AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
@@ -178,7 +178,7 @@ def fit(
     if checkpoint is None:
         return None, False
     found = checkpoint_folder.read_manifest(checkpoint).about
-    own = {"run": run_folder.run_id(checkpoint.parent)}
+    own = {"run": run_id(checkpoint.parent)}
     identity.check_belongs(checkpoint, found, about | own)
     if found["layout"] == about["layout"]:
         return checkpoint, False

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from ldistill.checkpoint import folder as checkpoint_folder
+from ldistill.checkpoint.logs import StepLog
 from ldistill.checkpoint.resuming import foreign_code
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError
-from ldistill.training.metrics import StepLog
 
 LATEST = "latest"
 

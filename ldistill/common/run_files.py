@@ -1,5 +1,10 @@
 """The files of a run by name; `training/run_folder.py` says what they hold."""
 
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
 RECIPE = "recipe.yaml"
 RUN = "run.json"
 ENVIRONMENT = "environment.json"
@@ -11,3 +16,9 @@ STUDENT = "student"
 SAMPLES = "samples"
 JOB = "slurm_job"
 """Which job writes here: slurm/common.sh puts it down before the run starts."""
+
+
+def run_id(folder: Path) -> str | None:
+    """Id of the run that a folder holds; None when none was begun there."""
+    path = folder / RUN
+    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None

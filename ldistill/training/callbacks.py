@@ -9,8 +9,9 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.telling import Telling
-from ldistill.training.metrics import MetricsFile, read_metrics
+from ldistill.training.metrics import MetricsFile
 
 _SHOWN = (
     ("loss", "loss", ".3f"),

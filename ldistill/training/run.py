@@ -146,7 +146,7 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     begins = from_first(
         lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
     )
-    run_id = from_first(lambda: run_folder.run_id(folder))
+    run_id = from_first(lambda: run_files.run_id(folder))
     begun = run_id if begins else None
     with _released_on_failure(folder, begun):
         everywhere(lambda: run_folder.check_shared(folder, run_id))
@@ -303,7 +303,7 @@ def build_trainer(
         args=args,
     )
     about = identity.describe(
-        run_folder.run_id(folder),
+        run_files.run_id(folder),
         pair,
         data.index,
         data.plan,

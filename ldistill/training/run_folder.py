@@ -35,6 +35,7 @@ from ldistill.common.run_files import (
     RUN,
     SAMPLES,
     STUDENT,
+    run_id,
 )
 from ldistill.training.wandb_run import RUN_ID
 
@@ -211,12 +212,6 @@ def release(folder: Path, run: str) -> None:
         for name in (SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)
         folder.rmdir()  # unless there was something in it before
-
-
-def run_id(folder: Path) -> str | None:
-    """Id of the run that a folder holds; None when none was begun there."""
-    path = folder / RUN
-    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
 
 
 def check_shared(folder: Path, expected: str | None) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from ldistill.checkpoint.logs import StepLog, read_metrics, rewrite_records
 from ldistill.common import ranks
 from ldistill.common.run_files import SAMPLES
 from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
-from ldistill.training.metrics import StepLog, read_metrics, rewrite_records
 
 
 class SampleLog(TrainerCallback):

@@ -17,8 +17,8 @@ from runs import write_recipe, write_shards
 from safetensors.torch import load_file
 
 from ldistill.checkpoint import folder as checkpoint_folder
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.train import main
-from ldistill.training.metrics import read_metrics
 from ldistill.training.sample_log import SampleLog, read_samples
 from ldistill.training.trainer import WEIGHTS, DistillTrainer
 

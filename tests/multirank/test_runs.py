@@ -13,7 +13,7 @@ from runs import launch, losses, write_recipe, write_shards
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldistill.training.metrics import read_metrics
+from ldistill.checkpoint.logs import read_metrics
 
 # Plain gradient descent: after it, equal weights mean equal gradients at every step.
 SGD = ("--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", "1e-2")

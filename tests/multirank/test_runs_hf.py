@@ -11,7 +11,7 @@ from hf_pairs import write_llava
 from runs import launch, losses, write_recipe, write_shards
 from safetensors.torch import load_file
 
-from ldistill.training.metrics import read_metrics
+from ldistill.checkpoint.logs import read_metrics
 
 pytestmark = pytest.mark.slow
 # Plain gradient descent: after it, equal weights mean equal gradients at every step.

@@ -15,12 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from ldistill.checkpoint import folder as checkpoint_folder
-from ldistill.checkpoint import resuming
+from ldistill.checkpoint import logs, resuming
 from ldistill.checkpoint.folder import read_manifest, survey
 from ldistill.checkpoint.saver import CheckpointError, Saver
 from ldistill.common import ranks, run_files
 from ldistill.common.errors import TransientError
-from ldistill.training import metrics, run_folder
+from ldistill.training import run_folder
 from ldistill.training.result import copy_student
 
 
@@ -104,7 +104,7 @@ def test_alone_an_error_is_what_it_was():
 
 def test_a_run_folder_that_nodes_do_not_share_is_refused(tmp_path):
     run_folder.claim(tmp_path / "run", {"alpha": 1}, None, False)
-    run_id = run_folder.run_id(tmp_path / "run")
+    run_id = run_files.run_id(tmp_path / "run")
     run_folder.check_shared(tmp_path / "run", run_id)
     with pytest.raises(OSError, match="that all nodes share"):
         run_folder.check_shared(tmp_path / "elsewhere", run_id)
@@ -159,7 +159,7 @@ def test_a_linked_folder_is_renamed_behind_its_link(tmp_path):
     assert link.is_symlink()
     names = ["environment.json", "recipe.yaml", "run.json", run_files.JOB]
     assert sorted(p.name for p in target.iterdir()) == names
-    run_folder.release(link, run_folder.run_id(link))
+    run_folder.release(link, run_files.run_id(link))
     assert [f.step for f in survey(link)] == [1]
     assert not (tmp_path / "disk.old-1").exists()
 
@@ -183,11 +183,11 @@ def test_what_a_run_has_written_counts_as_its_room(tmp_path, monkeypatch):
 
 def test_a_log_is_durable_before_the_checkpoint_that_counts_on_it(tmp_path, monkeypatch):
     done = []
-    for place, name in ((metrics, "sync"), (checkpoint_folder, "publish")):
+    for place, name in ((logs, "sync"), (checkpoint_folder, "publish")):
         real = getattr(place, name)
         noted = lambda *args, real=real: (done.append(args[0].name), real(*args))[1]  # noqa: E731
         monkeypatch.setattr(place, name, noted)
-    log = metrics.StepLog(tmp_path / "log.jsonl")
+    log = logs.StepLog(tmp_path / "log.jsonl")
     log.append({"step": 1})
     write_part(Saver(tmp_path, {}, None, [log]), 1)
     assert done == ["log.jsonl", tmp_path.name, "checkpoint-1"]
@@ -195,7 +195,7 @@ def test_a_log_is_durable_before_the_checkpoint_that_counts_on_it(tmp_path, monk
 
 def test_a_checkpoint_is_not_published_over_a_log_that_lacks_lines(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    log = metrics.StepLog(tmp_path / "log.jsonl")
+    log = logs.StepLog(tmp_path / "log.jsonl")
     log.append({"step": 1})
     with pytest.raises(CheckpointError, match=r"log\.jsonl could not be written \(No space left"):
         write_part(Saver(tmp_path, {}, None, [log]), 1)
@@ -240,13 +240,13 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(tmp_path, monkeypatc
 def test_a_start_that_failed_releases_what_it_began_alone(tmp_path):
     folder = tmp_path / "run"
     assert run_folder.claim(folder, {"alpha": 1}, None, False)
-    own = run_folder.run_id(folder)
+    own = run_files.run_id(folder)
     assert not run_folder.claim(folder, {"alpha": 1}, None, False, restart=True), "begun before"
     run_folder.release(folder, "another")
-    assert run_folder.run_id(folder) == own
+    assert run_files.run_id(folder) == own
     (folder / "checkpoint-2").mkdir()
     run_folder.release(folder, own)
-    assert run_folder.run_id(folder) == own
+    assert run_files.run_id(folder) == own
     (folder / "checkpoint-2").rmdir()
     (folder / "notes.txt").write_text("mine")
     run_folder.release(folder, own)

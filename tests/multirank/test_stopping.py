@@ -25,7 +25,7 @@ from runs import (
     write_shards,
 )
 
-from ldistill.training.metrics import read_metrics
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.training.stopping import STOPPED_EXIT_CODE, StopRequest
 
 STEPS = 200  # a busy machine, too, asks a run to stop before it ends

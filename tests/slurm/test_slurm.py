@@ -14,11 +14,11 @@ from runs import REPO, losses
 from slurm_cluster import Cluster, CommandFailed, job_port, missing_programs
 from typer.testing import CliRunner
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.errors import ERROR_EXIT_CODE
 from ldistill.data.build.commands import app
 from ldistill.recipe import load_recipe, shipped_recipes
 from ldistill.tiny.prepare import prepare
-from ldistill.training.metrics import read_metrics
 from ldistill.training.stopping import STOPPED_EXIT_CODE
 
 pytestmark = [

@@ -14,11 +14,11 @@ import psutil
 import yaml
 from helpers_data import picture
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.samples import Sample, Turn
 from ldistill.data.build.builder import build_shards
 from ldistill.models.formats import load_processor
 from ldistill.tools.torture.ports import discard_buffers, free_port
-from ldistill.training.metrics import read_metrics
 
 REPO = Path(__file__).resolve().parents[2]
 WORDS = [

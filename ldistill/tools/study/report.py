@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.evaluation.compare.recovery import recovery_markdown
 from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.suites import rows
 from ldistill.tools.study.variants import BASELINE, MAIN, ORIGINAL
-from ldistill.training.metrics import read_metrics
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]
 """Variant → row id → one score per seed."""

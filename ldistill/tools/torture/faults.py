@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ldistill.checkpoint.folder import WRITING, survey
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.errors import ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE
 from ldistill.common.run_files import METRICS
 from ldistill.data.index import ShardIndex
@@ -27,7 +28,6 @@ from ldistill.tools.torture.history import History
 from ldistill.tools.torture.processes import TIMED_OUT, Ranks
 from ldistill.tools.torture.rank import FIRED, Fault, release
 from ldistill.tools.torture.world import HARDLY_DISTILLING, TEXTUAL
-from ldistill.training.metrics import read_metrics
 
 _SAME = "as if undisturbed"
 _THEN = "a sentence; then, mended, as if undisturbed"

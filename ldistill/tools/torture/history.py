@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
-from ldistill.training.metrics import read_metrics
 from ldistill.training.sample_log import read_samples
 
 

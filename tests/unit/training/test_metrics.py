@@ -9,6 +9,7 @@ import torch
 from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldistill.checkpoint.logs import StepLog, read_metrics
 from ldistill.common.errors import TransientError
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import (
@@ -23,7 +24,7 @@ from ldistill.models.flops import (
 from ldistill.models.lora import add_lora
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.training.callbacks import plot_curves, short_line
-from ldistill.training.metrics import Meter, MetricsFile, StepLog, read_metrics
+from ldistill.training.metrics import Meter, MetricsFile
 
 
 def sums(**by_source) -> torch.Tensor:

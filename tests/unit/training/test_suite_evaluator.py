@@ -14,11 +14,12 @@ from pairs import write_pair
 from runs import REPO, environment, launch, losses, write_recipe, write_shards
 from safetensors.torch import load_file
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.lmms_run import metadata
 from ldistill.models.nanovlm_format import load_nanovlm
 from ldistill.training import suite_evaluator
-from ldistill.training.metrics import Meter, read_metrics
+from ldistill.training.metrics import Meter
 from ldistill.training.stopping import STOPPED_EXIT_CODE
 from ldistill.training.suite_evaluator import SuiteEvaluator, evaluator_of, visible_device
 
