@@ -13,7 +13,9 @@ from pairs import write_pair
 from runs import launch, write_recipe, write_shards
 
 from ldistill.checkpoint.folder import begin, publish, seal
+from ldistill.recipe import parse
 from ldistill.train import main
+from ldistill.training.run import open_data
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,40 @@ def test_unknown_source(capsys, world):
 
 def test_source_without_shards(capsys, world):
     assert "textvqa" in fails(capsys, world, "--sources", "docvqa,textvqa")
+
+
+def test_shards_of_own_sources_alone(capsys, world):
+    """The recipe asks for the paper's 17: one remedy, before anything is loaded; and it works."""
+    message = fails(capsys, world, "--sources", "full", "--student", "no/where")
+    assert "it has docvqa, vqav2. Train on what is there with --sources all" in message
+    recipe = parse(["--recipe", str(world / "recipe.yaml"), "--sources", "all"])
+    assert open_data(recipe).index.sources == ["docvqa", "vqav2"]
+
+
+def test_data_seed_alone_decides_the_order(world):
+    def order(*flags: str) -> list[list[int]]:
+        recipe = parse(["--recipe", str(world / "recipe.yaml"), *flags])
+        return [pack.tolist() for pack in open_data(recipe).plan.epoch(0)]
+
+    assert order("--data_seed", "7") == order() == order("--data_seed", "7", "--seed", "8")
+    assert order("--data_seed", "8") == order("--seed", "8") != order()
+
+
+def test_a_crash_in_the_first_step_leaves_the_folder_free(world, tmp_path, monkeypatch):
+    """Whatever was written by then, samples and an empty metrics file among it."""
+    out = tmp_path / "crashed"
+    argv = ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(out)]
+
+    def crash(*args: object) -> None:
+        assert (out / "metrics.jsonl").is_file()
+        raise RuntimeError("sizes as lists")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ldistill.training.trainer.count_step", crash)
+        with pytest.raises(RuntimeError, match="sizes as lists"):
+            main([*argv, "--log_samples", "true"])
+    assert not out.exists()
+    assert main([*argv, "--max_steps", "1"]) == 0
 
 
 def test_shards_of_another_tokenizer(capsys, world, tmp_path):

@@ -176,3 +176,5 @@ def test_short_line():
     logs = {"loss": 1.23456, "language/ce": 2.0, "tokens_per_second": 12345.6}
     assert short_line(7, 9, logs) == "step 7/9: loss 1.235, CE lang 2.000, tok/s 12,346"
     assert short_line(8, 9, {"loss": 0.2, "kd": 0.000573}) == "step 8/9: loss 0.200, KD 0.00057"
+    scaled = short_line(8, 9, {"loss": 0.2, "kd": 0.000573}, kd_scale=16.0)
+    assert scaled == "step 8/9: loss 0.200, KD 0.0092", "τ² KL, beside a CE of its kind"
