@@ -9,13 +9,12 @@ import torch
 from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldistill.common.device import PEAKS, listed_peak
 from ldistill.common.errors import TransientError
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import (
-    PEAKS,
     StepCounts,
     linear_weights,
-    listed_peak,
     step_flops,
     student_flops,
     vision_flops,
