@@ -24,17 +24,11 @@ from ldistill.models.student import Student
 class Format(NamedTuple):
     """How one family of checkpoints is recognised, read and written."""
 
-    name: str
-    """What users call it."""
-    reads: Callable[[Mapping[str, Any]], bool]
-    """Whether a ``config.json`` is of this family."""
-    load: Callable[..., Student]
-    """(folder, partition, dtype) → student."""
-    load_processor: Callable[..., Processor]
-    """(folder, tokenizer, **image settings) → processor."""
-    export_like: Callable[[Path, Mapping[str, Tensor | LowRank], Path], None]
-    """(base folder, updates by parameter name, target folder): the base checkpoint with the updates
-    in it, same keys, shapes, dtypes and configuration."""
+    name: str  # what users call it
+    reads: Callable[[Mapping[str, Any]], bool]  # whether a ``config.json`` is of this family
+    load: Callable[..., Student]  # (folder, partition, dtype)
+    load_processor: Callable[..., Processor]  # (folder, tokenizer, **image settings)
+    export_like: Callable[[Path, Mapping[str, Tensor | LowRank], Path], None]  # as below
 
 
 FORMATS = (

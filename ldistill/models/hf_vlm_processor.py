@@ -69,9 +69,9 @@ class Idefics3Settings(ImageSettings):
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of a tiled picture: the long side to ``max_side``, then whole tiles."""
-        width, height = _scale(width, height, self.max_side)
+        width, height = _scaled(width, height, self.max_side, even=True)
         if max(width, height) > _LARGEST:
-            width, height = _shrink(width, height, _LARGEST)
+            width, height = _scaled(width, height, _LARGEST, even=False)
         ratio, side = width / height, self.tile_size
         if width >= height:
             width = _up(width, side)
@@ -80,21 +80,12 @@ class Idefics3Settings(ImageSettings):
         return _up(int(height * ratio), side), height
 
 
-def _scale(width: int, height: int, longest: int) -> tuple[int, int]:
-    """The long side to ``longest``, the short one by the ratio, to an even number."""
-    ratio = width / height
-    if width >= height:
-        short = int(longest / ratio)
-        return longest, max(short + short % 2, 1)
-    short = int(longest * ratio)
-    return max(short + short % 2, 1), longest
-
-
-def _shrink(width: int, height: int, longest: int) -> tuple[int, int]:
-    ratio = width / height
-    if width >= height:
-        return longest, max(int(longest / ratio), 1)
-    return max(int(longest * ratio), 1), longest
+def _scaled(width: int, height: int, longest: int, *, even: bool) -> tuple[int, int]:
+    """The long side to ``longest``, the short one by the ratio, to an even number or as it comes."""
+    wide, ratio = width >= height, width / height
+    short = int(longest / ratio) if wide else int(longest * ratio)
+    short = max(short + (short % 2 if even else 0), 1)
+    return (longest, short) if wide else (short, longest)
 
 
 def _up(size: int, side: int) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -155,7 +154,9 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
     state = {key: updated(t, updates.get(key)) for key, t in from_disk(old, keys).items()}
     new = to_disk(state, old[INV_FREQ], EMBEDDING not in old)
     disk = {name: new[name].to(tensor.dtype) for name, tensor in old.items()}
-    _write(disk, config, read_metadata(path), folder)
+    with open_weights(path) as file:
+        metadata = file.metadata()  # nanoVLM records the tied pair there
+    _write(disk, config, metadata, folder)
 
 
 def _write(
@@ -220,12 +221,6 @@ def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Te
         if disk[name].shape != expected[name].shape
     ]
     refuse_misfit(folder, problems)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file (nanoVLM records the tied pair there)."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
 
 
 def reads(config: Mapping[str, Any]) -> bool:

@@ -148,19 +148,16 @@ def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
         student: parameters under their own names; those that don't require gradients are left out.
         keep: whether this rank wants the result (others take part and get an empty dict).
     """
-    whole: dict[int, Tensor] = {}
+    whole: dict[int, Tensor | None] = {}
     state: dict[str, Tensor] = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        if id(parameter) not in whole:
+        if id(parameter) not in whole:  # a tied pair is gathered once
             tensor = _gather(parameter)
-            if keep:
-                tensor = tensor.detach().to("cpu", copy=True)
-            whole[id(parameter)] = tensor if keep else tensor.new_empty(0)
-        if keep:
-            state[name] = whole[id(parameter)]
-    return state
+            whole[id(parameter)] = tensor.detach().to("cpu", copy=True) if keep else None
+        state[name] = whole[id(parameter)]
+    return state if keep else {}
 
 
 def _gather(parameter: nn.Parameter) -> Tensor:

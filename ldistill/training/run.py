@@ -21,6 +21,7 @@ import torch
 from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
+from ldistill.common.device import peak_flops
 from ldistill.common.ranks import (
     everywhere,
     from_first,
@@ -36,7 +37,6 @@ from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
-from ldistill.models.flops import peak_flops
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, freeze_vision, load_pair
 from ldistill.recipe import DistilArguments, Recipe

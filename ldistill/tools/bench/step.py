@@ -28,15 +28,16 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from ldistill.common.device import peak_flops, seconds, synchronise
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
-from ldistill.distill.naive import naive_counts, naive_loss
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher
-from ldistill.models.flops import count_step, peak_flops, seconds, step_flops, synchronise
+from ldistill.models.flops import count_step, step_flops
 from ldistill.models.pair import freeze_vision
 from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.models import batch_shape, random_lm, random_student
+from ldistill.tools.bench.naive import naive_counts, naive_loss
 from ldistill.tools.bench.options import COMPILED, DTYPES, StepOptions
 from ldistill.tools.bench.profile import profile_step
 from ldistill.tools.bench.report import StepResult

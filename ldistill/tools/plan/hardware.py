@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ldistill.models.flops import PEAKS
+from ldistill.common.device import PEAKS
 
 GIB = 2**30
 

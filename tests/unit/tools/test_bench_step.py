@@ -12,7 +12,6 @@ from pairs import spread
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from ldistill.distill.naive import naive_counts
 from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step, step_flops, vision_flops
 from ldistill.models.nanovlm import decoder_config, vision_config
@@ -20,6 +19,7 @@ from ldistill.tools.bench import step as bench_step
 from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.commands import app
 from ldistill.tools.bench.models import batch_shape
+from ldistill.tools.bench.naive import naive_counts
 from ldistill.tools.bench.options import StepOptions
 from ldistill.tools.bench.profile import PARTS, profile_step
 from ldistill.tools.bench.report import append_csv

@@ -12,8 +12,9 @@ from runs import REPO
 from typer.testing import CliRunner
 
 from ldistill.cli import app
+from ldistill.common.device import PEAKS
 from ldistill.distill.targets import supervise
-from ldistill.models.flops import PEAKS, count_step, step_flops
+from ldistill.models.flops import count_step, step_flops
 from ldistill.recipe import parse
 from ldistill.tools.bench.batch import count_rows, mix_weights, paper_batch
 from ldistill.tools.bench.models import batch_shape

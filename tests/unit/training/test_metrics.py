@@ -10,13 +10,12 @@ from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldistill.checkpoint.logs import StepLog, read_metrics
+from ldistill.common.device import PEAKS, listed_peak
 from ldistill.common.errors import TransientError
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import (
-    PEAKS,
     StepCounts,
     linear_weights,
-    listed_peak,
     step_flops,
     student_flops,
     vision_flops,

@@ -1,0 +1,82 @@
+"""How fast a device computes, by its datasheet or measured, and how to time it."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+
+# Dense bf16 rates by the vendors' datasheets, FLOP/s.
+PEAKS: dict[str, float] = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "RTX PRO 6000": 504e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12,
+    "A6000": 155e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+# Behind a name in that table these make another card of it.
+_OTHER_CARDS = ("Ti", "D", "SUPER", "Laptop", "Max-Q")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak rate of a device and where the number comes from.
+
+    A GPU's datasheet where it is listed; otherwise a matrix product measured now.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if rate := listed_peak(name):
+            return rate, f"{name}, dense bf16 by datasheet"
+    return measured_flops(device, dtype), "matrix product measured at start"
+
+
+def listed_peak(name: str) -> float | None:
+    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed."""
+    others = "|".join(_OTHER_CARDS)
+    for key, rate in PEAKS.items():
+        if re.search(rf"\b{re.escape(key)}\b(?! (?:{others})\b)", name, re.IGNORECASE):
+            return rate
+    return None
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Best of ten matrix products, FLOP/s."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(10):
+        synchronise(device)
+        start = seconds(device)
+        a @ a
+        synchronise(device)
+        best = min(best, seconds(device) - start)
+    return 2 * size**3 / best
+
+
+def seconds(device: torch.device) -> float:
+    """Clock of a measurement: a GPU's is the wall; a CPU's is the time this process computed.
+
+    Others on the same machine take turns with it, which the wall would count; the CPU time of all
+    threads, divided by their number, is what the wall shows on an idle machine.
+    """
+    if device.type == "cpu":
+        return time.process_time() / torch.get_num_threads()
+    return time.perf_counter()
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
