@@ -14,12 +14,12 @@ from typing import Annotated
 import typer
 
 from ldistill import __version__
-from ldistill.data.build.commands import app as shards_app
 from ldistill.evaluation.commands import evaluate_command
 from ldistill.evaluation.compare.command import compare
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.plan.commands import plan
+from ldistill.tools.shards.commands import app as shards_app
 from ldistill.tools.study.commands import app as study_app
 from ldistill.tools.torture.commands import torture
 

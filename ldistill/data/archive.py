@@ -23,6 +23,8 @@ import numpy as np
 from ldistill.common.samples import Sample, Turn
 
 T = TypeVar("T")
+INDEX_NAME = "index.json"
+SAMPLES_NAME = "samples.npy"
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
 PAUSES = (0.1, 1.0)
@@ -35,8 +37,8 @@ SAMPLE_DTYPE = np.dtype(
         ("crc32", "<u4"),  # over those bytes
         ("row", "<u8"),  # row of the input; the key is {source}-{row:09d}
         ("tokens", "<u4"),  # length of the document, image tokens included
-        ("supervised", "<u4"),  # rows that carry a label
-        ("prompt", "<u4"),  # rows before the first that carries a label
+        ("supervised", "<u4"),  # positions that carry a label
+        ("prompt", "<u4"),  # positions before the first that carries a label
         ("tiles", "<u2"),  # tiles of all pictures
     ]
 )
@@ -124,6 +126,18 @@ class ShardFile:
     """A finished shard as its source's index lists it; `url` is relative to the index."""
 
     url: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard of an index: path or URL, its source's number, its first sample's global number."""
+
+    path: str
+    source: int
+    start: int
     samples: int
     bytes: int
     sha256: str

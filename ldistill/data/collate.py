@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldistill.common.documents import IGNORE, Document
 from ldistill.data.archive import BadSample
-from ldistill.models.processor import IGNORE, Document
 
 Batch = dict[str, Any]
 

@@ -12,35 +12,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from ldistill.common.documents import Processor
 from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Sample
-from ldistill.data.archive import SAMPLE_DTYPE, BadSample, ShardFile, check_sample, sample_key
-from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, LocalStore, Reading, open_store
-from ldistill.models.processor import Processor
-
-if TYPE_CHECKING:
-    from ldistill.data.remote.store import RemoteStore
+from ldistill.data.archive import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    SAMPLES_NAME,
+    BadSample,
+    Shard,
+    ShardFile,
+    check_sample,
+    sample_key,
+)
+from ldistill.data.remote.store import RemoteStore
+from ldistill.data.store import LocalStore, Reading, open_store
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard of the index: path or URL, its source's number, its first sample's global number."""
-
-    path: str
-    source: int
-    start: int
-    samples: int
-    bytes: int
-    sha256: str
 
 
 class ShardIndex:
@@ -224,26 +219,23 @@ class ShardIndex:
 
 
 def _read_meta(store: LocalStore | RemoteStore, source: str) -> dict[str, Any]:
-    path = store.url(source, INDEX_NAME)
+    path, damage = store.url(source, INDEX_NAME), ""
+    needed = {"format", "category", "shards", "processor", "processor_parts", "image_settings"}
+    needed |= {"samples_sha256"} if store.remote else set()
     try:
-        data = store.read_index(source)
-    except OSError as error:
-        if store.remote:
+        meta = dict(json.loads(store.read_index(source)))
+    except (ValueError, TypeError, OSError) as error:
+        if store.remote and isinstance(error, OSError):
             raise
-        raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
-    try:
-        meta = json.loads(data)
-        version = meta["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
-    if version != FORMAT:
+        meta, damage = {}, repr(error)
+    if meta.get("format", FORMAT) != FORMAT:
         raise ValueError(
-            f"{path} has format {version}, this version reads {FORMAT}: build it again"
+            f"{path} has format {meta['format']}, this version reads {FORMAT}: build it again"
         )
-    needed = {"category", "shards", "processor", "processor_parts", "image_settings"}
-    if store.remote:
-        needed.add("samples_sha256")
-    absent = needed - set(meta)
-    if absent or meta.get("source") != source:
-        raise ValueError(f"{path} is damaged (missing {sorted(absent)} or of another source)")
+    if absent := needed - set(meta):
+        damage = damage or f"missing {sorted(absent)}"
+    elif meta.get("source") != source:
+        damage = "of another source"
+    if damage:
+        raise ValueError(f"{path} is damaged ({damage}): build the source again")
     return meta

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldistill.common.documents import IGNORE, Document, Processor
 from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample
 from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import OverLong, Plan
-from ldistill.data.remote.read_ahead import ExpectantBatch, ReadAheadSampler, settle_reads
+from ldistill.data.remote.read_ahead import FetchingSampler, settle_reads
 from ldistill.data.worker_signals import outlive_signals
-from ldistill.models.processor import IGNORE, Document, Processor
 
 OnBadSample = Literal["error", "drop"]
 
@@ -75,14 +75,10 @@ class PackedDataset(Dataset[LoadedPack]):
     on_bad_sample: OnBadSample = "error"
 
     def __getitems__(self, packs: list[np.ndarray]) -> list[LoadedPack]:
-        """The packs of a batch, and a word to a remote store about what comes after them."""
-        if isinstance(packs, ExpectantBatch):
-            samples = np.concatenate([*packs, packs.ahead]).tolist()
-            places = (self.index.locate(sample) for sample in samples)
-            self.index.store.expect(
-                ((shard, record) for shard, record, _ in places),
-                [self.index.shards[number] for number in packs.shards],
-            )
+        """The packs of a batch, whose samples a remote store gives several at a time."""
+        if self.index.store.remote:
+            samples = np.concatenate(packs).tolist()
+            self.index.store.expect(self.index.locate(sample)[:2] for sample in samples)
         return [self[pack] for pack in packs]
 
     def __getitem__(self, samples: np.ndarray) -> LoadedPack:
@@ -183,7 +179,8 @@ def make_loader(
     )
     if index.store.remote:
         settle_reads(index, plan, world_size)
-        sampler = ReadAheadSampler(sampler, index, num_workers)
+        if index.store.whole:
+            sampler = FetchingSampler(sampler, index)
     return PackLoader(
         PackedDataset(index, processor, limit, on_bad_sample),
         batch_sampler=sampler,

@@ -161,8 +161,3 @@ class Plan:
             truncated=self.truncated,
             drops=dict(self.drops),
         )
-
-
-def plan_summary(index: ShardIndex, **options: object) -> PlanSummary:
-    """Summary of `Plan(index, **options)`."""
-    return Plan(index, **options).summary()  # type: ignore[arg-type]

@@ -22,15 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ldistill.common.documents import IGNORE, Document, Grid
 from ldistill.common.images import ImageSettings, cut_tiles, open_image
 from ldistill.common.samples import Turn
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100
-Grid = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -68,28 +66,6 @@ class ImageTokens:
                 for col in range(cols)
             )
         return text
-
-
-@dataclass(frozen=True)
-class Document:
-    """Token ids of one sample. `labels[i]` is the token after i where that one is supervised.
-
-    Both int32 [n]; elsewhere, and at the last position, the label is -100.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def supervised(self) -> int:
-        """Rows that carry a label."""
-        return int((self.labels != IGNORE).sum())
-
-    @property
-    def prompt(self) -> int:
-        """Rows before the first one that carries a label (all rows when none does)."""
-        rows = np.flatnonzero(self.labels != IGNORE)
-        return int(rows[0]) if len(rows) else len(self.labels)
 
 
 class Processor:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ldistill.data.build.readers import check_ratings
 from ldistill.data.build.workers import Convert
 
 SHARD_BYTES = 256 * 1024 * 1024
+FORMATS = ("auto", "cauldron", "finevision", "llava")
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What to take from an input and how to read it."""
+
+    sources: tuple[str, ...] | None = None
+    """Source ids to build, all of which must be there; None takes every source of the input."""
+    format: str = "auto"
+    split: str = "train"
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Categories of sources beyond the 17."""
+    min_ratings: Mapping[str, int] = field(default_factory=dict)
+    image_root: str | None = None
+    """JSON: the folder that image paths start from (default: the file's)."""
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}: known are {', '.join(FORMATS)}")
+        check_ratings(self.min_ratings)
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,19 @@ Rows are streamed and pictures stay encoded. Names are normalised (`ldistill.sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet as parquet
+from huggingface_hub import HfApi
+
 from ldistill import sources as known_sources
-from ldistill.data.build.build_types import SourceInput
-from ldistill.data.build.llava import open_llava
-from ldistill.data.build.options import InputOptions, choose_sources
-from ldistill.data.build.readers import Cauldron, FineVision, detect_format
+from ldistill.data.build.build_types import InputOptions, SourceInput
+from ldistill.data.build.readers import Cauldron, FineVision, LlavaJson, detect_format
 
 EDGE = 1 << 16
 
@@ -71,12 +74,69 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
     """
     path = Path(dataset).expanduser()
     if path.suffix == ".json":
-        return open_llava(path, options)
+        return _llava_inputs(path, options)
     if options.format == "llava":
         raise ValueError(f"{dataset} is not a LLaVA JSON file (*.json)")
     tables = _tables(dataset, path, options)
-    chosen = choose_sources(list(tables), dataset, options)
+    chosen = _choose(list(tables), dataset, options)
     return [_table_input(source, tables[source], options) for source in chosen]
+
+
+def _choose(found: Sequence[str], dataset: str, options: InputOptions) -> list[str]:
+    """The sources to build; every one must be there and have a category."""
+    wanted = list(options.sources) if options.sources is not None else list(found)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{dataset} has no source {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
+    for name in wanted:
+        known_sources.category_of(name, options.extra)
+    return wanted
+
+
+def _llava_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
+    """A record's own `source` names its source, else the file's stem does."""
+    if options.format not in ("auto", "llava") or options.min_ratings:
+        unfit = "--min-rating" if options.min_ratings else f"--format {options.format}"
+        raise ValueError(f"{path} is JSON, not a table with ratings: leave {unfit} out")
+    text, records = _load_json(path)
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        named = record.get("source") if isinstance(record, dict) else None
+        groups.setdefault(known_sources.normalise(str(named or path.stem)), []).append(row)
+    root = options.image_root or str(path.parent)
+    return [
+        SourceInput(
+            source=source,
+            category=known_sources.category_of(source, options.extra),
+            rows=lambda start, rows=groups[source]: (
+                (row, records[row]) for row in rows if row >= start
+            ),
+            convert=LlavaJson(source, root),
+            identity={
+                "format": "llava",
+                "file": path.name,
+                "sha256": hashlib.sha256(text).hexdigest(),
+            },
+            length=len(groups[source]),
+            rows_end=len(records),
+        )
+        for source in _choose(list(groups), str(path), options)
+    ]
+
+
+def _load_json(path: Path) -> tuple[bytes, list[Any]]:
+    try:
+        text = path.read_bytes()
+        records = json.loads(text)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no data set at {path}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(records, list) or not records:
+        raise ValueError(f"{path} must hold a list of records, as LLaVA's files do")
+    return text, records
 
 
 def _table_input(source: str, table: Table, options: InputOptions) -> SourceInput:
@@ -150,8 +210,6 @@ def _of_split(file: Path, split: str) -> bool:
 
 
 def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
-    import pyarrow.parquet as parquet
-
     tables: dict[str, Table] = {}
     for name, files in groups.items():
         length = sum(parquet.read_metadata(file).num_rows for file in files)
@@ -171,8 +229,6 @@ def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
 
 def _source_values(files: list[Path]) -> list[str]:
     """Distinct values of the column `source`, which FineVision has and The Cauldron has not."""
-    import pyarrow.parquet as parquet
-
     values: dict[str, None] = {}
     for file in files:
         if "source" in parquet.read_schema(file).names:
@@ -182,8 +238,6 @@ def _source_values(files: list[Path]) -> list[str]:
 
 
 def _stream(*names: str, **options: Any) -> Any:
-    import datasets
-
     return datasets.load_dataset(
         *names, split=options.pop("split", "train"), streaming=True, **options
     )
@@ -194,8 +248,6 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _saved(folder: Path, split: str) -> Table:
-    import datasets
-
     data = datasets.load_from_disk(str(folder))
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -217,8 +269,6 @@ def _lists_configs(path: Path) -> bool:
 
 def _repository(name: str, options: InputOptions) -> dict[str, Table]:
     """Configs of a hub data set, or of a clone of one; only those wanted are looked into."""
-    import datasets
-
     local = Path(name).is_dir()
     revision = None if local else _hub_revision(name)
     configs = datasets.get_dataset_config_names(name, revision=revision)
@@ -235,8 +285,6 @@ def _repository(name: str, options: InputOptions) -> dict[str, Table]:
 
 
 def _config_table(name: str, config: str, revision: str | None, split: str) -> Table:
-    import datasets
-
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     info = (builder.info.splits or {}).get(split)
     identity: dict[str, Any] = {"dataset": name, "config": config, "revision": revision}
@@ -253,8 +301,6 @@ def _config_table(name: str, config: str, revision: str | None, split: str) -> T
 
 def _hub_revision(name: str) -> str:
     """The commit a hub data set is at: a build that goes on later reads the same rows."""
-    from huggingface_hub import HfApi
-
     try:
         return str(HfApi().dataset_info(name).sha)
     except Exception as error:  # network libraries raise their own, not all of them OSError

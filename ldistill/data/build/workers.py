@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from ldistill.common.documents import Processor
 from ldistill.common.images import storable
 from ldistill.common.samples import BadImage, Drop, Sample
 from ldistill.data.archive import pack_sample, sample_key
-from ldistill.models.processor import Processor
 
 Convert = Callable[[int, Any], list[Sample | Drop]]
 ROWS_PER_TASK = 8

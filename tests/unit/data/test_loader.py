@@ -16,7 +16,7 @@ from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader, truncate
-from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Plan, plan_summary
+from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Plan
 from ldistill.models.processor import IGNORE, Document
 
 LIMIT = 128
@@ -77,12 +77,12 @@ def test_the_plan_follows_the_seed(built):
 
 def test_summary_counts_add_up(built):
     index = ShardIndex.load(built)
-    summary = plan_summary(index, limit=LIMIT)
+    summary = Plan(index, limit=LIMIT).summary()
     assert (summary.samples, summary.documents, summary.drops) == (120, 120, {})
     assert summary.tokens == index.lengths.sum()
     assert summary.efficiency == summary.tokens / (summary.packs * LIMIT) > 0.9
     assert "120 of 120 samples" in str(summary)
-    assert plan_summary(index, limit=LIMIT, packing=False).packs == 120
+    assert Plan(index, limit=LIMIT, packing=False).summary().packs == 120
 
 
 def test_long_documents_are_dropped_truncated_or_refused(built):
@@ -106,7 +106,7 @@ def test_a_document_cut_before_its_answer_is_dropped(tmp_path, processor):
         Sample("l", "vsr", (LONG,)),
     ]
     build_shards({"vsr": samples}, tmp_path, processor)
-    summary = plan_summary(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate")
+    summary = Plan(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate").summary()
     assert (summary.drops, summary.truncated, summary.documents) == ({NO_ANSWER_LEFT: 1}, 1, 6)
 
 

@@ -9,8 +9,8 @@ import pytest
 from helpers_data import picture
 
 from ldistill.common.samples import Sample
+from ldistill.data.build.build_types import InputOptions
 from ldistill.data.build.inputs import open_inputs
-from ldistill.data.build.options import InputOptions
 
 FEATURES = datasets.Features(
     {

@@ -10,11 +10,11 @@ from helpers_data import make_processor, make_student, picture, table5_lengths, 
 from PIL import Image
 from typer.testing import CliRunner
 
-from ldistill.data.build.commands import app, parse_ratings, parse_size
-from ldistill.data.build.stats import plot_lengths, source_stats
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
 from ldistill.models.nanovlm_format import load_processor
+from ldistill.tools.shards.commands import app, parse_ratings, parse_size
+from ldistill.tools.shards.stats import plot_lengths, source_stats
 
 FEATURES = datasets.Features(
     {
