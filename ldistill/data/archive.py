@@ -86,21 +86,18 @@ def _member(name: str, data: bytes) -> bytes:
 
 def unpack_sample(raw: bytes, shard: str, key: str) -> Sample:
     """The sample of `pack_sample`'s bytes. Raises BadSample for anything unexpected in them."""
+    reason = "unreadable sample"
     try:
         members = _members(raw)
         record = json.loads(members[f"{key}.json"])
         turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
         described = record.get("images", [record["image"]] if "image" in record else [])
         places = [f"{n}." if len(described) > 1 else "" for n in range(1, len(described) + 1)]
+        names = [f"{key}.{n}{d['format']}" for n, d in zip(places, described, strict=True)]
+        name, source, reason = record["id"], record["source"], "missing image"
+        return Sample(name, source, turns, tuple(members[name] for name in names))
     except (KeyError, TypeError, ValueError) as error:
-        raise BadSample("unreadable sample", shard, key, repr(error)) from error
-    names = [
-        f"{key}.{place}{image['format']}" for place, image in zip(places, described, strict=True)
-    ]
-    missing = [name for name in names if name not in members]
-    if missing:
-        raise BadSample("missing image", shard, key, ", ".join(missing))
-    return Sample(record["id"], record["source"], turns, tuple(members[name] for name in names))
+        raise BadSample(reason, shard, key, repr(error)) from error
 
 
 def _members(raw: bytes) -> dict[str, bytes]:
@@ -111,11 +108,9 @@ def _members(raw: bytes) -> dict[str, bytes]:
     members, place = {}, 0
     while place < len(raw):
         header = raw[place : place + BLOCK]
-        if header[257:262] != b"ustar":
-            raise ValueError(f"no tar header at byte {place}")
         start, size = place + BLOCK, int(header[124:136].rstrip(b"\0 "), 8)
-        if start + size > len(raw):
-            raise ValueError(f"a member of {size} bytes at byte {start} of {len(raw)}")
+        if header[257:262] != b"ustar" or start + size > len(raw):
+            raise ValueError(f"no whole member of a tar at byte {place} of {len(raw)}")
         members[header[:100].rstrip(b"\0").decode()] = raw[start : start + size]
         place = start + size + -size % BLOCK
     return members
@@ -232,8 +227,9 @@ def pread_all(descriptor: int, size: int, offset: int) -> bytes:
 
 def check_sample(raw: bytes, shard: str, record: np.void, key: str) -> Sample:
     """A sample from its bytes, CRC-32 checked. Raises BadSample naming shard, key and reason."""
+    if zlib.crc32(raw) == record["crc32"]:
+        return unpack_sample(raw, shard, key)
+    reason, detail = "corrupt sample", "its checksum is not the one in the index"
     if len(raw) < record["size"]:
-        raise BadSample("truncated shard", shard, key, f"{len(raw)} of {record['size']} bytes")
-    if zlib.crc32(raw) != record["crc32"]:
-        raise BadSample("corrupt sample", shard, key, "its checksum is not the one in the index")
-    return unpack_sample(raw, shard, key)
+        reason, detail = "truncated shard", f"{len(raw)} of {record['size']} bytes"
+    raise BadSample(reason, shard, key, detail)

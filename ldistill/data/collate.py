@@ -68,8 +68,7 @@ class Collate:
         lengths = [[len(d.document.input_ids) for d in pack.documents] for pack in packs]
         longest = max((sum(row) for row in lengths), default=0)
         width = self.length or max(longest, 1)
-        if longest > width:
-            raise ValueError(f"a pack of {longest} tokens does not fit rows of {width}")
+        assert longest <= width
         rows = self._rows(packs, width)
         documents = [document for pack in packs for document in pack.documents]
         drops: Counter[str] = Counter()

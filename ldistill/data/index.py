@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -117,9 +117,7 @@ class ShardIndex:
             except (OSError, ValueError, EOFError) as error:
                 if self.store.remote and isinstance(error, FileNotFoundError):
                     continue  # another process has just made room in the cache: fetch it again
-                raise ValueError(
-                    f"{path} cannot be read ({error}): build the source again"
-                ) from error
+                _refuse(path, f"cannot be read ({error})")
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -201,21 +199,21 @@ class ShardIndex:
 
     def check_files(self) -> None:
         """Raise FileNotFoundError or ValueError for a shard that is missing or cut short."""
-        self.store.check(self.shards)
+        for shard, size in zip(self.shards, self.store.sizes(self.shards), strict=True):
+            if size not in (None, shard.bytes):
+                raise ValueError(
+                    f"shard {shard.path} has {size} bytes instead of {shard.bytes}: it is "
+                    "truncated or was replaced; build or copy it again"
+                )
 
     def _check_samples(self, number: int) -> None:
         source, samples = self.sources[number], self.source_samples(number)
         counts = [shard["samples"] for shard in self.meta[source]["shards"]]
         if not sum(counts):
-            raise ValueError(
-                f"the shards of {source} in {self.store.root} are empty: leave {source} out"
-            )
+            _refuse(self.store.url(source, INDEX_NAME), "has no sample", "leave the source out")
         expected = np.repeat(np.arange(len(counts)), counts)
         if samples.dtype != SAMPLE_DTYPE or not np.array_equal(samples["shard"], expected):
-            raise ValueError(
-                f"{self.store.url(source, SAMPLES_NAME)} does not fit {INDEX_NAME} beside it: "
-                "build the source again"
-            )
+            _refuse(self.store.url(source, SAMPLES_NAME), f"does not fit {INDEX_NAME} beside it")
 
 
 def _read_meta(store: LocalStore | RemoteStore, source: str) -> dict[str, Any]:
@@ -229,13 +227,15 @@ def _read_meta(store: LocalStore | RemoteStore, source: str) -> dict[str, Any]:
             raise
         meta, damage = {}, repr(error)
     if meta.get("format", FORMAT) != FORMAT:
-        raise ValueError(
-            f"{path} has format {meta['format']}, this version reads {FORMAT}: build it again"
-        )
+        _refuse(path, f"has format {meta['format']}, this version reads {FORMAT}")
     if absent := needed - set(meta):
         damage = damage or f"missing {sorted(absent)}"
     elif meta.get("source") != source:
         damage = "of another source"
     if damage:
-        raise ValueError(f"{path} is damaged ({damage}): build the source again")
+        _refuse(path, f"is damaged ({damage})")
     return meta
+
+
+def _refuse(path: str | Path, problem: str, remedy: str = "build the source again") -> NoReturn:
+    raise ValueError(f"{path} {problem}: {remedy}")

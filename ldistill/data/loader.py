@@ -47,8 +47,6 @@ class PackSampler(Sampler[list[np.ndarray]]):
         start_pack: int = 0,
         stop_pack: int | None = None,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"bad batch size {batch_size} or rank {rank} of {world_size}")
         self.plan, self.batch_size = plan, batch_size
         self.rank, self.world_size = rank, world_size
         self.start_pack, self.stop_pack = start_pack, stop_pack
@@ -154,8 +152,6 @@ def make_loader(
     Checks before the first batch that the shards were built for `processor` and are whole, so a
     wrong folder fails at once (ValueError, FileNotFoundError). `plan` reuses one already made.
     """
-    if on_bad_sample not in ("error", "drop"):
-        raise ValueError(f"on_bad_sample must be error or drop, got {on_bad_sample!r}")
     index.check(processor)
     index.check_files()
     if plan is None:
@@ -167,8 +163,7 @@ def make_loader(
             packing=packing,
             shuffle_window=shuffle_window,
         )
-    if plan.limit != limit:
-        raise ValueError(f"the plan was made for {plan.limit} tokens per row, not {limit}")
+    assert plan.limit == limit
     sampler: Sampler[list[np.ndarray]] = PackSampler(
         plan,
         batch_size,

@@ -71,17 +71,12 @@ class LocalStore:
         """A sample's bytes. Raises OSError."""
         return read_range(shard.path, int(record["offset"]), int(record["size"]))
 
-    def check(self, shards: Sequence[Shard]) -> None:
-        """Raise FileNotFoundError or ValueError for a shard that is missing or cut short."""
-        for shard in shards:
-            path = Path(shard.path)
-            if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing: build or copy it again")
-            if path.stat().st_size != shard.bytes:
-                raise ValueError(
-                    f"shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}: it is "
-                    "truncated or was replaced; build or copy it again"
-                )
+    def sizes(self, shards: Sequence[Shard]) -> list[int | None]:
+        """Bytes that each shard has now. Raises FileNotFoundError."""
+        gone = [shard.path for shard in shards if not Path(shard.path).is_file()]
+        if gone:
+            raise FileNotFoundError(f"shard {gone[0]} is missing: build or copy it again")
+        return [Path(shard.path).stat().st_size for shard in shards]
 
     def open_shard(self, shard: Shard) -> BinaryIO:
         """The shard's file. Raises OSError."""

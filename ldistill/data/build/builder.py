@@ -23,7 +23,7 @@ import numpy as np
 
 from ldistill import sources as known_sources
 from ldistill.common.documents import Processor
-from ldistill.common.errors import disk_full
+from ldistill.common.errors import writing
 from ldistill.common.samples import Drop, Sample
 from ldistill.data.archive import (
     INDEX_NAME,
@@ -167,7 +167,8 @@ class SourceWriter:
             if resumable and found:
                 self.shards, self.counts = found, deepcopy(found[-1].counts)
             kept = len(self.shards)
-            self._write_shards(prepared(self.counts), state)
+            with writing(self.folder):
+                self._write_shards(prepared(self.counts), state)
             for name, counter in (lost or {}).items():
                 setattr(self.counts, name, counter)
             if not self.shards and not may_be_empty:
@@ -223,14 +224,9 @@ class SourceWriter:
                     rows.append(place + sizes)
             if writer:
                 self._close_shard(writer, rows, state)
-        except BaseException as error:
+        except BaseException:
             if writer:
                 writer.abandon()
-            if disk_full(error):
-                raise OSError(
-                    f"no room left on the disk of {self.folder}: free some and run the same "
-                    "command again; finished shards are kept"
-                ) from error
             raise
 
     def _open_shard(self, most: int) -> ShardWriter:

@@ -59,12 +59,8 @@ class Slice:
         return f"{self.number:04d}-of-{self.count:04d}"
 
     def of(self, entry: SourceInput) -> SourceInput:
-        """The rows of an input that belong to this slice. Raises ValueError."""
-        if entry.rows_end is None or not entry.identity:
-            raise ValueError(
-                f"{entry.source} cannot be cut into slices: its input does not say how many rows "
-                "it has. Build it in one piece, or download it and build from the files"
-            )
+        """The rows of an input that belong to this slice."""
+        assert entry.rows_end is not None
         first = (self.number - 1) * entry.rows_end // self.count
         end = self.number * entry.rows_end // self.count
         last = self.number == self.count  # whatever lies beyond the number of rows promised
@@ -95,10 +91,19 @@ def build_slice(
 
     A source that has been joined already is left as it is, if it is of the same input.
     """
-    if options.max_samples is not None:
-        raise ValueError("max_samples counts from the first row on: leave it or the slice out")
     out, whole, slices = Path(out), [], []
     for entry in inputs:
+        countable = entry.rows_end is not None and entry.identity
+        if not countable or options.max_samples is not None:
+            raise ValueError(
+                f"{entry.source} cannot be cut into slices: "
+                + (
+                    "--max-samples counts from the first row on. Leave it or the slice out"
+                    if countable
+                    else "its input does not say how many rows it has. Build it in one piece, or "
+                    "download it and build from the files"
+                )
+            )
         joined = (out / entry.source / INDEX_NAME).exists() and not options.overwrite
         (whole if joined else slices).append(entry if joined else part.of(entry))
     places = ((whole, out), (slices, out / SLICES_NAME / part.name))
@@ -161,45 +166,44 @@ def _stored(folder: Path, meta: dict[str, Any], start: int) -> Iterator[Prepared
     for record in samples[np.searchsorted(samples["row"], start) :]:
         path = folder / meta["shards"][record["shard"]]["url"]
         block = read_range(str(path), int(record["offset"]), int(record["size"]))
-        if zlib.crc32(block) != record["crc32"]:
-            raise ValueError(f"{path} changed since it was built: {_again(folder)}")
+        _check_unchanged(path, zlib.crc32(block) == record["crc32"])
         sizes = {name: int(record[name]) for name in ("tokens", "supervised", "prompt", "tiles")}
         yield Prepared(int(record["row"]), block, **sizes)
 
 
 def _find_slices(out: Path, source: str) -> list[Path]:
     """Folders of a source's slices, in order. Raises ValueError when one is missing."""
-    found = {path.parents[1].name: path.parent for path in _indices(out, source)}
-    counts = {int(name.partition("-of-")[2]) for name in found}
+    indices = (out / SLICES_NAME).glob(f"*-of-*/{source}/{INDEX_NAME}")
+    found = {path.parents[1].name: path.parent for path in indices}
+    counts = sorted({int(name.partition("-of-")[2]) for name in found})
+    names = [Slice(number, counts[-1]).name for number in range(1, counts[-1] + 1)]
+    missing = [str(n) for n, name in enumerate(names, start=1) if name not in found]
     if len(counts) > 1:
-        raise ValueError(
-            f"{source} has slices of different builds in {out / SLICES_NAME} (of "
-            f"{' and of '.join(map(str, sorted(counts)))}): remove those not meant"
+        problem = (
+            f"of different builds in {out / SLICES_NAME} (of "
+            f"{' and of '.join(map(str, counts))}): remove those not meant"
         )
-    [count] = counts
-    names = [Slice(number, count).name for number in range(1, count + 1)]
-    if missing := [str(n) for n, name in enumerate(names, start=1) if name not in found]:
-        raise ValueError(
-            f"slices {', '.join(missing)} of {count} of {source} are not built: run `ldistill "
-            f"shards build ... --slice {missing[0]}/{count}` to its end"
-        )
+    else:
+        problem = f"that are not built, {', '.join(missing)} of {counts[0]}: run `ldistill shards "
+        problem += f"build ... --slice {missing[0]}/{counts[0]}` to its end" if missing else ""
+    if len(counts) > 1 or missing:
+        raise ValueError(f"{source} has slices {problem}")
     return [found[name] for name in names]
 
 
-def _indices(out: Path, source: str) -> Iterator[Path]:
-    return (out / SLICES_NAME).glob(f"*-of-*/{source}/{INDEX_NAME}")
-
-
 def _read_slice(folder: Path) -> dict[str, Any]:
-    meta = json.loads((folder / INDEX_NAME).read_text())
-    if hash_file(folder / SAMPLES_NAME) != meta["samples_sha256"]:
-        raise ValueError(f"{folder / SAMPLES_NAME} changed since it was built: {_again(folder)}")
+    meta, table = json.loads((folder / INDEX_NAME).read_text()), folder / SAMPLES_NAME
+    _check_unchanged(table, hash_file(table) == meta["samples_sha256"])
     return meta
 
 
-def _again(folder: Path) -> str:
-    number, _, count = folder.parent.name.partition("-of-")
-    return f"build it again with --slice {int(number)}/{int(count)} --overwrite"
+def _check_unchanged(path: Path, unchanged: bool) -> None:
+    if not unchanged:
+        number, _, count = path.parents[1].name.partition("-of-")
+        raise ValueError(
+            f"{path} changed since it was built: build it again with --slice "
+            f"{int(number)}/{int(count)} --overwrite"
+        )
 
 
 def _whole_spec(meta: dict[str, Any]) -> dict[str, Any]:

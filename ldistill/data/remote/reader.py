@@ -138,9 +138,7 @@ class RemoteReader:
                 if _outside(error):
                     self._check_size(url, size)
                 raise
-            if len(data) != end - start:
-                self._check_size(url, size)
-                raise ShortRead(f"{len(data)} of {end - start} bytes came")
+            self._check_length(len(data), end - start, url, size)
             return data
 
         return self._retried(f"{url}, bytes {start} to {end}", attempt)
@@ -203,9 +201,7 @@ class RemoteReader:
     def _stream(self, url: str, size: int, file: BinaryIO) -> str:
         with self._filesystem(url).open(url, "rb", block_size=0) as stream:
             digest = _write(iter(lambda: stream.read(BLOCK), b""), file)
-        if file.tell() != size:
-            self._check_size(url, size)
-            raise ShortRead(f"{file.tell()} of {size} bytes came")
+        self._check_length(file.tell(), size, url, size)
         return digest
 
     # failures --------------------------------------------------------------------------------
@@ -224,6 +220,11 @@ class RemoteReader:
             f"{what}: failed {self.retry.attempts} times, at last with {_say(last)}. Check that "
             "the store can be reached from here; a run goes on from its last checkpoint"
         ) from last
+
+    def _check_length(self, came: int, asked: int, url: str, size: int) -> None:
+        if came != asked:
+            self._check_size(url, size)
+            raise ShortRead(f"{came} of {asked} bytes came")
 
     def _check_size(self, url: str, size: int) -> None:
         found = self.info(url).size

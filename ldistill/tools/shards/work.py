@@ -16,11 +16,11 @@ from ldistill.data.build.build_types import BuildOptions, InputOptions, SourceIn
 from ldistill.data.build.inputs import open_inputs
 from ldistill.data.build.readers import LOW_RATING
 from ldistill.data.build.slices import Slice, build_slice, join_slices
-from ldistill.data.build.verify import VerifyReport, verify_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import Plan
 from ldistill.data.store import Reading
 from ldistill.tools.shards.stats import plot_lengths, source_stats
+from ldistill.tools.shards.verify import VerifyReport, verify_shards
 
 __all__ = [
     "BuildOptions",

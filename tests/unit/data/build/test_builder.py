@@ -329,9 +329,7 @@ def test_unknown_and_unusable_source_names(tmp_path):
             build_shards({name: []}, tmp_path, make_processor(), extra={name: "language"})
 
 
-@pytest.mark.parametrize(
-    "options", [{"shard_bytes": 0}, {"max_samples": 0}, {"split": "../x"}, {"split": ""}]
-)
+@pytest.mark.parametrize("options", [{"split": "../x"}, {"split": ""}])
 def test_impossible_options(options):
     with pytest.raises(ValueError, match="must be"):
         BuildOptions(**options)
