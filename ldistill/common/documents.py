@@ -59,7 +59,14 @@ class Processor(Protocol):
         """SHA-256 over `parts`; shards carry it."""
         ...
 
-    def encode(self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = ()) -> Document:
+    @property
+    def takes_system(self) -> bool:
+        """Whether the chat template writes a system turn."""
+        ...
+
+    def encode(
+        self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = (), system: str = ""
+    ) -> Document:
         """Tokenise a conversation; `tile_grids` holds the (rows, cols) of each picture."""
         ...
 

@@ -100,7 +100,7 @@ class PackedDataset(Dataset[LoadedPack]):
             cut = [self.processor.tiles(self.processor.load_image(data)) for data in stored.images]
         except BadImage as error:
             raise BadSample(error.reason, shard.path, key, error.detail) from error
-        document = self.processor.encode(stored.turns, [grid for _, grid in cut])
+        document = self.processor.encode(stored.turns, [grid for _, grid in cut], stored.system)
         if len(document.input_ids) != record["tokens"]:
             detail = f"{len(document.input_ids)} tokens instead of {record['tokens']}"
             raise BadSample("other length than in the index", shard.path, key, detail)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldistill.data.build.readers import check_ratings
 from ldistill.data.build.workers import Convert
 
 SHARD_BYTES = 256 * 1024 * 1024
-FORMATS = ("auto", "cauldron", "finevision", "llava")
+FORMATS = ("cauldron", "finevision", "llava", "chat")
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,6 @@ class InputOptions:
     min_ratings: Mapping[str, int] = field(default_factory=dict)
     image_root: str | None = None
     """JSON: the folder that image paths start from (default: the file's)."""
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"unknown format {self.format!r}: known are {', '.join(FORMATS)}")
-        check_ratings(self.min_ratings)
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,21 @@ class SourceReport:
     bytes: int
     kept_shards: int
     """Shards that an earlier build had finished."""
+    first_drops: dict[str, str] = field(default_factory=dict)
+    """For each reason of a drop the first record that it met."""
+
+
+class SourcesFailed(ValueError):
+    """Some of several sources could not be built; `reports` are those of the others."""
+
+    def __init__(self, reports: list[SourceReport], failures: Mapping[str, Exception]) -> None:
+        lines = [f"{source}: {error}" for source, error in failures.items()]
+        super().__init__("\n".join([f"not built: {', '.join(failures)}", *lines]))
+        self.reports = reports
+
+
+class InputError(OSError):
+    """An input that cannot be read on."""
 
 
 Advance = Callable[[SourceInput, int], None]

@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -33,7 +33,14 @@ from ldistill.data.archive import (
     ShardWriter,
     hash_file,
 )
-from ldistill.data.build.build_types import Advance, BuildOptions, SourceInput, SourceReport
+from ldistill.data.build.build_types import (
+    Advance,
+    BuildOptions,
+    InputError,
+    SourceInput,
+    SourceReport,
+    SourcesFailed,
+)
 from ldistill.data.build.state import (
     BuildState,
     Counts,
@@ -78,16 +85,26 @@ def build(
 ) -> list[SourceReport]:
     """Build every source in turn. `advance(input, rows)` is called as rows are done.
 
-    Raises ValueError for a source without usable samples, FileExistsError for a folder that
-    holds other shards, OSError when the disk is full.
+    A source without usable samples, an input that cannot be read on, or a folder that holds other
+    shards is a ValueError or OSError; of several sources the others are built, and then
+    SourcesFailed is raised. OSError at once when the disk is full.
     """
     out, inputs = Path(out), list(inputs)
     for entry in inputs:
         _check_source_name(entry.source)
     whole = 0 if options.max_samples else sum(_still_needed(entry, out) for entry in inputs)
     check_room(out, max(whole, min(options.shard_bytes, LEAST_ROOM)))
+    reports: list[SourceReport] = []
+    failures: dict[str, Exception] = {}
     with Workers(processor, options.workers) as workers:
-        return [_build(entry, out, processor, options, workers, advance) for entry in inputs]
+        for entry in inputs:
+            try:
+                reports.append(_build(entry, out, processor, options, workers, advance))
+            except (ValueError, FileExistsError, InputError) as error:
+                failures[entry.source] = error
+    if failures:
+        raise SourcesFailed(reports, failures) if inputs[1:] else failures.popitem()[1]
+    return reports
 
 
 def _build(
@@ -163,6 +180,8 @@ class SourceWriter:
             shutil.rmtree(self.folder)
         state = BuildState(self.folder, self.spec)
         with state.open():
+            if not state.is_ours():
+                self._refuse("the unfinished build of another input or other options")
             found = state.finished()
             if resumable and found:
                 self.shards, self.counts = found, deepcopy(found[-1].counts)
@@ -172,7 +191,12 @@ class SourceWriter:
             for name, counter in (lost or {}).items():
                 setattr(self.counts, name, counter)
             if not self.shards and not may_be_empty:
-                self._give_up()
+                drops = ", ".join(self._lost())
+                shutil.rmtree(self.folder)
+                raise ValueError(
+                    f"no usable sample of {self.spec['source']} (dropped: "
+                    f"{drops or 'nothing was read'})"
+                )
             self._write_index()
             state.close()
         return self._report(self.counts.to_json(), [shard.file for shard in self.shards], kept)
@@ -180,17 +204,21 @@ class SourceWriter:
     def _already_built(self, resumable: bool) -> SourceReport:
         meta = json.loads((self.folder / INDEX_NAME).read_text())
         if meta.get("plan") != digest(self.spec) or not resumable:
-            raise FileExistsError(
-                f"{self.folder} holds shards of another input or other options: choose another "
-                "folder, or pass --overwrite to replace them"
-            )
+            self._refuse("shards of another input or other options")
         files = [ShardFile(**shard) for shard in meta["shards"]]
-        damaged = [file.url for file in files if not is_whole(self.folder, file)]
-        if damaged:
-            raise ValueError(
-                f"{self.folder} is built, but {', '.join(damaged)} changed since: pass --overwrite"
-            )
+        if damaged := [file.url for file in files if not is_whole(self.folder, file)]:
+            self._refuse(f"shards of which {', '.join(damaged)} changed since")
         return self._report(meta, files, len(files))
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise FileExistsError(
+            f"{self.folder} holds {what}: choose another folder, or pass --overwrite to replace it"
+        )
+
+    def _lost(self) -> Iterator[str]:
+        """Each reason of dropped samples, how often, and the first record that it met."""
+        for reason, count in sorted(self.counts.drops.items()):
+            yield f"{count} {reason}, first {self.counts.first_drops.get(reason, '')}"
 
     def _report(self, counts: dict[str, Any], files: list[ShardFile], kept: int) -> SourceReport:
         return SourceReport(
@@ -202,6 +230,7 @@ class SourceWriter:
             shards=len(files),
             bytes=sum(file.bytes for file in files),
             kept_shards=kept,
+            first_drops=counts.get("first_drops", {}),
         )
 
     def _write_shards(self, prepared: Iterable[Prepared], state: BuildState) -> None:
@@ -242,13 +271,6 @@ class SourceWriter:
         shard = FinishedShard(writer.finish(), table, deepcopy(self.counts))
         state.record(len(self.shards), shard)
         self.shards.append(shard)
-
-    def _give_up(self) -> None:
-        lost = ", ".join(f"{n} {reason}" for reason, n in self.counts.drops.items())
-        shutil.rmtree(self.folder)
-        raise ValueError(
-            f"no usable sample of {self.spec['source']} (dropped: {lost or 'nothing was read'})"
-        )
 
     def _write_index(self) -> None:
         names = {shard.file.url for shard in self.shards}
@@ -292,9 +314,10 @@ def _still_needed(entry: SourceInput, out: Path) -> int:
 
 
 def _check_source_name(name: str) -> None:
-    good = name == known_sources.normalise(name) and "." not in name and not name.startswith("__")
-    if not good or not 0 < len(name) <= 80:
+    size, good = len(name.encode()), name == known_sources.normalise(name)
+    if not good or name.startswith("__") or not 0 < size <= 80:
         raise ValueError(
-            f"bad source id {name!r}: lower case without dots, blanks or slashes, at most 80 "
-            "characters, not starting with __"
+            f"bad source id {name!r} of {size} bytes: lower case without dots, blanks or slashes, "
+            "at most 80 bytes, not starting with __. Rename the file or folder that it comes from, "
+            "or the `source` of its records"
         )

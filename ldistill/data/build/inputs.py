@@ -1,4 +1,4 @@
-"""Finding the sources in what a user names: a hub id, parquet, a `datasets` folder, LLaVA JSON.
+"""Finding the sources in what a user names: a hub id, parquet, a `datasets` folder, JSON.
 
     inputs = open_inputs("HuggingFaceM4/the_cauldron", InputOptions(sources=("docvqa",)))
 
@@ -6,18 +6,20 @@
 |---|---|
 | hub id, or a clone of one with a README that lists configs | the config's name |
 | folder of folders of parquet files or saved data sets | the folder's name |
-| parquet file(s) with a column `source` (FineVision) | that column |
+| parquet file(s) with columns `texts` and `source` (FineVision) | `source` |
 | other parquet file, saved data set | the file's or folder's name |
-| LLaVA JSON | the record's `source`, else the file's name |
+| JSON, JSON lines, either of them gzipped | the record's `source`, else the file's name |
 
 Rows are streamed and pictures stay encoded. Names are normalised (`ldistill.sources.normalise`).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,11 @@ import pyarrow.parquet as parquet
 from huggingface_hub import HfApi
 
 from ldistill import sources as known_sources
-from ldistill.data.build.build_types import InputOptions, SourceInput
-from ldistill.data.build.readers import Cauldron, FineVision, LlavaJson, detect_format
+from ldistill.data.build.build_types import FORMATS, InputError, InputOptions, SourceInput
+from ldistill.data.build.readers import PAIRS, RATINGS, Reader
 
 EDGE = 1 << 16
+JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Table:
                 if self.only is None or known_sources.normalise(str(record["source"])) == self.only:
                     yield number, record
         except Exception as error:  # of the network or the file format, each library with its own
-            raise OSError(
+            raise InputError(
                 f"reading {self.identity} failed near row {number} ({error}): run the same command "
                 "again to go on; finished shards are kept"
             ) from error
@@ -73,10 +76,11 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
     table of another format.
     """
     path = Path(dataset).expanduser()
-    if path.suffix == ".json":
-        return _llava_inputs(path, options)
-    if options.format == "llava":
-        raise ValueError(f"{dataset} is not a LLaVA JSON file (*.json)")
+    hub = not path.exists() and dataset.count("/") == 1 and dataset[0] not in "./~"
+    if not path.exists() and (not hub or dataset.endswith((*JSON, ".parquet"))):
+        raise FileNotFoundError(f"no data set at {dataset}: it is neither there nor a hub id")
+    if dataset.endswith(JSON):
+        return _json_inputs(path, options)
     tables = _tables(dataset, path, options)
     chosen = _choose(list(tables), dataset, options)
     return [_table_input(source, tables[source], options) for source in chosen]
@@ -95,17 +99,60 @@ def _choose(found: Sequence[str], dataset: str, options: InputOptions) -> list[s
     return wanted
 
 
-def _llava_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
-    """A record's own `source` names its source, else the file's stem does."""
-    if options.format not in ("auto", "llava") or options.min_ratings:
-        unfit = "--min-rating" if options.min_ratings else f"--format {options.format}"
-        raise ValueError(f"{path} is JSON, not a table with ratings: leave {unfit} out")
-    text, records = _load_json(path)
+def _kind(where: str, fields: Iterable[str], options: InputOptions) -> str:
+    """The format, by the fields of the records. Raises ValueError for one that is not asked for."""
+    names, kind = set(fields), "none"
+    if "texts" in names:
+        rated = any(f"{name}_ratings" in names for name in RATINGS)
+        kind = "finevision" if rated else "cauldron"
+    elif "conversations" in names:
+        kind = "llava"
+    elif "messages" in names or any(names.issuperset(pair) for pair in PAIRS):
+        kind = "chat"
+    unrated = {f"{name}_ratings" for name in options.min_ratings} - names
+    asked = kind if options.format == "auto" else options.format
+    if kind not in FORMATS or {asked, kind} not in ({kind}, {"cauldron", "finevision"}) or unrated:
+        lacks = f"no {', '.join(unrated)}: leave --min-rating out"
+        if not unrated:
+            lacks = f"no conversations as --format {options.format} knows them"
+        raise ValueError(
+            f"{where} carries {lacks}. It has {', '.join(sorted(names))}; formats are "
+            f"{', '.join(FORMATS)}"
+        )
+    return asked
+
+
+def _table_input(source: str, table: Table, options: InputOptions) -> SourceInput:
+    kind = _kind(source, table.columns(), options)
+    minimum = dict(options.min_ratings)
+    return SourceInput(
+        source=source,
+        category=known_sources.category_of(source, options.extra),
+        rows=table.rows,
+        convert=Reader(source, options.image_root or "", minimum),
+        identity={"format": kind, "min_ratings": minimum, **table.identity},
+        length=table.length,
+        bytes=table.bytes,
+        rows_end=table.length,
+    )
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+def _json_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
+    """A record's own `source` names its source, else the file's name does."""
+    text = path.read_bytes()
+    records = _records(path, text)
+    fields = {name for record in records if isinstance(record, dict) for name in record}
+    kind = _kind(str(path), fields, options)
+    identity = {"format": kind, "file": path.name, "sha256": hashlib.sha256(text).hexdigest()}
+    minimum = dict(options.min_ratings)
+    stem = path.name.partition(".json")[0]
     groups: dict[str, list[int]] = {}
     for row, record in enumerate(records):
         named = record.get("source") if isinstance(record, dict) else None
-        groups.setdefault(known_sources.normalise(str(named or path.stem)), []).append(row)
-    root = options.image_root or str(path.parent)
+        groups.setdefault(known_sources.normalise(str(named or stem)), []).append(row)
     return [
         SourceInput(
             source=source,
@@ -113,12 +160,8 @@ def _llava_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
             rows=lambda start, rows=groups[source]: (
                 (row, records[row]) for row in rows if row >= start
             ),
-            convert=LlavaJson(source, root),
-            identity={
-                "format": "llava",
-                "file": path.name,
-                "sha256": hashlib.sha256(text).hexdigest(),
-            },
+            convert=Reader(source, options.image_root or str(path.parent), minimum),
+            identity=identity | ({"min_ratings": minimum} if minimum else {}),
             length=len(groups[source]),
             rows_end=len(records),
         )
@@ -126,39 +169,32 @@ def _llava_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
     ]
 
 
-def _load_json(path: Path) -> tuple[bytes, list[Any]]:
+def _records(path: Path, text: bytes) -> list[Any]:
+    """Records of a list, of an object's `data`, or one a line; a line that is none stays text."""
+    found: Any = None
     try:
-        text = path.read_bytes()
-        records = json.loads(text)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no data set at {path}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{path} must hold a list of records, as LLaVA's files do")
-    return text, records
+        text = gzip.decompress(text) if path.suffix == ".gz" else text
+        found = json.loads(text)
+    except ValueError:
+        found = [_line(line) for line in text.splitlines() if line.strip()]
+        found = found if any(isinstance(record, dict) for record in found) else None
+    except (OSError, EOFError, zlib.error):
+        pass
+    if isinstance(found, dict):
+        found = found.get("data", [found] if found else None)
+    if not found or not isinstance(found, list):
+        raise ValueError(
+            f"{path} is not JSON of records: it must hold a list of them, an object with the list "
+            "as `data`, or a record in each line"
+        )
+    return found
 
 
-def _table_input(source: str, table: Table, options: InputOptions) -> SourceInput:
-    columns = table.columns()
-    kind = options.format if options.format != "auto" else detect_format(columns)
-    if options.min_ratings:
-        absent = {f"{name}_ratings" for name in options.min_ratings} - set(columns)
-        if kind != "finevision" or absent:
-            raise ValueError(f"{source} carries no {', '.join(absent)}: leave --min-rating out")
-    reader = Cauldron(source)
-    if kind == "finevision":
-        reader = FineVision(source, dict(options.min_ratings))
-    return SourceInput(
-        source=source,
-        category=known_sources.category_of(source, options.extra),
-        rows=table.rows,
-        convert=reader,
-        identity={"format": kind, "min_ratings": dict(options.min_ratings), **table.identity},
-        length=table.length,
-        bytes=table.bytes,
-        rows_end=table.length,
-    )
+def _line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line.decode(errors="replace")
 
 
 # tables ------------------------------------------------------------------------------------------
@@ -169,11 +205,6 @@ def _tables(dataset: str, path: Path, options: InputOptions) -> dict[str, Table]
         return _parquet({_group_name(path.parent, path, options.split): [path]})
     if path.is_dir():
         return _folder(path, options)
-    if path.exists() or dataset.count("/") != 1 or dataset[0] in "./~":
-        raise FileNotFoundError(
-            f"no data set at {dataset}: give a hub id, a parquet file or folder, a saved data set "
-            "or a LLaVA JSON file"
-        )
     return _repository(dataset, options)
 
 
@@ -228,10 +259,10 @@ def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
 
 
 def _source_values(files: list[Path]) -> list[str]:
-    """Distinct values of the column `source`, which FineVision has and The Cauldron has not."""
+    """Distinct values of FineVision's column `source`; that of a chat set names no source here."""
     values: dict[str, None] = {}
     for file in files:
-        if "source" in parquet.read_schema(file).names:
+        if {"texts", "source"} <= set(parquet.read_schema(file).names):
             column = parquet.read_table(file, columns=["source"])["source"]
             values.update(dict.fromkeys(map(str, column.unique().to_pylist())))
     return list(values)

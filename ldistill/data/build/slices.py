@@ -151,6 +151,9 @@ def _join(source: str, out: Path, overwrite: bool) -> SourceReport:
     if not writer.built:
         check_room(out, sum(shard["bytes"] for meta in metas for shard in meta["shards"]))
     lost = {n: sum((Counter(m[n]) for m in metas), Counter()) for n in ("drops", "turn_drops")}
+    lost["first_drops"] = dict(
+        item for meta in reversed(metas) for item in meta.get("first_drops", {}).items()
+    )
     report = writer.run(stored, lost=lost)
     for folder in folders:
         shutil.rmtree(folder)

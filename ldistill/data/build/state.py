@@ -31,11 +31,15 @@ class Counts:
     samples: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     turn_drops: Counter[str] = field(default_factory=Counter)
+    first_drops: dict[str, str] = field(default_factory=dict)
+    """For each reason the first record that it met, and what was wrong with it."""
 
     def count(self, drops: Iterable[Drop]) -> None:
         """Count drops of samples and of single turns apart."""
         for drop in drops:
             (self.turn_drops if drop.unit == "turn" else self.drops)[drop.reason] += 1
+            detail = f" ({drop.detail})" if drop.detail else ""
+            self.first_drops.setdefault(drop.reason, f"{drop.id}{detail}")
 
     def to_json(self) -> dict[str, Any]:
         """Samples kept and drops by reason, in JSON."""
@@ -43,13 +47,14 @@ class Counts:
             "samples": self.samples,
             "drops": dict(sorted(self.drops.items())),
             "turn_drops": dict(sorted(self.turn_drops.items())),
-        }
+        } | ({"first_drops": self.first_drops} if self.first_drops else {})
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Counts:
         """The inverse of `to_json`, with `next_row`."""
         drops, turn_drops = Counter(values["drops"]), Counter(values["turn_drops"])
-        return cls(values["next_row"], values["samples"], drops, turn_drops)
+        first = values.get("first_drops", {})
+        return cls(values["next_row"], values["samples"], drops, turn_drops, first)
 
 
 @dataclass(frozen=True)
@@ -78,19 +83,15 @@ class BuildState:
                 raise FileExistsError(f"another build is writing {self.folder}") from error
             yield
 
-    def finished(self) -> list[FinishedShard]:
-        """Finished shards of this build whose bytes are still those recorded, in order.
-
-        Raises FileExistsError when the unfinished build is of something else.
-        """
+    def is_ours(self) -> bool:
+        """Whether what the folder holds, if anything, is of this build."""
         file = self.work / "plan.json"
         if not file.exists():
             write_text(file, json.dumps(self.spec, indent=1))
-        elif json.loads(file.read_text()) != json.loads(json.dumps(self.spec)):
-            raise FileExistsError(
-                f"{self.folder} holds the unfinished build of another input or other options: "
-                "choose another folder, or pass --overwrite to start over"
-            )
+        return json.loads(file.read_text()) == json.loads(json.dumps(self.spec))
+
+    def finished(self) -> list[FinishedShard]:
+        """Finished shards of this build whose bytes are still those recorded, in order."""
         shards: list[FinishedShard] = []
         while (shard := self._load(len(shards))) is not None:
             shards.append(shard)

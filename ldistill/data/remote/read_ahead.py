@@ -36,12 +36,13 @@ import queue
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from ldistill.data.archive import Shard
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import Plan
 from ldistill.data.remote.store import RemoteStore
@@ -77,15 +78,15 @@ def local_ranks(world_size: int) -> int:
 class FetchingSampler(Sampler[list[np.ndarray]]):
     """The batches of a `PackSampler`; a thread fetches the shards they need into the cache.
 
-    A shard is due one window before its first pack. What cannot be fetched is left: whoever reads
-    a sample of that shard will be told why.
+    The thread walks the stream of packs one window ahead of the batches. What it cannot fetch it
+    leaves: whoever reads a sample of that shard will be told why.
     """
 
     def __init__(self, packs: PackSampler, index: ShardIndex) -> None:
         self.packs, self.index = packs, index
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
-        due: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        due: queue.SimpleQueue[Shard | None] = queue.SimpleQueue()
         threading.Thread(target=self._fetch, args=(due,), name="shards", daemon=True).start()
         try:
             for batch, shards in zip(self.packs, self.shards_due()):
@@ -95,39 +96,20 @@ class FetchingSampler(Sampler[list[np.ndarray]]):
         finally:
             due.put(None)
 
-    def shards_due(self) -> Iterator[list[int]]:
-        """For each batch the shards to start fetching with it."""
-        plan, step = self.packs.plan, self.packs.batch_size * self.packs.world_size
-        window = -(-plan.size(0) * plan.shuffle_window // len(self.index.shards))  # packs of one
-        needs = shard_needs(plan, self.index, self.packs.start_pack)
-        coming = next(needs)
-        for position in count(self.packs.start_pack + step, step):
-            due = []
-            while coming[0] < position + window:
-                due.append(coming[1])
-                coming = next(needs)
-            yield due
+    def shards_due(self) -> Iterator[list[Shard]]:
+        """For each batch the shards to have in the cache soon, in the order of their need."""
+        plan, shards = self.packs.plan, self.index.shards
+        starts = [shard.start for shard in shards]
+        ahead = plan.packs_from(self.packs.start_pack)
+        coming = -(-plan.size(0) * plan.shuffle_window // len(shards))  # packs of a window
+        while True:
+            coming += self.packs.batch_size * self.packs.world_size
+            samples = np.concatenate(list(islice(ahead, coming)))
+            numbers = np.searchsorted(starts, samples, side="right") - 1
+            yield [shards[number] for number in dict.fromkeys(numbers.tolist())]
+            coming = 0
 
-    def _fetch(self, due: queue.SimpleQueue[int | None]) -> None:
+    def _fetch(self, due: queue.SimpleQueue[Shard | None]) -> None:
         while (shard := due.get()) is not None:
             with suppress(Exception):
-                self.index.store.fetch_shard(self.index.shards[shard])  # type: ignore[union-attr]
-
-
-def shard_needs(plan: Plan, index: ShardIndex, start: int) -> Iterator[tuple[int, int]]:
-    """(pack, shard): from which pack of the stream on a shard is needed; without end, in order.
-
-    A shard that is needed both before and after pack `start` counts as needed from `start` on.
-    """
-    starts = np.concatenate([[0], np.cumsum(index.shard_sizes)])
-    epoch, base = 0, 0
-    while True:
-        if base + plan.size(epoch) > start:
-            packs = plan.epoch(epoch)
-            shards = np.searchsorted(starts, packs.documents, side="right") - 1
-            numbers = np.repeat(np.arange(base, base + len(packs)), np.diff(packs.starts))
-            numbers, shards = numbers[numbers >= start], shards[numbers >= start]
-            needed, first = np.unique(shards, return_index=True)
-            for place in np.argsort(first, kind="stable"):
-                yield int(numbers[first[place]]), int(needed[place])
-        epoch, base = epoch + 1, base + plan.size(epoch)
+                self.index.store.fetch_shard(shard)  # type: ignore[union-attr]

@@ -93,14 +93,6 @@ class Retry:
         return min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.0)
 
 
-@dataclass(frozen=True)
-class ObjectInfo:
-    """What a store says of an object, None where it does not; `tag` changes with its content."""
-
-    size: int | None
-    tag: str | None
-
-
 def is_remote(root: str | Path) -> bool:
     """Whether shards lie behind a URL rather than in a folder."""
     return "://" in str(root) and not str(root).startswith("file://")
@@ -147,11 +139,11 @@ class RemoteReader:
         """A small object as a whole."""
         return self._retried(url, lambda: self._fresh(url).cat_file(url))
 
-    def info(self, url: str) -> ObjectInfo:
-        """Size and tag of an object as the store has it now."""
+    def info(self, url: str) -> tuple[int | None, str | None]:
+        """(size, tag) of an object now; None where the store says none. Content changes the tag."""
         found = self._retried(url, lambda: self._fresh(url).info(url))
         tag = next((str(found[name]) for name in TAGS if found.get(name)), None)
-        return ObjectInfo(found.get("size"), tag)
+        return found.get("size"), tag
 
     def names(self, url: str) -> list[str]:
         """Names of the objects and folders right below a URL; empty where the store lists none."""
@@ -227,7 +219,7 @@ class RemoteReader:
             raise ShortRead(f"{came} of {asked} bytes came")
 
     def _check_size(self, url: str, size: int) -> None:
-        found = self.info(url).size
+        found, _ = self.info(url)
         if found not in (None, size):
             raise ObjectChanged(
                 f"{url} has {found} bytes instead of {size}: it is truncated or was replaced; "

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, get_args
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class RemoteStore:
         if self.cache.holds(sha256) and hash_file(path) != sha256:
             self.cache.drop(sha256)
         if not self.cache.holds(sha256):
-            size = self.reader.info(url).size
+            size, _ = self.reader.info(url)
             self._open(url, sha256, len(self.reader.get(url)) if size is None else size).close()
         return path
 
@@ -161,33 +161,36 @@ class RemoteStore:
         except WrongContent as error:
             if again:
                 return self._open(url, sha256, size, again=False)
-            raise ObjectChanged(
-                f"{url} has the SHA-256 {error.found} instead of {sha256}: it was replaced, or "
-                "its index is of another build; upload the source again, index last"
-            ) from error
+            self._changed(f"{url} has the SHA-256 {error.found} instead of {sha256}")
 
     # checks ----------------------------------------------------------------------------------
 
     def sizes(self, shards: Sequence[Shard]) -> list[int | None]:
         """Bytes that each shard has now, where the store says. Raises FileNotFoundError."""
         found = self.reader.each([shard.path for shard in shards], self.reader.info)
-        self._tags = {s.path: info.tag for s, info in zip(shards, found, strict=True)} | self._tags
-        return [info.size for info in found]
+        self._tags = {s.path: tag for s, (_, tag) in zip(shards, found, strict=True)} | self._tags
+        return [size for size, _ in found]
 
     def _check_same(self, shard: Shard) -> None:
         """Raise ObjectChanged when the store has another object now than at the start."""
-        info = self.reader.info(shard.path)
-        before = self._tags.get(shard.path, info.tag)
-        if info.tag != before or info.size not in (None, shard.bytes):
-            raise ObjectChanged(
-                f"{shard.path} changed under way (its tag was {before}, now {info.tag}; "
-                f"{info.size} bytes, {shard.bytes} in the index): put the old object back, or "
-                "upload the source again and start a new run"
+        size, tag = self.reader.info(shard.path)
+        before = self._tags.get(shard.path, tag)
+        if tag != before or size not in (None, shard.bytes):
+            self._changed(
+                f"{shard.path} changed under way (its tag was {before}, now {tag}; "
+                f"{size} bytes, {shard.bytes} in the index)"
             )
+
+    @staticmethod
+    def _changed(what: str) -> NoReturn:
+        raise ObjectChanged(
+            f"{what}: put the old object back, or upload the source again, index last, and start a "
+            "new run"
+        )
 
     def open_shard(self, shard: Shard) -> BinaryIO:
         """A nameless copy of the shard as it is now, in the cache's folder."""
-        size = self.reader.info(shard.path).size
+        size, _ = self.reader.info(shard.path)
         file = tempfile.TemporaryFile(dir=self.cache.folder)  # noqa: SIM115
         try:
             self.reader.download(shard.path, shard.bytes if size is None else size, file)

@@ -30,13 +30,15 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 @app.command()
 def build(
     dataset: Annotated[
-        str, typer.Option(help="Hub id, parquet file or folder, saved data set, or LLaVA JSON.")
+        str, typer.Option(help="Hub id, parquet file or folder, saved data set, or JSON.")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder per source.")],
     sources: Annotated[
         str | None, typer.Option(help="full, lang, or a,b,c. Default: all the data set has.")
     ] = None,
-    format: Annotated[str, typer.Option(help="auto, cauldron, finevision or llava.")] = "auto",
+    format: Annotated[
+        str, typer.Option(help="auto, cauldron, finevision, llava or chat.")
+    ] = "auto",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     student: Annotated[
         str, typer.Option(help="Checkpoint whose tokenizer and image settings count.")
@@ -64,7 +66,7 @@ def build(
     max_images: Annotated[int, typer.Option(help="Most pictures per sample.", min=1)] = 1,
     tiling: Annotated[bool, typer.Option(help="Cut pictures into tiles.")] = False,
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder of a LLaVA file's images. Default: the file's.")
+        Path | None, typer.Option(help="Folder of a JSON file's images. Default: the file's.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace sources built before.")] = False,
     part: Annotated[
@@ -98,10 +100,16 @@ def build(
         chosen = work.Slice.parse(part) if part else None
         inputs = work.open_inputs(dataset, options)
         processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
-        reports = work.build(inputs, out, processor, cutting, chosen)
+        try:
+            reports = work.build(inputs, out, processor, cutting, chosen)
+        except work.SourcesFailed as failed:
+            work.print_reports(failed.reports, out)
+            raise
         work.print_reports(reports, out)
         if options.min_ratings:
             typer.echo(work.rated_out(reports, options.min_ratings))
+        if chosen is None and (warning := work.over_long(out, reports)):
+            typer.echo(warning)
 
 
 @app.command()

@@ -12,7 +12,13 @@ from rich.table import Table
 
 from ldistill.common.documents import Processor
 from ldistill.data.build import builder
-from ldistill.data.build.build_types import BuildOptions, InputOptions, SourceInput, SourceReport
+from ldistill.data.build.build_types import (
+    BuildOptions,
+    InputOptions,
+    SourceInput,
+    SourceReport,
+    SourcesFailed,
+)
 from ldistill.data.build.inputs import open_inputs
 from ldistill.data.build.readers import LOW_RATING
 from ldistill.data.build.slices import Slice, build_slice, join_slices
@@ -22,12 +28,15 @@ from ldistill.data.store import Reading
 from ldistill.tools.shards.stats import plot_lengths, source_stats
 from ldistill.tools.shards.verify import VerifyReport, verify_shards
 
+MAX_LENGTH = 1024
+"""Tokens of a row, in a run that does not say otherwise."""
 __all__ = [
     "BuildOptions",
     "InputOptions",
     "Reading",
     "ShardIndex",
     "Slice",
+    "SourcesFailed",
     "join_slices",
     "open_inputs",
     "plot_lengths",
@@ -102,6 +111,22 @@ def print_reports(reports: Sequence[SourceReport], out: Path) -> None:
         row = (report.source, report.category, f"{report.samples:,}", shards, size)
         table.add_row(*row, "; ".join(lost) or "none")
     _print(table)
+    for report in reports:
+        for reason, first in report.first_drops.items():
+            print(f"{report.source}: {reason}: first in record {first}")
+
+
+def over_long(out: Path, reports: Sequence[SourceReport]) -> str:
+    """A sentence on documents that training will not take as they are; empty without any."""
+    index = ShardIndex.load(out, [report.source for report in reports])
+    count, longest = int((index.lengths > MAX_LENGTH).sum()), int(index.lengths.argmax())
+    if not count:
+        return ""
+    return (
+        f"{count:,} documents are longer than {MAX_LENGTH:,} tokens, the longest "
+        f"{index.locate(longest)[2]} with {index.lengths[longest]:,}. Training drops them, "
+        "counted; --max_length of a run raises the limit, --on_long truncate cuts them there."
+    )
 
 
 def print_stats(index: ShardIndex, limit: int, text_only: bool) -> None:
