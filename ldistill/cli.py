@@ -15,12 +15,12 @@ import typer
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
-from ldistill.data.build.commands import app as shards_app
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
+from ldistill.tools.shards.commands import app as shards_app
 from ldistill.tools.study.commands import app as study_app
 from ldistill.tools.torture.commands import torture
 

@@ -40,8 +40,8 @@ SUBSETS: dict[str, tuple[str, ...]] = {"full": LANGUAGE + DOCUMENT, "lang": LANG
 
 
 def normalise(name: str) -> str:
-    """Source id of a display name: lower case; runs of blanks, ``-`` and ``/`` become ``_``."""
-    return re.sub(r"[\s\-/]+", "_", name.strip().lower())
+    """Source id of a display name: lower case; runs of blanks, ``-``, ``/``, ``.`` become ``_``."""
+    return re.sub(r"[\s\-/.]+", "_", name.strip().lower())
 
 
 def split_names(text: str) -> list[str]:

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ldistill.common.samples import BadImage
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 128 * 1024 * 1024
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was held."""
 STORED_FORMATS = {"JPEG": "jpg", "PNG": "png"}
 
 
@@ -90,6 +93,8 @@ def open_header(data: bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise BadImage("decompression bomb", str(error)) from error
+    except UnidentifiedImageError as error:  # its text has an address, another one in each run
+        raise BadImage("undecodable image", "no known format") from error
     except Exception as error:  # PIL plug-ins raise what they like on broken headers
         raise BadImage("undecodable image", str(error)) from error
     width, height = image.size
@@ -112,18 +117,42 @@ def _whole() -> Iterator[None]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to RGB, as stored: EXIF orientation is left alone, as in nanoVLM. Raises BadImage."""
+    """Decode to what a viewer shows, in RGB (see `shown`). Raises BadImage."""
     image = open_header(data)
     try:
         with _whole():
             image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
+        return shown(image)
     except Exception as error:  # truncated or damaged pixel data, again in many exception types
         raise BadImage("undecodable image", str(error)) from error
 
 
+def shown(image: Image.Image) -> Image.Image:
+    """A loaded picture as a viewer shows it, in RGB.
+
+    Turned as its EXIF orientation says, as `datasets` and so lmms-eval turn it; what is clear is
+    laid on white; more than 8 bits are scaled to 8: greys of 16 bits by their range, floats from 0
+    to 1 by that, others from the least to the greatest value in the picture.
+    """
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    least, most = float(values.min()), float(values.max())
+    usual = 1.0 if values.dtype.kind == "f" else 65535.0
+    low, high = (0.0, usual) if least >= 0 and most <= usual else (least, most)
+    return np.rint((values.astype(np.float64) - low) * (255 / (high - low or 1))).astype(np.uint8)
+
+
 def check_image(data: bytes) -> tuple[int, int, str]:
-    """(width, height, format) of a picture whose pixels really decode.
+    """(width, height, format), as shown, of a picture whose pixels really decode.
 
     JPEG is decoded at reduced size: every byte of the file is still read, at a fraction of the
     time. Raises BadImage.
@@ -134,6 +163,8 @@ def check_image(data: bytes) -> tuple[int, int, str]:
         image.draft("RGB", (64, 64))
         with _whole():
             image.load()
+        if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned by a quarter
+            width, height = height, width
     except Exception as error:
         raise BadImage("undecodable image", str(error)) from error
     return width, height, str(image.format)
@@ -178,7 +209,6 @@ def _whole_and_tiles(pixels: torch.Tensor, rows: int, cols: int, side: int) -> t
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
-    import numpy as np
     import torch
 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

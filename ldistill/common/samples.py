@@ -8,20 +8,25 @@ samples in = samples kept + samples dropped holds from the first step on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer."""
+    """One question and its answer.
+
+    `images` are the places of pictures in the question, as character offsets in `user`. A sample
+    none of whose turns has any shows all of its pictures in front of the first question.
+    """
 
     user: str
     assistant: str
+    images: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about zero or more pictures.
+    """A conversation about zero or more pictures, after a system turn where there is one.
 
     `images` holds encoded files (PNG or JPEG bytes), in the order in which the prompt shows them.
     `source` is the normalised source id; it decides the category and so the distillation weight.
@@ -31,15 +36,17 @@ class Sample:
     source: str
     turns: tuple[Turn, ...]
     images: tuple[bytes, ...] = ()
+    system: str = ""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Something a reader gave up, and why; `unit` is "sample" or "turn"."""
+    """Something a reader gave up, and why; `unit` is "sample" or "turn", `detail` for people."""
 
     reason: str
     id: str
     unit: str = "sample"
+    detail: str = field(default="", compare=False)
 
 
 class BadImage(ValueError):

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ldistill.common.documents import IGNORE, Document
 from ldistill.data.archive import BadSample
-from ldistill.models.processor import IGNORE, Document
 
 Batch = dict[str, Any]
 
@@ -68,8 +68,7 @@ class Collate:
         lengths = [[len(d.document.input_ids) for d in pack.documents] for pack in packs]
         longest = max((sum(row) for row in lengths), default=0)
         width = self.length or max(longest, 1)
-        if longest > width:
-            raise ValueError(f"a pack of {longest} tokens does not fit rows of {width}")
+        assert longest <= width
         rows = self._rows(packs, width)
         documents = [document for pack in packs for document in pack.documents]
         drops: Counter[str] = Counter()

@@ -12,35 +12,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 import numpy as np
 
+from ldistill.common.documents import Processor
 from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Sample
-from ldistill.data.archive import SAMPLE_DTYPE, BadSample, ShardFile, check_sample, sample_key
-from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, LocalStore, Reading, open_store
-from ldistill.models.processor import Processor
-
-if TYPE_CHECKING:
-    from ldistill.data.remote.store import RemoteStore
+from ldistill.data.archive import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    SAMPLES_NAME,
+    BadSample,
+    Shard,
+    ShardFile,
+    check_sample,
+    sample_key,
+)
+from ldistill.data.remote.store import RemoteStore
+from ldistill.data.store import LocalStore, Reading, open_store
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard of the index: path or URL, its source's number, its first sample's global number."""
-
-    path: str
-    source: int
-    start: int
-    samples: int
-    bytes: int
-    sha256: str
 
 
 class ShardIndex:
@@ -122,9 +117,7 @@ class ShardIndex:
             except (OSError, ValueError, EOFError) as error:
                 if self.store.remote and isinstance(error, FileNotFoundError):
                     continue  # another process has just made room in the cache: fetch it again
-                raise ValueError(
-                    f"{path} cannot be read ({error}): build the source again"
-                ) from error
+                _refuse(path, f"cannot be read ({error})")
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -206,44 +199,43 @@ class ShardIndex:
 
     def check_files(self) -> None:
         """Raise FileNotFoundError or ValueError for a shard that is missing or cut short."""
-        self.store.check(self.shards)
+        for shard, size in zip(self.shards, self.store.sizes(self.shards), strict=True):
+            if size not in (None, shard.bytes):
+                raise ValueError(
+                    f"shard {shard.path} has {size} bytes instead of {shard.bytes}: it is "
+                    "truncated or was replaced; build or copy it again"
+                )
 
     def _check_samples(self, number: int) -> None:
         source, samples = self.sources[number], self.source_samples(number)
         counts = [shard["samples"] for shard in self.meta[source]["shards"]]
         if not sum(counts):
-            raise ValueError(
-                f"the shards of {source} in {self.store.root} are empty: leave {source} out"
-            )
+            _refuse(self.store.url(source, INDEX_NAME), "has no sample", "leave the source out")
         expected = np.repeat(np.arange(len(counts)), counts)
         if samples.dtype != SAMPLE_DTYPE or not np.array_equal(samples["shard"], expected):
-            raise ValueError(
-                f"{self.store.url(source, SAMPLES_NAME)} does not fit {INDEX_NAME} beside it: "
-                "build the source again"
-            )
+            _refuse(self.store.url(source, SAMPLES_NAME), f"does not fit {INDEX_NAME} beside it")
 
 
 def _read_meta(store: LocalStore | RemoteStore, source: str) -> dict[str, Any]:
-    path = store.url(source, INDEX_NAME)
+    path, damage = store.url(source, INDEX_NAME), ""
+    needed = {"format", "category", "shards", "processor", "processor_parts", "image_settings"}
+    needed |= {"samples_sha256"} if store.remote else set()
     try:
-        data = store.read_index(source)
-    except OSError as error:
-        if store.remote:
+        meta = dict(json.loads(store.read_index(source)))
+    except (ValueError, TypeError, OSError) as error:
+        if store.remote and isinstance(error, OSError):
             raise
-        raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
-    try:
-        meta = json.loads(data)
-        version = meta["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): build the source again") from error
-    if version != FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, this version reads {FORMAT}: build it again"
-        )
-    needed = {"category", "shards", "processor", "processor_parts", "image_settings"}
-    if store.remote:
-        needed.add("samples_sha256")
-    absent = needed - set(meta)
-    if absent or meta.get("source") != source:
-        raise ValueError(f"{path} is damaged (missing {sorted(absent)} or of another source)")
+        meta, damage = {}, repr(error)
+    if meta.get("format", FORMAT) != FORMAT:
+        _refuse(path, f"has format {meta['format']}, this version reads {FORMAT}")
+    if absent := needed - set(meta):
+        damage = damage or f"missing {sorted(absent)}"
+    elif meta.get("source") != source:
+        damage = "of another source"
+    if damage:
+        _refuse(path, f"is damaged ({damage})")
     return meta
+
+
+def _refuse(path: str | Path, problem: str, remedy: str = "build the source again") -> NoReturn:
+    raise ValueError(f"{path} {problem}: {remedy}")

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ldistill.common.documents import IGNORE, Document, Processor
 from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample
 from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import OverLong, Plan
-from ldistill.data.remote.read_ahead import ExpectantBatch, ReadAheadSampler, settle_reads
+from ldistill.data.remote.read_ahead import FetchingSampler, settle_reads
 from ldistill.data.worker_signals import outlive_signals
-from ldistill.models.processor import IGNORE, Document, Processor
 
 OnBadSample = Literal["error", "drop"]
 
@@ -47,8 +47,6 @@ class PackSampler(Sampler[list[np.ndarray]]):
         start_pack: int = 0,
         stop_pack: int | None = None,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"bad batch size {batch_size} or rank {rank} of {world_size}")
         self.plan, self.batch_size = plan, batch_size
         self.rank, self.world_size = rank, world_size
         self.start_pack, self.stop_pack = start_pack, stop_pack
@@ -75,14 +73,10 @@ class PackedDataset(Dataset[LoadedPack]):
     on_bad_sample: OnBadSample = "error"
 
     def __getitems__(self, packs: list[np.ndarray]) -> list[LoadedPack]:
-        """The packs of a batch, and a word to a remote store about what comes after them."""
-        if isinstance(packs, ExpectantBatch):
-            samples = np.concatenate([*packs, packs.ahead]).tolist()
-            places = (self.index.locate(sample) for sample in samples)
-            self.index.store.expect(
-                ((shard, record) for shard, record, _ in places),
-                [self.index.shards[number] for number in packs.shards],
-            )
+        """The packs of a batch, whose samples a remote store gives several at a time."""
+        if self.index.store.remote:
+            samples = np.concatenate(packs).tolist()
+            self.index.store.expect(self.index.locate(sample)[:2] for sample in samples)
         return [self[pack] for pack in packs]
 
     def __getitem__(self, samples: np.ndarray) -> LoadedPack:
@@ -106,7 +100,7 @@ class PackedDataset(Dataset[LoadedPack]):
             cut = [self.processor.tiles(self.processor.load_image(data)) for data in stored.images]
         except BadImage as error:
             raise BadSample(error.reason, shard.path, key, error.detail) from error
-        document = self.processor.encode(stored.turns, [grid for _, grid in cut])
+        document = self.processor.encode(stored.turns, [grid for _, grid in cut], stored.system)
         if len(document.input_ids) != record["tokens"]:
             detail = f"{len(document.input_ids)} tokens instead of {record['tokens']}"
             raise BadSample("other length than in the index", shard.path, key, detail)
@@ -159,8 +153,6 @@ def make_loader(
     Checks before the first batch that the shards were built for `processor` and are whole, so a
     wrong folder fails at once (ValueError, FileNotFoundError). `plan` reuses one already made.
     """
-    if on_bad_sample not in ("error", "drop"):
-        raise ValueError(f"on_bad_sample must be error or drop, got {on_bad_sample!r}")
     index.check(processor)
     index.check_files()
     if plan is None:
@@ -172,8 +164,7 @@ def make_loader(
             packing=packing,
             shuffle_window=shuffle_window,
         )
-    if plan.limit != limit:
-        raise ValueError(f"the plan was made for {plan.limit} tokens per row, not {limit}")
+    assert plan.limit == limit
     sampler: Sampler[list[np.ndarray]] = PackSampler(
         plan,
         batch_size,
@@ -184,7 +175,8 @@ def make_loader(
     )
     if index.store.remote:
         settle_reads(index, plan, world_size)
-        sampler = ReadAheadSampler(sampler, index, num_workers)
+        if index.store.whole:
+            sampler = FetchingSampler(sampler, index)
     return PackLoader(
         PackedDataset(index, processor, limit, on_bad_sample),
         batch_sampler=sampler,

@@ -65,10 +65,6 @@ class Plan:
         shuffle_window: int = 64,
         pack_window: int = PACK_WINDOW,
     ) -> None:
-        if limit < 2:
-            raise ValueError(f"the length limit must be at least 2 tokens, got {limit}")
-        if over_long not in ("drop", "truncate", "error"):
-            raise ValueError(f"over_long must be drop, truncate or error, got {over_long!r}")
         self.limit, self.seed, self.packing = limit, seed, packing
         self.shuffle_window, self._pack_window = shuffle_window, pack_window
         self._shard_sizes = index.shard_sizes
@@ -161,8 +157,3 @@ class Plan:
             truncated=self.truncated,
             drops=dict(self.drops),
         )
-
-
-def plan_summary(index: ShardIndex, **options: object) -> PlanSummary:
-    """Summary of `Plan(index, **options)`."""
-    return Plan(index, **options).summary()  # type: ignore[arg-type]

@@ -6,57 +6,22 @@ store = open_store("s3://bucket/shards", Reading(cache="/scratch/shards", cache_
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from ldistill.data.archive import read_range
-from ldistill.data.remote.cache import ShardCache
-from ldistill.data.remote.reader import Retry, is_remote
+from ldistill.data.archive import INDEX_NAME, SAMPLES_NAME, Shard, read_range
+from ldistill.data.remote.reader import is_remote
+from ldistill.data.remote.store import READS, Reading, RemoteStore
 
-if TYPE_CHECKING:
-    from ldistill.data.index import Shard
-    from ldistill.data.remote.store import RemoteStore
-
-INDEX_NAME = "index.json"
-SAMPLES_NAME = "samples.npy"
+__all__ = ["INDEX_NAME", "READS", "SAMPLES_NAME", "LocalStore", "Reading", "open_store"]
 SLICES_NAME = ".slices"
-READS = ("auto", "whole", "ranged")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How remote shards are read; folders on this machine need none of it."""
-
-    cache: str | None = None
-    """Folder of the shard cache; None: `shards` in `$LDISTILL_CACHE` or the user's cache folder."""
-    cache_gb: float = 64.0
-    """The most that the cache may take, in GB; less where the disk has less left."""
-    reads: str = "auto"
-    """whole: fetch shards into the cache; ranged: samples alone; auto: see `read_ahead`."""
-    retry: Retry = field(default_factory=Retry)
-
-    def __post_init__(self) -> None:
-        if self.reads not in READS:
-            raise ValueError(f"shard_reads must be one of {', '.join(READS)}, got {self.reads!r}")
-        if self.cache_gb <= 0:
-            raise ValueError(f"shard_cache_gb must be above 0, got {self.cache_gb}")
-
-    def open_cache(self) -> ShardCache:
-        """The cache folder, made if need be. Raises OSError."""
-        from ldistill.tiny.prepare import default_cache
-
-        folder = Path(self.cache) if self.cache else default_cache() / "shards"
-        return ShardCache(folder, int(self.cache_gb * 1e9))
 
 
 def open_store(root: str | Path, reading: Reading | None = None) -> LocalStore | RemoteStore:
     """The store at a path or URL; nothing is read yet, but a remote one makes its cache folder."""
     if is_remote(root):
-        from ldistill.data.remote.store import RemoteStore
-
         return RemoteStore(str(root).rstrip("/"), reading or Reading())
     return LocalStore(str(root).removeprefix("file://"))
 
@@ -106,17 +71,12 @@ class LocalStore:
         """A sample's bytes. Raises OSError."""
         return read_range(shard.path, int(record["offset"]), int(record["size"]))
 
-    def check(self, shards: Sequence[Shard]) -> None:
-        """Raise FileNotFoundError or ValueError for a shard that is missing or cut short."""
-        for shard in shards:
-            path = Path(shard.path)
-            if not path.is_file():
-                raise FileNotFoundError(f"shard {path} is missing: build or copy it again")
-            if path.stat().st_size != shard.bytes:
-                raise ValueError(
-                    f"shard {path} has {path.stat().st_size} bytes instead of {shard.bytes}: it is "
-                    "truncated or was replaced; build or copy it again"
-                )
+    def sizes(self, shards: Sequence[Shard]) -> list[int | None]:
+        """Bytes that each shard has now. Raises FileNotFoundError."""
+        gone = [shard.path for shard in shards if not Path(shard.path).is_file()]
+        if gone:
+            raise FileNotFoundError(f"shard {gone[0]} is missing: build or copy it again")
+        return [Path(shard.path).stat().st_size for shard in shards]
 
     def open_shard(self, shard: Shard) -> BinaryIO:
         """The shard's file. Raises OSError."""

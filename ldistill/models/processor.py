@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ldistill.common.documents import IGNORE, Document, Grid
 from ldistill.common.images import ImageSettings, cut_tiles, open_image
 from ldistill.common.samples import Turn
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
-Grid = tuple[int, int]
+STAND_IN = 0x10_0000
+"""The first of the private characters (plane 16) that stand for control tokens in data."""
+STAND_INS = re.compile("[\U00100000-\U0010fffd]")
 
 
 @dataclass(frozen=True)
@@ -72,28 +74,6 @@ class ImageTokens:
         return text
 
 
-@dataclass(frozen=True)
-class Document:
-    """Token ids of one sample. `labels[i]` is the token after i where that one is supervised.
-
-    Both int32 [n]; elsewhere, and at the last position, the label is -100.
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-    @property
-    def supervised(self) -> int:
-        """Rows that carry a label."""
-        return int((self.labels != IGNORE).sum())
-
-    @property
-    def prompt(self) -> int:
-        """Rows before the first one that carries a label (all rows when none does)."""
-        rows = np.flatnonzero(self.labels != IGNORE)
-        return int(rows[0]) if len(rows) else len(self.labels)
-
-
 class Processor:
     """Tokenizer, chat template and image settings of one student.
 
@@ -115,8 +95,11 @@ class Processor:
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.tokens.image)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
-        known = [token for token in self.tokens.all() if token in vocabulary]
-        self._literal = re.compile("|".join(re.escape(token) for token in known))
+        self._literal = _any_of(token for token in self.tokens.all() if token in vocabulary)
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        template = str(tokenizer.chat_template)
+        self._control = [t.content for t in added if t.special or t.content in template]
+        self._control_text = _any_of(self._control)
 
     def _check_tokenizer(self, vocabulary: Mapping[str, int]) -> None:
         grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
@@ -143,13 +126,12 @@ class Processor:
     # text ------------------------------------------------------------------------------------
 
     def image_text(self, grids: Sequence[Grid]) -> str:
-        """The text that stands for the pictures, in front of the first question."""
-        text = ""
-        for number, grid in enumerate(grids):
-            if len(grids) > 1:
-                text += f"<image: {number}>"
-            text += self.tokens.picture(grid, self.images.tokens_per_tile)
-        return text
+        """The text that stands for the pictures, one after the other."""
+        return "".join(self._picture_text(number, grids) for number in range(len(grids)))
+
+    def _picture_text(self, number: int, grids: Sequence[Grid]) -> str:
+        text = self.tokens.picture(grids[number], self.images.tokens_per_tile)
+        return f"<image: {number}>{text}" if len(grids) > 1 else text
 
     def clean(self, text: str) -> str:
         """Text without literal image tokens, which would be taken for pictures."""
@@ -157,14 +139,44 @@ class Processor:
             text = self._literal.sub("", text)
         return text
 
-    def _messages(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[dict[str, Any]]:
-        messages = []
+    def plain(self, text: str) -> str:
+        """Clean text whose control tokens are stand-ins that `_coded` makes plain text again.
+
+        A data set must not be able to write a turn's end: what looks like one is words.
+        """
+        text = self.clean(text)
+        return self._control_text.sub(lambda m: chr(STAND_IN + self._control.index(m[0])), text)
+
+    def _pieces(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[list[str | int]]:
+        """Each question as text and the numbers of pictures, in order; text is always last."""
+        placed, shown, pieces = any(turn.images for turn in turns), 0, []
         for turn in turns:
-            messages.append({"role": "user", "content": self.clean(turn.user)})
-            messages.append({"role": "assistant", "content": self.clean(turn.assistant)})
-        if messages:
-            messages[0]["content"] = self.image_text(grids) + messages[0]["content"]
+            places = turn.images if placed else (0,) * (len(grids) if not pieces else 0)
+            start, question = 0, []
+            for place in places:
+                question += [self.plain(turn.user[start:place])] if place > start else []
+                question.append(shown)
+                start, shown = place, shown + 1
+            pieces.append([*question, self.plain(turn.user[start:])])
+        return pieces
+
+    def _messages(
+        self, turns: Sequence[Turn], grids: Sequence[Grid], system: str = ""
+    ) -> list[dict[str, Any]]:
+        messages = [{"role": "system", "content": self.plain(system)}] if system else []
+        for turn, pieces in zip(turns, self._pieces(turns, grids), strict=True):
+            asked = [p if isinstance(p, str) else self._picture_text(p, grids) for p in pieces]
+            messages.append({"role": "user", "content": "".join(asked)})
+            messages.append({"role": "assistant", "content": self.plain(turn.assistant)})
         return messages
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether the chat template writes a system turn."""
+        try:
+            return "be brief" in self._render(self._messages([Turn("q", "a")], [], "be brief"))
+        except Exception:  # templates raise by themselves what their language has
+            return False
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
         return self.tokenizer.apply_chat_template(
@@ -175,10 +187,48 @@ class Processor:
         """Ids of rendered text: its template has written every special token it needs."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
+    def _coded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int32 [n]) of rendered text, and where in it each token ends (int64 [n])."""
+        coded = self._tokenise(text, return_offsets_mapping=True)
+        ids, spans = coded["input_ids"], coded["offset_mapping"]
+        if STAND_INS.search(text):
+            ids, spans = self._as_words(text, ids, spans)
+        ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2)[:, 1]
+        return np.asarray(ids, dtype=np.int32), ends
+
+    def _as_words(
+        self, text: str, ids: list[int], spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of the words behind each stand-in, for the tokens of the stand-in itself."""
+        made, places, done = [], [], 0
+        for token, (start, end) in zip(ids, spans, strict=True):
+            words = [token]
+            if STAND_INS.search(text, start, end):
+                words = self._words(text[start:end]) if end > done else []
+                done = end
+            made += words
+            places += [(start, end)] * len(words)
+        return made, places
+
+    def _words(self, text: str) -> list[int]:
+        """Ids of text with stand-ins, as the tokenizer gives to plain words in a line."""
+        text = STAND_INS.sub(lambda m: self._control[ord(m[0]) - STAND_IN], text)
+
+        def split(text: str) -> list[int]:
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            return self.tokenizer(text, verbose=False, **options)["input_ids"]
+
+        line, before = split("\n" + text), split("\n")  # in a line, no blank is put in front
+        ids = line[len(before) :] if line[: len(before)] == before else split(text)
+        control = set(self.tokenizer.convert_tokens_to_ids(self._control))
+        # Turn marks that a tokenizer does not call special are found even so, unless cut in two.
+        return ids if control.isdisjoint(ids) else split(text[:1]) + split(text[1:])
+
     def _answer_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Character spans [start, end) of the answers with the end mark the template gives them."""
         spans = []
-        for answer in range(1, len(messages), 2):
+        answers = (n for n, message in enumerate(messages) if message["role"] == "assistant")
+        for answer in answers:
             before = self._render(messages[:answer], generation=True)
             after = self._render(messages[: answer + 1])
             if not (text.startswith(after) and after.startswith(before)):
@@ -191,7 +241,9 @@ class Processor:
 
     # ids -------------------------------------------------------------------------------------
 
-    def encode(self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = ()) -> Document:
+    def encode(
+        self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = (), system: str = ""
+    ) -> Document:
         """Tokenise a conversation; `tile_grids` holds the (rows, cols) of each picture.
 
         A token is supervised when it ends inside an answer or its end mark. Raises ValueError when
@@ -199,11 +251,9 @@ class Processor:
         """
         if not turns:
             raise ValueError("a document needs at least one turn")
-        messages = self._messages(turns, tile_grids)
+        messages = self._messages(turns, tile_grids, system)
         text = self._render(messages)
-        coded = self._tokenise(text, return_offsets_mapping=True)
-        ids = np.asarray(coded["input_ids"], dtype=np.int32)
-        ends = np.asarray(coded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 1]
+        ids, ends = self._coded(text)
         target = np.zeros(len(ids), dtype=bool)
         for start, end in self._answer_spans(messages, text):
             target |= (ends > start) & (ends <= end)
@@ -226,8 +276,7 @@ class Processor:
     ) -> np.ndarray:
         """Ids (int32 [n]) of a conversation up to where the next answer is to be generated."""
         messages = self._messages([*turns_so_far, Turn(question, "")], grids)[:-1]
-        text = self._render(messages, generation=True)
-        return np.asarray(self._tokenise(text)["input_ids"], dtype=np.int32)
+        return self._coded(self._render(messages, generation=True))[0]
 
     @property
     def answer_prefix(self) -> str:
@@ -282,6 +331,12 @@ def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, sourc
             f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "
             "not the tokenizer this student was trained with."
         )
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of the tokens; with none, nothing."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _sha(value: object) -> str:

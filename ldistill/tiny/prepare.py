@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldistill.common.locate import default_cache
 from ldistill.common.samples import Sample
 from ldistill.common.telling import telling
 from ldistill.data.build.builder import build_shards
@@ -40,14 +40,6 @@ class TinyData:
 
     shards: Path
     items: Path
-
-
-def default_cache() -> Path:
-    """`$LDISTILL_CACHE`, or `ldistill` in the user's cache folder."""
-    if configured := os.environ.get("LDISTILL_CACHE"):
-        return Path(configured).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "ldistill"
 
 
 def prepare(

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.errors import ERROR_EXIT_CODE
-from ldistill.data.build.commands import app
 from ldistill.recipe import load_recipe, shipped_recipes
 from ldistill.tiny.prepare import prepare
+from ldistill.tools.shards.commands import app
 from ldistill.training.stopping import STOPPED_EXIT_CODE
 
 pytestmark = [

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ldistill.data.build.workers import Convert
 
 SHARD_BYTES = 256 * 1024 * 1024
+FORMATS = ("cauldron", "finevision", "llava", "chat")
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """What to take from an input and how to read it."""
+
+    sources: tuple[str, ...] | None = None
+    """Source ids to build, all of which must be there; None takes every source of the input."""
+    format: str = "auto"
+    split: str = "train"
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Categories of sources beyond the 17."""
+    min_ratings: Mapping[str, int] = field(default_factory=dict)
+    image_root: str | None = None
+    """JSON: the folder that image paths start from (default: the file's)."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +59,6 @@ class BuildOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.shard_bytes < 1 or (self.max_samples is not None and self.max_samples < 1):
-            raise ValueError("shard size and max_samples must be positive")
         if not self.split.replace("_", "").isalnum():
             raise ValueError(f"the split {self.split!r} must be letters, digits and underscores")
 
@@ -62,6 +76,21 @@ class SourceReport:
     bytes: int
     kept_shards: int
     """Shards that an earlier build had finished."""
+    first_drops: dict[str, str] = field(default_factory=dict)
+    """For each reason of a drop the first record that it met."""
+
+
+class SourcesFailed(ValueError):
+    """Some of several sources could not be built; `reports` are those of the others."""
+
+    def __init__(self, reports: list[SourceReport], failures: Mapping[str, Exception]) -> None:
+        lines = [f"{source}: {error}" for source, error in failures.items()]
+        super().__init__("\n".join([f"not built: {', '.join(failures)}", *lines]))
+        self.reports = reports
+
+
+class InputError(OSError):
+    """An input that cannot be read on."""
 
 
 Advance = Callable[[SourceInput, int], None]

@@ -4,7 +4,7 @@
 
 Layout: `{out}/{source}/{source}-{split}-000000.tar`, ..., `samples.npy`, and last `index.json`,
 without which a source does not count as built. A build that was killed goes on after the last
-shard whose bytes still have the recorded hash (see `ledger`). The bytes depend on the input and
+shard whose bytes still have the recorded hash (see `state`). The bytes depend on the input and
 the options, never on the number of workers.
 """
 
@@ -12,34 +12,47 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ldistill import sources as known_sources
-from ldistill.common.errors import disk_full
+from ldistill.common.documents import Processor
+from ldistill.common.errors import writing
 from ldistill.common.samples import Drop, Sample
-from ldistill.data.archive import SAMPLE_DTYPE, ShardFile, ShardWriter, hash_file
-from ldistill.data.build.build_types import Advance, BuildOptions, SourceInput, SourceReport
-from ldistill.data.build.progress import (
+from ldistill.data.archive import (
+    INDEX_NAME,
+    SAMPLE_DTYPE,
+    SAMPLES_NAME,
+    ShardFile,
+    ShardWriter,
+    hash_file,
+)
+from ldistill.data.build.build_types import (
+    Advance,
+    BuildOptions,
+    InputError,
+    SourceInput,
+    SourceReport,
+    SourcesFailed,
+)
+from ldistill.data.build.state import (
+    BuildState,
+    Counts,
     FinishedShard,
-    Ledger,
-    Progress,
     digest,
     is_whole,
     write_text,
 )
 from ldistill.data.build.workers import Prepared, Workers, keep
-from ldistill.data.index import FORMAT, INDEX_NAME, SAMPLES_NAME
-from ldistill.models.processor import Processor
+from ldistill.data.index import FORMAT
 
 LEAST_ROOM = 64 * 1024 * 1024
-PLAN_KEYS = ("format", "source", "category", "input", "options", "processor", "max_images")
 
 
 def build_shards(
@@ -49,19 +62,14 @@ def build_shards(
     *,
     extra: Mapping[str, str] | None = None,
     options: BuildOptions | None = None,
-    identity: Mapping[str, Any] | None = None,
 ) -> list[SourceReport]:
-    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17.
-
-    Pass an `identity` that changes with the samples to make a killed build resumable.
-    """
+    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17."""
     inputs = [
         SourceInput(
             source=source,
-            category=known_sources.category_of(source, dict(extra or {})),
+            category=known_sources.category_of(source, extra),
             rows=lambda start, samples=samples: islice(enumerate(samples), start, None),
             convert=keep,
-            identity=dict(identity or {}),
         )
         for source, samples in samples_by_source.items()
     ]
@@ -77,189 +85,213 @@ def build(
 ) -> list[SourceReport]:
     """Build every source in turn. `advance(input, rows)` is called as rows are done.
 
-    Raises ValueError for a source without usable samples, FileExistsError for a folder that
-    holds other shards, OSError when the disk is full.
+    A source without usable samples, an input that cannot be read on, or a folder that holds other
+    shards is a ValueError or OSError; of several sources the others are built, and then
+    SourcesFailed is raised. OSError at once when the disk is full.
     """
     out, inputs = Path(out), list(inputs)
     for entry in inputs:
         _check_source_name(entry.source)
     whole = 0 if options.max_samples else sum(_still_needed(entry, out) for entry in inputs)
     check_room(out, max(whole, min(options.shard_bytes, LEAST_ROOM)))
+    reports: list[SourceReport] = []
+    failures: dict[str, Exception] = {}
     with Workers(processor, options.workers) as workers:
-        return [SourceBuild(e, out, processor, options, workers, advance).run() for e in inputs]
+        for entry in inputs:
+            try:
+                reports.append(_build(entry, out, processor, options, workers, advance))
+            except (ValueError, FileExistsError, InputError) as error:
+                failures[entry.source] = error
+    if failures:
+        raise SourcesFailed(reports, failures) if inputs[1:] else failures.popitem()[1]
+    return reports
 
 
-class SourceBuild:
-    """The build of one source."""
+def _build(
+    entry: SourceInput,
+    out: Path,
+    processor: Processor,
+    options: BuildOptions,
+    workers: Workers,
+    advance: Advance,
+) -> SourceReport:
+    """Build a source, go on with it, or find it built already."""
+    spec = {
+        "format": FORMAT,
+        "source": entry.source,
+        "category": entry.category,
+        "input": entry.identity,
+        "options": {k: getattr(options, k) for k in ("split", "shard_bytes", "max_samples")},
+        "processor": processor.fingerprint(),
+        "max_images": processor.images.max_images,
+    }
+    about = {"processor_parts": processor.parts, "image_settings": asdict(processor.images)}
+    limit = options.max_samples
+
+    def prepared(done: Counts) -> Iterator[Prepared]:
+        advance(entry, done.samples + done.drops.total())
+        if done.samples == limit:
+            return
+        for result in workers.map(entry.rows(done.next_row), entry.convert, entry.source):
+            advance(entry, 1)
+            yield result
+            if done.samples == limit:
+                return
+
+    writer = SourceWriter(out / entry.source, spec, about, options.overwrite)
+    return writer.run(prepared, resumable=bool(entry.identity), may_be_empty=entry.may_be_empty)
+
+
+class SourceWriter:
+    """Writes one source's folder: prepared samples cut into shards, and last the index.
+
+    `spec` is everything the bytes depend on: two builds with the same one are the same build.
+    `about` is what else the index keeps of the processor, for readable errors and for readers.
+    """
 
     def __init__(
-        self,
-        entry: SourceInput,
-        out: Path,
-        processor: Processor | None,
-        options: BuildOptions,
-        workers: Any,
-        advance: Advance,
+        self, folder: Path, spec: dict[str, Any], about: dict[str, Any], overwrite: bool
     ) -> None:
-        self.entry, self.processor, self.options = entry, processor, options
-        self.workers, self.advance = workers, advance
-        self.folder = out / entry.source
-        self.plan = self._make_plan()
-        self.ledger = Ledger(self.folder, self.plan)
-        self.progress = Progress()
+        self.folder, self.spec, self.about, self.overwrite = folder, spec, about, overwrite
+        self.counts = Counts()
         self.shards: list[FinishedShard] = []
 
-    def _make_plan(self) -> dict[str, Any]:
-        """Everything the bytes depend on; two builds with the same plan are the same build."""
-        options = asdict(self.options)
-        return {
-            "format": FORMAT,
-            "source": self.entry.source,
-            "category": self.entry.category,
-            "input": self.entry.identity,
-            "options": {k: options[k] for k in ("split", "shard_bytes", "max_samples")},
-            "processor": self.processor.fingerprint(),
-            "max_images": self.processor.images.max_images,
-        }
+    @property
+    def built(self) -> bool:
+        """Whether the folder is complete and stays."""
+        return (self.folder / INDEX_NAME).exists() and not self.overwrite
 
-    def run(self) -> SourceReport:
-        """Build, resume, or find the source built already."""
-        if self.options.overwrite and self.folder.exists():
+    def run(
+        self,
+        prepared: Callable[[Counts], Iterable[Prepared]],
+        *,
+        resumable: bool = True,
+        may_be_empty: bool = False,
+        lost: dict[str, Any] | None = None,
+    ) -> SourceReport:
+        """Write what `prepared(counts)` gives from row `counts.next_row` on.
+
+        `lost` replaces `counts` of drops where they are known beforehand. Raises FileExistsError
+        for a folder of another build, ValueError for a damaged one or for no sample at all.
+        """
+        if self.built:
+            return self._already_built(resumable)
+        if self.folder.exists() and self.overwrite:
             shutil.rmtree(self.folder)
-        if (self.folder / INDEX_NAME).exists():
-            return self._already_built()
-        with self.ledger.open():
-            kept = self._resume()
-            self._write_shards()
-            self._finish()
-        files = [shard.file for shard in self.shards]
-        return self._report(self.progress.counts(), files, kept)
+        state = BuildState(self.folder, self.spec)
+        with state.open():
+            if not state.is_ours():
+                self._refuse("the unfinished build of another input or other options")
+            found = state.finished()
+            if resumable and found:
+                self.shards, self.counts = found, deepcopy(found[-1].counts)
+            kept = len(self.shards)
+            with writing(self.folder):
+                self._write_shards(prepared(self.counts), state)
+            for name, counter in (lost or {}).items():
+                setattr(self.counts, name, counter)
+            if not self.shards and not may_be_empty:
+                drops = ", ".join(self._lost())
+                shutil.rmtree(self.folder)
+                raise ValueError(
+                    f"no usable sample of {self.spec['source']} (dropped: "
+                    f"{drops or 'nothing was read'})"
+                )
+            self._write_index()
+            state.close()
+        return self._report(self.counts.to_json(), [shard.file for shard in self.shards], kept)
 
-    def _already_built(self) -> SourceReport:
+    def _already_built(self, resumable: bool) -> SourceReport:
         meta = json.loads((self.folder / INDEX_NAME).read_text())
-        if meta.get("plan") != digest(self.plan) or not self.entry.identity:
-            raise FileExistsError(
-                f"{self.folder} holds shards of another input or other options: choose another "
-                "folder, or pass --overwrite to replace them"
-            )
+        if meta.get("plan") != digest(self.spec) or not resumable:
+            self._refuse("shards of another input or other options")
         files = [ShardFile(**shard) for shard in meta["shards"]]
-        damaged = [file.url for file in files if not is_whole(self.folder, file)]
-        if damaged:
-            raise ValueError(
-                f"{self.folder} is built, but {', '.join(damaged)} changed since: pass --overwrite"
-            )
+        if damaged := [file.url for file in files if not is_whole(self.folder, file)]:
+            self._refuse(f"shards of which {', '.join(damaged)} changed since")
         return self._report(meta, files, len(files))
 
-    def _report(
-        self, counts: dict[str, Any], files: list[ShardFile], kept_shards: int
-    ) -> SourceReport:
+    def _refuse(self, what: str) -> NoReturn:
+        raise FileExistsError(
+            f"{self.folder} holds {what}: choose another folder, or pass --overwrite to replace it"
+        )
+
+    def _lost(self) -> Iterator[str]:
+        """Each reason of dropped samples, how often, and the first record that it met."""
+        for reason, count in sorted(self.counts.drops.items()):
+            yield f"{count} {reason}, first {self.counts.first_drops.get(reason, '')}"
+
+    def _report(self, counts: dict[str, Any], files: list[ShardFile], kept: int) -> SourceReport:
         return SourceReport(
-            source=self.entry.source,
-            category=self.entry.category,
+            source=self.spec["source"],
+            category=self.spec["category"],
             samples=counts["samples"],
             drops=counts["drops"],
             turn_drops=counts["turn_drops"],
             shards=len(files),
             bytes=sum(file.bytes for file in files),
-            kept_shards=kept_shards,
+            kept_shards=kept,
+            first_drops=counts.get("first_drops", {}),
         )
 
-    def _resume(self) -> int:
-        """Take over what an earlier build finished; the number of its shards."""
-        found = self.ledger.resume()
-        self.shards = found if self.entry.identity else []
-        if self.shards:
-            self.progress = deepcopy(self.shards[-1].progress)
-            self.advance(self.entry, self.progress.samples + self.progress.drops.total())
-        return len(self.shards)
-
-    def _write_shards(self) -> None:
+    def _write_shards(self, prepared: Iterable[Prepared], state: BuildState) -> None:
+        most = self.spec["options"]["shard_bytes"]
         writer: ShardWriter | None = None
         rows: list[tuple[int, ...]] = []
         try:
-            for result in self._results():
+            for result in prepared:
                 block = result.block
-                if block and writer and writer.size + len(block) > self.options.shard_bytes:
-                    self._close_shard(writer, rows)
+                if block and writer and writer.size + len(block) > most:
+                    self._close_shard(writer, rows, state)
                     writer, rows = None, []
-                self.progress.next_row = result.row + 1
-                self.progress.count(result.drops)
+                self.counts.next_row = result.row + 1
+                self.counts.count(result.drops)
                 if block:
-                    writer = writer or self._open_shard()
-                    self.progress.samples += 1
-                    rows.append(self._index_row(result, writer.add(block)))
+                    writer = writer or self._open_shard(most)
+                    self.counts.samples += 1
+                    place = (len(self.shards), *writer.add(block), result.row)
+                    sizes = (result.tokens, result.supervised, result.prompt, result.tiles)
+                    rows.append(place + sizes)
             if writer:
-                self._close_shard(writer, rows)
-        except BaseException as error:
+                self._close_shard(writer, rows, state)
+        except BaseException:
             if writer:
                 writer.abandon()
-            if disk_full(error):
-                raise OSError(
-                    f"no room left on the disk of {self.folder}: free some and run the same "
-                    "command again; finished shards are kept"
-                ) from error
             raise
 
-    def _results(self) -> Iterator[Prepared]:
-        limit = self.options.max_samples
-        if limit is not None and self.progress.samples >= limit:
-            return
-        rows = self.entry.rows(self.progress.next_row)
-        for result in self.workers.map(rows, self.entry.convert, self.entry.source):
-            self.advance(self.entry, 1)
-            yield result
-            if limit is not None and self.progress.samples >= limit:
-                return
-
-    def _open_shard(self) -> ShardWriter:
-        check_room(self.folder, min(self.options.shard_bytes, LEAST_ROOM))
-        name = f"{self.entry.source}-{self.options.split}-{len(self.shards):06d}.tar"
+    def _open_shard(self, most: int) -> ShardWriter:
+        check_room(self.folder, min(most, LEAST_ROOM))
+        split = self.spec["options"]["split"]
+        name = f"{self.spec['source']}-{split}-{len(self.shards):06d}.tar"
         return ShardWriter(self.folder / name)
 
-    def _index_row(self, result: Prepared, place: tuple[int, int, int]) -> tuple[int, ...]:
-        counts = (result.tokens, result.supervised, result.prompt, result.tiles)
-        return (len(self.shards), *place, result.row, *counts)
-
-    def _close_shard(self, writer: ShardWriter, rows: list[tuple[int, ...]]) -> None:
+    def _close_shard(
+        self, writer: ShardWriter, rows: list[tuple[int, ...]], state: BuildState
+    ) -> None:
         table = np.array(rows, dtype=SAMPLE_DTYPE)
-        shard = FinishedShard(writer.finish(), table, deepcopy(self.progress))
-        self.ledger.record(len(self.shards), shard)
+        shard = FinishedShard(writer.finish(), table, deepcopy(self.counts))
+        state.record(len(self.shards), shard)
         self.shards.append(shard)
 
-    def _finish(self) -> None:
-        if not self.shards and not self.entry.may_be_empty:
-            lost = ", ".join(f"{n} {reason}" for reason, n in self.progress.drops.items())
-            shutil.rmtree(self.folder)
-            raise ValueError(
-                f"no usable sample of {self.entry.source} (dropped: {lost or 'nothing was read'})"
-            )
+    def _write_index(self) -> None:
         names = {shard.file.url for shard in self.shards}
         for stale in self.folder.glob("*.tar*"):  # of an interrupted build that did not resume
             if stale.name not in names:
                 stale.unlink()
         part = self.folder / (SAMPLES_NAME + ".part")
         with part.open("wb") as file:
-            tables = [np.empty(0, SAMPLE_DTYPE), *(shard.rows for shard in self.shards)]
+            tables = [np.empty(0, SAMPLE_DTYPE), *(shard.table for shard in self.shards)]
             np.save(file, np.concatenate(tables))
         part.replace(self.folder / SAMPLES_NAME)
-        index = self._index() | {"samples_sha256": hash_file(self.folder / SAMPLES_NAME)}
-        write_text(self.folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
-        self.ledger.close()
-
-    def _index(self) -> dict[str, Any]:
-        return {
-            **self.plan,
-            "split": self.options.split,
-            "plan": digest(self.plan),
-            **self._of_processor(),
-            **self.progress.counts(),
+        index = {
+            **self.spec,
+            "split": self.spec["options"]["split"],
+            "plan": digest(self.spec),
+            **self.about,
+            **self.counts.to_json(),
             "shards": [asdict(shard.file) for shard in self.shards],
+            "samples_sha256": hash_file(self.folder / SAMPLES_NAME),
         }
-
-    def _of_processor(self) -> dict[str, Any]:
-        """What the index keeps of the processor, for readable errors and for readers."""
-        parts, images = self.processor.parts, self.processor.images
-        return {"processor_parts": parts, "image_settings": asdict(images)}
+        write_text(self.folder / INDEX_NAME, json.dumps(index, indent=1) + "\n")
 
 
 def check_room(folder: Path, need: int) -> None:
@@ -282,9 +314,10 @@ def _still_needed(entry: SourceInput, out: Path) -> int:
 
 
 def _check_source_name(name: str) -> None:
-    good = name == known_sources.normalise(name) and "." not in name and not name.startswith("__")
-    if not good or not 0 < len(name) <= 80:
+    size, good = len(name.encode()), name == known_sources.normalise(name)
+    if not good or name.startswith("__") or not 0 < size <= 80:
         raise ValueError(
-            f"bad source id {name!r}: lower case without dots, blanks or slashes, at most 80 "
-            "characters, not starting with __"
+            f"bad source id {name!r} of {size} bytes: lower case without dots, blanks or slashes, "
+            "at most 80 bytes, not starting with __. Rename the file or folder that it comes from, "
+            "or the `source` of its records"
         )

@@ -1,4 +1,4 @@
-"""Finding the sources in what a user names: a hub id, parquet, a `datasets` folder, LLaVA JSON.
+"""Finding the sources in what a user names: a hub id, parquet, a `datasets` folder, JSON.
 
     inputs = open_inputs("HuggingFaceM4/the_cauldron", InputOptions(sources=("docvqa",)))
 
@@ -6,28 +6,34 @@
 |---|---|
 | hub id, or a clone of one with a README that lists configs | the config's name |
 | folder of folders of parquet files or saved data sets | the folder's name |
-| parquet file(s) with a column `source` (FineVision) | that column |
+| parquet file(s) with columns `texts` and `source` (FineVision) | `source` |
 | other parquet file, saved data set | the file's or folder's name |
-| LLaVA JSON | the record's `source`, else the file's name |
+| JSON, JSON lines, either of them gzipped | the record's `source`, else the file's name |
 
 Rows are streamed and pictures stay encoded. Names are normalised (`ldistill.sources.normalise`).
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow.parquet as parquet
+from huggingface_hub import HfApi
+
 from ldistill import sources as known_sources
-from ldistill.data.build.build_types import SourceInput
-from ldistill.data.build.llava import open_llava
-from ldistill.data.build.options import InputOptions, choose_sources
-from ldistill.data.build.readers import Cauldron, FineVision, detect_format
+from ldistill.data.build.build_types import FORMATS, InputError, InputOptions, SourceInput
+from ldistill.data.build.readers import PAIRS, RATINGS, Reader
 
 EDGE = 1 << 16
+JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Table:
                 if self.only is None or known_sources.normalise(str(record["source"])) == self.only:
                     yield number, record
         except Exception as error:  # of the network or the file format, each library with its own
-            raise OSError(
+            raise InputError(
                 f"reading {self.identity} failed near row {number} ({error}): run the same command "
                 "again to go on; finished shards are kept"
             ) from error
@@ -70,35 +76,125 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
     table of another format.
     """
     path = Path(dataset).expanduser()
-    if path.suffix == ".json":
-        return open_llava(path, options)
-    if options.format == "llava":
-        raise ValueError(f"{dataset} is not a LLaVA JSON file (*.json)")
+    hub = not path.exists() and dataset.count("/") == 1 and dataset[0] not in "./~"
+    if not path.exists() and (not hub or dataset.endswith((*JSON, ".parquet"))):
+        raise FileNotFoundError(f"no data set at {dataset}: it is neither there nor a hub id")
+    if dataset.endswith(JSON):
+        return _json_inputs(path, options)
     tables = _tables(dataset, path, options)
-    chosen = choose_sources(list(tables), dataset, options)
+    chosen = _choose(list(tables), dataset, options)
     return [_table_input(source, tables[source], options) for source in chosen]
 
 
+def _choose(found: Sequence[str], dataset: str, options: InputOptions) -> list[str]:
+    """The sources to build; every one must be there and have a category."""
+    wanted = list(options.sources) if options.sources is not None else list(found)
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ValueError(
+            f"{dataset} has no source {', '.join(missing)}; it has {', '.join(sorted(found))}"
+        )
+    for name in wanted:
+        known_sources.category_of(name, options.extra)
+    return wanted
+
+
+def _kind(where: str, fields: Iterable[str], options: InputOptions) -> str:
+    """The format, by the fields of the records. Raises ValueError for one that is not asked for."""
+    names, kind = set(fields), "none"
+    if "texts" in names:
+        rated = any(f"{name}_ratings" in names for name in RATINGS)
+        kind = "finevision" if rated else "cauldron"
+    elif "conversations" in names:
+        kind = "llava"
+    elif "messages" in names or any(names.issuperset(pair) for pair in PAIRS):
+        kind = "chat"
+    unrated = {f"{name}_ratings" for name in options.min_ratings} - names
+    asked = kind if options.format == "auto" else options.format
+    if kind not in FORMATS or {asked, kind} not in ({kind}, {"cauldron", "finevision"}) or unrated:
+        lacks = f"no {', '.join(unrated)}: leave --min-rating out"
+        if not unrated:
+            lacks = f"no conversations as --format {options.format} knows them"
+        raise ValueError(
+            f"{where} carries {lacks}. It has {', '.join(sorted(names))}; formats are "
+            f"{', '.join(FORMATS)}"
+        )
+    return asked
+
+
 def _table_input(source: str, table: Table, options: InputOptions) -> SourceInput:
-    columns = table.columns()
-    kind = options.format if options.format != "auto" else detect_format(columns)
-    if options.min_ratings:
-        absent = {f"{name}_ratings" for name in options.min_ratings} - set(columns)
-        if kind != "finevision" or absent:
-            raise ValueError(f"{source} carries no {', '.join(absent)}: leave --min-rating out")
-    reader = Cauldron(source)
-    if kind == "finevision":
-        reader = FineVision(source, dict(options.min_ratings))
+    kind = _kind(source, table.columns(), options)
+    minimum = dict(options.min_ratings)
     return SourceInput(
         source=source,
         category=known_sources.category_of(source, options.extra),
         rows=table.rows,
-        convert=reader,
-        identity={"format": kind, "min_ratings": dict(options.min_ratings), **table.identity},
+        convert=Reader(source, options.image_root or "", minimum),
+        identity={"format": kind, "min_ratings": minimum, **table.identity},
         length=table.length,
         bytes=table.bytes,
         rows_end=table.length,
     )
+
+
+# JSON --------------------------------------------------------------------------------------------
+
+
+def _json_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
+    """A record's own `source` names its source, else the file's name does."""
+    text = path.read_bytes()
+    records = _records(path, text)
+    fields = {name for record in records if isinstance(record, dict) for name in record}
+    kind = _kind(str(path), fields, options)
+    identity = {"format": kind, "file": path.name, "sha256": hashlib.sha256(text).hexdigest()}
+    minimum = dict(options.min_ratings)
+    stem = path.name.partition(".json")[0]
+    groups: dict[str, list[int]] = {}
+    for row, record in enumerate(records):
+        named = record.get("source") if isinstance(record, dict) else None
+        groups.setdefault(known_sources.normalise(str(named or stem)), []).append(row)
+    return [
+        SourceInput(
+            source=source,
+            category=known_sources.category_of(source, options.extra),
+            rows=lambda start, rows=groups[source]: (
+                (row, records[row]) for row in rows if row >= start
+            ),
+            convert=Reader(source, options.image_root or str(path.parent), minimum),
+            identity=identity | ({"min_ratings": minimum} if minimum else {}),
+            length=len(groups[source]),
+            rows_end=len(records),
+        )
+        for source in _choose(list(groups), str(path), options)
+    ]
+
+
+def _records(path: Path, text: bytes) -> list[Any]:
+    """Records of a list, of an object's `data`, or one a line; a line that is none stays text."""
+    found: Any = None
+    try:
+        text = gzip.decompress(text) if path.suffix == ".gz" else text
+        found = json.loads(text)
+    except ValueError:
+        found = [_line(line) for line in text.splitlines() if line.strip()]
+        found = found if any(isinstance(record, dict) for record in found) else None
+    except (OSError, EOFError, zlib.error):
+        pass
+    if isinstance(found, dict):
+        found = found.get("data", [found] if found else None)
+    if not found or not isinstance(found, list):
+        raise ValueError(
+            f"{path} is not JSON of records: it must hold a list of them, an object with the list "
+            "as `data`, or a record in each line"
+        )
+    return found
+
+
+def _line(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line.decode(errors="replace")
 
 
 # tables ------------------------------------------------------------------------------------------
@@ -109,11 +205,6 @@ def _tables(dataset: str, path: Path, options: InputOptions) -> dict[str, Table]
         return _parquet({_group_name(path.parent, path, options.split): [path]})
     if path.is_dir():
         return _folder(path, options)
-    if path.exists() or dataset.count("/") != 1 or dataset[0] in "./~":
-        raise FileNotFoundError(
-            f"no data set at {dataset}: give a hub id, a parquet file or folder, a saved data set "
-            "or a LLaVA JSON file"
-        )
     return _repository(dataset, options)
 
 
@@ -150,8 +241,6 @@ def _of_split(file: Path, split: str) -> bool:
 
 
 def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
-    import pyarrow.parquet as parquet
-
     tables: dict[str, Table] = {}
     for name, files in groups.items():
         length = sum(parquet.read_metadata(file).num_rows for file in files)
@@ -170,20 +259,16 @@ def _parquet(groups: dict[str, list[Path]]) -> dict[str, Table]:
 
 
 def _source_values(files: list[Path]) -> list[str]:
-    """Distinct values of the column `source`, which FineVision has and The Cauldron has not."""
-    import pyarrow.parquet as parquet
-
+    """Distinct values of FineVision's column `source`; that of a chat set names no source here."""
     values: dict[str, None] = {}
     for file in files:
-        if "source" in parquet.read_schema(file).names:
+        if {"texts", "source"} <= set(parquet.read_schema(file).names):
             column = parquet.read_table(file, columns=["source"])["source"]
             values.update(dict.fromkeys(map(str, column.unique().to_pylist())))
     return list(values)
 
 
 def _stream(*names: str, **options: Any) -> Any:
-    import datasets
-
     return datasets.load_dataset(
         *names, split=options.pop("split", "train"), streaming=True, **options
     )
@@ -194,8 +279,6 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _saved(folder: Path, split: str) -> Table:
-    import datasets
-
     data = datasets.load_from_disk(str(folder))
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -217,8 +300,6 @@ def _lists_configs(path: Path) -> bool:
 
 def _repository(name: str, options: InputOptions) -> dict[str, Table]:
     """Configs of a hub data set, or of a clone of one; only those wanted are looked into."""
-    import datasets
-
     local = Path(name).is_dir()
     revision = None if local else _hub_revision(name)
     configs = datasets.get_dataset_config_names(name, revision=revision)
@@ -235,8 +316,6 @@ def _repository(name: str, options: InputOptions) -> dict[str, Table]:
 
 
 def _config_table(name: str, config: str, revision: str | None, split: str) -> Table:
-    import datasets
-
     builder = datasets.load_dataset_builder(name, config, revision=revision)
     info = (builder.info.splits or {}).get(split)
     identity: dict[str, Any] = {"dataset": name, "config": config, "revision": revision}
@@ -253,8 +332,6 @@ def _config_table(name: str, config: str, revision: str | None, split: str) -> T
 
 def _hub_revision(name: str) -> str:
     """The commit a hub data set is at: a build that goes on later reads the same rows."""
-    from huggingface_hub import HfApi
-
     try:
         return str(HfApi().dataset_info(name).sha)
     except Exception as error:  # network libraries raise their own, not all of them OSError

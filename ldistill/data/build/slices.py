@@ -24,14 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from ldistill.data.archive import hash_file, read_range
+from ldistill.common.documents import Processor
+from ldistill.data.archive import INDEX_NAME, SAMPLES_NAME, hash_file, read_range
 from ldistill.data.build.build_types import Advance, BuildOptions, SourceInput, SourceReport
-from ldistill.data.build.builder import PLAN_KEYS, SourceBuild, build, check_room
-from ldistill.data.build.workers import Convert, Prepared, Workers, keep
-from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, SLICES_NAME
-from ldistill.models.processor import Processor
+from ldistill.data.build.builder import SourceWriter, build, check_room
+from ldistill.data.build.state import Counts
+from ldistill.data.build.workers import Prepared
+from ldistill.data.store import SLICES_NAME
 
 KEY = "slice"
+SPEC = ("format", "source", "category", "input", "options", "processor", "max_images")
+ABOUT = ("processor_parts", "image_settings")
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,8 @@ class Slice:
         return f"{self.number:04d}-of-{self.count:04d}"
 
     def of(self, entry: SourceInput) -> SourceInput:
-        """The rows of an input that belong to this slice. Raises ValueError."""
-        if entry.rows_end is None or not entry.identity:
-            raise ValueError(
-                f"{entry.source} cannot be cut into slices: its input does not say how many rows "
-                "it has. Build it in one piece, or download it and build from the files"
-            )
+        """The rows of an input that belong to this slice."""
+        assert entry.rows_end is not None
         first = (self.number - 1) * entry.rows_end // self.count
         end = self.number * entry.rows_end // self.count
         last = self.number == self.count  # whatever lies beyond the number of rows promised
@@ -92,10 +91,19 @@ def build_slice(
 
     A source that has been joined already is left as it is, if it is of the same input.
     """
-    if options.max_samples is not None:
-        raise ValueError("max_samples counts from the first row on: leave it or the slice out")
     out, whole, slices = Path(out), [], []
     for entry in inputs:
+        countable = entry.rows_end is not None and entry.identity
+        if not countable or options.max_samples is not None:
+            raise ValueError(
+                f"{entry.source} cannot be cut into slices: "
+                + (
+                    "--max-samples counts from the first row on. Leave it or the slice out"
+                    if countable
+                    else "its input does not say how many rows it has. Build it in one piece, or "
+                    "download it and build from the files"
+                )
+            )
         joined = (out / entry.source / INDEX_NAME).exists() and not options.overwrite
         (whole if joined else slices).append(entry if joined else part.of(entry))
     places = ((whole, out), (slices, out / SLICES_NAME / part.name))
@@ -104,11 +112,7 @@ def build_slice(
 
 
 def join_slices(
-    out: str | Path,
-    sources: Sequence[str] | None = None,
-    *,
-    overwrite: bool = False,
-    advance: Advance = lambda source, rows: None,
+    out: str | Path, sources: Sequence[str] | None = None, *, overwrite: bool = False
 ) -> list[SourceReport]:
     """Join the slices of every source, or of those named; nothing to do where it has been done.
 
@@ -119,128 +123,93 @@ def join_slices(
     found = sorted({p.parent.name for p in (out / SLICES_NAME).glob(f"*/*/{INDEX_NAME}")})
     wanted = found if sources is None else list(sources)
     built = {path.parent.name for path in out.glob(f"*/{INDEX_NAME}")}
-    if absent := [name for name in wanted if name not in found and name not in built]:
-        raise FileNotFoundError(f"no slices of {', '.join(absent)} in {out}")
-    if not wanted and not built:
-        raise FileNotFoundError(f"no slices in {out}: build some with `shards build --slice 1/8`")
-    joins = [Join(name, out, overwrite, advance) for name in wanted if name in found]
-    return [join.run() for join in joins]
-
-
-class Stored:
-    """Stands in for `Workers` where samples are finished already."""
-
-    def map(
-        self, rows: Iterable[tuple[int, Any]], convert: Convert, source: str
-    ) -> Iterator[Prepared]:
-        """The rows themselves: each is a `Prepared`."""
-        return (prepared for _, prepared in rows)
-
-
-class Join(SourceBuild):
-    """The build of a source from its slices instead of from its input."""
-
-    workers: Workers | Stored
-
-    def __init__(self, source: str, out: Path, overwrite: bool, advance: Advance) -> None:
-        self.slices = find_slices(out, source)
-        self.metas = [_read_slice(folder) for folder in self.slices]
-        plans = [_whole_plan(meta) for meta in self.metas]
-        if odd := [s for s, plan in zip(self.slices, plans, strict=True) if plan != plans[0]]:
-            raise ValueError(
-                f"{odd[0]} is of another input or other options than {self.slices[0]}: build it "
-                "again with --overwrite"
-            )
-        self.whole_plan = plans[0]
-        options = BuildOptions(**self.whole_plan["options"], overwrite=overwrite)
-        entry = SourceInput(
-            source=source,
-            category=self.whole_plan["category"],
-            rows=self._stored,
-            convert=keep,
-            identity=self.whole_plan["input"],
-            length=sum(meta["samples"] for meta in self.metas),
-            bytes=sum(shard["bytes"] for meta in self.metas for shard in meta["shards"]),
+    absent = [name for name in wanted if name not in found and name not in built]
+    if absent or not (wanted or built):
+        raise FileNotFoundError(
+            f"no slices{' of ' if absent else ''}{', '.join(absent)} in {out}: build some with "
+            "`ldistill shards build ... --slice 1/8`"
         )
-        super().__init__(entry, out, None, options, Stored(), advance)
-
-    def run(self) -> SourceReport:
-        """Join, then remove the slices."""
-        if not (self.folder / INDEX_NAME).exists() or self.options.overwrite:
-            check_room(self.folder, self.entry.bytes)
-        report = super().run()
-        for folder in self.slices:
-            shutil.rmtree(folder)
-            for parent in (folder.parent, folder.parent.parent):
-                if not any(parent.iterdir()):
-                    parent.rmdir()
-        return report
-
-    def _make_plan(self) -> dict[str, Any]:
-        return self.whole_plan
-
-    def _of_processor(self) -> dict[str, Any]:
-        return {name: self.metas[0][name] for name in ("processor_parts", "image_settings")}
-
-    def _finish(self) -> None:
-        self.progress.drops = sum((Counter(m["drops"]) for m in self.metas), Counter())
-        self.progress.turn_drops = sum((Counter(m["turn_drops"]) for m in self.metas), Counter())
-        super()._finish()
-
-    def _stored(self, start: int) -> Iterator[tuple[int, Prepared]]:
-        """(row, finished sample) of all slices in order, from row `start` on."""
-        for folder, meta in zip(self.slices, self.metas, strict=True):
-            names = [shard["url"] for shard in meta["shards"]]
-            samples = np.load(folder / SAMPLES_NAME, mmap_mode="r")
-            for record in samples[np.searchsorted(samples["row"], start) :]:
-                path = folder / names[record["shard"]]
-                block = read_range(str(path), int(record["offset"]), int(record["size"]))
-                if zlib.crc32(block) != record["crc32"]:
-                    raise ValueError(f"{path} changed since it was built: {_again(folder)}")
-                counts = {n: int(record[n]) for n in ("tokens", "supervised", "prompt", "tiles")}
-                yield int(record["row"]), Prepared(int(record["row"]), block, **counts)
+    return [_join(name, out, overwrite) for name in wanted if name in found]
 
 
-def find_slices(out: Path, source: str) -> list[Path]:
+def _join(source: str, out: Path, overwrite: bool) -> SourceReport:
+    folders = _find_slices(out, source)
+    metas = [_read_slice(folder) for folder in folders]
+    specs = [_whole_spec(meta) for meta in metas]
+    if odd := [folder for folder, spec in zip(folders, specs, strict=True) if spec != specs[0]]:
+        raise ValueError(
+            f"{odd[0]} is of another input or other options than {folders[0]}: build it again "
+            "with --overwrite"
+        )
+
+    def stored(done: Counts) -> Iterator[Prepared]:
+        for folder, meta in zip(folders, metas, strict=True):
+            yield from _stored(folder, meta, done.next_row)
+
+    about = {name: metas[0][name] for name in ABOUT}
+    writer = SourceWriter(out / source, specs[0], about, overwrite)
+    if not writer.built:
+        check_room(out, sum(shard["bytes"] for meta in metas for shard in meta["shards"]))
+    lost = {n: sum((Counter(m[n]) for m in metas), Counter()) for n in ("drops", "turn_drops")}
+    lost["first_drops"] = dict(
+        item for meta in reversed(metas) for item in meta.get("first_drops", {}).items()
+    )
+    report = writer.run(stored, lost=lost)
+    for folder in folders:
+        shutil.rmtree(folder)
+        for parent in (folder.parent, folder.parent.parent):
+            if not any(parent.iterdir()):
+                parent.rmdir()
+    return report
+
+
+def _stored(folder: Path, meta: dict[str, Any], start: int) -> Iterator[Prepared]:
+    """The finished samples of a slice from row `start` on."""
+    samples = np.load(folder / SAMPLES_NAME, mmap_mode="r")
+    for record in samples[np.searchsorted(samples["row"], start) :]:
+        path = folder / meta["shards"][record["shard"]]["url"]
+        block = read_range(str(path), int(record["offset"]), int(record["size"]))
+        _check_unchanged(path, zlib.crc32(block) == record["crc32"])
+        sizes = {name: int(record[name]) for name in ("tokens", "supervised", "prompt", "tiles")}
+        yield Prepared(int(record["row"]), block, **sizes)
+
+
+def _find_slices(out: Path, source: str) -> list[Path]:
     """Folders of a source's slices, in order. Raises ValueError when one is missing."""
-    found = {p.parent.parent.name: p.parent for p in _indices(out / SLICES_NAME, source)}
-    counts = {int(name.partition("-of-")[2]) for name in found}
+    indices = (out / SLICES_NAME).glob(f"*-of-*/{source}/{INDEX_NAME}")
+    found = {path.parents[1].name: path.parent for path in indices}
+    counts = sorted({int(name.partition("-of-")[2]) for name in found})
+    names = [Slice(number, counts[-1]).name for number in range(1, counts[-1] + 1)]
+    missing = [str(n) for n, name in enumerate(names, start=1) if name not in found]
     if len(counts) > 1:
-        raise ValueError(
-            f"{source} has slices of different builds in {out / SLICES_NAME} (of "
-            f"{' and of '.join(map(str, sorted(counts)))}): remove those not meant"
+        problem = (
+            f"of different builds in {out / SLICES_NAME} (of "
+            f"{' and of '.join(map(str, counts))}): remove those not meant"
         )
-    [count] = counts
-    names = [Slice(number, count).name for number in range(1, count + 1)]
-    if missing := [str(n) for n, name in enumerate(names, start=1) if name not in found]:
-        raise ValueError(
-            f"slices {', '.join(missing)} of {count} of {source} are not built: run `ldistill "
-            f"shards build ... --slice {missing[0]}/{count}` to its end"
-        )
+    else:
+        problem = f"that are not built, {', '.join(missing)} of {counts[0]}: run `ldistill shards "
+        problem += f"build ... --slice {missing[0]}/{counts[0]}` to its end" if missing else ""
+    if len(counts) > 1 or missing:
+        raise ValueError(f"{source} has slices {problem}")
     return [found[name] for name in names]
 
 
-def _indices(root: Path, source: str) -> list[Path]:
-    return list(root.glob(f"*-of-*/{source}/{INDEX_NAME}"))
-
-
 def _read_slice(folder: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((folder / INDEX_NAME).read_text())
-        whole = hash_file(folder / SAMPLES_NAME) == meta["samples_sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder} is damaged ({error!r}): {_again(folder)}") from error
-    if not whole:
-        raise ValueError(f"{folder / SAMPLES_NAME} changed since it was built: {_again(folder)}")
+    meta, table = json.loads((folder / INDEX_NAME).read_text()), folder / SAMPLES_NAME
+    _check_unchanged(table, hash_file(table) == meta["samples_sha256"])
     return meta
 
 
-def _again(folder: Path) -> str:
-    number, _, count = folder.parent.name.partition("-of-")
-    return f"build it again with --slice {int(number)}/{int(count)} --overwrite"
+def _check_unchanged(path: Path, unchanged: bool) -> None:
+    if not unchanged:
+        number, _, count = path.parents[1].name.partition("-of-")
+        raise ValueError(
+            f"{path} changed since it was built: build it again with --slice "
+            f"{int(number)}/{int(count)} --overwrite"
+        )
 
 
-def _whole_plan(meta: dict[str, Any]) -> dict[str, Any]:
-    """The plan that the whole source would have."""
-    plan = {key: meta[key] for key in PLAN_KEYS}
-    return plan | {"input": {k: v for k, v in plan["input"].items() if k != KEY}}
+def _whole_spec(meta: dict[str, Any]) -> dict[str, Any]:
+    """What the bytes of the whole source depend on."""
+    spec = {key: meta[key] for key in SPEC}
+    return spec | {"input": {k: v for k, v in spec["input"].items() if k != KEY}}

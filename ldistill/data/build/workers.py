@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from ldistill.common.documents import Processor
 from ldistill.common.images import storable
 from ldistill.common.samples import BadImage, Drop, Sample
 from ldistill.data.archive import pack_sample, sample_key
-from ldistill.models.processor import Processor
 
 Convert = Callable[[int, Any], list[Sample | Drop]]
 ROWS_PER_TASK = 8
@@ -57,37 +57,42 @@ def prepare(row: int, items: list[Sample | Drop], source: str, processor: Proces
         try:
             _encode(result, item, source, processor)
         except BadImage as error:
-            result.drops.append(Drop(error.reason, item.id))
+            result.drops.append(Drop(error.reason, item.id, detail=error.detail))
     return result
 
 
 def _encode(result: Prepared, sample: Sample, source: str, processor: Processor) -> None:
     if reason := _unusable(sample, processor):
-        result.drops.append(Drop(reason, sample.id))
+        result.drops.append(Drop(reason[0], sample.id, detail=reason[1]))
         return
     stored = [storable(data) for data in sample.images]
     grids = [processor.images.grid(int(d["width"]), int(d["height"])) for _, d in stored]
-    document = processor.encode(sample.turns, grids)
+    document = processor.encode(sample.turns, grids, sample.system)
     if not document.supervised:
         result.drops.append(Drop("no answer", sample.id))
         return
     images = tuple(data for data, _ in stored)
-    kept = Sample(sample.id, source, sample.turns, images)
+    kept = replace(sample, source=source, images=images)
     result.block = pack_sample(sample_key(source, result.row), kept, [d for _, d in stored])
     result.tokens, result.supervised = len(document.input_ids), document.supervised
     result.prompt = document.prompt
     result.tiles = sum(processor.images.tiles(grid) for grid in grids)
 
 
-def _unusable(sample: Sample, processor: Processor) -> str | None:
+def _unusable(sample: Sample, processor: Processor) -> tuple[str, str] | None:
+    """Why a sample cannot be used, in short and in detail."""
+    most = processor.images.max_images
     if not sample.turns:
-        return "no turns"
-    if len(sample.images) > processor.images.max_images:
-        return "too many images"
+        return "no turns", ""
+    if len(sample.images) > most:
+        return "too many images", f"{len(sample.images)} pictures: raise --max-images from {most}"
+    if sample.system and not processor.takes_system:
+        return "system turn", "the student's chat template takes none"
     try:
-        "".join([sample.id, *(turn.user + turn.assistant for turn in sample.turns)]).encode()
-    except UnicodeEncodeError:
-        return "invalid text"
+        texts = (turn.user + turn.assistant for turn in sample.turns)
+        "".join([sample.id, sample.system, *texts]).encode()
+    except UnicodeEncodeError as error:
+        return "invalid text", str(error)
     return None
 
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ldistill.common.errors import TransientError, disk_full
+from ldistill.common.errors import writing
 
 PART = ".part"
 Fill = Callable[[BinaryIO], str]
@@ -42,7 +42,7 @@ class WrongContent(OSError):
 class ShardCache:
     """Whole objects by their hash in a folder of at most `limit` bytes.
 
-    Raises OSError when the folder cannot be made or written.
+    Raises OSError when the folder cannot be made, written or locked.
     """
 
     def __init__(self, folder: str | Path, limit: int) -> None:
@@ -50,8 +50,13 @@ class ShardCache:
         self._locks = self.folder / "locks"
         try:
             self._locks.mkdir(parents=True, exist_ok=True)
+            with self._lock("room"):
+                pass
         except OSError as error:
-            raise OSError(f"the shard cache {self.folder} cannot be made: {error}") from error
+            raise OSError(
+                f"the shard cache {self.folder} cannot be made or locked ({error.strerror}): "
+                "choose a --shard_cache on a local disk"
+            ) from error
         self._sweep()
 
     def open(self, sha256: str, size: int, fill: Fill) -> BinaryIO:
@@ -61,10 +66,16 @@ class ShardCache:
             WrongContent: what `fill` wrote has another hash; nothing of it is kept.
             OSError: no room within the limit or on the disk, or what `fill` raises.
         """
+        path = self.folder / sha256
         while True:
-            if file := self._open_whole(sha256):
-                return file
+            with suppress(FileNotFoundError):
+                file = path.open("rb", buffering=0)
+                break
             self.add(sha256, size, fill)
+        now = time.time_ns()  # finer than the clock a file system stamps with by itself
+        with suppress(FileNotFoundError):  # evicted since: it is ours to read all the same
+            os.utime(path, ns=(now, now))
+        return file  # type: ignore[return-value]
 
     def add(self, sha256: str, size: int, fill: Fill, wait: bool = True) -> bool:
         """Have an object in the cache. Without `wait`, False if another process is fetching it."""
@@ -89,35 +100,18 @@ class ShardCache:
 
     # inside ----------------------------------------------------------------------------------
 
-    def _open_whole(self, sha256: str) -> BinaryIO | None:
-        path = self.folder / sha256
-        try:
-            file = path.open("rb", buffering=0)
-        except FileNotFoundError:
-            return None
-        now = time.time_ns()  # finer than the clock a file system stamps with by itself
-        with suppress(FileNotFoundError):  # evicted since: it is ours to read all the same
-            os.utime(path, ns=(now, now))
-        return file  # type: ignore[return-value]
-
     def _fetch(self, sha256: str, size: int, fill: Fill) -> None:
         part = self.folder / (sha256 + PART)
         try:
-            self._reserve(part, size)
-            with part.open("r+b") as file:
-                found = fill(file)
-                file.truncate()
+            with writing(self.folder):
+                self._reserve(part, size)
+                with part.open("r+b") as file:
+                    found = fill(file)
+                    file.truncate()
             if found != sha256:
                 raise WrongContent(found)
             with self._lock("room"):  # whoever counts what is held meets it under one name
                 part.replace(self.folder / sha256)
-        except OSError as error:
-            if disk_full(error):
-                raise TransientError(
-                    f"no room left on the disk of the shard cache {self.folder}: free some, or set "
-                    "a smaller --shard_cache_gb or another --shard_cache"
-                ) from error
-            raise
         finally:
             part.unlink(missing_ok=True)
 
@@ -143,9 +137,7 @@ class ShardCache:
         entries = sorted(self._entries())
         held = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if held <= most:
-                break
-            if path.suffix != PART:
+            if held > most and path.suffix != PART:
                 path.unlink(missing_ok=True)
                 held -= size
         return held <= most
@@ -175,11 +167,6 @@ class ShardCache:
             except BlockingIOError:
                 yield False
                 return
-            except OSError as error:
-                raise OSError(
-                    f"the file system of the shard cache {self.folder} has no file locks "
-                    f"({error.strerror}): choose a --shard_cache on a local disk"
-                ) from error
             try:
                 yield True
             finally:  # closing alone would not do while a child forked meanwhile has a copy of it

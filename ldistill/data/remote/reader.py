@@ -42,6 +42,7 @@ THREADS = 16
 """Requests that one process has under way at a time."""
 PASSING_STATUS = (408, 409, 425, 429)
 NO_RANGES = "doesn't appear to support range requests"
+TAGS = ("ETag", "etag", "blob_id", "xet_hash", "Last-Modified", "LastModified")
 T = TypeVar("T")
 _opened: dict[int, Any] = {}
 """File systems in use, by id, so that none ends in a forked child. fsspec forgets them there, and
@@ -92,26 +93,17 @@ class Retry:
         return min(self.longest, self.first * 2**attempt) * random.uniform(0.5, 1.0)
 
 
-@dataclass(frozen=True)
-class ObjectInfo:
-    """What a store says of an object, None where it does not; `tag` changes with its content."""
-
-    size: int | None
-    tag: str | None
-
-
 def is_remote(root: str | Path) -> bool:
     """Whether shards lie behind a URL rather than in a folder."""
     return "://" in str(root) and not str(root).startswith("file://")
 
 
-def join(root: str, *parts: str) -> str:
-    """A URL below another."""
-    return "/".join([root.rstrip("/"), *parts])
-
-
 class RemoteReader:
-    """Reads objects by URL; safe in threads, after a fork, and pickled to another process."""
+    """Reads objects by URL; safe in threads, after a fork, and pickled to another process.
+
+    Every method raises FileNotFoundError for what is missing and RemoteError for what a store
+    refuses or, to the last attempt, fails to give.
+    """
 
     def __init__(self, retry: Retry | None = None) -> None:
         self.retry = retry or Retry()
@@ -119,25 +111,17 @@ class RemoteReader:
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"retry": self.retry}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["retry"])  # type: ignore[misc]
+    def __reduce__(self) -> tuple:
+        return RemoteReader, (self.retry,)
 
     # requests --------------------------------------------------------------------------------
 
-    def fetch(self, url: str, start: int, end: int, size: int | None = None) -> bytes:
+    def fetch(self, url: str, start: int, end: int, size: int) -> bytes:
         """Bytes [start, end) of an object that is `size` bytes long.
 
-        Raises:
-            RangesUnsupported: the server sends the whole object instead.
-            ObjectChanged: the object has another size.
-            Unreachable: still failing after the last attempt.
-            RemoteError, FileNotFoundError: refused, or missing.
+        Raises RangesUnsupported where the server sends the whole object instead, and ObjectChanged
+        where the object has another size.
         """
-        if start == end:
-            return b""
 
         def attempt() -> bytes:
             try:
@@ -146,52 +130,29 @@ class RemoteReader:
                 if _outside(error):
                     self._check_size(url, size)
                 raise
-            if len(data) != end - start:
-                self._check_size(url, size)
-                raise ShortRead(f"{len(data)} of {end - start} bytes came")
+            self._check_length(len(data), end - start, url, size)
             return data
 
         return self._retried(f"{url}, bytes {start} to {end}", attempt)
 
     def get(self, url: str) -> bytes:
-        """A small object as a whole. Raises RemoteError, FileNotFoundError."""
+        """A small object as a whole."""
+        return self._retried(url, lambda: self._fresh(url).cat_file(url))
 
-        def attempt() -> bytes:
-            filesystem = self._filesystem(url)
-            filesystem.invalidate_cache()
-            return filesystem.cat_file(url)
-
-        return self._retried(url, attempt)
-
-    def info(self, url: str) -> ObjectInfo:
-        """Size and tag of an object as the store has it now. Raises RemoteError."""
-
-        def attempt() -> ObjectInfo:
-            filesystem = self._filesystem(url)
-            filesystem.invalidate_cache()
-            found = filesystem.info(url)
-            names = ("ETag", "etag", "blob_id", "xet_hash", "Last-Modified", "LastModified")
-            tag = next((str(found[name]) for name in names if found.get(name)), None)
-            return ObjectInfo(found.get("size"), tag)
-
-        return self._retried(url, attempt)
+    def info(self, url: str) -> tuple[int | None, str | None]:
+        """(size, tag) of an object now; None where the store says none. Content changes the tag."""
+        found = self._retried(url, lambda: self._fresh(url).info(url))
+        tag = next((str(found[name]) for name in TAGS if found.get(name)), None)
+        return found.get("size"), tag
 
     def names(self, url: str) -> list[str]:
-        """Names of the objects and folders right below a URL; empty where the store lists none.
-
-        Raises RemoteError when the store cannot be reached.
-        """
-
-        def attempt() -> list[str]:
-            filesystem = self._filesystem(url)
-            filesystem.invalidate_cache()
-            found = filesystem.ls(url.rstrip("/") + "/", detail=False)
-            return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
-
+        """Names of the objects and folders right below a URL; empty where the store lists none."""
+        folder = url.rstrip("/") + "/"
         try:
-            return self._retried(url, attempt)
+            found = self._retried(url, lambda: self._fresh(url).ls(folder, detail=False))
         except (FileNotFoundError, Refused):
             return []
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found})
 
     def each(self, items: Iterable[Any], action: Callable[[Any], T]) -> list[T]:
         """`action` of every item, several at a time, in order. Never call it from an action."""
@@ -209,10 +170,7 @@ class RemoteReader:
     # whole objects ---------------------------------------------------------------------------
 
     def download(self, url: str, size: int, file: BinaryIO) -> str:
-        """Write an object of `size` bytes to a file at its beginning; returns its SHA-256.
-
-        Raises as `fetch` does.
-        """
+        """Write an object of `size` bytes to a file at its beginning; returns its SHA-256."""
         try:
             return _write(self._blocks(url, size), file)
         except RangesUnsupported:
@@ -235,9 +193,7 @@ class RemoteReader:
     def _stream(self, url: str, size: int, file: BinaryIO) -> str:
         with self._filesystem(url).open(url, "rb", block_size=0) as stream:
             digest = _write(iter(lambda: stream.read(BLOCK), b""), file)
-        if file.tell() != size:
-            self._check_size(url, size)
-            raise ShortRead(f"{file.tell()} of {size} bytes came")
+        self._check_length(file.tell(), size, url, size)
         return digest
 
     # failures --------------------------------------------------------------------------------
@@ -257,16 +213,26 @@ class RemoteReader:
             "the store can be reached from here; a run goes on from its last checkpoint"
         ) from last
 
-    def _check_size(self, url: str, size: int | None) -> None:
-        found = self.info(url).size
-        if size is not None and found is not None and found != size:
+    def _check_length(self, came: int, asked: int, url: str, size: int) -> None:
+        if came != asked:
+            self._check_size(url, size)
+            raise ShortRead(f"{came} of {asked} bytes came")
+
+    def _check_size(self, url: str, size: int) -> None:
+        found, _ = self.info(url)
+        if found not in (None, size):
             raise ObjectChanged(
                 f"{url} has {found} bytes instead of {size}: it is truncated or was replaced; "
                 "upload it again with the index beside it"
             )
 
+    def _fresh(self, url: str) -> Any:
+        filesystem = self._filesystem(url)
+        filesystem.invalidate_cache()
+        return filesystem
+
     def _filesystem(self, url: str) -> Any:
-        import fsspec
+        import fsspec  # like what it loads, only where shards are remote
         from fsspec.config import apply_config
 
         protocol = url.partition("://")[0].lower()
@@ -295,15 +261,14 @@ def _options(protocol: str, timeout: float) -> dict[str, dict[str, Any]]:
     return {}
 
 
-def _read_range(filesystem: Any, url: str, start: int, end: int, size: int | None) -> bytes:
+def _read_range(filesystem: Any, url: str, start: int, end: int, size: int) -> bytes:
     if "http" in filesystem.protocol:
         # Unlike cat_file, the file object does not swallow a whole object sent instead of a range.
-        with filesystem.open(url, "rb", cache_type="none", size=size or end) as file:
+        with filesystem.open(url, "rb", cache_type="none", size=size) as file:
             file.seek(start)
             return file.read(end - start)
-    if filesystem.async_impl:
-        return filesystem.cat_file(url, start=start, end=end)
-    return filesystem.cat_file(url, start=start, end=end, cache_type="none")
+    buffering = {} if filesystem.async_impl else {"cache_type": "none"}
+    return filesystem.cat_file(url, start=start, end=end, **buffering)
 
 
 def _write(pieces: Iterable[bytes], file: BinaryIO) -> str:

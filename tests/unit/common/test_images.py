@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_data import make_processor, picture
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldistill.common.images import ImageSettings, check_image, cut_tiles, open_image, storable
 from ldistill.common.samples import BadImage
@@ -135,3 +135,82 @@ def test_tiles_are_the_picture_row_by_row_after_the_whole_view():
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ValueError, match="image setting"):
         ImageSettings(**{"tile_size": 32, "max_side": 128, **changes})
+
+
+# pictures as a viewer shows them -----------------------------------------------------------------
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_sixteen_bit_greys_are_scaled_to_eight(kind):
+    """Each value is within half a step of its share of the range; a viewer's picture, not 255s."""
+    values = np.linspace(0, 65535, 1000).astype(np.uint16).reshape(20, 50)
+    found = np.array(open_image(encoded(Image.fromarray(values), kind)))
+    assert np.array_equal(found, np.rint(values / 257)[..., None].repeat(3, 2))
+    dark = np.array(open_image(encoded(Image.fromarray(values // 256), kind)))
+    assert dark.max() == 1  # the darkest greys stay dark
+
+
+def test_floats_and_long_integers_are_scaled():
+    unit = np.array([[0.0, 0.25, 0.5]], dtype=np.float32)
+    assert np.array(open_image(encoded(Image.fromarray(unit), "TIFF")))[0, :, 0].tolist() == [
+        0,
+        64,
+        128,
+    ]
+    metres = np.array([[-1, 0, 3]], dtype=np.float32)
+    assert np.array(open_image(encoded(Image.fromarray(metres), "TIFF")))[0, :, 0].tolist() == [
+        0,
+        64,
+        255,
+    ]
+    long = np.array([[0, 50_000, 100_000]], dtype=np.int32)
+    assert np.array(open_image(encoded(Image.fromarray(long), "TIFF")))[0, :, 0].tolist() == [
+        0,
+        128,
+        255,
+    ]
+    flat = np.full((2, 2), 7, dtype=np.float32)
+    assert np.array(open_image(encoded(Image.fromarray(flat), "TIFF"))).max() == 0
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_the_camera_was_held(kind, orientation):
+    image = Image.open(io.BytesIO(picture(40, 30)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.array(open_image(data)), np.array(expected))
+    size = (30, 40) if orientation > 4 else (40, 30)
+    assert check_image(data)[:2] == open_image(data).size == size
+    stored, described = storable(data)
+    assert stored == data
+    assert (described["width"], described["height"]) == size
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_clear_is_laid_on_white(mode):
+    """Black strokes on nothing: alpha, a palette's transparency, one colour said to be clear."""
+    drawing = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    if mode in ("RGB", "L"):
+        drawing = Image.new(mode, (8, 4), 9 if mode == "L" else (9, 9, 9))
+        drawing.paste(0, (2, 1, 4, 3))
+        data = encoded(drawing, transparency=9 if mode == "L" else (9, 9, 9))
+    else:
+        drawing.paste((0, 0, 0, 255), (2, 1, 4, 3))
+        data = encoded(drawing.convert(mode) if mode != "P" else drawing.quantize(4))
+    expected = np.full((4, 8, 3), 255)
+    expected[1:3, 2:4] = 0
+    assert np.array_equal(np.array(open_image(data)), expected)
+
+
+def test_half_clear_is_half_white():
+    data = encoded(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))
+    assert np.array(open_image(data))[0, 0].tolist() == [255, 127, 127]

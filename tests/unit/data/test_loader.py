@@ -16,7 +16,7 @@ from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader, truncate
-from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Plan, plan_summary
+from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Plan
 from ldistill.models.processor import IGNORE, Document
 
 LIMIT = 128
@@ -77,12 +77,12 @@ def test_the_plan_follows_the_seed(built):
 
 def test_summary_counts_add_up(built):
     index = ShardIndex.load(built)
-    summary = plan_summary(index, limit=LIMIT)
+    summary = Plan(index, limit=LIMIT).summary()
     assert (summary.samples, summary.documents, summary.drops) == (120, 120, {})
     assert summary.tokens == index.lengths.sum()
     assert summary.efficiency == summary.tokens / (summary.packs * LIMIT) > 0.9
     assert "120 of 120 samples" in str(summary)
-    assert plan_summary(index, limit=LIMIT, packing=False).packs == 120
+    assert Plan(index, limit=LIMIT, packing=False).summary().packs == 120
 
 
 def test_long_documents_are_dropped_truncated_or_refused(built):
@@ -106,7 +106,7 @@ def test_a_document_cut_before_its_answer_is_dropped(tmp_path, processor):
         Sample("l", "vsr", (LONG,)),
     ]
     build_shards({"vsr": samples}, tmp_path, processor)
-    summary = plan_summary(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate")
+    summary = Plan(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate").summary()
     assert (summary.drops, summary.truncated, summary.documents) == ({NO_ANSWER_LEFT: 1}, 1, 6)
 
 
@@ -125,10 +125,6 @@ def test_impossible_plans_are_refused(built):
     index = ShardIndex.load(built)
     with pytest.raises(ValueError, match="no document of docvqa fits the limit of 12 tokens"):
         Plan(index, limit=12)
-    with pytest.raises(ValueError, match="over_long must be drop, truncate or error"):
-        Plan(index, limit=LIMIT, over_long="cut")
-    with pytest.raises(ValueError, match="at least 2 tokens"):
-        Plan(index, limit=1)
 
 
 # ranks and position ------------------------------------------------------------------------------
@@ -158,8 +154,6 @@ def test_a_sampler_resumes_at_a_pack_and_stops_at_one(built):
     assert [len(b) for b in resumed] == [len(b) for b in whole[2:]]
     for one, other in zip(resumed, whole[2:], strict=True):
         assert all(map(np.array_equal, one, other))
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        PackSampler(plan, 3, rank=2, world_size=2)
 
 
 # loaders -----------------------------------------------------------------------------------------
@@ -258,10 +252,6 @@ def test_a_loader_checks_shards_before_the_first_batch(root, processor):
     index = ShardIndex.load(root)
     with pytest.raises(ValueError, match="built for another student"):
         make_loader(index, make_processor(tile_size=64), limit=LIMIT, batch_size=1)
-    with pytest.raises(ValueError, match="made for 128 tokens per row, not 64"):
-        make_loader(index, processor, limit=64, batch_size=1, plan=Plan(index, limit=LIMIT))
-    with pytest.raises(ValueError, match="on_bad_sample must be error or drop"):
-        make_loader(index, processor, limit=LIMIT, batch_size=1, on_bad_sample="ignore")
     tar = root / "vsr/vsr-train-000000.tar"
     tar.write_bytes(tar.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"vsr-train-000000\.tar has 5000 bytes instead"):

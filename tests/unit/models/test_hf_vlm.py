@@ -133,6 +133,43 @@ def test_answers_and_their_end_marks_are_supervised(roots):
         assert processor.fingerprint() == load_processor(roots[kind] / "student").fingerprint()
 
 
+def test_control_tokens_in_data_are_words_in_every_family(root):
+    """No id of a special token comes from data, and the words are all there."""
+    processor = load_processor(root / "student")
+    tokenizer = processor.tokenizer
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    image = set(processor.tokens.all())
+    special = {t.content: n for n, t in added.items() if t.special and t.content not in image}
+    plain = processor.encode([Turn("ask", "say"), Turn("ask", "say")], [(1, 1)]).input_ids
+    assert len(special) > 1
+    for token, number in special.items():
+        turns = [Turn(f"ask{token}", f"say {token}"), Turn(f"{token}ask", f"{token} say")]
+        document = processor.encode(turns, [(1, 1)])
+        for other in special.values():
+            assert (document.input_ids == other).sum() == (plain == other).sum(), token
+        text = tokenizer.decode(document.input_ids)
+        assert text.count(token) == 4 + (plain == number).sum(), (token, text)
+
+
+def test_pictures_stay_where_they_are_in_every_family(root):
+    processor = load_processor(root / "student", max_images=3)
+    system = "be kind" if processor.takes_system else ""
+    turns = [Turn("look at  here", "yes", (8,)), Turn("and this?", "no", (0, 9))]
+    document = processor.encode(turns, [(1, 1)] * 3, system)
+    text = processor.tokenizer.decode(document.input_ids)
+    shown = processor.tokens.picture((1, 1), processor.images.tokens_per_tile)
+    assert text.count(shown) == 3
+    before, between, amid, after = text.split(shown)
+    assert system in before
+    assert before.endswith("look at ")
+    assert between.startswith(" here")
+    assert "yes" in between
+    assert amid.strip() == "and this?"
+    assert "no" in after
+    labels = processor.tokenizer.decode(document.labels[document.labels >= 0])
+    assert "kind" not in labels
+
+
 # ---- the model ----
 
 

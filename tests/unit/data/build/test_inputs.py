@@ -1,5 +1,6 @@
 """Finding sources in parquet files, folders, saved data sets, clones of the hub, LLaVA JSON."""
 
+import gzip
 import json
 
 import datasets
@@ -8,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from helpers_data import picture
 
-from ldistill.common.samples import Sample
+from ldistill.common.samples import Sample, Turn
+from ldistill.data.build.build_types import InputOptions
 from ldistill.data.build.inputs import open_inputs
-from ldistill.data.build.options import InputOptions
 
 FEATURES = datasets.Features(
     {
@@ -162,7 +163,13 @@ def test_llava_json_by_stem_and_by_record(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("{}", "must hold a list"), ("[]", "must hold a list")],
+    [
+        ("{", "is not JSON of records"),
+        ("{}", "must hold a list"),
+        ("[]", "must hold a list"),
+        ('{"data": 3}', "must hold a list"),
+        ('[{"text": "a"}]', "no conversations as --format auto"),
+    ],
 )
 def test_broken_llava_files(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
@@ -193,14 +200,16 @@ def test_sources_that_are_missing_or_unknown(cauldron):
 
 
 def test_options_that_do_not_fit_the_input(cauldron, tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'csv'"):
-        InputOptions(format="csv")
+    with pytest.raises(ValueError, match=r"as --format csv knows.*; formats are cauldron, fine"):
+        open_inputs(str(cauldron), InputOptions(("docvqa",), format="csv"))
+    with pytest.raises(ValueError, match="carries no beauty_ratings: leave --min-rating out"):
+        open_inputs(str(cauldron), InputOptions(("docvqa",), min_ratings={"beauty": 2}))
     with pytest.raises(ValueError, match="carries no relevance_ratings"):
         open_inputs(str(cauldron), InputOptions(("docvqa",), min_ratings={"relevance": 2}))
-    with pytest.raises(ValueError, match="not a LLaVA JSON file"):
-        open_inputs(str(cauldron), InputOptions(format="llava"))
+    with pytest.raises(ValueError, match="no conversations as --format llava knows them"):
+        open_inputs(str(cauldron), InputOptions(("docvqa",), format="llava"))
     write_parquet(tmp_path / "vsr.parquet", [{"image": 1}])
-    with pytest.raises(ValueError, match="expected images and texts"):
+    with pytest.raises(ValueError, match=r"vsr carries no conversations.* It has image;"):
         open_inputs(str(tmp_path / "vsr.parquet"), InputOptions())
 
 
@@ -220,3 +229,64 @@ def test_a_failing_stream_says_where_and_what_to_do(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(OSError, match=r"failed near row 0 .*run the same command again"):
         read(entry)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"])
+def test_json_as_list_as_lines_and_gzipped(tmp_path, name):
+    """Lines under the name of a list are read too; a broken one is a record that is malformed."""
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": n, "conversations": said} for n in range(3)]
+    lines = "\n".join([*map(json.dumps, records), "", "{broken"]).encode()
+    texts = {"list": json.dumps(records).encode(), "lines": lines}
+    texts["data"] = json.dumps({"version": 1, "data": records}).encode()
+    for kind, text in texts.items():
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+        [entry] = open_inputs(str(tmp_path / name), InputOptions(extra={"a": "language"}))
+        samples = read(entry)
+        assert [samples[n].turns for n in range(3)] == [(Turn("q", "a"),)] * 3
+        assert len(samples) == 3 + (kind == "lines")
+        assert kind != "lines" or samples[3].detail == "no object: '{broken'"
+    (tmp_path / "one.jsonl").write_text(json.dumps(records[0]) + "\n")
+    assert (
+        len(open_inputs(str(tmp_path / "one.jsonl"), InputOptions(extra={"one": "language"}))) == 1
+    )
+
+
+def test_a_broken_archive_is_a_sentence(tmp_path):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[1, 2]" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"a\.json\.gz is not JSON of records"):
+        open_inputs(str(tmp_path / "a.json.gz"), InputOptions())
+
+
+def test_text_only_chat_in_parquet_is_one_source(tmp_path):
+    """SmolTalk's and Tulu 3's layout; what their column `source` names are no sources here."""
+    rows = [
+        {
+            "id": f"r{n}",
+            "source": f"part/{n}",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"q{n}"},
+                {"role": "assistant", "content": f"a{n}"},
+            ],
+        }
+        for n in range(3)
+    ]
+    write_parquet(tmp_path / "SmolTalk" / "train-00000-of-00001.parquet", rows)
+    extra = {"smoltalk": "language"}
+    [entry] = open_inputs(str(tmp_path / "SmolTalk"), InputOptions(extra=extra))
+    samples = read(entry)
+    assert (entry.source, entry.identity["format"]) == ("smoltalk", "chat")
+    expected = Sample("r2", "smoltalk", (Turn("q2", "a2"),), system="Be brief.")
+    assert samples[2] == expected
+
+
+def test_typed_parts_and_pictures_in_parquet(tmp_path):
+    parts = [{"type": "text", "text": "Is "}, {"type": "image", "text": None}]
+    said = [{"role": "user", "content": parts}]
+    said.append({"role": "assistant", "content": [{"type": "text", "text": "yes"}]})
+    images = [{"bytes": picture(), "path": None}]
+    write_parquet(tmp_path / "vsr.parquet", [{"messages": said, "images": images}])
+    [entry] = open_inputs(str(tmp_path / "vsr.parquet"), InputOptions())
+    assert read(entry)[0].turns == (Turn("Is ", "yes", (3,)),)
+    assert read(entry)[0].images == (picture(),)

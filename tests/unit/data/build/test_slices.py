@@ -11,12 +11,14 @@ from helpers_data import digests, make_processor, make_samples, make_student, pi
 from typer.testing import CliRunner
 
 from ldistill.common.samples import Drop, Sample, Turn
+from ldistill.data.archive import read_range
+from ldistill.data.build import slices
 from ldistill.data.build.build_types import BuildOptions, SourceInput
 from ldistill.data.build.builder import build
-from ldistill.data.build.commands import app
 from ldistill.data.build.slices import Slice, build_slice, join_slices
 from ldistill.data.build.workers import keep
 from ldistill.data.index import ShardIndex
+from ldistill.tools.shards.commands import app
 
 SMALL = BuildOptions(shard_bytes=30_000)
 
@@ -75,13 +77,16 @@ def test_a_killed_join_goes_on_and_gives_the_same_bytes(tmp_path, monkeypatch):
     build_in_slices(inputs, tmp_path / "many", 4)
     done = []
 
-    def stop_at_40(source, count):
-        done.append(count)
+    def stop_at_40(*place):
+        done.append(place)
         if len(done) == 40:
             raise KeyboardInterrupt
+        return read_range(*place)
 
-    with pytest.raises(KeyboardInterrupt):
-        join_slices(tmp_path / "many", advance=stop_at_40)
+    with monkeypatch.context() as patch:
+        patch.setattr(slices, "read_range", stop_at_40)
+        with pytest.raises(KeyboardInterrupt):
+            join_slices(tmp_path / "many")
     [report] = join_slices(tmp_path / "many")
     assert report.kept_shards > 1
     assert digests(tmp_path / "many") == digests(tmp_path / "one")
@@ -93,7 +98,7 @@ def test_missing_damaged_and_foreign_slices_are_named(tmp_path):
         join_slices(tmp_path)
     for number in (1, 3):
         build_slice(inputs, tmp_path, make_processor(), SMALL, Slice(number, 4))
-    with pytest.raises(ValueError, match=r"slices 2, 4 of 4 of vsr are not built.*--slice 2/4"):
+    with pytest.raises(ValueError, match=r"slices that are not built, 2, 4 of 4: .*--slice 2/4"):
         join_slices(tmp_path)
     with pytest.raises(FileNotFoundError, match="shards merge"):
         ShardIndex.load(tmp_path)
@@ -123,7 +128,7 @@ def test_what_cannot_be_cut(tmp_path):
     with pytest.raises(ValueError, match="does not say how many rows"):
         build_slice(unknown, tmp_path, make_processor(), SMALL, Slice(1, 2))
     limited = replace(SMALL, max_samples=2)
-    with pytest.raises(ValueError, match="max_samples"):
+    with pytest.raises(ValueError, match=r"vsr cannot be cut into slices: --max-samples"):
         build_slice([entry([])], tmp_path, make_processor(), limited, Slice(1, 2))
 
 

@@ -19,7 +19,7 @@ from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader
 from ldistill.data.order import Plan
-from ldistill.data.remote.read_ahead import ReadAheadSampler, local_ranks, settle_reads
+from ldistill.data.remote.read_ahead import FetchingSampler, local_ranks, settle_reads
 from ldistill.data.remote.reader import (
     ObjectChanged,
     RangesUnsupported,
@@ -226,34 +226,32 @@ def test_what_does_not_fit_the_cache_twice_is_read_as_ranges(built, reading, mon
 
 
 @pytest.mark.parametrize("start", [0, 11])
-def test_shards_are_announced_before_they_are_needed(built, reading, start):
+def test_shards_are_due_before_they_are_needed(built, reading, start):
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading("whole"))
         plan = Plan(index, limit=LIMIT, shuffle_window=2, pack_window=8)
-        packs, workers = PackSampler(plan, 2, start_pack=start), 3
         stop = len(plan.epoch(0)) + len(plan.epoch(1))
-        batches = list(itertools.islice(ReadAheadSampler(packs, index, workers), stop // 2))
-        plain = list(itertools.islice(packs, len(batches) + workers))
-        starts = np.concatenate([[0], np.cumsum(index.shard_sizes)])
-        announced, late, needed_at_all = set(), 0, set()
-        for number, batch in enumerate(batches):
-            assert all(map(np.array_equal, batch, plain[number]))
-            assert np.array_equal(batch.ahead, np.concatenate(plain[number + workers]))
-            announced |= set(batch.shards)
-            needed = np.searchsorted(starts, np.concatenate(batch), side="right") - 1
-            late += not set(needed.tolist()) <= announced
-            needed_at_all |= set(needed.tolist())
-        assert needed_at_all == set(range(len(index.shards))) == announced
-        assert late == 0
-        assert len(batches[0].shards) < len(index.shards)
+        packs = PackSampler(plan, 2, start_pack=start, stop_pack=stop)
+        due, needed_at_all, first = set(), set(), None
+        for batch, shards in zip(packs, FetchingSampler(packs, index).shards_due(), strict=False):
+            due |= set(shards)
+            first = first or set(shards)
+            needed = {index.locate(sample)[0] for sample in np.concatenate(batch).tolist()}
+            assert needed <= due
+            needed_at_all |= needed
+        assert needed_at_all == set(index.shards) == due
+        assert len(first) < len(index.shards)
 
 
-def test_announced_shards_are_fetched_in_the_background(built, reading):
+def test_due_shards_are_fetched_in_the_background(built, reading):
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading("whole"))
+        packs = PackSampler(Plan(index, limit=LIMIT), 2)
         server.faults = {index.shards[1].path.rpartition("/")[2]: [404] * 9}  # left to its reader
-        index.store.expect([], index.shards[:5])
-        expected = {shard.sha256 for shard in index.shards[:5]} - {index.shards[1].sha256}
+        sampler = FetchingSampler(packs, index)
+        batches, plain = iter(sampler), iter(packs)
+        assert all(map(np.array_equal, next(batches), next(plain)))
+        expected = {shard.sha256 for shard in index.shards} - {index.shards[1].sha256}
         deadline = time.time() + 300
         while not all(map(index.store.cache.holds, expected)) and time.time() < deadline:
             time.sleep(0.01)
@@ -386,13 +384,9 @@ def test_nobody_answers(reading):
         ShardIndex.load(url, reading=reading())
 
 
-def test_unknown_protocols_and_options_are_refused(reading):
+def test_unknown_protocols_are_refused(reading):
     with pytest.raises(ValueError, match="s4"):
         ShardIndex.load("s4://bucket/shards", reading=reading())
-    with pytest.raises(ValueError, match="shard_reads must be one of auto, whole, ranged"):
-        Reading(reads="some")
-    with pytest.raises(ValueError, match="shard_cache_gb must be above 0"):
-        Reading(cache_gb=0)
 
 
 def test_settings_of_fsspec_stay_beside_ours(monkeypatch):

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from ldistill.cli import app
 from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
-from ldistill.data.build.verify import verify_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.remote.reader import Retry
 from ldistill.data.store import Reading
+from ldistill.tools.shards.verify import verify_shards
 
 
 @pytest.fixture

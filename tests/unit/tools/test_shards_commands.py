@@ -10,11 +10,11 @@ from helpers_data import make_processor, make_student, picture, table5_lengths, 
 from PIL import Image
 from typer.testing import CliRunner
 
-from ldistill.data.build.commands import app, parse_ratings, parse_size
-from ldistill.data.build.stats import plot_lengths, source_stats
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
 from ldistill.models.nanovlm_format import load_processor
+from ldistill.tools.shards.commands import app, parse_ratings, parse_size
+from ldistill.tools.shards.stats import plot_lengths, source_stats
 
 FEATURES = datasets.Features(
     {
@@ -118,10 +118,10 @@ def test_tiling_and_max_images_reach_the_shards(llava, student, tmp_path):
     [
         (("--sources", "docvqa,nope"), "unknown source 'nope'"),
         (("--sources", "full"), "has no source aokvqa"),
-        (("--format", "csv"), "unknown format 'csv'"),
+        (("--format", "csv"), "no conversations as --format csv knows them"),
         (("--shard-size", "much"), "bad size 'much'"),
         (("--min-rating", "relevance=high"), "bad rating 'relevance=high'"),
-        (("--min-rating", "beauty=3"), "unknown rating 'beauty'"),
+        (("--min-rating", "beauty=3"), "carries no beauty_ratings: leave --min-rating out"),
         (("--min-rating", "relevance=3"), "carries no relevance_ratings"),
         (("--extra-sources", "own"), "write name=language or name=document"),
         (("--split", "test"), "neither parquet files of the split test"),
@@ -180,6 +180,33 @@ def test_what_a_rating_leaves_out_is_said(student, tmp_path):
     )
     printed = run(*command, "--out", tmp_path / "b", "--min-rating", "relevance=1")
     assert "--min-rating relevance=1 left nothing out." in printed
+
+
+def test_a_report_a_person_can_act_on(student, tmp_path):
+    """A source that fails beside one that is built; what was dropped, where first; what is long."""
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    lone = [{"from": "tool", "value": "x"}, *said]
+    long = [said[0], {"from": "gpt", "value": "word " * 2000}]
+    records = [
+        {"id": "r0", "conversations": said, "source": "mine-v1.5"},
+        {"id": "r1", "conversations": lone, "source": "mine-v1.5"},
+        {"id": "r2", "conversations": long, "source": "mine-v1.5"},
+        {"id": "r3", "image": "gone.png", "conversations": said, "source": "other"},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    extra = ("--extra-sources", "mine_v1_5=language", "--extra-sources", "other=document")
+    command = ("build", "--dataset", tmp_path / "a.jsonl", "--student", student, "--workers", 1)
+    printed = run(*command, *extra, "--out", tmp_path / "out", code=2)
+    assert re.search(r"mine_v1_5 +│ language +│ +2 .*1 malformed record", printed)
+    assert (
+        "mine_v1_5: malformed record: first in record r1 (ValueError: roles tool, user" in printed
+    )
+    assert "error: not built: other\nother: no usable sample of other (dropped: 1 miss" in printed
+    assert "gone.png: No such file" in printed
+    command = (*command, "--sources", "mine-v1.5", *extra, "--out", tmp_path / "out")
+    assert "1 documents are longer than 1,024 tokens, the longest mine_v1_5-000000002" in run(
+        *command
+    )
 
 
 @pytest.mark.parametrize(

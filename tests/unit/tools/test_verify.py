@@ -14,8 +14,8 @@ from ldistill.common.images import check_image
 from ldistill.common.samples import Sample, Turn
 from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
-from ldistill.data.build.verify import verify_shards
 from ldistill.data.index import ShardIndex
+from ldistill.tools.shards.verify import verify_shards
 
 
 @pytest.fixture(scope="module")

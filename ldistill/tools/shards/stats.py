@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ldistill.data.index import ShardIndex
 
@@ -67,10 +70,6 @@ def _line(source: str, category: str, lengths: np.ndarray, limit: int) -> Source
 
 def plot_lengths(index: ShardIndex, path: Path, limit: int, text_only: bool = False) -> None:
     """Save a histogram of document lengths by category, with the limit marked, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
     longest = max(int(values.max()) for values in lengths)
     bins = np.geomspace(max(1, min(int(v.min()) for v in lengths)), longest + 1, 60)

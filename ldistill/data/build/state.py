@@ -1,7 +1,7 @@
-"""What a build has finished so far, on disk: the folder `{source}/.build/`.
+"""How far a build has come, on disk: the folder `{source}/.build/`.
 
-Holds the build's plan (everything its bytes depend on), one record per finished shard, and a lock.
-A killed build finds here where to go on; a build with another plan is refused.
+Holds what the bytes depend on (`plan.json`), a record of every finished shard, and a lock. A
+killed build finds here where to go on; a build of another input or other options is refused.
 """
 
 from __future__ import annotations
@@ -22,57 +22,55 @@ import numpy as np
 from ldistill.common.samples import Drop
 from ldistill.data.archive import ShardFile, hash_file
 
-WORK_NAME = ".build"
-
 
 @dataclass
-class Progress:
-    """Where a build stands after some row; recorded with every finished shard."""
+class Counts:
+    """What became of the rows up to `next_row`; recorded with every finished shard."""
 
     next_row: int = 0
     samples: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     turn_drops: Counter[str] = field(default_factory=Counter)
+    first_drops: dict[str, str] = field(default_factory=dict)
+    """For each reason the first record that it met, and what was wrong with it."""
 
     def count(self, drops: Iterable[Drop]) -> None:
         """Count drops of samples and of single turns apart."""
         for drop in drops:
             (self.turn_drops if drop.unit == "turn" else self.drops)[drop.reason] += 1
+            detail = f" ({drop.detail})" if drop.detail else ""
+            self.first_drops.setdefault(drop.reason, f"{drop.id}{detail}")
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in JSON."""
-        return {"next_row": self.next_row, **self.counts()}
-
-    def counts(self) -> dict[str, Any]:
         """Samples kept and drops by reason, in JSON."""
         return {
             "samples": self.samples,
             "drops": dict(sorted(self.drops.items())),
             "turn_drops": dict(sorted(self.turn_drops.items())),
-        }
+        } | ({"first_drops": self.first_drops} if self.first_drops else {})
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`."""
+    def from_json(cls, values: dict[str, Any]) -> Counts:
+        """The inverse of `to_json`, with `next_row`."""
         drops, turn_drops = Counter(values["drops"]), Counter(values["turn_drops"])
-        return cls(values["next_row"], values["samples"], drops, turn_drops)
+        first = values.get("first_drops", {})
+        return cls(values["next_row"], values["samples"], drops, turn_drops, first)
 
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """A shard that is on disk, its samples (`SAMPLE_DTYPE`), and the progress it stands for."""
+    """A shard that is on disk, its samples (`SAMPLE_DTYPE`), and the counts up to its end."""
 
     file: ShardFile
-    rows: np.ndarray
-    progress: Progress
+    table: np.ndarray
+    counts: Counts
 
 
-class Ledger:
-    """Records of one source's build in `folder/.build/`."""
+class BuildState:
+    """Records of one source's build in `folder/.build/`; `spec` is what its bytes depend on."""
 
-    def __init__(self, folder: Path, plan: dict[str, Any]) -> None:
-        self.folder, self.work = folder, folder / WORK_NAME
-        self.plan = plan
+    def __init__(self, folder: Path, spec: dict[str, Any]) -> None:
+        self.folder, self.work, self.spec = folder, folder / ".build", spec
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -85,19 +83,15 @@ class Ledger:
                 raise FileExistsError(f"another build is writing {self.folder}") from error
             yield
 
-    def resume(self) -> list[FinishedShard]:
-        """Finished shards of this plan whose bytes are still those recorded, in order.
-
-        Raises FileExistsError when the unfinished build has another plan.
-        """
+    def is_ours(self) -> bool:
+        """Whether what the folder holds, if anything, is of this build."""
         file = self.work / "plan.json"
         if not file.exists():
-            write_text(file, json.dumps(self.plan, indent=1))
-        elif json.loads(file.read_text()) != json.loads(json.dumps(self.plan)):
-            raise FileExistsError(
-                f"{self.folder} holds the unfinished build of another input or other options: "
-                "choose another folder, or pass --overwrite to start over"
-            )
+            write_text(file, json.dumps(self.spec, indent=1))
+        return json.loads(file.read_text()) == json.loads(json.dumps(self.spec))
+
+    def finished(self) -> list[FinishedShard]:
+        """Finished shards of this build whose bytes are still those recorded, in order."""
         shards: list[FinishedShard] = []
         while (shard := self._load(len(shards))) is not None:
             shards.append(shard)
@@ -107,18 +101,18 @@ class Ledger:
         stem = self.work / f"{number:06d}"
         try:
             record = json.loads(stem.with_suffix(".json").read_text())
-            rows = np.load(stem.with_suffix(".npy"))
-            file = ShardFile(**record["shard"])
-            progress = Progress.from_json(record["progress"])
-        except (OSError, ValueError, KeyError, TypeError):
+            table = np.load(stem.with_suffix(".npy"))
+        except (OSError, ValueError):
             return None
-        return FinishedShard(file, rows, progress) if is_whole(self.folder, file) else None
+        file, counts = ShardFile(**record["shard"]), Counts.from_json(record["progress"])
+        return FinishedShard(file, table, counts) if is_whole(self.folder, file) else None
 
     def record(self, number: int, shard: FinishedShard) -> None:
         """Note a shard as finished; its tar is on disk already."""
         stem = self.work / f"{number:06d}"
-        np.save(stem.with_suffix(".npy"), shard.rows)
-        record = {"shard": asdict(shard.file), "progress": shard.progress.to_json()}
+        np.save(stem.with_suffix(".npy"), shard.table)
+        counts = {"next_row": shard.counts.next_row, **shard.counts.to_json()}
+        record = {"shard": asdict(shard.file), "progress": counts}
         write_text(stem.with_suffix(".json"), json.dumps(record))
 
     def close(self) -> None:

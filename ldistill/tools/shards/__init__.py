@@ -1,0 +1,1 @@
+"""The `ldistill shards` command: build, merge, verify and describe shards."""
