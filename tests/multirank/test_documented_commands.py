@@ -15,10 +15,10 @@ from helpers_data import picture
 from runs import REPO
 from typer.testing import CliRunner
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.cli import app
 from ldistill.tiny.prepare import STUDENT, TEACHER, prepare
 from ldistill.train import main
-from ldistill.training.metrics import read_metrics
 
 PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")))
 PROGRAMS = "ldistill|deepspeed|torchrun|python|pytest|pip|hf|bash|sbatch|srun|scontrol"

@@ -16,8 +16,8 @@ import pytest
 from runs import REPO, launch
 from safetensors import safe_open
 
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.tiny.prepare import prepare
-from ldistill.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 2
