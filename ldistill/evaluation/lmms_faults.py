@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from ldistill.common.errors import did_you_mean
 from ldistill.evaluation.suites import ROWS
 
 _CAPTIONS = ("coco", "nocaps", "flickr30k", "textcaps")
@@ -69,8 +69,7 @@ def explain(log: str, tasks: Sequence[str]) -> str | None:
 
 def _unknown_tasks(names: Sequence[str]) -> str:
     known = [row.task for row in ROWS]
-    close = [m for name in names for m in difflib.get_close_matches(name, known, n=1)]
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    hint = "".join(did_you_mean(name, known, "{}") for name in names)
     return (
         f"lmms-eval knows no task {', '.join(names)}.{hint} "
         "`lmms-eval tasks` lists what it knows; --include-path adds a folder of your own."
