@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     Idefics3Config,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     PretrainedConfig,
 )
@@ -19,16 +17,6 @@ from ldistill.models.hf_vlm import FAMILIES
 from ldistill.models.nanovlm import decoder_config
 from ldistill.models.nanovlm_config import NanoVLMConfig
 
-# Named pairs and the recipes that train them.
-RECIPES = {
-    "tiny": "tiny",
-    "nanovlm-460m": "lingudistill",
-    "smolvlm-256m": "smolvlm-256m",
-    "smolvlm-500m": "smolvlm-500m",
-    "llava-7b": "llava-7b",
-    "llava-13b": "llava-13b",
-}
-PAIRS = tuple(RECIPES)
 # Students whose configurations are known here, so that planning them needs no hub.
 KNOWN_STUDENTS = {
     "lusxvr/nanoVLM-460M-8k": "nanovlm-460m",
@@ -41,21 +29,10 @@ KNOWN_STUDENTS = {
 
 def student_config(name: str) -> NanoVLMConfig | PretrainedConfig:
     """Configuration of a named pair's student."""
-    if name == "tiny":
-        return _tiny_config()
     if name == "nanovlm-460m":
         return NanoVLMConfig()
     family, _, size = name.partition("-")
     return {"smolvlm": _smolvlm_config, "llava": _llava_config}[family](size)
-
-
-def _tiny_config() -> NanoVLMConfig:
-    from ldistill.tiny.align import student_config as tiny_config
-    from ldistill.tiny.pretrain import lm_config
-    from ldistill.tiny.tokenizer import VOCABULARY
-
-    with torch.device("meta"):
-        return tiny_config(LlamaForCausalLM(lm_config(VOCABULARY)))
 
 
 def _llava_config(size: str) -> LlavaConfig:

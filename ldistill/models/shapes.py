@@ -1,34 +1,22 @@
 """Shapes of a pair, weights never loaded: what planning and benchmarks need of it.
 
-Named pairs carry their public configurations; a recipe or a checkpoint folder brings its own. The
-models are built by their real classes on the meta device, so parameters are counted, not estimated.
+Models are built by their real classes on the meta device: parameters are counted, not estimated.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from ldistill.common.locate import resolve
-from ldistill.models.flops import decoder_layer_weights, vision_flops
+from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops, vision_flops
 from ldistill.models.hf_vlm import FAMILIES, tokens_per_tile
-from ldistill.models.named_pairs import (
-    KNOWN_STUDENTS,
-    PAIRS,
-    RECIPES,
-    base_vocabulary,
-    folder_config,
-    student_config,
-    teacher_config,
-)
+from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.recipe import load_recipe, shipped_recipes
 
 
 @dataclass(frozen=True)
@@ -94,52 +82,19 @@ class PairShape:
         """Weights that ZeRO-3 must hold whole at once: the embedding or one layer."""
         return max(self.embedding_weights, self.layer_weights)
 
-    @property
-    def vision_flops(self) -> float:
-        """Forward pass of the vision tower on one picture or tile."""
-        return vision_flops(self.vision)
-
-
-def pair_shape(name: str) -> PairShape:
-    """Shape of a named pair, of a recipe (shipped name or YAML file) or of a checkpoint folder.
-
-    A folder holds a student; its teacher is taken to be its own decoder over the base vocabulary.
-
-    Raises:
-        ValueError: no such pair, or a model of another kind.
-        FileNotFoundError: a recipe's checkpoint is not at hand.
-    """
-    if name in PAIRS:
-        return shape_of(name, student_config(name), _usual_run(RECIPES[name]))
-    if name in KNOWN_STUDENTS:
-        return pair_shape(KNOWN_STUDENTS[name])
-    if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
-        return _of_recipe(name)
-    if Path(name).is_dir():
-        return shape_of(name, folder_config(Path(name)), {})
-    raise ValueError(
-        f"no pair {name!r}: give one of {', '.join(PAIRS)}, a recipe "
-        f"({', '.join(shipped_recipes())} or a YAML file), or a student's folder."
-    )
-
-
-def _of_recipe(name: str) -> PairShape:
-    student = load_recipe(name)["student"]
-    known = KNOWN_STUDENTS.get(student)
-    config = student_config(known) if known else folder_config(resolve(student, weights=False))
-    return shape_of(name, config, _usual_run(name))
-
-
-def _usual_run(recipe: str) -> dict[str, int]:
-    """Fields of a :class:`PairShape` that a recipe sets."""
-    values = load_recipe(recipe)
-    fields = {
-        "length": "max_length",
-        "micro_batch": "per_device_train_batch_size",
-        "global_batch": "global_batch_size",
-        "steps": "max_steps",
-    }
-    return {name: values[field] for name, field in fields.items() if values.get(field)}
+    def step_flops(
+        self, counts: StepCounts, *, kv_scope: str = "full", lora_rank: int = 0
+    ) -> float:
+        """FLOPs of one rank's step, see :func:`ldistill.models.flops.step_flops`."""
+        return step_flops(
+            self.decoder,
+            counts,
+            vision_flops_per_tile=vision_flops(self.vision),
+            projector_weights=self.projector_weights,
+            tokens_per_tile=self.image_tokens,
+            kv_scope=kv_scope,
+            lora_rank=lora_rank,
+        )
 
 
 def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str, int]) -> PairShape:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +71,9 @@ class RowCounts:
     tokens: float
     tiles: float
     pairs: float
-    supervised: float
-    teacher_rows: float
-    teacher_pairs: float
+    targets: float
+    queries: float
+    query_pairs: float
 
     def times(self, rows: float, length: int, *, teacher: bool = True) -> StepCounts:
         """Counts of so many rows, with or without a teacher."""
@@ -81,10 +82,10 @@ class RowCounts:
             positions=round(rows * length),
             pairs=round(rows * self.pairs),
             tiles=round(rows * self.tiles),
-            rows=round(rows * self.supervised),
-            teacher_rows=round(taught * self.teacher_rows),
-            teacher_pairs=round(taught * self.teacher_pairs),
-            kd_rows=round(taught * self.teacher_rows),
+            rows=round(rows * self.targets),
+            teacher_rows=round(taught * self.queries),
+            teacher_pairs=round(taught * self.query_pairs),
+            kd_rows=round(taught * self.queries),
         )
 
 
@@ -113,6 +114,7 @@ def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
     return SourceWeights.build(LENGTHS, distil=MIXES[mix], alpha=alpha, temperature=temperature)
 
 
+@cache
 def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int = 64) -> RowCounts:
     """Averages over packed rows of the mix, without making them.
 
@@ -138,9 +140,9 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
         tokens=sum(place.length for place in places) / rows,
         tiles=len(places) / rows,
         pairs=sum(place.length * (place.length + 1) // 2 for place in places) / rows,
-        supervised=sum(place.answer for place in places) / rows,
-        teacher_rows=sum(place.answer for place in taught) / rows,
-        teacher_pairs=sum(map(seen, taught)) / rows,
+        targets=sum(place.answer for place in places) / rows,
+        queries=sum(place.answer for place in taught) / rows,
+        query_pairs=sum(map(seen, taught)) / rows,
     )
 
 

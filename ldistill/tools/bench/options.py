@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from ldistill.distill.attention import BACKENDS
-from ldistill.models.named_pairs import RECIPES
 from ldistill.recipe import load_recipe
 from ldistill.tools.bench.batch import MIXES
+from ldistill.tools.pairs import recipe_of
 
 MODES = ("ce", "naive", "ours")
 COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in
@@ -73,7 +73,7 @@ class StepOptions:
         if device == "cpu" and attention == "flex_attention":
             raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
         # row length, rows, α and τ are those of the pair's recipe
-        recipe = load_recipe(RECIPES[pair])
+        recipe = load_recipe(recipe_of(pair))
         if rows is None:
             small = device == "cuda" or pair == "tiny"
             rows = recipe["per_device_train_batch_size"] if small else 1
@@ -106,7 +106,6 @@ def _check_choices(
     attention: str,
 ) -> None:
     for name, value, known in (
-        ("pair", pair, RECIPES),
         ("dtype", dtype or "fp32", DTYPES),
         ("mix", mix, MIXES),
         ("attention", attention, BACKENDS),

@@ -32,15 +32,14 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.naive import naive_counts, naive_loss
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher
-from ldistill.models.flops import count_step, peak_flops, seconds, step_flops, synchronise
-from ldistill.models.named_pairs import student_config
+from ldistill.models.flops import count_step, peak_flops, seconds, synchronise
 from ldistill.models.pair import freeze_vision
-from ldistill.models.shapes import pair_shape
 from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.models import batch_shape, random_lm, random_student
 from ldistill.tools.bench.options import COMPILED, DTYPES, StepOptions
 from ldistill.tools.bench.profile import profile_step
 from ldistill.tools.bench.report import StepResult
+from ldistill.tools.pairs import pair_config, pair_shape
 from ldistill.training.optimizer import parameter_groups
 
 
@@ -56,7 +55,7 @@ class StepBench:
         modes = modes or options.modes
         torch.manual_seed(0)
         self.options, self.device = options, torch.device(options.device)
-        dtype, config = DTYPES[options.dtype], student_config(options.pair)
+        dtype, config = DTYPES[options.dtype], pair_config(options.pair)
         self.shape = pair_shape(options.pair)
         student = random_student(config, self.device, dtype)
         freeze_vision(student)
@@ -126,17 +125,11 @@ class StepBench:
 
     def flops(self, mode: str) -> float:
         """FLOPs of a step as this mode runs it; recomputed activations are not counted."""
-        counts, shape = count_step(self.host_batch, self.plan(mode)), self.shape
-        naive = mode == "naive"
-        return step_flops(
-            shape.decoder,
-            naive_counts(counts) if naive else counts,
-            vision_flops_per_tile=shape.vision_flops,
-            projector_weights=shape.projector_weights,
-            tokens_per_tile=shape.image_tokens,
-            # The stock LM runs its k and v projections, which scope `full` leaves out.
-            kv_scope="visual" if naive else "full",
-        )
+        counts = count_step(self.host_batch, self.plan(mode))
+        if mode == "naive":
+            # the stock LM runs its k and v projections, which scope `full` leaves out
+            return self.shape.step_flops(naive_counts(counts), kv_scope="visual")
+        return self.shape.step_flops(counts)
 
     def materialise_optimizer(self) -> None:
         """Make AdamW's states, so that the first step already peaks where all others do."""

@@ -9,10 +9,10 @@ import torch
 from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldistill.common.cards import CARDS
 from ldistill.common.errors import TransientError
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import (
-    PEAKS,
     StepCounts,
     linear_weights,
     listed_peak,
@@ -156,7 +156,7 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
     ],
 )
 def test_a_card_is_known_by_its_whole_name(name, card):
-    assert listed_peak(name) == (None if card is None else PEAKS[card])
+    assert listed_peak(name) == (None if card is None else CARDS[card].flops)
 
 
 def test_curves_are_drawn_by_category(tmp_path):
