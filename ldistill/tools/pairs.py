@@ -15,7 +15,9 @@ from ldistill.models.named_pairs import KNOWN_STUDENTS, folder_config, student_c
 from ldistill.models.shapes import PairShape, shape_of
 from ldistill.recipe import load_recipe, shipped_recipes
 
-_RECIPES = {"nanovlm-460m": "lingudistill"}  # of pairs that are not called like their recipe
+MAIN_RECIPE = "lingudistill"
+"""For a student that no recipe names."""
+_RECIPES = {"nanovlm-460m": MAIN_RECIPE}  # of pairs that are not called like their recipe
 # Fields of a shape that a recipe sets.
 _RUN = {
     "length": "max_length",

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ldistill.distill.targets import IGNORE
 from ldistill.models.flops import StepCounts
+from ldistill.models.hf_vlm import tokens_per_tile
+from ldistill.models.named_pairs import base_vocabulary
+from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.sources import SourceWeights, category_of
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
@@ -49,19 +52,21 @@ _SHORTEST_TEXT = 12
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch depends on of a student.
+    """What a batch depends on of a student."""
 
-    Args:
-        image_tokens: positions of one picture.
-        image_size: its side in pixels.
-        image_token_id: the token that stands there.
-        vocabulary: tokens of the LM; ids of text are drawn from it.
-    """
+    image_tokens: int  # positions of one picture
+    image_size: int  # its side in pixels
+    image_token_id: int  # stands there
+    vocabulary: int  # tokens of the LM; ids of text are drawn from it
 
-    image_tokens: int
-    image_size: int
-    image_token_id: int
-    vocabulary: int
+
+def batch_shape(config: Any) -> BatchShape:
+    """Of a student's configuration."""
+    if isinstance(config, NanoVLMConfig):
+        tokens, size = config.mp_image_token_length, config.vit_img_size
+    else:
+        tokens, size = tokens_per_tile(config), config.vision_config.image_size
+    return BatchShape(tokens, size, config.image_token_id, base_vocabulary(config))
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class RowCounts:
         )
 
 
-class _Place(NamedTuple):
+class _Document(NamedTuple):
     """A document in the batch: row, first position, length, answer tokens, source."""
 
     row: int
@@ -100,48 +105,32 @@ class _Place(NamedTuple):
 
 
 def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
-    """α and τ of the 17 sources.
-
-    Args:
-        mix: ``paper`` (language sources distil), ``uniform`` (all do).
-        alpha, temperature: of the distilling sources.
-
-    Raises:
-        ValueError: unknown mix.
-    """
-    if mix not in MIXES:
-        raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {mix!r}.")
+    """α and τ of the 17 sources; ``paper``: the language sources distil, ``uniform``: all do."""
     return SourceWeights.build(LENGTHS, distil=MIXES[mix], alpha=alpha, temperature=temperature)
 
 
 @cache
 def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int = 64) -> RowCounts:
-    """Averages over packed rows of the mix, without making them.
-
-    Args:
-        image_tokens: positions of one picture.
-        limit: tokens in a row.
-        mix: ``paper`` or ``uniform``.
-        rows: how many are averaged over.
+    """Averages over so many packed rows of the mix, ``limit`` tokens each, without making them.
 
     Raises:
         ValueError: a row has no room for one document.
     """
     alphas = mix_weights(mix, 1.0, 1.0).alpha
-    places = _places(image_tokens, rows, limit, 0)
-    taught = [place for place in places if alphas[place.source] > 0]
+    documents = _documents(image_tokens, rows, limit, 0)
+    taught = [document for document in documents if alphas[document.source] > 0]
 
-    def seen(place: _Place) -> int:
+    def seen(document: _Document) -> int:
         """Positions the answer's rows see: one more from row to row, the last sees length - 1."""
-        last = place.length - 1
-        return place.answer * last - place.answer * (place.answer - 1) // 2
+        last = document.length - 1
+        return document.answer * last - document.answer * (document.answer - 1) // 2
 
     return RowCounts(
-        tokens=sum(place.length for place in places) / rows,
-        tiles=len(places) / rows,
-        pairs=sum(place.length * (place.length + 1) // 2 for place in places) / rows,
-        targets=sum(place.answer for place in places) / rows,
-        queries=sum(place.answer for place in taught) / rows,
+        tokens=sum(document.length for document in documents) / rows,
+        tiles=len(documents) / rows,
+        pairs=sum(document.length * (document.length + 1) // 2 for document in documents) / rows,
+        targets=sum(document.answer for document in documents) / rows,
+        queries=sum(document.answer for document in taught) / rows,
         query_pairs=sum(map(seen, taught)) / rows,
     )
 
@@ -158,7 +147,7 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
     Raises:
         ValueError: a row has no room for one document.
     """
-    places = _places(shape.image_tokens, rows, limit, seed)
+    documents = _documents(shape.image_tokens, rows, limit, seed)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, shape.vocabulary, (rows, limit), generator=generator)
     batch = {
@@ -167,23 +156,19 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
         "labels": torch.full_like(ids, IGNORE),
         "document_ids": torch.full_like(ids, -1),
     }
-    for place in places:
-        _write(batch, place, shape)
+    for document in documents:
+        _write(batch, document, shape)
     _pad(batch)
-    columns = {
-        "batch": [p.row for p in places],
-        "start": [p.start for p in places],
-        "length": [p.length for p in places],
-        "source": [p.source for p in places],
-        "sample": list(range(len(places))),
-    }
-    batch |= {f"doc_{name}": torch.tensor(values) for name, values in columns.items()}
+    columns = zip(*documents, strict=True)
+    found = dict(zip(_Document._fields, map(torch.tensor, columns), strict=True))
+    batch |= {f"doc_{name}": found[name] for name in ("start", "length", "source")}
+    batch |= {"doc_batch": found["row"], "doc_sample": torch.arange(len(documents))}
     side = shape.image_size
-    batch["pixel_values"] = torch.rand(len(places), 3, side, side, generator=generator)
+    batch["pixel_values"] = torch.rand(len(documents), 3, side, side, generator=generator)
     return batch
 
 
-def _places(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Place]:
+def _documents(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Document]:
     """Documents of a batch, row after row."""
     shortest = _HEAD + image_tokens + _SHORTEST_TEXT
     if rows < 1 or limit < shortest:
@@ -195,7 +180,7 @@ def _places(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Place]
 
 def _fill(
     image_tokens: int, rows: int, limit: int, shortest: int, rng: np.random.Generator
-) -> Iterator[_Place]:
+) -> Iterator[_Document]:
     """Fill row after row; the category with fewer answer tokens so far comes next."""
     names = list(LENGTHS)
     by_category = {
@@ -213,7 +198,7 @@ def _fill(
             length = min(length, limit - start)
             answer = min(round(ANSWER_SHARE * length), length - shortest + _SHORTEST_TEXT - 1)
             answered[category] += answer
-            yield _Place(row, start, length, answer, source)
+            yield _Document(row, start, length, answer, source)
             start += length
 
 
@@ -223,16 +208,16 @@ def _draw_length(name: str, rng: np.random.Generator) -> int:
     return int(min(median * math.exp(spread * rng.standard_normal()), longest))
 
 
-def _write(batch: dict[str, Tensor], place: _Place, shape: BatchShape) -> None:
+def _write(batch: dict[str, Tensor], document: _Document, shape: BatchShape) -> None:
     """Positions, picture and labels of one document: picture first, answer last."""
-    row, end = place.row, place.start + place.length
-    first = 0 if place.start == 0 else int(batch["document_ids"][row, place.start - 1]) + 1
-    batch["document_ids"][row, place.start : end] = first
-    batch["position_ids"][row, place.start : end] = torch.arange(place.length)
-    picture = place.start + _HEAD
+    row, end = document.row, document.start + document.length
+    first = 0 if document.start == 0 else int(batch["document_ids"][row, document.start - 1]) + 1
+    batch["document_ids"][row, document.start : end] = first
+    batch["position_ids"][row, document.start : end] = torch.arange(document.length)
+    picture = document.start + _HEAD
     batch["input_ids"][row, picture : picture + shape.image_tokens] = shape.image_token_id
-    answer = slice(end - place.answer - 1, end - 1)  # labels are shifted by one
-    batch["labels"][row, answer] = batch["input_ids"][row, end - place.answer : end]
+    answer = slice(end - document.answer - 1, end - 1)  # labels are shifted by one
+    batch["labels"][row, answer] = batch["input_ids"][row, end - document.answer : end]
 
 
 def _pad(batch: dict[str, Tensor]) -> None:

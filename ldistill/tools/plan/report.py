@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldistill.recipe import load_recipe
-from ldistill.tools.pairs import recipe_of
+from ldistill.tools.pairs import MAIN_RECIPE, recipe_of
 from ldistill.tools.plan.hardware import GIB
 from ldistill.tools.plan.layout import Layout, Span
 from ldistill.tools.plan.plan import Plan
@@ -107,7 +107,7 @@ def command(plan: Plan) -> str:
     """The training command of a plan, whole: to be pasted where the shards are."""
     chosen, request, name = plan.chosen, plan.request, plan.chosen.shape.name
     own = recipe_of(name)  # a student's folder has none
-    recipe = own or "lingudistill"
+    recipe = own or MAIN_RECIPE
     values, gpus = load_recipe(recipe), f"--num_gpus {chosen.cluster.gpus}"
     if chosen.cluster.nodes > 1:
         gpus = f"--hostfile hosts --num_nodes {chosen.cluster.nodes}"

@@ -16,8 +16,7 @@ from ldistill.distill.targets import plan_rows
 from ldistill.models.flops import count_step
 from ldistill.models.named_pairs import student_config
 from ldistill.recipe import parse
-from ldistill.tools.bench.batch import count_rows, mix_weights, paper_batch
-from ldistill.tools.bench.models import batch_shape
+from ldistill.tools.bench.batch import batch_shape, count_rows, mix_weights, paper_batch
 from ldistill.tools.pairs import pair_shape, recipe_of
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
 from ldistill.tools.plan.layout import HOST, NODE, WORLD
