@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldistill.data.collate import Collate, Document, LoadedDocument, LoadedPack
 from ldistill.distill.targets import IGNORE
 from ldistill.models.flops import StepCounts
 from ldistill.models.hf_vlm import tokens_per_tile
@@ -95,10 +96,9 @@ class RowCounts:
 
 
 class _Document(NamedTuple):
-    """A document in the batch: row, first position, length, answer tokens, source."""
+    """A document in the batch: row, length, answer tokens, source."""
 
     row: int
-    start: int
     length: int
     answer: int
     source: int
@@ -117,7 +117,7 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
         ValueError: a row has no room for one document.
     """
     alphas = mix_weights(mix, 1.0, 1.0).alpha
-    documents = _documents(image_tokens, rows, limit, 0)
+    documents = list(_documents(image_tokens, rows, limit, 0))
     taught = [document for document in documents if alphas[document.source] > 0]
 
     def seen(document: _Document) -> int:
@@ -136,93 +136,50 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
 
 
 def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> dict[str, Tensor]:
-    """A packed batch with the keys, shapes and dtypes of ``ldistill.data.collate``.
-
-    Args:
-        shape: of the student.
-        rows: batch rows.
-        limit: tokens in a row.
-        seed: the same one gives the same batch.
+    """A packed batch as the collator makes it: rows of ``limit`` tokens, drawn from the seed.
 
     Raises:
         ValueError: a row has no room for one document.
     """
-    documents = _documents(shape.image_tokens, rows, limit, seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, shape.vocabulary, (rows, limit), generator=generator)
-    batch = {
-        "input_ids": ids,
-        "position_ids": torch.zeros_like(ids),
-        "labels": torch.full_like(ids, IGNORE),
-        "document_ids": torch.full_like(ids, -1),
-    }
-    for document in documents:
-        _write(batch, document, shape)
-    _pad(batch)
-    columns = zip(*documents, strict=True)
-    found = dict(zip(_Document._fields, map(torch.tensor, columns), strict=True))
-    batch |= {f"doc_{name}": found[name] for name in ("start", "length", "source")}
-    batch |= {"doc_batch": found["row"], "doc_sample": torch.arange(len(documents))}
-    side = shape.image_size
-    batch["pixel_values"] = torch.rand(len(documents), 3, side, side, generator=generator)
+    rng, side = np.random.default_rng(seed), shape.image_size
+    packs = [LoadedPack() for _ in range(rows)]
+    for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
+        pixels = torch.from_numpy(rng.random((1, 3, side, side), dtype=np.float32))
+        document = LoadedDocument(number, drawn.source, _random_document(shape, drawn, rng), pixels)
+        packs[drawn.row].documents.append(document)
+    batch = Collate(pad_token_id=2, tile_size=side, length=limit)(packs)
+    del batch["drops"]
     return batch
 
 
-def _documents(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Document]:
-    """Documents of a batch, row after row."""
-    shortest = _HEAD + image_tokens + _SHORTEST_TEXT
-    if rows < 1 or limit < shortest:
-        raise ValueError(
-            f"a batch needs at least 1 row of {shortest} tokens, got {rows} of {limit}."
-        )
-    return list(_fill(image_tokens, rows, limit, shortest, np.random.default_rng(seed)))
+def _random_document(shape: BatchShape, drawn: _Document, rng: np.random.Generator) -> Document:
+    """Random text; the picture comes first, the answer last."""
+    ids = rng.integers(3, shape.vocabulary, drawn.length, dtype=np.int32)
+    ids[_HEAD : _HEAD + shape.image_tokens] = shape.image_token_id
+    labels = np.full(drawn.length, IGNORE, dtype=np.int32)
+    labels[-drawn.answer - 1 : -1] = ids[-drawn.answer :]  # shifted by one
+    return Document(ids, labels)
 
 
-def _fill(
-    image_tokens: int, rows: int, limit: int, shortest: int, rng: np.random.Generator
-) -> Iterator[_Document]:
+def _documents(image_tokens: int, rows: int, limit: int, seed: int) -> Iterator[_Document]:
     """Fill row after row; the category with fewer answer tokens so far comes next."""
-    names = list(LENGTHS)
-    by_category = {
-        category: [i for i, name in enumerate(names) if category_of(name) == category]
-        for category in ("language", "document")
-    }
-    answered = dict.fromkeys(by_category, 0)
+    shortest, rng = _HEAD + image_tokens + _SHORTEST_TEXT, np.random.default_rng(seed)
+    if limit < shortest:
+        raise ValueError(f"a row needs room for a document of {shortest} tokens, got {limit}.")
+    by_category = {"language": [], "document": []}
+    for source, name in enumerate(LENGTHS):
+        by_category[category_of(name)].append(source)
+    answered, lengths = dict.fromkeys(by_category, 0), list(LENGTHS.values())
     for row in range(rows):
         start = 0
         while limit - start >= shortest:
             category = min(answered, key=answered.__getitem__)
             source = int(rng.choice(by_category[category]))
-            text = _draw_length(names[source], rng)
-            length = _HEAD + image_tokens + max(text, _SHORTEST_TEXT)
-            length = min(length, limit - start)
+            median, p95, longest = lengths[source]
+            spread = math.log(p95 / median) / 1.645  # the standard normal's 95th percentile
+            text = int(min(median * math.exp(spread * rng.standard_normal()), longest))
+            length = min(_HEAD + image_tokens + max(text, _SHORTEST_TEXT), limit - start)
             answer = min(round(ANSWER_SHARE * length), length - shortest + _SHORTEST_TEXT - 1)
             answered[category] += answer
-            yield _Document(row, start, length, answer, source)
+            yield _Document(row, length, answer, source)
             start += length
-
-
-def _draw_length(name: str, rng: np.random.Generator) -> int:
-    median, p95, longest = LENGTHS[name]
-    spread = math.log(p95 / median) / 1.645  # the standard normal's 95th percentile
-    return int(min(median * math.exp(spread * rng.standard_normal()), longest))
-
-
-def _write(batch: dict[str, Tensor], document: _Document, shape: BatchShape) -> None:
-    """Positions, picture and labels of one document: picture first, answer last."""
-    row, end = document.row, document.start + document.length
-    first = 0 if document.start == 0 else int(batch["document_ids"][row, document.start - 1]) + 1
-    batch["document_ids"][row, document.start : end] = first
-    batch["position_ids"][row, document.start : end] = torch.arange(document.length)
-    picture = document.start + _HEAD
-    batch["input_ids"][row, picture : picture + shape.image_tokens] = shape.image_token_id
-    answer = slice(end - document.answer - 1, end - 1)  # labels are shifted by one
-    batch["labels"][row, answer] = batch["input_ids"][row, end - document.answer : end]
-
-
-def _pad(batch: dict[str, Tensor]) -> None:
-    """Rows' tails: the end token and positions from 0, as the collator leaves them."""
-    for row, documents in enumerate(batch["document_ids"]):
-        used = int((documents >= 0).sum())
-        batch["input_ids"][row, used:] = 2
-        batch["position_ids"][row, used:] = torch.arange(documents.numel() - used)

@@ -24,6 +24,7 @@ app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=T
 MODES = "ce,naive,ours"
 LOADERS = "ours,ours-packed,webdataset,datasets"
 Attention = Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"]
+DType, Mix = Literal["bf16", "fp16", "fp32"], Literal["paper", "uniform"]
 Kernels = Literal["auto", "triton", "reference"]
 CSV = Annotated[Path | None, Option(help="Append the rows to this file.")]
 Count = int | None
@@ -52,30 +53,22 @@ def _split(text: str) -> tuple[str, ...]:
 
 @app.command()
 def step(
-    pair: Annotated[
-        str | None, Option(help="nanovlm-460m or a recipe's name. Default: the embedded pair.")
-    ] = None,
+    pair: Annotated[str | None, Option(help="Or a recipe. Default: the embedded one.")] = None,
     csv: CSV = None,
-    rows: Annotated[
-        Count, Option(min=1, help="Packed rows a step. Default: the recipe's; 1 on a CPU.")
-    ] = None,
+    rows: Annotated[Count, Option(min=1, help="Default: the recipe's; 1 on a CPU.")] = None,
     length: Annotated[Count, Option(min=1, help="Tokens a row. Default: the recipe's.")] = None,
     steps: Annotated[int, Option(min=1, help="Measured steps of each mode.")] = 10,
     warmup: Annotated[int, Option(min=0, help="Steps before that.")] = 2,
     device: Annotated[Literal["cpu", "cuda"] | None, Option(help="Default: cuda if any.")] = None,
-    dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, Option(help="Default: bf16 on a GPU, else fp32.")
-    ] = None,
+    dtype: Annotated[DType | None, Option(help="Default: bf16 on a GPU, else fp32.")] = None,
     kernels: Annotated[Kernels, Option(help="Of attention and loss.")] = "auto",
     attention: Annotated[Attention, Option(help="Student. auto: the fastest here.")] = "auto",
-    mix: Annotated[
-        Literal["paper", "uniform"], Option(help="paper: language sources distil; uniform: all do.")
-    ] = "paper",
+    mix: Annotated[Mix, Option(help="paper: language sources distil; uniform: all do.")] = "paper",
     modes: Annotated[str, Option(help=f"{MODES}, by commas.")] = MODES,
     memory: Annotated[bool, Option(help="Also measure peak memory.")] = True,
     compile: Annotated[bool, Option("--compile", help="Also time compiled blocks.")] = False,
     checkpointing: Annotated[
-        bool, Option("--checkpointing", help="Recompute the decoder's activations.")
+        bool, Option("--checkpointing", help="Recompute the decoder.")
     ] = False,
     plot: Annotated[Path | None, Option(help="Draw where the time goes into this PNG.")] = None,
 ) -> None:
@@ -109,7 +102,7 @@ def step(
 def data(
     shards: Annotated[str, typer.Argument(help="Folder of shards; a URL for our own loader.")],
     student: Annotated[
-        str, Option(help="Checkpoint the shards were built for, or a recipe's name: its student.")
+        str, Option(help="What the shards were built for: a checkpoint, or a recipe's name.")
     ] = "lusxvr/nanoVLM-460M-8k",
     tokenizer: Annotated[str | None, Option(help="Default: the student's.")] = None,
     sources: Annotated[str | None, Option(help="a,b,c. Default: all.")] = None,
@@ -117,14 +110,10 @@ def data(
     loaders: Annotated[str, Option(help=f"{LOADERS}, by commas.")] = LOADERS,
     batch: Annotated[int, Option(help="Documents a batch.", min=1)] = 16,
     max_length: Annotated[int, Option(help="Length limit in tokens.", min=2)] = 1024,
-    buffer: Annotated[
-        int, Option(help="Shuffle buffer of webdataset and datasets, samples.", min=1)
-    ] = 1000,
+    buffer: Annotated[int, Option(help="Samples that the others shuffle among.", min=1)] = 1000,
     seconds: Annotated[float, Option(help="Of each measurement.", min=0.1)] = 10.0,
     rounds: Annotated[int, Option(help="Interleaved measurements of each.", min=1)] = 3,
-    grow: Annotated[
-        str | None, Option(help="Also memory with the shards listed so many times: 1,10,100.")
-    ] = None,
+    grow: Annotated[str | None, Option(help="Also memory with shards 1,10,100 times.")] = None,
     csv: CSV = None,
     plot: Annotated[Path | None, Option(help="Save memory over samples (PNG).")] = None,
 ) -> None:

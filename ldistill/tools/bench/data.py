@@ -26,11 +26,11 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,11 +57,9 @@ class LoaderSetup:
 
     index: ShardIndex
     processor: Processor
-    batch: int
-    """Documents a batch (packed: rows that hold about as many)."""
+    batch: int  # documents (packed: rows that hold about as many)
     limit: int
-    buffer: int
-    """Samples of the shuffle buffer of the loaders that have one."""
+    buffer: int  # samples of the shuffle buffer of the loaders that have one
     seed: int = 0
 
     @property
@@ -73,6 +71,24 @@ class LoaderSetup:
     def collate(self) -> Collate:
         """One document a row."""
         return Collate(self.processor.pad_token_id, self.processor.images.tile_size)
+
+    def collate_tars(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        return self.collate([self.from_tar(sample) for sample in samples])
+
+    def from_tar(self, members: Mapping[str, Any]) -> LoadedPack:
+        """A sample as tar readers give it, {extension: content}, decoded and tokenised."""
+        processor, record = self.processor, members["json"]
+        record = json.loads(record) if isinstance(record, bytes) else record
+        turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
+        several = record.get("images")
+        described = several or ([record["image"]] if record.get("image") else [])
+        places = [f"{n}." if several else "" for n in range(1, len(described) + 1)]
+        contents = [members[f"{p}{d['format']}"] for p, d in zip(places, described, strict=True)]
+        files = [c if isinstance(c, bytes) else c["bytes"] for c in contents]
+        cut = [processor.tiles(processor.load_image(data)) for data in files]
+        document = truncate(processor.encode(turns, [grid for _, grid in cut]), self.limit)
+        pixels = torch.cat([tiles for tiles, _ in cut]) if cut else None
+        return LoadedPack([LoadedDocument(0, 0, document, pixels)])
 
 
 def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Batch]:
@@ -100,7 +116,7 @@ def webdataset(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
         raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
     shards = wds.WebDataset(setup.paths, shardshuffle=len(setup.paths), seed=setup.seed)
     samples = shards.repeat().shuffle(setup.buffer)
-    documents = samples.map(partial(_from_tar, processor=setup.processor, limit=setup.limit))
+    documents = samples.map(setup.from_tar)
     batches = documents.batched(setup.batch, collation_fn=setup.collate)
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
@@ -111,30 +127,8 @@ def datasets(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
 
     stream = load_dataset("webdataset", data_files=setup.paths, split="train", streaming=True)
     stream = stream.decode(False).shuffle(seed=setup.seed, buffer_size=setup.buffer).repeat(None)
-    make = partial(_collate_tars, setup.processor, setup.limit, setup.collate)
-    return DataLoader(stream, batch_size=setup.batch, num_workers=workers, collate_fn=make)
-
-
-def _collate_tars(
-    processor: Processor, limit: int, collate: Collate, rows: Sequence[Mapping[str, Any]]
-) -> Batch:
-    return collate([_from_tar(row, processor, limit) for row in rows])
-
-
-def _from_tar(members: Mapping[str, Any], processor: Processor, limit: int) -> LoadedPack:
-    """A sample as tar readers give it, {extension: content}, decoded and tokenised."""
-    record = members["json"]
-    record = json.loads(record) if isinstance(record, bytes) else record
-    turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
-    several = record.get("images")
-    described = several or ([record["image"]] if record.get("image") else [])
-    places = [f"{n}." if several else "" for n in range(1, len(described) + 1)]
-    contents = [members[f"{p}{d['format']}"] for p, d in zip(places, described, strict=True)]
-    files = [c if isinstance(c, bytes) else c["bytes"] for c in contents]
-    cut = [processor.tiles(processor.load_image(data)) for data in files]
-    document = truncate(processor.encode(turns, [grid for _, grid in cut]), limit)
-    pixels = torch.cat([tiles for tiles, _ in cut]) if cut else None
-    return LoadedPack([LoadedDocument(0, 0, document, pixels)])
+    collate = setup.collate_tars
+    return DataLoader(stream, batch_size=setup.batch, num_workers=workers, collate_fn=collate)
 
 
 LOADERS: dict[str, Callable[[LoaderSetup, int], Iterable[Batch]]] = {
@@ -160,8 +154,7 @@ class DataResult:
     loader: str
     workers: int
     shards: int
-    samples: int
-    """Samples in the index."""
+    samples: int  # in the index
     samples_per_s: float
     tokens_per_s: float
     mb_per_s: float
@@ -173,8 +166,7 @@ class DataResult:
     failure: str = ""
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One measurement of a loader."""
 
     samples_per_s: float
@@ -225,8 +217,13 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
         for _ in range(max(1, 2 * workers - 1)):
             next(batches)
         pids = [c.pid for c in multiprocessing.active_children() if c.pid not in before]
-        samples, tokens, wall, cpu = _consume(batches, [os.getpid(), *pids], seconds)
-        memory = [worker_memory(pid) for pid in pids or [os.getpid()]]
+        everyone, samples, tokens = [os.getpid(), *pids], 0, 0
+        start, cpu = time.perf_counter(), sum(map(cpu_seconds, everyone))
+        while (wall := time.perf_counter() - start) < seconds or not samples:
+            lengths = next(batches)["doc_length"]
+            samples, tokens = samples + len(lengths), tokens + int(lengths.sum())
+        cpu = sum(map(cpu_seconds, everyone)) - cpu
+        memory = [worker_memory(pid) for pid in pids or everyone]
     finally:
         del batches
         gc.collect()
@@ -234,18 +231,6 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
     if None not in memory:
         own, rss = (statistics.mean(part) for part in zip(*memory))
     return Measured(samples / wall, tokens / wall, cpu / samples, own, rss)
-
-
-def _consume(
-    batches: Iterator[Batch], pids: list[int], seconds: float
-) -> tuple[int, int, float, float]:
-    """(samples, tokens, wall seconds, CPU seconds of `pids`) of batches worth `seconds`."""
-    samples = tokens = 0
-    start, cpu = time.perf_counter(), sum(map(cpu_seconds, pids))
-    while (wall := time.perf_counter() - start) < seconds or not samples:
-        lengths = next(batches)["doc_length"]
-        samples, tokens = samples + len(lengths), tokens + int(lengths.sum())
-    return samples, tokens, wall, sum(map(cpu_seconds, pids)) - cpu
 
 
 def cpu_seconds(pid: int) -> float:

@@ -62,13 +62,7 @@ class Stopwatch:
 
 
 def profile_step(bench: Any, mode: str, clock: Callable[[], float]) -> dict[str, float]:
-    """Milliseconds of every part of one step.
-
-    Args:
-        bench: a ``StepBench``.
-        mode: which step.
-        clock: seconds, after waiting for the device.
-    """
+    """Milliseconds of every part of one step of a ``StepBench``; the clock is a stopwatch's."""
     watch, distiller = Stopwatch(clock), bench.distiller
     with ExitStack() as watched:
         enter = watched.enter_context

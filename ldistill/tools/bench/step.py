@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import is_flash_attn_2_available
 
@@ -41,7 +41,6 @@ from ldistill.models.named_pairs import teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.pair import freeze_vision
-from ldistill.models.student import Student
 from ldistill.recipe import DEFAULT_RECIPE, load_recipe
 from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.profile import profile_step
@@ -53,6 +52,7 @@ COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks e
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = 10_000_000  # weights of a student whose whole recipe's batch a CPU runs in seconds
 Say = Callable[[str], None]
+Times = dict[str, float]  # by mode
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,7 @@ class StepResult:
 class StepBench:
     """Models, optimizer and batch of a measurement; ``step(mode)`` is one training step.
 
-    Args:
-        options: what to measure, resolved.
-        modes: the teacher is only made where a mode wants it.
+    Weights are random; the teacher is only made where one of ``modes`` wants it.
     """
 
     def __init__(self, options: StepOptions, modes: tuple[str, ...] | None = None) -> None:
@@ -161,9 +159,13 @@ class StepBench:
         teacher = None
         # weights are drawn where they run, so that the CPU never holds a copy
         with self.device, local_torch_dtype(DTYPES[options.dtype]):
-            student = random_student(config)
+            if isinstance(config, NanoVLMConfig):
+                student = NanoVLM(config)
+            else:
+                student = HFVLM(AutoModelForImageTextToText.from_config(config))
             if set(modes or options.modes) - {"ce"}:
-                teacher = Teacher(random_lm(config), options.kernels)
+                lm = AutoModelForCausalLM.from_config(teacher_config(config))
+                teacher = Teacher(lm, options.kernels)
         freeze_vision(student)
         self.distiller = Distiller(
             student,
@@ -235,24 +237,8 @@ class StepBench:
         return self.shape.step_flops(counts)
 
 
-def random_student(config: Any) -> Student:
-    """A student of a configuration, its weights drawn at random."""
-    if isinstance(config, NanoVLMConfig):
-        return NanoVLM(config)
-    return HFVLM(AutoModelForImageTextToText.from_config(config))
-
-
-def random_lm(config: Any) -> PreTrainedModel:
-    """A teacher of the student decoder's shape over the base vocabulary."""
-    return AutoModelForCausalLM.from_config(teacher_config(config))
-
-
 def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[StepResult]:
-    """Time and memory of every mode.
-
-    Args:
-        options: resolved.
-        say: is told what goes on.
+    """Time and memory of every mode; ``options`` are resolved, ``say`` is told what goes on.
 
     Raises:
         ValueError: a mode needs more memory than this machine has.
@@ -305,11 +291,11 @@ def fastest_attention(options: StepOptions, say: Say) -> str:
     shown = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in times.items())
     say(f"attention: {best}, the fastest of {shown} a step.")
     del bench
-    _free(options.device)
+    _free()
     return best
 
 
-def _timed_rounds(bench: StepBench, say: Say) -> list[dict[str, float]]:
+def _timed_rounds(bench: StepBench, say: Say) -> list[Times]:
     """Seconds of every mode, round by round; the order turns, so that no mode always goes first."""
     modes, options, rounds = bench.options.timed_modes, bench.options, []
     for number in range(options.warmup + options.steps):
@@ -323,11 +309,7 @@ def _timed_rounds(bench: StepBench, say: Say) -> list[dict[str, float]]:
 
 
 def _result(
-    bench: StepBench,
-    mode: str,
-    rounds: list[dict[str, float]],
-    memory: dict[str, float],
-    rate: float,
+    bench: StepBench, mode: str, rounds: list[Times], memory: Times, rate: float
 ) -> StepResult:
     options, times = bench.options, [times[mode] for times in rounds]
     middle, plain = statistics.median(times), mode.removesuffix(COMPILED)
@@ -379,14 +361,13 @@ def _peak_on_gpu(options: StepOptions, mode: str) -> float:
     synchronise(bench.device)
     peak = torch.cuda.max_memory_allocated(bench.device) / 2**20
     del bench
-    _free(options.device)
+    _free()
     return peak
 
 
-def _free(device: str) -> None:
+def _free() -> None:
     gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
 
 
 def _growth_of_process(options: StepOptions, mode: str) -> float:
