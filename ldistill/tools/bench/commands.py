@@ -32,11 +32,9 @@ Count = int | None
 
 def _names(text: str, known: str, what: str) -> tuple[str, ...]:
     """Names between commas, each of them known."""
-    found, choices = _split(text), known.split(",")
-    if unknown := [name for name in found if name not in choices]:
-        raise typer.BadParameter(f"{what} must be among {known}, got {unknown[0]!r}.")
-    if not found:
-        raise typer.BadParameter(f"{what}: give some of {known}.")
+    found = _split(text)
+    if not found or not set(found) <= set(known.split(",")):
+        raise typer.BadParameter(f"{what} must be among {known}, got {text!r}.")
     return found
 
 

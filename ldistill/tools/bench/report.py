@@ -117,8 +117,8 @@ def step_rows(results: list[StepResult]) -> list[dict[str, Any]]:
         options, measured = result.options, dict(vars(result))
         parts = {f"{part}_ms": result.parts[part] for part in PARTS}
         del measured["options"], measured["parts"]
-        row = {"pair": options.pair, "mode": measured.pop("mode")}
-        row["device"] = device_name(options.device)
+        device = device_name(options.device)
+        row = {"pair": options.pair, "mode": measured.pop("mode"), "device": device}
         rows.append(row | {name: getattr(options, name) for name in settings} | measured | parts)
     return rows
 
@@ -164,8 +164,8 @@ def draw_profile(results: list[StepResult], title: str, path: Path) -> None:
     for part, colour in zip(PARTS, _COLOURS, strict=True):
         widths = [result.parts[part] for result in results]
         bars = axes.barh(names, widths, left=left, color=colour, label=part, height=0.62)
-        wide = [width > 0.05 * max(totals) for width in widths]
-        shares = [f"{w / t:.0%}" if big else "" for w, t, big in zip(widths, totals, wide)]
+        wide = 0.05 * max(totals)  # enough for its share to be read
+        shares = [f"{w / t:.0%}" if w > wide else "" for w, t in zip(widths, totals)]
         axes.bar_label(bars, shares, label_type="center", color="white", fontsize=8)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()

@@ -74,11 +74,8 @@ class Zero:
 
     @property
     def kept(self) -> int:
-        """Weights at a model's end that stay whole between forward and backward.
-
-        A gathered weight is kept if it is needed again before so many others have passed, on the
-        way to the end and back, or if prefetching already looked that far ahead.
-        """
+        """Weights at a model's end that stay whole between forward and backward."""
+        # those needed again before so many others have passed, to the end and back, or fetched ahead
         return max(self.max_reuse, self.prefetch) // 2
 
 

@@ -141,12 +141,8 @@ class Layout:
             # a forward alone uses every weight once: nothing is kept but what is fetched ahead
             live = 2 * min(shape.teacher_weights, zero.prefetch + shape.largest_module)
             teacher = live if self.teacher_offload else teacher / gpus + live
-        return {
-            "weights": weights,
-            "gradients": gradients,
-            "optimizer": 12 * part,
-            "teacher": teacher,
-        }
+        student = {"weights": weights, "gradients": gradients, "optimizer": 12 * part}
+        return {**student, "teacher": teacher}
 
     def _buffers(self) -> float:
         """Buckets of gradient reduction and, at stage 3, gathered weights."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from ldistill.models.shapes import PairShape
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Zero
@@ -67,7 +68,7 @@ def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
     for layout in sorted((layout for layout in tried if layout.fits), key=_cost):
         best.setdefault((layout.zero.name, layout.teacher_name), layout)
     # within a tenth of the fastest the simplest configuration wins
-    limit, simple = 1.1 * next(iter(best.values())).seconds.exposed, list(ZEROS)
+    limit, simple = 1.1 * min(layout.seconds.exposed for layout in best.values()), list(ZEROS)
     good = [layout for layout in best.values() if layout.seconds.exposed <= limit]
     chosen = min(good, key=lambda layout: (simple.index(layout.zero.name), *_cost(layout)))
     return Plan(request, chosen, [layout for layout in best.values() if layout is not chosen])
@@ -160,8 +161,8 @@ def _remedies(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[
     doubled = [cluster.gpus * 2**n for n in range(1, MOST_GPUS.bit_length())]
     counts = [gpus for gpus in doubled if gpus <= min(MOST_GPUS, request.global_batch)]
     lengths = [request.length // n for n in (2, 4) if request.length // n > shape.image_tokens + 64]
-    yield from [f"--gpus {gpus}" for gpus in counts if fits(larger(gpus))][:1]
-    yield from [f"--seq {length}" for length in lengths if fits(length=length)][:1]
+    yield from islice((f"--gpus {gpus}" for gpus in counts if fits(larger(gpus))), 1)
+    yield from islice((f"--seq {length}" for length in lengths if fits(length=length)), 1)
     if not request.lora and fits(lora=16):
         yield "--lora 16"
     if request.zero and fits(zero=None):

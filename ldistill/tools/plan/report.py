@@ -67,15 +67,13 @@ def _transfers(chosen: Layout) -> Table:
 
 def _run(plan: Plan) -> Table:
     request, chosen, counts = plan.request, plan.chosen, plan.chosen.rows
+    labelled = counts.targets / counts.tokens
     taught = "none" if chosen.teacher == "none" else f"{counts.queries / counts.tokens:.0%}"
     of_gpu = Span(*(rate / chosen.cluster.gpus for rate in chosen.tokens_per_s))
     rows = [
         ("rows of a step", f"{request.global_batch} × {request.length} tokens"),
         ("rows of a GPU", f"{chosen.micro_batch}, accumulated {chosen.accumulation} times"),
-        (
-            "tokens with a label / with a teacher",
-            f"{counts.targets / counts.tokens:.0%} / {taught}",
-        ),
+        ("tokens with a label / with a teacher", f"{labelled:.0%} / {taught}"),
         ("MFU of the compute (stated)", f"{request.mfu:.0%}"),
         ("seconds a step", _span(chosen.seconds, ".2f")),
         ("tokens/s", _span(chosen.tokens_per_s, ",.0f")),
@@ -87,18 +85,12 @@ def _run(plan: Plan) -> Table:
 
 
 def _layouts(plan: Plan) -> Table:
-    rows = [
-        (
-            layout.zero.name + (" ←" if layout is plan.chosen else ""),
-            layout.teacher_name,
-            str(layout.micro_batch),
-            "yes" if layout.checkpointing else "no",
-            _gib(layout.total),
-            f"{layout.compute:.2f}",
-            f"{layout.network:.2f}",
-        )
-        for layout in [plan.chosen, *plan.others][:8]
-    ]
+    rows = []
+    for layout in [plan.chosen, *plan.others][:8]:
+        zero = layout.zero.name + (" ←" if layout is plan.chosen else "")
+        how = (str(layout.micro_batch), "yes" if layout.checkpointing else "no")
+        seconds = (f"{layout.compute:.2f}", f"{layout.network:.2f}")
+        rows.append((zero, layout.teacher_name, *how, _gib(layout.total), *seconds))
     columns = ("ds_config", "teacher", "rows", "recompute", "GiB", "compute s", "transfers s")
     return Table("layouts that fit", columns, rows)
 

@@ -284,8 +284,8 @@ def test_wrong_options_are_named(changes, message):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--modes", "ours,best", "modes must be among ce,naive,ours, got 'best'"),
-        ("--modes", ",", "modes: give some of ce,naive,ours"),
+        ("--modes", "ours,best", "modes must be among ce,naive,ours, got 'ours,best'"),
+        ("--modes", ",", "modes must be among ce,naive,ours, got ','"),
         ("--dtype", "int8", "'int8' is not one of"),
         ("--mix", "half", "'half' is not one of 'paper', 'uniform'"),
         ("--rows", "0", "greater than or equal to 1"),
