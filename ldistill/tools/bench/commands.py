@@ -49,8 +49,8 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-@app.command()
-def step(
+@app.command("step")
+def step_command(
     pair: Annotated[str | None, Option(help="Or a recipe. Default: the embedded one.")] = None,
     csv: CSV = None,
     rows: Annotated[Count, Option(min=1, help="Default: the recipe's; 1 on a CPU.")] = None,
@@ -71,17 +71,16 @@ def step(
     plot: Annotated[Path | None, Option(help="Draw where the time goes into this PNG.")] = None,
 ) -> None:
     """One training step with random weights: labels alone, naive distillation, ours."""
-    from ldistill.tools.bench import report
-    from ldistill.tools.bench.step import StepOptions, measure_step
+    from ldistill.tools.bench import report, step
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     say = partial(console.print, highlight=False)
     chosen = _names(modes, MODES, "modes")
     sizes = (pair, rows, length, steps, warmup)
     how = (device, dtype, kernels, attention, mix, chosen, memory, compile, checkpointing)
-    options = StepOptions(*sizes, *how).resolved()
+    options = step.StepOptions(*sizes, *how).resolved()
     say(report.describe(options))
-    results = measure_step(options, say)
+    results = step.measure_step(options, say)
     console.print(report.step_table(results).rich())
     console.print(report.parts_table(results).rich())
     for result in results:
@@ -96,8 +95,8 @@ def step(
         say(f"rows appended to {csv}")
 
 
-@app.command()
-def data(
+@app.command("data")
+def data_command(
     shards: Annotated[str, typer.Argument(help="Folder of shards; a URL for our own loader.")],
     student: Annotated[
         str, Option(help="What the shards were built for: a checkpoint, or a recipe's name.")
@@ -116,25 +115,23 @@ def data(
     plot: Annotated[Path | None, Option(help="Save memory over samples (PNG).")] = None,
 ) -> None:
     """Samples/s and memory of our loader, webdataset and datasets on the same shards."""
-    from ldistill.tools.bench import report
-    from ldistill.tools.bench.data import bench_data, bench_growth, open_setup
+    from ldistill.tools.bench import data, report
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     say = partial(console.print, highlight=False)
     how = {"loaders": _names(loaders, LOADERS, "loaders"), "seconds": seconds, "say": say}
     counts, factors = _numbers(workers, "workers"), _numbers(grow, "grow") if grow else ()
-    only = list(_split(sources)) if sources else None
     sizes = {"batch": batch, "limit": max_length, "buffer": buffer}
-    setup = open_setup(shards, student, tokenizer, only, **sizes)
+    setup = data.open_setup(shards, student, tokenizer, _split(sources or "") or None, **sizes)
     index, size = setup.index, sum(shard.bytes for shard in setup.index.shards) / 1e6
     say(
         f"{len(index):,} samples in {len(index.shards)} shards ({size:,.1f} MB), batches of "
         f"{batch}, {rounds} rounds of {seconds:g} s on {report.device_name('cpu')}"
     )
-    results = bench_data(setup, workers=counts, rounds=rounds, **how)
+    results = data.bench_data(setup, workers=counts, rounds=rounds, **how)
     console.print(report.speed_table(results).rich())
     if factors:
-        growth = bench_growth(setup, factors=factors, **how)
+        growth = data.bench_growth(setup, factors=factors, **how)
         console.print(report.growth_table(growth).rich())
         if plot:
             report.draw_growth(growth, plot)
@@ -161,4 +158,4 @@ def kernels(
             "package. Clone it and `pip install -e .` there."
         )
     command = [sys.executable, str(script), *context.args]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    sys.exit(subprocess.run(command, check=False).returncode)

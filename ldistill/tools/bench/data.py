@@ -201,8 +201,8 @@ def bench_data(
                 failures[count, name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             found[count, name].append(measured)
-            rate = f"{measured.samples_per_s:,.1f} samples/s"
-            say(f"round {number + 1}: {name}, {count} workers: {rate}")
+            rate = measured.samples_per_s
+            say(f"round {number + 1}: {name}, {count} workers: {rate:,.1f} samples/s")
     return [_result(setup, cell, found, failures.get(cell, "")) for cell in found]
 
 
@@ -227,9 +227,7 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
     finally:
         del batches
         gc.collect()
-    own, rss = None, None
-    if None not in memory:
-        own, rss = (statistics.mean(part) for part in zip(*memory))
+    own, rss = (None, None) if None in memory else map(statistics.mean, zip(*memory))
     return Measured(samples / wall, tokens / wall, cpu / samples, own, rss)
 
 
@@ -287,7 +285,7 @@ def _result(
 
 
 def open_setup(
-    shards: str, student: str, tokenizer: str | None, sources: list[str] | None, **sizes: int
+    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, **sizes: int
 ) -> LoaderSetup:
     """Shards and the processor of the student (or of a recipe's) that they were built for.
 

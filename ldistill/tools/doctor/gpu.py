@@ -50,8 +50,7 @@ def toolkit() -> Iterator[Line]:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
         return
-    match = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
-    found = ".".join(match.groups()) if match else "unknown"
+    found = (re.findall(r"release (\d+\.\d+)", output(nvcc, "--version")) or ["unknown"])[0]
     good = found.split(".")[0] == ours.split(".")[0]
     found += f" (torch has {ours})" if good else f", but torch has {ours}"
     advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
@@ -60,8 +59,7 @@ def toolkit() -> Iterator[Line]:
 
 def kernels() -> Iterator[Line]:
     """One small call of each Triton kernel, compared with the reference."""
-    installed = metadata.distributions(name="triton")
-    version = next((found.version for found in installed), "not installed")
+    version = next((d.version for d in metadata.distributions(name="triton")), "not installed")
     if not torch.cuda.is_available():
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return

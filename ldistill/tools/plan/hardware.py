@@ -75,7 +75,7 @@ class Zero:
     @property
     def kept(self) -> int:
         """Weights at a model's end that stay whole between forward and backward."""
-        # those needed again before so many others have passed, to the end and back, or fetched ahead
+        # those needed again before so many others have passed there and back, or fetched ahead
         return max(self.max_reuse, self.prefetch) // 2
 
 
