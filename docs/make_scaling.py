@@ -12,13 +12,12 @@ import re
 from functools import cache
 from pathlib import Path
 
-from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Strategy
-from ldistill.tools.plan.layouts import Request
-from ldistill.tools.plan.memory import memory
-from ldistill.tools.plan.network import HOST, NODE, WORLD, network_seconds, transfers
-from ldistill.tools.plan.plan import Plan, make_plan
-from ldistill.tools.plan.report import Block
-from ldistill.tools.shapes import PairShape, pair_shape
+from ldistill.models.shapes import PairShape
+from ldistill.tools.pairs import pair_shape
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
+from ldistill.tools.plan.layout import HOST, NODE, WORLD, Layout
+from ldistill.tools.plan.plan import Plan, Request, make_plan
+from ldistill.tools.table import Table
 
 HERE = Path(__file__).resolve().parent
 # GB/s into a node and what people call it.
@@ -40,7 +39,7 @@ def machines() -> list[tuple[str, Cluster]]:
     ]
 
 
-def overview() -> Block:
+def overview() -> Table:
     """What each pair does on each machine."""
     rows = []
     for label, cluster in machines():
@@ -49,10 +48,10 @@ def overview() -> Block:
             rows.append((label, pair, *_cells(plan)))
     columns = ("machine", "pair", "ds_config", "teacher", "rows a GPU", "GiB a GPU",
                "CPU GiB a node", "tokens/s", "GPU-hours")  # fmt: skip
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
-def lora() -> Block:
+def lora() -> Table:
     """The big pairs on one or two cards."""
     rows = []
     for pair in ("llava-7b", "llava-13b"):
@@ -61,7 +60,7 @@ def lora() -> Block:
             rows.append((pair, label, *_cells(plan)))
     columns = ("pair", "machine", "ds_config", "teacher", "rows a GPU", "GiB a GPU",
                "CPU GiB a node", "tokens/s", "GPU-hours")  # fmt: skip
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
 def _plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan | None:
@@ -74,24 +73,25 @@ def _plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan | None:
 def _cells(plan: Plan | None) -> tuple[str, ...]:
     if plan is None:
         return ("does not fit", "", "", "", "", "", "")
-    chosen, strategy = plan.chosen, plan.chosen.strategy
-    micro = f"{strategy.micro_batch}{', recomputed' if strategy.checkpointing else ''}"
-    speed = f"{plan.tokens_per_s:,.0f} – {plan.tokens_per_s_exposed:,.0f}"
-    hours = f"{plan.gpu_hours:,.1f} – {plan.gpu_hours_exposed:,.1f}"
+    chosen, rates = plan.chosen, plan.chosen.tokens_per_s
+    spent = chosen.gpu_hours(plan.request.steps)
+    micro = f"{chosen.micro_batch}{', recomputed' if chosen.checkpointing else ''}"
+    speed = f"{rates.hidden:,.0f} – {rates.exposed:,.0f}"
+    hours = f"{spent.hidden:,.1f} – {spent.exposed:,.1f}"
     if not chosen.transfers or chosen.network < 0.005 * chosen.compute:
-        speed, hours = f"{plan.tokens_per_s:,.0f}", f"{plan.gpu_hours:,.1f}"
+        speed, hours = f"{rates.hidden:,.0f}", f"{spent.hidden:,.1f}"
     return (
-        strategy.zero.name,
-        strategy.teacher_name,
+        chosen.zero.name,
+        chosen.teacher_name,
         micro,
-        f"{chosen.memory.total / GIB:.0f}",
-        f"{chosen.memory.host / GIB:.0f}" if chosen.memory.host else "",
+        f"{chosen.total / GIB:.0f}",
+        f"{chosen.host_memory / GIB:.0f}" if chosen.host_memory else "",
         speed,
         hours,
     )
 
 
-def sharded() -> Block:
+def sharded() -> Table:
     """Model states of one GPU under every configuration."""
     shape, cluster = shape_of("llava-13b"), Cluster.of(32)
     rows = []
@@ -99,16 +99,16 @@ def sharded() -> Block:
         for teacher in ("replicated", "zero3"):
             if teacher == "zero3" and zero.stage < 3:
                 continue
-            found = memory(shape, cluster, Strategy(zero, teacher, 1, checkpointing=True), 2048)
-            sizes = (found.weights, found.gradients, found.optimizer, found.teacher, found.buffers)
-            rows.append((zero.name, teacher, *(f"{size / GIB:.1f}" for size in sizes),
-                         f"{found.host / GIB:.0f}"))  # fmt: skip
+            found = Layout(shape, cluster, zero, teacher, 1, 2048, checkpointing=True)
+            parts = ("weights", "gradients", "optimizer", "teacher", "buffers")
+            sizes = [f"{found.memory[part] / GIB:.1f}" for part in parts]
+            rows.append((zero.name, teacher, *sizes, f"{found.host_memory / GIB:.0f}"))
     columns = ("ds_config", "teacher engine", "weights", "gradients", "AdamW", "teacher",
                "buffers", "CPU memory of a node")  # fmt: skip
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
-def network() -> Block:
+def network() -> Table:
     """What one GPU receives in a step, and how long that takes on three networks."""
     shape, rows = shape_of("llava-13b"), []
     for zero in ZEROS.values():
@@ -118,16 +118,13 @@ def network() -> Block:
             if teacher == "zero3" and zero.stage < 3:
                 continue
             for accumulation in (1, 4):
-                strategy = Strategy(zero, teacher, 4)
-                found = transfers(shape, Cluster.of(32), strategy, accumulation)
-                moved = [
-                    sum(t.bytes for t in found if t.where == where) / 1e9 for where in (WORLD, NODE)
+                found = [
+                    Layout(shape, cluster, zero, teacher, 4, shape.length, accumulation)
+                    for cluster in (Cluster.of(32, node_link=link) for link in LINKS)
                 ]
-                times = [
-                    network_seconds(
-                        transfers(shape, Cluster.of(32, node_link=link), strategy, accumulation)
-                    )
-                    for link in LINKS
+                moved = [
+                    sum(t.bytes for t in found[0].transfers if t.where == where) / 1e9
+                    for where in (WORLD, NODE)
                 ]
                 rows.append(
                     (
@@ -135,15 +132,15 @@ def network() -> Block:
                         teacher,
                         str(accumulation),
                         *(f"{size:.0f}" for size in moved),
-                        *(f"{seconds:.2f}" for seconds in times),
+                        *(f"{layout.network:.2f}" for layout in found),
                     )
                 )
     columns = ("ds_config", "teacher", "micro-batches", "GB, all GPUs", "GB, within nodes",
                *(f"s at {name}" for name in LINKS.values()))  # fmt: skip
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
-def host() -> Block:
+def host() -> Table:
     """What passes between a GPU and CPU memory where something is offloaded."""
     shape, rows = shape_of("llava-13b"), []
     for name, teacher, offload in (
@@ -152,16 +149,18 @@ def host() -> Block:
         ("zero3_offload", "zero3", True),
         ("zero3", "zero3", True),
     ):
-        strategy = Strategy(ZEROS[name], teacher, 4, teacher_offload=offload)
         for gpus in (8, 32):
-            found = [t for t in transfers(shape, Cluster.of(gpus), strategy, 4) if t.where == HOST]
+            layout = Layout(
+                shape, Cluster.of(gpus), ZEROS[name], teacher, 4, shape.length, 4, offload
+            )
+            found = [t for t in layout.transfers if t.where == HOST]
             size, seconds = sum(t.bytes for t in found) / 1e9, sum(t.seconds for t in found)
-            rows.append((name, strategy.teacher_name, str(gpus), f"{size:.1f}", f"{seconds:.2f}"))
+            rows.append((name, layout.teacher_name, str(gpus), f"{size:.1f}", f"{seconds:.2f}"))
     columns = ("ds_config", "teacher", "GPUs", "GB a GPU and step", "seconds")
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
-def strong() -> Block:
+def strong() -> Table:
     """The same 128 rows a step on more and more GPUs."""
     rows = []
     for pair in ("nanovlm-460m", "llava-7b", "llava-13b"):
@@ -175,24 +174,24 @@ def strong() -> Block:
                 (
                     pair,
                     str(gpus),
-                    chosen.strategy.zero.name,
+                    chosen.zero.name,
                     f"{chosen.compute:.2f}",
                     f"{chosen.network:.2f}",
-                    f"{plan.tokens_per_s / 1e3:,.0f} – {plan.tokens_per_s_exposed / 1e3:,.0f}",
+                    " – ".join(f"{rate / 1e3:,.0f}" for rate in chosen.tokens_per_s),
                     f"{efficiency(plan):.0%}",
                 )
             )
     columns = ("pair", "GPUs", "ds_config", "compute s", "transfers s", "1000 tokens/s",
                "compute / step")  # fmt: skip
-    return Block("", columns, rows)
+    return Table("", columns, rows)
 
 
 def efficiency(plan: Plan) -> float:
     """Share of a step that is compute when transfers hide behind nothing."""
-    return plan.chosen.compute / plan.chosen.seconds_exposed
+    return plan.chosen.compute / plan.chosen.seconds.exposed
 
 
-def enough_rows() -> Block:
+def enough_rows() -> Table:
     """Rows a GPU must take in a step for its compute to outlast the network, on 256 GPUs."""
     rows = []
     for pair in PAIRS:
@@ -200,14 +199,14 @@ def enough_rows() -> Block:
         for link in LINKS:
             cells.append(_enough_rows(shape_of(pair), Cluster.of(256, node_link=link)))
         rows.append((pair, str(shape_of(pair).length), *cells))
-    return Block("", ("pair", "tokens a row", *LINKS.values()), rows)
+    return Table("", ("pair", "tokens a row", *LINKS.values()), rows)
 
 
 def _enough_rows(shape: PairShape, cluster: Cluster) -> str:
     for rows in (1, 2, 4, 8, 16, 32, 64, 128):
         plan = _plan(shape, cluster, Request(global_batch=rows * cluster.gpus))
         if plan is not None and plan.chosen.network <= plan.chosen.compute:
-            return f"{rows} ({plan.chosen.strategy.zero.name})"
+            return f"{rows} ({plan.chosen.zero.name})"
     return "more than 128"
 
 

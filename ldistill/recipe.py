@@ -9,7 +9,6 @@ of such fields; ``--recipe`` takes the name of a shipped one or a path.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.resources
 import os
 import sys
@@ -22,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ldistill.common.errors import did_you_mean
 from ldistill.distill.objective import DIVERGENCES, GATES, MIXES
 from ldistill.recipe_values import (
     check_deepspeed,
@@ -180,10 +180,9 @@ def load_recipe(name: str) -> dict[str, Any]:
     shipped = shipped_recipes()
     path = shipped.get(name, Path(name))
     if not path.is_file():
-        close = difflib.get_close_matches(name, shipped, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"no recipe {name!r}.{hint} Shipped: {', '.join(shipped)}; or give a YAML file's path."
+            f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
+            "or give a YAML file's path."
         )
     shared, own = _read_yaml(_folder() / f"{SHARED}.yaml"), _read_yaml(path)
     if "num_train_epochs" in own:
@@ -192,8 +191,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     known = _known_fields()
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(key, known)
             raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
     for f in dataclasses.fields(TrainingArguments):
         if values.get(f.name, "") is None and f.default is not None:
@@ -286,8 +284,7 @@ def _recipe_name(argv: list[str]) -> str:
 def _check_flags(given: set[str]) -> None:
     known = _known_fields()
     for flag in sorted(given - known - {f"no_{k}" for k in known}):
-        close = difflib.get_close_matches(flag, known, n=1)
-        hint = f" Did you mean --{close[0]}?" if close else ""
+        hint = did_you_mean(flag, known, "--{}")
         raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
 
 

@@ -7,10 +7,11 @@ Table 5 and section 4.3). An unknown source is an error, never a silent default.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+from ldistill.common.errors import did_you_mean
 
 LANGUAGE: tuple[str, ...] = (
     "aokvqa",
@@ -64,10 +65,9 @@ def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
     known = known_sources(extra)
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     raise ValueError(
-        f"unknown source {name!r}.{hint} Known sources: {', '.join(sorted(known))}. "
+        f"unknown source {name!r}.{did_you_mean(name, known)} "
+        f"Known sources: {', '.join(sorted(known))}. "
         f"Declare your own with --extra_sources {name}=language or {name}=document."
     )
 

@@ -7,25 +7,8 @@ import time
 
 import torch
 
-# Dense bf16 rates by the vendors' datasheets, FLOP/s.
-PEAKS: dict[str, float] = {
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "RTX PRO 6000": 504e12,
-    "RTX 6000 Ada": 364e12,
-    "RTX A6000": 155e12,
-    "A6000": 155e12,
-    "A40": 150e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+from ldistill.common.cards import CARDS
+
 # Behind a name in that table these make another card of it.
 _OTHER_CARDS = ("Ti", "D", "SUPER", "Laptop", "Max-Q")
 
@@ -45,9 +28,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def listed_peak(name: str) -> float | None:
     """Rate of a card by the name that its driver gives it, whole words alone; None: not listed."""
     others = "|".join(_OTHER_CARDS)
-    for key, rate in PEAKS.items():
+    for key, card in CARDS.items():
         if re.search(rf"\b{re.escape(key)}\b(?! (?:{others})\b)", name, re.IGNORECASE):
-            return rate
+            return card.flops
     return None
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def may_pass(error: BaseException) -> bool:
 def exit_code(error: BaseException) -> int:
     """What a program that ends with this error exits with."""
     return TRANSIENT_EXIT_CODE if may_pass(error) else ERROR_EXIT_CODE
+
+
+def did_you_mean(name: str, known: Iterable[str], form: str = "{!r}") -> str:
+    """A question that follows "no such ...", a space before it; empty where nothing known is alike.
+
+    Args:
+        name: what was given.
+        known: what could have been meant.
+        form: how the suggestion is written.
+    """
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {form.format(close[0])}?" if close else ""
 
 
 def ignore_dead_workers() -> None:

@@ -13,7 +13,6 @@ writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` a
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -34,6 +33,7 @@ import torch
 import yaml
 
 import ldistill
+from ldistill.common.errors import did_you_mean
 from ldistill.evaluation.lmms_results import (
     EVALUATION,
     merge,
@@ -332,8 +332,7 @@ def explain(log: str, tasks: Sequence[str]) -> str | None:
 
 def _unknown_tasks(names: Sequence[str]) -> str:
     known = [row.task for row in ROWS]
-    close = [m for name in names for m in difflib.get_close_matches(name, known, n=1)]
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    hint = "".join(did_you_mean(name, known, "{}") for name in names)
     return (
         f"lmms-eval knows no task {', '.join(names)}.{hint} "
         "`lmms-eval tasks` lists what it knows; --include-path adds a folder of your own."

@@ -15,10 +15,11 @@ are `acc` (not length-normalised), captions CIDEr.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from ldistill.common.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,7 @@ def suite(name: str) -> Suite:
         ValueError: there is none; the message lists those that are there.
     """
     if name not in SUITES:
-        close = difflib.get_close_matches(name, SUITES, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, SUITES)
         raise ValueError(f"no suite {name!r}.{hint} There are: {', '.join(SUITES)}.")
     return SUITES[name]
 

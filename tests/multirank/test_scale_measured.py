@@ -13,10 +13,9 @@ from helpers_zero import SHAPE
 from pairs import small_config
 from runs import REPO, environment, free_port
 
-from ldistill.tools.plan.hardware import ZEROS, Cluster, Strategy
-from ldistill.tools.plan.memory import memory
-from ldistill.tools.plan.network import transfers
-from ldistill.tools.shapes import shape_of
+from ldistill.models.shapes import shape_of
+from ldistill.tools.plan.hardware import ZEROS, Cluster
+from ldistill.tools.plan.layout import Layout
 
 RANKS, ACCUMULATION = 2, 2
 
@@ -64,32 +63,27 @@ def test_two_ranks_hold_and_send_what_is_planned(name, reuse, tmp_path):
     found = run_ranks(config, tmp_path / "found.json")
     shape = shape_of("small", small_config(**SHAPE), {})
     sharded = zero.stage == 3
-    strategy = Strategy(zero, "zero3" if sharded else "replicated", 1)
-    cluster = Cluster.of(RANKS)
-    planned = memory(shape, cluster, strategy, 64)
+    teacher = "zero3" if sharded else "replicated"
+    layout = Layout(shape, Cluster.of(RANKS), zero, teacher, 1, 64, ACCUMULATION)
+    planned = layout.memory
     tolerance = {"rel": 0.01}  # padding to whole partitions
-    assert found["optimizer"] == pytest.approx(planned.optimizer, **tolerance)
+    assert found["optimizer"] == pytest.approx(planned["optimizer"], **tolerance)
     fp32 = 4 * shape.trained_weights / RANKS  # held while the optimizer steps, not here
-    assert found["gradients"] == pytest.approx(planned.gradients - fp32, **tolerance)
+    assert found["gradients"] == pytest.approx(planned["gradients"] - fp32, **tolerance)
     assert found["ahead"] == sharded, "the teacher's weights can be gathered ahead of their layers"
     assert found["left_whole"] == 0, "between the teacher's forward and the student's backward"
     if not sharded:
-        assert found["weights"] == planned.weights
-        assert found["teacher"] == planned.teacher
+        assert found["weights"] == planned["weights"]
+        assert found["teacher"] == planned["teacher"]
     else:  # small weights stay whole, and gathered ones are counted apart
         second = 2 * shape.student_weights / RANKS if zero.node_partition > 1 else 0
-        assert found["weights"] + second == pytest.approx(planned.weights, rel=0.03)
+        assert found["weights"] + second == pytest.approx(planned["weights"], rel=0.03)
         assert found["teacher"] == pytest.approx(2 * shape.teacher_weights / RANKS, rel=0.03)
-    assert _planned_bytes(shape, cluster, strategy) == pytest.approx(
-        _measured_bytes(found["sent"]), rel=0.06
-    )
+    sent = sum(transfer.bytes for transfer in layout.transfers)
+    assert sent == pytest.approx(_measured_bytes(found["sent"]), rel=0.06)
 
 
 def _measured_bytes(sent: dict[str, int]) -> float:
     """Bytes into one rank over a ring: an all-reduce passes twice."""
     share = (RANKS - 1) / RANKS
     return sum(size * share * (2 if name == "all_reduce" else 1) for name, size in sent.items())
-
-
-def _planned_bytes(shape, cluster, strategy) -> float:
-    return sum(t.bytes for t in transfers(shape, cluster, strategy, ACCUMULATION))

@@ -10,14 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ldistill.data.collate import Collate, Document, LoadedDocument, LoadedPack
+from ldistill.distill.targets import IGNORE
 from ldistill.models.flops import StepCounts
-from ldistill.models.processor import IGNORE
+from ldistill.models.hf_vlm import tokens_per_tile
+from ldistill.models.named_pairs import base_vocabulary
+from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.sources import SourceWeights, category_of
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
@@ -48,19 +53,21 @@ _SHORTEST_TEXT = 12
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch depends on of a student.
+    """What a batch depends on of a student."""
 
-    Args:
-        image_tokens: positions of one picture.
-        image_size: its side in pixels.
-        image_token_id: the token that stands there.
-        vocabulary: tokens of the LM; ids of text are drawn from it.
-    """
+    image_tokens: int  # positions of one picture
+    image_size: int  # its side in pixels
+    image_token_id: int  # stands there
+    vocabulary: int  # tokens of the LM; ids of text are drawn from it
 
-    image_tokens: int
-    image_size: int
-    image_token_id: int
-    vocabulary: int
+
+def batch_shape(config: Any) -> BatchShape:
+    """Of a student's configuration."""
+    if isinstance(config, NanoVLMConfig):
+        tokens, size = config.mp_image_token_length, config.vit_img_size
+    else:
+        tokens, size = tokens_per_tile(config), config.vision_config.image_size
+    return BatchShape(tokens, size, config.image_token_id, base_vocabulary(config))
 
 
 @dataclass(frozen=True)
@@ -70,9 +77,9 @@ class RowCounts:
     tokens: float
     tiles: float
     pairs: float
-    supervised: float
-    teacher_rows: float
-    teacher_pairs: float
+    targets: float
+    queries: float
+    query_pairs: float
 
     def times(self, rows: float, length: int, *, teacher: bool = True) -> StepCounts:
         """Counts of so many rows, with or without a teacher."""
@@ -81,161 +88,98 @@ class RowCounts:
             positions=round(rows * length),
             pairs=round(rows * self.pairs),
             tiles=round(rows * self.tiles),
-            targets=round(rows * self.supervised),
-            queries=round(taught * self.teacher_rows),
-            query_pairs=round(taught * self.teacher_pairs),
-            taught=round(taught * self.teacher_rows),
+            targets=round(rows * self.targets),
+            queries=round(taught * self.queries),
+            query_pairs=round(taught * self.query_pairs),
+            taught=round(taught * self.queries),
         )
 
 
-class _Place(NamedTuple):
-    """A document in the batch: row, first position, length, answer tokens, source."""
+class _Document(NamedTuple):
+    """A document in the batch: row, length, answer tokens, source."""
 
     row: int
-    start: int
     length: int
     answer: int
     source: int
 
 
 def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
-    """α and τ of the 17 sources.
-
-    Args:
-        mix: ``paper`` (language sources distil), ``uniform`` (all do).
-        alpha, temperature: of the distilling sources.
-
-    Raises:
-        ValueError: unknown mix.
-    """
-    if mix not in MIXES:
-        raise ValueError(f"mix must be one of {', '.join(MIXES)}, got {mix!r}.")
+    """α and τ of the 17 sources; ``paper``: the language sources distil, ``uniform``: all do."""
     return SourceWeights.build(LENGTHS, distil=MIXES[mix], alpha=alpha, temperature=temperature)
 
 
+@cache
 def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int = 64) -> RowCounts:
-    """Averages over packed rows of the mix, without making them.
-
-    Args:
-        image_tokens: positions of one picture.
-        limit: tokens in a row.
-        mix: ``paper`` or ``uniform``.
-        rows: how many are averaged over.
+    """Averages over so many packed rows of the mix, ``limit`` tokens each, without making them.
 
     Raises:
         ValueError: a row has no room for one document.
     """
     alphas = mix_weights(mix, 1.0, 1.0).alpha
-    places = _places(image_tokens, rows, limit, 0)
-    taught = [place for place in places if alphas[place.source] > 0]
+    documents = list(_documents(image_tokens, rows, limit, 0))
+    taught = [document for document in documents if alphas[document.source] > 0]
 
-    def seen(place: _Place) -> int:
+    def seen(document: _Document) -> int:
         """Positions the answer's rows see: one more from row to row, the last sees length - 1."""
-        last = place.length - 1
-        return place.answer * last - place.answer * (place.answer - 1) // 2
+        last = document.length - 1
+        return document.answer * last - document.answer * (document.answer - 1) // 2
 
     return RowCounts(
-        tokens=sum(place.length for place in places) / rows,
-        tiles=len(places) / rows,
-        pairs=sum(place.length * (place.length + 1) // 2 for place in places) / rows,
-        supervised=sum(place.answer for place in places) / rows,
-        teacher_rows=sum(place.answer for place in taught) / rows,
-        teacher_pairs=sum(map(seen, taught)) / rows,
+        tokens=sum(document.length for document in documents) / rows,
+        tiles=len(documents) / rows,
+        pairs=sum(document.length * (document.length + 1) // 2 for document in documents) / rows,
+        targets=sum(document.answer for document in documents) / rows,
+        queries=sum(document.answer for document in taught) / rows,
+        query_pairs=sum(map(seen, taught)) / rows,
     )
 
 
 def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> dict[str, Tensor]:
-    """A packed batch with the keys, shapes and dtypes of ``ldistill.data.collate``.
-
-    Args:
-        shape: of the student.
-        rows: batch rows.
-        limit: tokens in a row.
-        seed: the same one gives the same batch.
+    """A packed batch as the collator makes it: rows of ``limit`` tokens, drawn from the seed.
 
     Raises:
         ValueError: a row has no room for one document.
     """
-    places = _places(shape.image_tokens, rows, limit, seed)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, shape.vocabulary, (rows, limit), generator=generator)
-    batch = {
-        "input_ids": ids,
-        "position_ids": torch.zeros_like(ids),
-        "labels": torch.full_like(ids, IGNORE),
-        "document_ids": torch.full_like(ids, -1),
-    }
-    for place in places:
-        _write(batch, place, shape)
-    _pad(batch)
-    columns = {
-        "batch": [p.row for p in places],
-        "start": [p.start for p in places],
-        "length": [p.length for p in places],
-        "source": [p.source for p in places],
-        "sample": list(range(len(places))),
-    }
-    batch |= {f"doc_{name}": torch.tensor(values) for name, values in columns.items()}
-    side = shape.image_size
-    batch["pixel_values"] = torch.rand(len(places), 3, side, side, generator=generator)
+    rng, side = np.random.default_rng(seed), shape.image_size
+    packs = [LoadedPack() for _ in range(rows)]
+    for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
+        pixels = torch.from_numpy(rng.random((1, 3, side, side), dtype=np.float32))
+        document = LoadedDocument(number, drawn.source, _random_document(shape, drawn, rng), pixels)
+        packs[drawn.row].documents.append(document)
+    batch = Collate(pad_token_id=2, tile_size=side, length=limit)(packs)
+    del batch["drops"]
     return batch
 
 
-def _places(image_tokens: int, rows: int, limit: int, seed: int) -> list[_Place]:
-    """Documents of a batch, row after row."""
-    shortest = _HEAD + image_tokens + _SHORTEST_TEXT
-    if rows < 1 or limit < shortest:
-        raise ValueError(
-            f"a batch needs at least 1 row of {shortest} tokens, got {rows} of {limit}."
-        )
-    return list(_fill(image_tokens, rows, limit, shortest, np.random.default_rng(seed)))
+def _random_document(shape: BatchShape, drawn: _Document, rng: np.random.Generator) -> Document:
+    """Random text; the picture comes first, the answer last."""
+    ids = rng.integers(3, shape.vocabulary, drawn.length, dtype=np.int32)
+    ids[_HEAD : _HEAD + shape.image_tokens] = shape.image_token_id
+    labels = np.full(drawn.length, IGNORE, dtype=np.int32)
+    labels[-drawn.answer - 1 : -1] = ids[-drawn.answer :]  # shifted by one
+    return Document(ids, labels)
 
 
-def _fill(
-    image_tokens: int, rows: int, limit: int, shortest: int, rng: np.random.Generator
-) -> Iterator[_Place]:
+def _documents(image_tokens: int, rows: int, limit: int, seed: int) -> Iterator[_Document]:
     """Fill row after row; the category with fewer answer tokens so far comes next."""
-    names = list(LENGTHS)
-    by_category = {
-        category: [i for i, name in enumerate(names) if category_of(name) == category]
-        for category in ("language", "document")
-    }
-    answered = dict.fromkeys(by_category, 0)
+    shortest, rng = _HEAD + image_tokens + _SHORTEST_TEXT, np.random.default_rng(seed)
+    if limit < shortest:
+        raise ValueError(f"a row needs room for a document of {shortest} tokens, got {limit}.")
+    by_category = {"language": [], "document": []}
+    for source, name in enumerate(LENGTHS):
+        by_category[category_of(name)].append(source)
+    answered, lengths = dict.fromkeys(by_category, 0), list(LENGTHS.values())
     for row in range(rows):
         start = 0
         while limit - start >= shortest:
             category = min(answered, key=answered.__getitem__)
             source = int(rng.choice(by_category[category]))
-            text = _draw_length(names[source], rng)
-            length = _HEAD + image_tokens + max(text, _SHORTEST_TEXT)
-            length = min(length, limit - start)
+            median, p95, longest = lengths[source]
+            spread = math.log(p95 / median) / 1.645  # the standard normal's 95th percentile
+            text = int(min(median * math.exp(spread * rng.standard_normal()), longest))
+            length = min(_HEAD + image_tokens + max(text, _SHORTEST_TEXT), limit - start)
             answer = min(round(ANSWER_SHARE * length), length - shortest + _SHORTEST_TEXT - 1)
             answered[category] += answer
-            yield _Place(row, start, length, answer, source)
+            yield _Document(row, length, answer, source)
             start += length
-
-
-def _draw_length(name: str, rng: np.random.Generator) -> int:
-    median, p95, longest = LENGTHS[name]
-    spread = math.log(p95 / median) / 1.645  # the standard normal's 95th percentile
-    return int(min(median * math.exp(spread * rng.standard_normal()), longest))
-
-
-def _write(batch: dict[str, Tensor], place: _Place, shape: BatchShape) -> None:
-    """Positions, picture and labels of one document: picture first, answer last."""
-    row, end = place.row, place.start + place.length
-    first = 0 if place.start == 0 else int(batch["document_ids"][row, place.start - 1]) + 1
-    batch["document_ids"][row, place.start : end] = first
-    batch["position_ids"][row, place.start : end] = torch.arange(place.length)
-    picture = place.start + _HEAD
-    batch["input_ids"][row, picture : picture + shape.image_tokens] = shape.image_token_id
-    answer = slice(end - place.answer - 1, end - 1)  # labels are shifted by one
-    batch["labels"][row, answer] = batch["input_ids"][row, end - place.answer : end]
-
-
-def _pad(batch: dict[str, Tensor]) -> None:
-    """Rows' tails: the end token and positions from 0, as the collator leaves them."""
-    for row, documents in enumerate(batch["document_ids"]):
-        used = int((documents >= 0).sum())
-        batch["input_ids"][row, used:] = 2
-        batch["position_ids"][row, used:] = torch.arange(documents.numel() - used)

@@ -4,6 +4,16 @@ Rounds are interleaved (every loader and number of workers once a round), so tha
 machine's load meets all of them; CPU seconds, of this process and its workers, are told beside
 the clock, because on a shared machine they say more. Memory is a worker's own: pages that only
 it has and that cannot be dropped. The pages of the index are the file's, shared by all workers.
+
+Every loader decodes pictures with the processor, tokenises with it, and collates with the collator
+of training, one document a row; what differs is how samples are found, read and shuffled.
+
+- `ours`: the order of training (shuffled within a window of shards), exact resumption.
+- `ours-packed`: the same with documents packed into rows, as training reads them.
+- `webdataset`: its usual recipe, shards shuffled, then a shuffle buffer.
+- `datasets`: `load_dataset("webdataset", streaming=True)` with a shuffle buffer.
+
+The last two cannot resume exactly and get no credit or blame for it here.
 """
 
 from __future__ import annotations
@@ -16,16 +26,120 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader
 
-from ldistill.data.collate import Batch
+from ldistill.common.samples import Turn
+from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import FORMAT, ShardIndex
+from ldistill.data.loader import make_loader, truncate
 from ldistill.data.store import INDEX_NAME, SAMPLES_NAME
-from ldistill.tools.bench.loaders import LOADERS, LoaderSetup
+from ldistill.models.formats import load_processor
+from ldistill.models.processor import Processor
+from ldistill.tools.pairs import student_of
+
+Say = Callable[[str], None]
+
+
+# ---- the loaders ----
+
+
+@dataclass(frozen=True)
+class LoaderSetup:
+    """What every loader is given."""
+
+    index: ShardIndex
+    processor: Processor
+    batch: int  # documents (packed: rows that hold about as many)
+    limit: int
+    buffer: int  # samples of the shuffle buffer of the loaders that have one
+    seed: int = 0
+
+    @property
+    def paths(self) -> list[str]:
+        """Every shard's path or URL."""
+        return [shard.path for shard in self.index.shards]
+
+    @property
+    def collate(self) -> Collate:
+        """One document a row."""
+        return Collate(self.processor.pad_token_id, self.processor.images.tile_size)
+
+    def collate_tars(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        return self.collate([self.from_tar(sample) for sample in samples])
+
+    def from_tar(self, members: Mapping[str, Any]) -> LoadedPack:
+        """A sample as tar readers give it, {extension: content}, decoded and tokenised."""
+        processor, record = self.processor, members["json"]
+        record = json.loads(record) if isinstance(record, bytes) else record
+        turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
+        several = record.get("images")
+        described = several or ([record["image"]] if record.get("image") else [])
+        places = [f"{n}." if several else "" for n in range(1, len(described) + 1)]
+        contents = [members[f"{p}{d['format']}"] for p, d in zip(places, described, strict=True)]
+        files = [c if isinstance(c, bytes) else c["bytes"] for c in contents]
+        cut = [processor.tiles(processor.load_image(data)) for data in files]
+        document = truncate(processor.encode(turns, [grid for _, grid in cut]), self.limit)
+        pixels = torch.cat([tiles for tiles, _ in cut]) if cut else None
+        return LoadedPack([LoadedDocument(0, 0, document, pixels)])
+
+
+def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Batch]:
+    """This project's loader, without end."""
+    batch = setup.batch
+    if packing:
+        batch = max(1, round(batch * float(setup.index.lengths.mean()) / setup.limit))
+    return make_loader(
+        setup.index,
+        setup.processor,
+        limit=setup.limit,
+        batch_size=batch,
+        seed=setup.seed,
+        packing=packing,
+        over_long="truncate",
+        num_workers=workers,
+    )
+
+
+def webdataset(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
+    """Stock webdataset, without end."""
+    import webdataset as wds
+
+    if workers > len(setup.paths):
+        raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
+    shards = wds.WebDataset(setup.paths, shardshuffle=len(setup.paths), seed=setup.seed)
+    samples = shards.repeat().shuffle(setup.buffer)
+    documents = samples.map(setup.from_tar)
+    batches = documents.batched(setup.batch, collation_fn=setup.collate)
+    return DataLoader(batches, batch_size=None, num_workers=workers)
+
+
+def datasets(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
+    """Hugging Face datasets' streaming reader of the same tars, without end."""
+    from datasets import load_dataset
+
+    stream = load_dataset("webdataset", data_files=setup.paths, split="train", streaming=True)
+    stream = stream.decode(False).shuffle(seed=setup.seed, buffer_size=setup.buffer).repeat(None)
+    collate = setup.collate_tars
+    return DataLoader(stream, batch_size=setup.batch, num_workers=workers, collate_fn=collate)
+
+
+LOADERS: dict[str, Callable[[LoaderSetup, int], Iterable[Batch]]] = {
+    "ours": ours,
+    "ours-packed": partial(ours, packing=True),
+    "webdataset": webdataset,
+    "datasets": datasets,
+}
+
+
+# ---- what they cost ----
 
 
 @dataclass(frozen=True)
@@ -40,8 +154,7 @@ class DataResult:
     loader: str
     workers: int
     shards: int
-    samples: int
-    """Samples in the index."""
+    samples: int  # in the index
     samples_per_s: float
     tokens_per_s: float
     mb_per_s: float
@@ -53,8 +166,7 @@ class DataResult:
     failure: str = ""
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(NamedTuple):
     """One measurement of a loader."""
 
     samples_per_s: float
@@ -64,6 +176,9 @@ class Measured:
     rss_mib: float | None
 
 
+Cell = tuple[int, str]  # number of workers, loader
+
+
 def bench_data(
     setup: LoaderSetup,
     *,
@@ -71,40 +186,28 @@ def bench_data(
     workers: tuple[int, ...],
     seconds: float,
     rounds: int,
-    tell: Callable[[str], None],
+    say: Say,
 ) -> list[DataResult]:
-    """Every loader with every number of workers, `rounds` times `seconds` long.
-
-    Raises ValueError for an unknown loader or a negative number of workers.
-    """
-    if unknown := [name for name in loaders if name not in LOADERS]:
-        raise ValueError(f"loaders must be among {', '.join(LOADERS)}, got {unknown[0]!r}")
-    if not loaders or not workers or min(workers) < 0:
-        raise ValueError(f"give some loaders and numbers of workers from 0, got {workers}")
-    cells = [(count, name) for count in workers for name in loaders]
-    found: dict[tuple[int, str], list[Measured]] = {cell: [] for cell in cells}
-    failures: dict[tuple[int, str], str] = {}
+    """Every loader with every number of workers, `rounds` times `seconds` long."""
+    found: dict[Cell, list[Measured]] = {(count, name): [] for count in workers for name in loaders}
+    failures: dict[Cell, str] = {}
     for number in range(rounds):
-        for cell in cells:
-            if cell in failures:
-                continue
-            count, name = cell
+        for count, name in (cell for cell in found if cell not in failures):
             try:
-                found[cell].append(measure(setup, name, count, seconds))
+                measured = measure(setup, name, count, seconds)
             except Exception as error:  # another library's failure is a result, not ours
                 if name.startswith("ours"):
                     raise
-                failures[cell] = f"{type(error).__name__}: {error}".splitlines()[0]
+                failures[count, name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
-            rate = found[cell][-1].samples_per_s
-            tell(f"round {number + 1}: {name}, {count} workers: {rate:,.1f} samples/s")
-    return [_result(setup, cell, found, failures.get(cell, "")) for cell in cells]
+            found[count, name].append(measured)
+            rate = measured.samples_per_s
+            say(f"round {number + 1}: {name}, {count} workers: {rate:,.1f} samples/s")
+    return [_result(setup, cell, found, failures.get(cell, "")) for cell in found]
 
 
 def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Measured:
     """Run a loader for `seconds` after its workers have warmed up."""
-    if name == "webdataset" and workers > len(setup.paths):
-        raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
     before = {child.pid for child in multiprocessing.active_children()}
     with warnings.catch_warnings():  # more workers than cores are what is being measured
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -114,28 +217,18 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
         for _ in range(max(1, 2 * workers - 1)):
             next(batches)
         pids = [c.pid for c in multiprocessing.active_children() if c.pid not in before]
-        samples, tokens, wall, cpu = _consume(batches, [os.getpid(), *pids], seconds)
-        memory = [worker_memory(pid) for pid in pids or [os.getpid()]]
+        everyone, samples, tokens = [os.getpid(), *pids], 0, 0
+        start, cpu = time.perf_counter(), sum(map(cpu_seconds, everyone))
+        while (wall := time.perf_counter() - start) < seconds or not samples:
+            lengths = next(batches)["doc_length"]
+            samples, tokens = samples + len(lengths), tokens + int(lengths.sum())
+        cpu = sum(map(cpu_seconds, everyone)) - cpu
+        memory = [worker_memory(pid) for pid in pids or everyone]
     finally:
         del batches
         gc.collect()
-    own, rss = (
-        None if any(m is None for m in memory) else statistics.mean(m[part] for m in memory)  # type: ignore[index]
-        for part in (0, 1)
-    )
+    own, rss = (None, None) if None in memory else map(statistics.mean, zip(*memory))
     return Measured(samples / wall, tokens / wall, cpu / samples, own, rss)
-
-
-def _consume(
-    batches: Iterator[Batch], pids: list[int], seconds: float
-) -> tuple[int, int, float, float]:
-    """(samples, tokens, wall seconds, CPU seconds of `pids`) of batches worth `seconds`."""
-    samples = tokens = 0
-    start, cpu = time.perf_counter(), sum(map(cpu_seconds, pids))
-    while (wall := time.perf_counter() - start) < seconds or not samples:
-        lengths = next(batches)["doc_length"]
-        samples, tokens = samples + len(lengths), tokens + int(lengths.sum())
-    return samples, tokens, wall, sum(map(cpu_seconds, pids)) - cpu
 
 
 def cpu_seconds(pid: int) -> float:
@@ -158,64 +251,51 @@ def worker_memory(pid: int) -> tuple[float, float] | None:
 
 
 def _result(
-    setup: LoaderSetup,
-    cell: tuple[int, str],
-    found: dict[tuple[int, str], list[Measured]],
-    failure: str,
+    setup: LoaderSetup, cell: Cell, found: dict[Cell, list[Measured]], failure: str
 ) -> DataResult:
-    count, name = cell
-    mine, theirs = found[cell], found.get((count, "webdataset"), [])
+    workers, loader = cell
+    mine, theirs = found[cell], found.get((workers, "webdataset"), [])
 
-    def median(values: list[float | None]) -> float | None:
+    def median(values: Iterable[float | None]) -> float | None:
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
 
-    rate = median([r.samples_per_s for r in mine]) or 0.0
-    pairs = list(zip(mine, theirs))
+    def of(name: str) -> float | None:
+        return median(getattr(measured, name) for measured in mine)
+
+    def ratio(name: str) -> float | None:
+        return median(getattr(a, name) / getattr(b, name) for a, b in zip(mine, theirs))
+
+    rate = of("samples_per_s") or 0.0
     return DataResult(
-        loader=name,
-        workers=count,
+        loader=loader,
+        workers=workers,
         shards=len(setup.index.shards),
         samples=len(setup.index),
         samples_per_s=rate,
-        tokens_per_s=median([r.tokens_per_s for r in mine]) or 0.0,
+        tokens_per_s=of("tokens_per_s") or 0.0,
         mb_per_s=rate * float(setup.index.column("size").mean()) / 1e6,
-        cpu_ms=1000 * (median([r.cpu_s_per_sample for r in mine]) or 0.0),
-        speed_ratio=median([a.samples_per_s / b.samples_per_s for a, b in pairs]),
-        cpu_ratio=median([a.cpu_s_per_sample / b.cpu_s_per_sample for a, b in pairs]),
-        own_mib=median([r.own_mib for r in mine]),
-        rss_mib=median([r.rss_mib for r in mine]),
+        cpu_ms=1000 * (of("cpu_s_per_sample") or 0.0),
+        speed_ratio=ratio("samples_per_s"),
+        cpu_ratio=ratio("cpu_s_per_sample"),
+        own_mib=of("own_mib"),
+        rss_mib=of("rss_mib"),
         failure=failure,
     )
 
 
 def open_setup(
-    shards: str,
-    student: str,
-    tokenizer: str | None,
-    sources: list[str] | None,
-    *,
-    batch: int,
-    limit: int,
-    buffer: int,
+    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, **sizes: int
 ) -> LoaderSetup:
-    """Shards and the processor they were built with; `student` may be "tiny".
+    """Shards and the processor of the student (or of a recipe's) that they were built for.
 
     Raises as `ShardIndex.load` and `load_processor` do, and ValueError when the two do not fit.
     """
-    from ldistill.models.formats import load_processor
-    from ldistill.tiny.prepare import STUDENT
-
     index = ShardIndex.load(shards, sources)
-    images = index.image_settings
-    processor = load_processor(
-        STUDENT if student == "tiny" else student,
-        tokenizer,
-        tiling=images.tiling,
-        max_images=images.max_images,
-    )
+    images = {"tiling": index.image_settings.tiling, "max_images": index.image_settings.max_images}
+    processor = load_processor(student_of(student), tokenizer, **images)
     index.check(processor)
-    return LoaderSetup(index, processor, batch, limit, buffer)
+    return LoaderSetup(index, processor, **sizes)
 
 
 def bench_growth(
@@ -224,16 +304,13 @@ def bench_growth(
     loaders: tuple[str, ...],
     factors: tuple[int, ...],
     seconds: float,
-    tell: Callable[[str], None],
+    say: Say,
 ) -> list[DataResult]:
     """Memory of one of two workers with the shards listed `factor` times, for every factor."""
-    results = []
+    results, how = [], {"loaders": loaders, "workers": (2,), "seconds": seconds, "rounds": 1}
     for factor in factors:
         with tempfile.TemporaryDirectory() as folder:
-            larger = grown(setup, factor, Path(folder))
-            results += bench_data(
-                larger, loaders=loaders, workers=(2,), seconds=seconds, rounds=1, tell=tell
-            )
+            results += bench_data(grown(setup, factor, Path(folder)), **how, say=say)
     return sorted(results, key=lambda r: (loaders.index(r.loader), r.samples))
 
 
@@ -244,20 +321,16 @@ def grown(setup: LoaderSetup, factor: int, folder: Path) -> LoaderSetup:
     """
     index = setup.index
     if index.store.remote:
-        raise ValueError(
-            "growing needs shards in a folder: the index of a URL is not ours to write"
-        )
+        raise ValueError("--grow needs shards in a folder: the index of a URL is not ours to write")
     for number, (source, meta) in enumerate(index.meta.items()):
         place = folder / source
         place.mkdir(parents=True)
         for shard in meta["shards"]:
             (place / shard["url"]).symlink_to(Path(index.store.url(source, shard["url"])).resolve())
         samples = index.source_samples(number)
-        table = np.lib.format.open_memmap(
-            place / SAMPLES_NAME, "w+", samples.dtype, (factor * len(samples),)
-        )
-        for copy in range(factor):
-            part = table[copy * len(samples) : (copy + 1) * len(samples)]
+        size = (factor * len(samples),)
+        table = np.lib.format.open_memmap(place / SAMPLES_NAME, "w+", samples.dtype, size)
+        for copy, part in enumerate(table.reshape(factor, -1)):
             part[:] = samples
             part["shard"] += np.uint32(copy * len(meta["shards"]))
         table.flush()

@@ -2,104 +2,180 @@
 
 Every check gives lines: ok, warning (slower, or a feature less) or problem (training stops).
 Nothing is built and no model is loaded; a check that fails itself becomes a warning, never a
-traceback. `doctor_gpu` and `doctor_system` hold the checks of the machine.
+traceback. `gpu` holds the checks that need torch.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import sys
-from collections.abc import Iterator
+import sysconfig
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
-from ldistill.tools.doctor.gpu import gpus, kernels, toolkit
-from ldistill.tools.doctor.system import (
-    OK,
-    PROBLEM,
-    WARNING,
-    Line,
-    compilers,
-    disks,
-    hub,
-    shared_memory,
-)
+from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
 
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 _OPTIONAL = {
     "flash-attn": "--attention flash_attention_2",
     "lmms-eval": "the benchmarks of the paper",
 }
+_ENOUGH_GIB, _LEAST_GIB = 20, 1
+_HUB_SECONDS = 3.0
 
 
 def run() -> int:
     """Print every finding; 1 when something would stop training, else 0."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    worst, counts = 0, {OK: 0, WARNING: 0, PROBLEM: 0}
-    for line in findings():
-        counts[line.state] += 1
-        worst |= line.state == PROBLEM
-        mark = f"[{_STYLES[line.state]}]{line.state:8}[/]"
-        console.print(f"{mark} {line.what:14} {line.found}", highlight=False, soft_wrap=True)
-        if line.advice:
-            console.print(f"{'':24}→ {line.advice}", highlight=False, soft_wrap=True, markup=False)
-    counted = {OK: "ok", WARNING: "warning(s)", PROBLEM: "problem(s)"}
-    summary = ", ".join(f"{n} {counted[state]}" for state, n in counts.items() if n)
-    verdict = "training will stop; see the problems above" if worst else "ready to train"
+    counts = dict.fromkeys(_STYLES, 0)
+    for state, what, found, advice in findings():
+        counts[state] += 1
+        mark = f"[{_STYLES[state]}]{state:8}[/]"
+        console.print(f"{mark} {what:14} {found}", highlight=False, soft_wrap=True)
+        if advice:
+            console.print(f"{'':24}→ {advice}", highlight=False, soft_wrap=True, markup=False)
+    told = {state: state if state == OK else f"{state}(s)" for state in counts}
+    summary = ", ".join(f"{n} {told[state]}" for state, n in counts.items() if n)
+    verdict = "training will stop; see the problems above" if counts[PROBLEM] else "ready to train"
     console.print(f"\n{summary}: {verdict}.", highlight=False)
-    return int(worst)
+    return int(counts[PROBLEM] > 0)
 
 
 def findings() -> Iterator[Line]:
     """The lines of every check, in the order of printing."""
-    for check in (python, packages, gpus, toolkit, kernels, compilers, disks, shared_memory, hub):
+    return _tried(python, packages, graphics, compilers, disks, shared_memory, hub)
+
+
+def _tried(*checks: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+    for check in checks:
         try:
             yield from check()
         except Exception as error:
-            yield Line(
-                WARNING,
-                check.__name__,
-                f"could not be checked ({type(error).__name__}: {error})",
-                "if training fails too, this is where to look first.",
-            )
+            found = f"could not be checked ({type(error).__name__}: {error})"
+            advice = "if training fails too, this is where to look first."
+            yield Line(WARNING, check.__name__, found, advice)
+
+
+def graphics() -> Iterator[Line]:
+    """GPUs, CUDA toolkit, kernels: apart, so that a torch that cannot be loaded is a line, too."""
+    from ldistill.tools.doctor import gpu
+
+    return _tried(gpu.gpus, gpu.toolkit, gpu.kernels)
 
 
 def python() -> Iterator[Line]:
     """The interpreter against the versions that the package itself states."""
-    from packaging.specifiers import SpecifierSet
-
     wanted = metadata.metadata("ldistill").get("Requires-Python") or ""
-    found = f"{platform.python_version()}, {sys.prefix}"
-    if SpecifierSet(wanted).contains(platform.python_version(), prereleases=True):
-        yield Line(OK, "python", found)
-    else:
-        advice = f"make a new environment with Python {wanted}."
-        yield Line(PROBLEM, "python", f"{found}, needs {wanted}", advice)
+    good = SpecifierSet(wanted).contains(platform.python_version(), prereleases=True)
+    found = f"{platform.python_version()}, {sys.prefix}" + ("" if good else f", needs {wanted}")
+    yield judged(good, "python", found, f"make a new environment with Python {wanted}.")
 
 
 def packages() -> Iterator[Line]:
     """Installed versions against the bounds that the package itself states."""
-    from packaging.requirements import Requirement
+    for wanted in map(Requirement, metadata.requires("ldistill") or ()):
+        name, bounds, optional = wanted.name, wanted.specifier, wanted.name in _OPTIONAL
+        if wanted.marker is not None and not optional:
+            continue
+        found = next((d.version for d in metadata.distributions(name=name)), None)
+        if found is None:
+            found = "not installed" + (f"; only needed for {_OPTIONAL[name]}" if optional else "")
+            yield judged(optional, name, found, "pip install -e . in the repository.")
+            continue
+        good = bounds.contains(found, prereleases=True)
+        found += "" if good else f", needs {bounds}"
+        yield judged(good, name, found, f"pip install --upgrade '{name}{bounds}'")
 
-    for text in metadata.requires("ldistill") or ():
-        wanted = Requirement(text)
-        name = wanted.name
-        if wanted.marker is not None and name not in _OPTIONAL:
-            continue
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield _missing(name)
-            continue
-        if wanted.specifier.contains(found, prereleases=True):
-            yield Line(OK, name, found)
+
+def compilers() -> Iterator[Line]:
+    """What DeepSpeed's first start needs: a C++ compiler, ninja and Python's headers."""
+    # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
+    severity = WARNING if driver_present() else PROBLEM
+    names = (os.environ.get("CXX") or "c++", "g++")
+    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    version = output(compiler, "--version").partition("\n")[0] if compiler else "none in PATH"
+    advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
+    yield judged(bool(compiler), "C++ compiler", version, advice, severity)
+    ninja, own = shutil.which("ninja"), Path(sys.executable).parent
+    advice = "pip install ninja, and keep the environment's bin folder in PATH."
+    if (own / "ninja").exists():
+        advice = f"it is in {own}: activate this environment, or add that folder to PATH."
+    yield judged(bool(ninja), "ninja", ninja or "not in PATH", advice, severity)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    found = str(header.parent) if header.is_file() else f"not in {header.parent}"
+    advice = "install Python's headers (apt install python3-dev) for DeepSpeed's ops and Triton."
+    yield judged(header.is_file(), "Python.h", found, advice, severity)
+    if compiler and ninja and header.is_file() and not driver_present():
+        yield Line(OK, "DeepSpeed ops", "cpu_adam and the communication op can be built")
+
+
+def disks() -> Iterator[Line]:
+    """Room where runs and caches go."""
+    home = Path.home()
+    folders = {
+        "disk, here": Path.cwd(),
+        "disk, cache": Path(os.environ.get("LDISTILL_CACHE", home / ".cache" / "ldistill")),
+        "disk, hub": Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")),
+    }
+    for name, folder in folders.items():
+        standing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(standing).free / 2**30
+        found = f"{free:.0f} GiB free in {folder}"
+        if not os.access(standing, os.W_OK):
+            advice = (
+                "choose a folder that you may write to (--output_dir, LDISTILL_CACHE, HF_HOME)."
+            )
+            yield Line(PROBLEM, name, f"{standing} is not writable", advice)
+        elif free < _LEAST_GIB:
+            yield Line(PROBLEM, name, found, "make room, or work in another folder.")
         else:
-            advice = f"pip install --upgrade '{name}{wanted.specifier}'"
-            yield Line(PROBLEM, name, f"{found}, needs {wanted.specifier}", advice)
+            advice = "enough for the embedded default; the paper's run wants 100 GiB and more."
+            yield judged(free >= _ENOUGH_GIB, name, found, advice, WARNING)
 
 
-def _missing(name: str) -> Line:
-    if name in _OPTIONAL:
-        return Line(OK, name, f"not installed; only needed for {_OPTIONAL[name]}")
-    return Line(PROBLEM, name, "not installed", "pip install -e . in the repository.")
+def shared_memory() -> Iterator[Line]:
+    """Loader workers hand their batches over through /dev/shm."""
+    folder = Path("/dev/shm")
+    if folder.exists():
+        free = shutil.disk_usage(folder).free / 2**30
+        found = f"{free:.0f} GiB free" if free >= _LEAST_GIB else f"{free * 1024:.0f} MiB free"
+        advice = "loader workers need it: docker run --shm-size=8g, or --dataloader_num_workers 0."
+        yield judged(free >= _LEAST_GIB, "/dev/shm", found, advice, WARNING)
+
+
+def hub() -> Iterator[Line]:
+    """Whether the hub answers, unless this process is told to stay offline."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "0").upper() not in ("", "0", "FALSE", "NO"):
+            yield Line(OK, "hub", f"not asked: {name} is set")
+            return
+    address, reasons = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
+    # in a thread, for a name server may hang longer than any timeout
+    asking = threading.Thread(target=lambda: reasons.append(_unreachable(address)), daemon=True)
+    asking.start()
+    asking.join(_HUB_SECONDS)
+    reason = reasons[0] if reasons else f"nothing within {_HUB_SECONDS:.0f} s"
+    found = f"{address} does not answer ({reason})" if reason else f"{address} answers"
+    advice = "give local folders for student, teacher and data, and set HF_HUB_OFFLINE=1."
+    yield judged(not reason, "hub", found, advice, WARNING)
+
+
+def _unreachable(address: str) -> str:
+    """Empty when anything answers, an HTTP error included; else why not."""
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except (OSError, ValueError) as error:
+        answered = isinstance(error, urllib.error.HTTPError)
+        return "" if answered else str(getattr(error, "reason", error))
+    return ""

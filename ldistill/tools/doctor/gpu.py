@@ -8,49 +8,39 @@ import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-from ldistill.tools.doctor.system import OK, PROBLEM, WARNING, Line, driver_present, output
+import torch
+
+from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
+from ldistill_kernels import distill_loss, shared_kv_attention
 
 
 def gpus() -> Iterator[Line]:
     """GPUs, their memory and bf16, or the CPU that stands in."""
-    import torch
-
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            yield from _gpu(torch, index)
+            yield from _gpu(index)
         return
-    cores, memory = len(os.sched_getaffinity(0)), _memory_gib()
-    found = f"none; training runs on the CPU ({cores} cores, {memory:.0f} GiB), bf16 included"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if driver_present() and not hidden:
+    if driver_present() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         built = torch.version.cuda or "none: a CPU build"
         advice = f"torch is built for CUDA {built}: install a matching driver or torch build."
         yield Line(WARNING, "GPU", "there is one, but torch cannot use it", advice)
-    yield Line(OK, "GPU", found)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
+    yield Line(OK, "GPU", f"none; training runs on the CPU ({cores}), bf16 included")
 
 
-def _gpu(torch, index: int) -> Iterator[Line]:
-    free, total = (bytes_ / 2**30 for bytes_ in torch.cuda.mem_get_info(index))
-    name = f"GPU {index}"
+def _gpu(index: int) -> Iterator[Line]:
+    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
     found = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free"
-    if free < total / 2:
-        yield Line(WARNING, name, found, "another process holds most of it: see nvidia-smi.")
-    else:
-        yield Line(OK, name, found)
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        yield Line(WARNING, "bf16", "not on this GPU", "train with --bf16 false --fp16 true.")
-    else:
-        yield Line(OK, "bf16", "supported")
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    advice = "another process holds most of it: see nvidia-smi."
+    yield judged(free >= total / 2, f"GPU {index}", found, advice, WARNING)
+    good = torch.cuda.get_device_capability(index) >= (8, 0)
+    found = "supported" if good else "not on this GPU"
+    yield judged(good, "bf16", found, "train with --bf16 false --fp16 true.", WARNING)
 
 
 def toolkit() -> Iterator[Line]:
     """CUDA_HOME's compiler against torch's CUDA: DeepSpeed refuses to build over a difference."""
-    import torch
-
     if not torch.cuda.is_available():
         return
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -60,51 +50,38 @@ def toolkit() -> Iterator[Line]:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
         return
-    match = re.search(r"release (\d+)\.(\d+)", output(nvcc, "--version"))
-    found = ".".join(match.groups()) if match else "unknown"
-    if found.split(".")[0] == ours.split(".")[0]:
-        yield Line(OK, "CUDA toolkit", f"{found} (torch has {ours})")
-    else:
-        advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
-        yield Line(WARNING, "CUDA toolkit", f"{found}, but torch has {ours}", advice)
+    found = (re.findall(r"release (\d+\.\d+)", output(nvcc, "--version")) or ["unknown"])[0]
+    good = found.split(".")[0] == ours.split(".")[0]
+    found += f" (torch has {ours})" if good else f", but torch has {ours}"
+    advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
+    yield judged(good, "CUDA toolkit", found, advice, WARNING)
 
 
 def kernels() -> Iterator[Line]:
     """One small call of each Triton kernel, compared with the reference."""
-    import torch
-
-    try:
-        version = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
+    version = next((d.version for d in metadata.distributions(name="triton")), "not installed")
     if not torch.cuda.is_available():
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return
     for name, error_of in (("attention", attention_error), ("loss", loss_error)):
-        yield _kernel(name, version, error_of)
+        yield _kernel(f"{name} kernel", f"triton {version}; ", error_of)
 
 
-def _kernel(name: str, version: str, error_of: Callable[[str, str], float]) -> Line:
-    what = f"{name} kernel"
+def _kernel(what: str, version: str, error_of: Callable[[str, str], float]) -> Line:
     try:
         error = error_of("cuda", "triton")
     except Exception as failure:
         first = (str(failure).strip().splitlines() or [""])[0][:160]
         advice = "Triton needs gcc and Python's headers; till then train with --kernels reference."
-        found = f"triton {version}; {type(failure).__name__}: {first}"
-        return Line(PROBLEM, what, found, advice)
-    if error < 1e-2:
-        return Line(OK, what, f"triton {version}; it compiles and agrees with the reference")
+        return Line(PROBLEM, what, f"{version}{type(failure).__name__}: {first}", advice)
+    good = error < 1e-2
+    found = "it compiles and agrees with the reference" if good else f"off by {error:.1g}"
     advice = "train with --kernels reference and report this GPU."
-    return Line(PROBLEM, what, f"triton {version}; off by {error:.1g}", advice)
+    return judged(good, what, version + found, advice)
 
 
 def attention_error(device: str, kind: str) -> float:
     """Largest difference of `shared_kv_attention` from its reference."""
-    import torch
-
-    from ldistill_kernels import shared_kv_attention
-
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, 2, 32, 64)
     k, v = (torch.randn(shape, generator=generator, device=device).half() for _ in range(2))
@@ -119,10 +96,6 @@ def attention_error(device: str, kind: str) -> float:
 
 def loss_error(device: str, kind: str) -> float:
     """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
-    import torch
-
-    from ldistill_kernels import distill_loss
-
     generator = torch.Generator(device).manual_seed(0)
 
     def made(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`ldistill plan`: does a pair fit so many GPUs, laid out how, and what will a run take?
+"""Does a pair fit so many GPUs, laid out how, and what will a run take?
 
     plan = make_plan(pair_shape("llava-13b"), Cluster.of(32), Request())
 
@@ -10,50 +10,45 @@ measured here: memory and bytes are formulas, compute is FLOPs over a stated MFU
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from ldistill.tools.bench.batch import RowCounts, count_rows
-from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
-from ldistill.tools.plan.layouts import Layout, Request, fits, layouts
-from ldistill.tools.shapes import PairShape
+from ldistill.models.shapes import PairShape
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Zero
+from ldistill.tools.plan.layout import Layout
 
-HORIZON = 4096  # GPUs up to which a plan that does not fit looks for one that does
+MOST_ROWS = 64  # of a micro-batch that is looked for
+MOST_GPUS = 4096  # up to which a plan that does not fit looks for one that does
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a plan, as :class:`Layout` has it; None leaves the choice to the plan.
+
+    Tokens of a row, rows and number of steps are then those of the pair's recipe.
+    """
+
+    length: int | None = None
+    global_batch: int | None = None
+    steps: int | None = None
+    micro_batch: int | None = None
+    mfu: float = 0.4
+    teacher: str = "auto"
+    zero: str | None = None  # by name
+    checkpointing: bool | None = None
+    attention: str = "sdpa"
+    mix: str = "paper"
+    lora: int = 0
 
 
 @dataclass(frozen=True)
 class Plan:
     """The layout chosen, and the best one of every other kind."""
 
-    shape: PairShape
-    cluster: Cluster
     request: Request
-    rows: RowCounts
     chosen: Layout
     others: list[Layout]
-
-    @property
-    def tokens(self) -> float:
-        """Real tokens of a step."""
-        return self.rows.tokens * self.request.global_batch
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.chosen.seconds
-
-    @property
-    def tokens_per_s_exposed(self) -> float:
-        return self.tokens / self.chosen.seconds_exposed
-
-    @property
-    def gpu_hours(self) -> float:
-        return self._hours(self.chosen.seconds)
-
-    @property
-    def gpu_hours_exposed(self) -> float:
-        return self._hours(self.chosen.seconds_exposed)
-
-    def _hours(self, seconds: float) -> float:
-        return seconds * self.request.steps * self.cluster.gpus / 3600
 
 
 def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
@@ -63,90 +58,114 @@ def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
         ValueError: nothing fits (what is too big and what to change is said), or the global batch
             cannot be cut over the GPUs.
     """
-    request = request.settled(shape)
-    rows = count_rows(shape.image_tokens, request.length, request.mix)
-    tried = list(layouts(shape, cluster, request, rows))
-    fitting = [layout for layout in tried if fits(layout, cluster)]
-    if not fitting:
-        raise ValueError(_too_big(shape, cluster, request, tried))
+    usual = {name: getattr(shape, name) for name in ("length", "global_batch", "steps")}
+    asked = {name: value for name in usual if (value := getattr(request, name)) is not None}
+    request = replace(request, **usual | asked)
+    tried = list(layouts(shape, cluster, request))
+    if not any(layout.fits for layout in tried):
+        raise ValueError(_too_big(request, min(tried, key=lambda layout: layout.total)))
     best: dict[tuple[str, str], Layout] = {}
-    for layout in sorted(fitting, key=lambda layout: _cost(layout, shape.micro_batch)):
-        best.setdefault((layout.strategy.zero.name, layout.strategy.teacher_name), layout)
-    chosen = _simplest(list(best.values()), shape.micro_batch)
-    others = [layout for layout in best.values() if layout is not chosen]
-    return Plan(shape, cluster, request, rows, chosen, others)
+    for layout in sorted((layout for layout in tried if layout.fits), key=_cost):
+        best.setdefault((layout.zero.name, layout.teacher_name), layout)
+    # within a tenth of the fastest the simplest configuration wins
+    limit, simple = 1.1 * min(layout.seconds.exposed for layout in best.values()), list(ZEROS)
+    good = [layout for layout in best.values() if layout.seconds.exposed <= limit]
+    chosen = min(good, key=lambda layout: (simple.index(layout.zero.name), *_cost(layout)))
+    return Plan(request, chosen, [layout for layout in best.values() if layout is not chosen])
 
 
-def _cost(layout: Layout, usual: int) -> tuple[float, ...]:
+def _cost(layout: Layout) -> tuple[float, ...]:
     """Time; where it is the same, the micro-batch closest to the usual one; then memory."""
-    distance = abs(math.log(layout.strategy.micro_batch / usual))
-    return round(layout.seconds_exposed, 6), distance, layout.memory.total
+    distance = abs(math.log(layout.micro_batch / layout.shape.micro_batch))
+    return round(layout.seconds.exposed, 6), distance, layout.total
 
 
-def _simplest(tried: list[Layout], usual: int) -> Layout:
-    """Of the layouts within a tenth of the fastest the one with the simplest configuration."""
-    limit = tried[0].seconds_exposed * 1.1
-    names = list(ZEROS)
-    good = [layout for layout in tried if layout.seconds_exposed <= limit]
-    return min(
-        good, key=lambda layout: (names.index(layout.strategy.zero.name), *_cost(layout, usual))
-    )
+def layouts(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[Layout]:
+    """Every layout that a request leaves open.
+
+    Raises:
+        ValueError: the global batch or the partitions of ZeRO cannot be cut over the GPUs.
+    """
+    batch, step = request.global_batch, cluster.gpus * (request.micro_batch or 1)
+    if batch % step:
+        per_card = f" with --micro-batch {request.micro_batch}" if request.micro_batch else ""
+        raise ValueError(
+            f"a global batch of {batch} rows cannot be cut over {cluster.gpus} GPUs{per_card}, it "
+            f"is no multiple of {step}: change --global-batch, --gpus or --micro-batch."
+        )
+    share = batch // cluster.gpus
+    sizes = [request.micro_batch] if request.micro_batch else range(1, min(share, MOST_ROWS) + 1)
+    recompute = (False, True) if request.checkpointing is None else (request.checkpointing,)
+    fixed = {name: getattr(request, name) for name in ("attention", "lora", "mix", "mfu")}
+    for zero in _zeros(cluster, request.zero):
+        for teacher, offload in _engines(zero, request.teacher):
+            for size in (size for size in sizes if share % size == 0):
+                for checkpointing in recompute:
+                    cut = (size, request.length, share // size)
+                    how = {"teacher_offload": offload, "checkpointing": checkpointing}
+                    yield Layout(shape, cluster, zero, teacher, *cut, **how, **fixed)
+
+
+def _zeros(cluster: Cluster, asked: str | None) -> Iterator[Zero]:
+    for zero in [ZEROS[asked]] if asked else ZEROS.values():
+        whole = cluster.on_node % zero.node_partition == 0
+        if asked and not whole:
+            raise ValueError(
+                f"{zero.name} partitions weights within {zero.node_partition} GPUs of a node, and "
+                f"{cluster.on_node} is no multiple of that: change zero_hpz_partition_size in the "
+                "file, --gpus or --gpus-per-node."
+            )
+        # partitions within nodes are of use where there are several
+        if asked or zero.node_partition == 1 or (whole and cluster.nodes > 1):
+            yield zero
+
+
+def _engines(zero: Zero, asked: str) -> list[tuple[str, bool]]:
+    """(engine, whether its partitions are offloaded)."""
+    sharded = [("zero3", False), ("zero3", True)]
+    if asked == "auto":
+        return [("replicated", False), *(sharded if zero.stage == 3 else [])]
+    return sharded if asked == "zero3" else [(asked, False)]
 
 
 # ---- what does not fit ----
 
 
-def _too_big(shape: PairShape, cluster: Cluster, request: Request, tried: list[Layout]) -> str:
-    least = min(tried, key=lambda layout: layout.memory.total)
-    need = least.memory.total / GIB
-    parts = sorted(least.memory.parts.items(), key=lambda part: -part[1])[:2]
+def _too_big(request: Request, least: Layout) -> str:
+    cluster, need = least.cluster, least.total / GIB
+    parts = sorted(least.memory.items(), key=lambda part: -part[1])[:2]
     largest = " and ".join(f"{name.replace('_', ' ')} {size / GIB:.1f}" for name, size in parts)
-    how = f"{least.strategy.zero.name}, teacher {least.strategy.teacher_name}, "
-    how += f"micro-batch {least.strategy.micro_batch}"
-    how += ", activations recomputed" if least.strategy.checkpointing else ""
-    plural = "s" if cluster.gpus > 1 else ""
+    recomputed = ", activations recomputed" if least.checkpointing else ""
+    found = [*_remedies(least.shape, cluster, request), f"--gpu-memory {int(need) + 1}"]
     return (
-        f"{shape.name} does not fit {cluster.gpus} GPU{plural} of {cluster.memory:g} GiB: the "
-        f"leanest layout ({how}) needs {need:.1f} GiB a GPU, most of it {largest} GiB. "
-        f"It fits with {_remedies(shape, cluster, request, need)}."
+        f"{least.shape.name} does not fit {cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} of "
+        f"{cluster.memory:g} GiB: the leanest layout ({least.zero.name}, teacher "
+        f"{least.teacher_name}, micro-batch {least.micro_batch}{recomputed}) needs {need:.1f} GiB "
+        f"a GPU, most of it {largest} GiB. It fits with {' or '.join(found)}."
     )
 
 
-def _remedies(shape: PairShape, cluster: Cluster, request: Request, need: float) -> str:
-    """What would make it fit, each tried by itself."""
-    found = []
-    gpus = _enough_gpus(shape, cluster, request)
-    if gpus:
-        found.append(f"--gpus {gpus}")
-    for length in (request.length // 2, request.length // 4):
-        if length > shape.image_tokens + 64 and _would_fit(
-            shape, cluster, replace(request, length=length)
-        ):
-            found.append(f"--seq {length}")
-            break
-    if not request.lora and _would_fit(shape, cluster, replace(request, lora=16)):
-        found.append("--lora 16")
-    if request.zero and _would_fit(shape, cluster, replace(request, zero=None)):
-        found.append("another configuration than --zero " + request.zero)
-    if request.micro_batch and _would_fit(shape, cluster, replace(request, micro_batch=1)):
-        found.append("--micro-batch 1")
-    found.append(f"--gpu-memory {int(need) + 1}")
-    return " or ".join(found)
+def _remedies(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[str]:
+    """Flags that would make it fit, each tried by itself."""
 
+    def fits(cluster: Cluster = cluster, **changes: object) -> bool:
+        try:
+            tried = layouts(shape, cluster, replace(request, **changes))
+            return any(layout.fits for layout in tried)
+        except ValueError:  # the batch cannot be cut like that
+            return False
 
-def _enough_gpus(shape: PairShape, cluster: Cluster, request: Request) -> int | None:
-    gpus = cluster.gpus * 2
-    while gpus <= min(HORIZON, request.global_batch):
-        nodes = replace(cluster, gpus=gpus, per_node=max(cluster.per_node, min(gpus, 8)))
-        if request.global_batch % gpus == 0 and _would_fit(shape, nodes, request):
-            return gpus
-        gpus *= 2
-    return None
+    def larger(gpus: int) -> Cluster:
+        return replace(cluster, gpus=gpus, per_node=max(cluster.per_node, min(gpus, 8)))
 
-
-def _would_fit(shape: PairShape, cluster: Cluster, request: Request) -> bool:
-    try:
-        rows = count_rows(shape.image_tokens, request.length, request.mix)
-        return any(fits(layout, cluster) for layout in layouts(shape, cluster, request, rows))
-    except ValueError:
-        return False
+    doubled = [cluster.gpus * 2**n for n in range(1, MOST_GPUS.bit_length())]
+    counts = [gpus for gpus in doubled if gpus <= min(MOST_GPUS, request.global_batch)]
+    lengths = [request.length // n for n in (2, 4) if request.length // n > shape.image_tokens + 64]
+    yield from islice((f"--gpus {gpus}" for gpus in counts if fits(larger(gpus))), 1)
+    yield from islice((f"--seq {length}" for length in lengths if fits(length=length)), 1)
+    if not request.lora and fits(lora=16):
+        yield "--lora 16"
+    if request.zero and fits(zero=None):
+        yield f"another configuration than --zero {request.zero}"
+    if request.micro_batch and fits(micro_batch=1):
+        yield "--micro-batch 1"

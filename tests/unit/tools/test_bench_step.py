@@ -12,19 +12,18 @@ from pairs import spread
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from ldistill.distill.targets import supervise
+from ldistill.distill.targets import plan_rows
 from ldistill.models.flops import count_step, step_flops, vision_flops
 from ldistill.models.nanovlm import decoder_config, vision_config
+from ldistill.models.shapes import shape_of
 from ldistill.tools.bench import step as bench_step
-from ldistill.tools.bench.batch import mix_weights, paper_batch
+from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.commands import app
-from ldistill.tools.bench.models import batch_shape
 from ldistill.tools.bench.naive import naive_counts
-from ldistill.tools.bench.options import StepOptions
 from ldistill.tools.bench.profile import PARTS, profile_step
-from ldistill.tools.bench.report import append_csv
-from ldistill.tools.bench.step import StepBench, measure_step
-from ldistill.tools.shapes import shape_of, student_config
+from ldistill.tools.bench.report import append_csv, step_rows
+from ldistill.tools.bench.step import StepBench, StepOptions, measure_step
+from ldistill.tools.pairs import pair_config
 
 COLUMNS = {
     "pair", "mode", "device", "dtype", "rows", "ms", "ms_min", "ms_max", "tokens_per_s", "mfu",
@@ -33,7 +32,7 @@ COLUMNS = {
 
 
 def tiny(**changes) -> StepOptions:
-    return StepOptions.resolve(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes)
+    return StepOptions(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes).resolved()
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +74,9 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 
 @pytest.mark.parametrize("mix", ["paper", "uniform"])
 def test_the_batch_keeps_the_papers_mix(mix):
-    config = student_config("nanovlm-460m")
+    config = pair_config("nanovlm-460m")
     batch = paper_batch(batch_shape(config), 8, 1024)
-    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
+    plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
     assert len(plan.targets) / tokens == pytest.approx(0.2, abs=0.01)
@@ -86,7 +85,7 @@ def test_the_batch_keeps_the_papers_mix(mix):
 
 
 def test_the_batch_is_one_the_collator_could_have_made():
-    config = student_config("tiny")
+    config = pair_config("tiny")
     batch = paper_batch(batch_shape(config), 3, 200)
     images = (batch["input_ids"] == config.image_token_id).sum()
     assert images == len(batch["pixel_values"]) * config.mp_image_token_length
@@ -105,19 +104,19 @@ def test_the_batch_is_one_the_collator_could_have_made():
 
 
 def test_a_row_too_short_for_a_document_is_refused():
-    with pytest.raises(ValueError, match="at least 1 row of 30 tokens"):
-        paper_batch(batch_shape(student_config("tiny")), 1, 29)
+    with pytest.raises(ValueError, match="room for a document of 30 tokens, got 29"):
+        paper_batch(batch_shape(pair_config("tiny")), 1, 29)
 
 
 @pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
 def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
-    config = student_config(pair)
+    config = pair_config(pair)
     batch = paper_batch(batch_shape(config), 16, 256 if pair == "tiny" else 1024)
     vocab = config.lm_base_vocab_size
 
     def flops(alpha: float, *, naive: bool = False) -> float:
-        plan = supervise(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
+        plan = plan_rows(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
         counts = count_step(batch, plan)
         return step_flops(
             decoder_config(config),
@@ -229,7 +228,7 @@ def test_compiled_blocks_are_timed_beside_eager_ones():
 def test_other_families_run_through_the_same_bench(family, monkeypatch):
     """Small models of the very classes: naive and ours still agree."""
     made = small_hf_config(family)
-    monkeypatch.setattr(bench_step, "student_config", lambda name: made)
+    monkeypatch.setattr(bench_step, "pair_config", lambda name: made)
     monkeypatch.setattr(bench_step, "pair_shape", lambda name: shape_of(name, made, {}))
     bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=96))
     torch.manual_seed(1)
@@ -243,7 +242,7 @@ def test_other_families_run_through_the_same_bench(family, monkeypatch):
 
 def small_hf_config(family: str):
     """The public configuration of a family with everything made small."""
-    config = student_config("llava-7b" if family == "llava" else "smolvlm-256m")
+    config = pair_config("llava-7b" if family == "llava" else "smolvlm-256m")
     small = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
     for part, heads, kv_heads in ((config.text_config, 6, 6 if family == "llava" else 2),):
         for name, value in small.items():
@@ -259,31 +258,47 @@ def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
     options = tiny(steps=1, warmup=0, modes=("ce",), memory=False)
     results = measure_step(options)
     file = tmp_path / "step.csv"
-    append_csv(file, results)
-    append_csv(file, [dataclasses.replace(results[0], ms=1.0)])
+    append_csv(file, step_rows(results), ("torch",))
+    append_csv(file, step_rows([dataclasses.replace(results[0], ms=1.0)]), ("torch",))
     rows = list(csv.DictReader(file.open(encoding="utf-8")))
     assert [float(row["ms"]) == 1.0 for row in rows] == [False, True]
     other = tmp_path / "other.csv"
     other.write_text("a,b\n", encoding="utf-8")
     with pytest.raises(ValueError, match="other columns"):
-        append_csv(other, results)
+        append_csv(other, step_rows(results), ("torch",))
     assert other.read_text(encoding="utf-8") == "a,b\n"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pair": "huge"}, "pair must be one of tiny, nanovlm-460m, .*, got 'huge'"),
-        ({"modes": ("ours", "best")}, "among ce, naive, ours, got 'best'"),
-        ({"modes": ()}, "no mode"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"mix": "half"}, "mix must be one of paper, uniform"),
-        ({"rows": 0}, "rows must be at least 1"),
-        ({"device": "tpu"}, "device must be cpu or cuda"),
-        ({"attention": "fast"}, "attention must be one of auto, sdpa"),
+        ({"pair": "huge"}, "no pair 'huge'.* Give one of nanovlm-460m, .*tiny"),
         ({"attention": "flex_attention"}, "no backward for flex_attention on a CPU"),
     ],
 )
 def test_wrong_options_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--modes", "ours,best", "modes must be among ce,naive,ours, got 'ours,best'"),
+        ("--modes", ",", "modes must be among ce,naive,ours, got ','"),
+        ("--dtype", "int8", "'int8' is not one of"),
+        ("--mix", "half", "'half' is not one of 'paper', 'uniform'"),
+        ("--rows", "0", "greater than or equal to 1"),
+        ("--device", "tpu", "'tpu' is not one of 'cpu', 'cuda'"),
+        ("--attention", "fast", "'fast' is not one of 'auto', 'sdpa'"),
+    ],
+)
+def test_values_that_a_flag_cannot_have_are_named(flag, value, message):
+    result = CliRunner().invoke(app, ["step", flag, value])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_small_pair_runs_its_recipes_rows_on_a_cpu_and_a_large_one_a_single_row():
+    assert tiny(rows=None).rows == 16
+    assert tiny(rows=None, pair="nanovlm-460m").rows == 1

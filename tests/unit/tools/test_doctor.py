@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ldistill.tools.doctor import doctor
+from ldistill.tools.doctor import OK, PROBLEM, WARNING, doctor
 from ldistill.tools.doctor import gpu as doctor_gpu
-from ldistill.tools.doctor.system import OK, PROBLEM, WARNING
 
 
 @pytest.fixture(autouse=True)

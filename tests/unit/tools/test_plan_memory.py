@@ -15,18 +15,28 @@ from ldistill.distill.attention import attach, recording
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
-from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Strategy
-from ldistill.tools.plan.memory import activations, kv_memory, lora_weights, memory
-from ldistill.tools.shapes import PAIRS, count, pair_shape, shape_of
+from ldistill.models.shapes import count, shape_of
+from ldistill.tools.pairs import pair_shape
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
+from ldistill.tools.plan.layout import Layout
 
 CONFIG = small_config()
 SHAPE = shape_of("small", CONFIG, {})
 # The estimators know no frozen weights.
 TRAINED = dataclasses.replace(pair_shape("llava-7b"), vision_weights=0)
+PAIRS = ("tiny", "nanovlm-460m", "smolvlm-256m", "smolvlm-500m", "llava-7b", "llava-13b")
 
 
-def planned(zero: str, cluster: Cluster, **changes):
-    return memory(TRAINED, cluster, Strategy(ZEROS[zero], "none", 1, **changes), 1024)
+def planned(zero: str, cluster: Cluster) -> Layout:
+    return Layout(TRAINED, cluster, ZEROS[zero], "none", 1, 1024)
+
+
+def small(teacher: str = "replicated", rows: int = 2, length: int = 64, **changes) -> Layout:
+    return Layout(SHAPE, Cluster.of(1), ZEROS["zero2"], teacher, rows, length, **changes)
+
+
+def states(layout: Layout) -> float:
+    return sum(layout.memory[part] for part in ("weights", "gradients", "optimizer"))
 
 
 @pytest.mark.parametrize(("gpus", "per_node"), [(1, 1), (8, 8), (32, 8), (96, 4)])
@@ -36,9 +46,9 @@ def test_stage_2_holds_what_deepspeed_estimates(gpus, per_node):
     for zero, offload in (("zero2", False), ("zero2_offload", True)):
         found = planned(zero, cluster)
         host, gpu = estimate_zero2_model_states_mem_needs(weights_, *nodes, offload, 1.0)
-        assert found.weights + found.gradients + found.optimizer == pytest.approx(gpu, rel=1e-6)
+        assert states(found) == pytest.approx(gpu, rel=1e-6)
         if offload and gpus <= 4:
-            assert found.host == pytest.approx(host, rel=1e-6)
+            assert found.host_memory == pytest.approx(host, rel=1e-6)
 
 
 @pytest.mark.parametrize(("gpus", "per_node"), [(8, 8), (32, 8), (96, 4)])
@@ -50,15 +60,14 @@ def test_stage_3_holds_what_deepspeed_estimates_and_the_gradient_it_leaves_out(g
         weights_, TRAINED.largest_module, *nodes, False, False, True, 1.0
     )
     found = planned("zero3", cluster)
-    states = found.weights + found.gradients + found.optimizer
-    assert states - (gpu - largest) == pytest.approx(2 * weights_ / gpus, rel=1e-6)
-    assert found.buffers >= largest
+    assert states(found) - (gpu - largest) == pytest.approx(2 * weights_ / gpus, rel=1e-6)
+    assert found.memory["buffers"] >= largest
     host, _, _ = estimate_zero3_model_states_mem_needs(
         weights_, TRAINED.largest_module, *nodes, True, True, True, 1.0
     )
     found = planned("zero3_offload", cluster)
-    assert found.weights == found.gradients == found.optimizer == 0
-    assert found.host == pytest.approx(host, rel=1e-6)
+    assert states(found) == 0
+    assert found.host_memory == pytest.approx(host, rel=1e-6)
 
 
 class Saved:
@@ -92,8 +101,7 @@ def test_activations_are_what_autograd_saves(dtype, attention, rows):
         student.decoder.model(
             inputs_embeds=inputs, position_ids=batch["position_ids"], use_cache=False
         )
-    strategy = Strategy(ZEROS["zero2"], "replicated", rows, attention=attention)
-    expected = activations(SHAPE, strategy, 64, inputs.element_size())
+    expected = small(rows=rows, attention=attention).activations(inputs.element_size())
     assert saved.bytes == pytest.approx(expected, rel=0.03)
 
 
@@ -108,19 +116,17 @@ def test_recomputing_keeps_the_inputs_of_layers():
         student.decoder.model(
             inputs_embeds=inputs, position_ids=batch["position_ids"], use_cache=False
         )
-    plain = Strategy(ZEROS["zero2"], "replicated", 2)
-    lean = dataclasses.replace(plain, checkpointing=True)
     # The recomputed layer comes later, in backward; the mask waits among its arguments.
     mask = 2 * 64 * 64 * 4
-    planned = activations(SHAPE, lean, 64, 4) - _layer_bytes(plain)
+    planned = small(checkpointing=True).activations(4) - _layer_bytes(small())
     assert CONFIG.lm_n_blocks * inputs.nbytes < saved.bytes + mask <= planned
     assert planned - saved.bytes - mask < 2 * inputs.nbytes
 
 
-def _layer_bytes(strategy: Strategy) -> float:
+def _layer_bytes(layout: Layout) -> float:
     """A layer's share: what one more layer adds."""
     deeper = shape_of("deeper", small_config(lm_n_blocks=CONFIG.lm_n_blocks + 1), {})
-    return activations(deeper, strategy, 64, 4) - activations(SHAPE, strategy, 64, 4)
+    return dataclasses.replace(layout, shape=deeper).activations(4) - layout.activations(4)
 
 
 def test_memory_and_teacher_are_counted_to_the_byte():
@@ -130,22 +136,19 @@ def test_memory_and_teacher_are_counted_to_the_byte():
     with recording(distiller.slots) as recorded:
         student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
         kept = recorded()
-    strategy = Strategy(ZEROS["zero2"], "replicated", 2)
     held = sum(t.numel() * t.element_size() for t in (*kept.keys, *kept.values))
-    assert kv_memory(SHAPE, strategy, 2 * 64, element=4) == held
-    found = memory(SHAPE, Cluster.of(1), strategy, 64)
-    assert found.teacher == 2 * count(lm)
-    assert found.weights == 2 * count(student)
-    labels_only = dataclasses.replace(strategy, teacher="none")
-    assert memory(SHAPE, Cluster.of(1), labels_only, 64).teacher == 0
-    assert kv_memory(SHAPE, labels_only, 2 * 64) == 0
+    assert small().kv_memory(element=4) == held
+    assert small().memory["teacher"] == 2 * count(lm)
+    assert small().memory["weights"] == 2 * count(student)
+    assert small("none").memory["teacher"] == 0
+    assert small("none").kv_memory() == 0
 
 
 def test_views_cost_nothing_where_attention_saves_them():
     llava = pair_shape("llava-7b")  # every head has keys of its own
-    strategy = Strategy(ZEROS["zero2"], "replicated", 1)
-    assert kv_memory(llava, strategy, 2048) == 0
-    held = kv_memory(llava, dataclasses.replace(strategy, checkpointing=True), 2048)
+    layout = Layout(llava, Cluster.of(1), ZEROS["zero2"], "replicated", 1, 2048)
+    assert layout.kv_memory() == 0
+    held = dataclasses.replace(layout, checkpointing=True).kv_memory()
     assert held == 2 * 2 * 4096 * 32 * 2048
 
 
@@ -166,13 +169,11 @@ def test_shapes_have_the_sizes_of_the_public_checkpoints(pair, student, teacher)
 
 
 def test_more_gpus_never_need_more_memory():
-    for pair in PAIRS:
-        for zero in ZEROS:
-            totals = [
-                memory(pair_shape(pair), Cluster.of(n), Strategy(ZEROS[zero], "zero3", 1), 512)
-                for n in (8, 16, 64)
+    for shape in map(pair_shape, PAIRS):
+        for zero in ZEROS.values():
+            sizes = [
+                Layout(shape, Cluster.of(n), zero, "zero3", 1, 1024).total for n in (8, 16, 64)
             ]
-            sizes = [found.total for found in totals]
             assert sizes == sorted(sizes, reverse=True)
             assert all(size > GIB for size in sizes)
 
@@ -183,5 +184,8 @@ def test_lora_weights_are_those_of_its_two_matrices():
     layer = student.decoder.model.layers[0]
     linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
     expected = sum(rank * (m.in_features + m.out_features) for m in linears)
-    assert lora_weights(SHAPE, rank) == expected * len(student.decoder.model.layers)
-    assert lora_weights(shape, rank) < 0.03 * shape.decoder_weights
+    assert small(lora=rank).lora_weights == expected * len(student.decoder.model.layers)
+    assert (
+        dataclasses.replace(small(lora=rank), shape=shape).lora_weights
+        < 0.03 * shape.decoder_weights
+    )

@@ -10,7 +10,8 @@ from pairs import small_config, weights
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldistill.checkpoint.logs import StepLog, read_metrics
-from ldistill.common.device import PEAKS, listed_peak
+from ldistill.common.cards import CARDS
+from ldistill.common.device import listed_peak
 from ldistill.common.errors import TransientError
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import (
@@ -156,7 +157,7 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
     ],
 )
 def test_a_card_is_known_by_its_whole_name(name, card):
-    assert listed_peak(name) == (None if card is None else PEAKS[card])
+    assert listed_peak(name) == (None if card is None else CARDS[card].flops)
 
 
 def test_curves_are_drawn_by_category(tmp_path):

@@ -1,0 +1,153 @@
+"""Shapes of a pair, weights never loaded: what planning and benchmarks need of it.
+
+Models are built by their real classes on the meta device: parameters are counted, not estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+
+from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops, vision_flops
+from ldistill.models.hf_vlm import FAMILIES, tokens_per_tile
+from ldistill.models.named_pairs import base_vocabulary, teacher_config
+from ldistill.models.nanovlm import NanoVLM
+from ldistill.models.nanovlm_config import NanoVLMConfig
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """Sizes of a pair; weights are numbers of parameters, a tied head counted once.
+
+    Args:
+        name: as it was asked for.
+        decoder: transformers configuration of the student's decoder.
+        vision: transformers configuration of its vision tower.
+        vision_weights, projector_weights, decoder_weights: of the student.
+        teacher_weights, teacher_vocab: of the LM.
+        image_tokens: positions one picture or tile takes in the decoder.
+        projector_width: features that enter the projector per image token.
+        length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
+    """
+
+    name: str
+    decoder: PretrainedConfig
+    vision: PretrainedConfig
+    vision_weights: int
+    projector_weights: int
+    decoder_weights: int
+    teacher_weights: int
+    teacher_vocab: int
+    image_tokens: int
+    projector_width: int
+    length: int = 1024
+    micro_batch: int = 8
+    global_batch: int = 128
+    steps: int = 4000
+
+    @property
+    def student_weights(self) -> int:
+        return self.vision_weights + self.projector_weights + self.decoder_weights
+
+    @property
+    def trained_weights(self) -> int:
+        """Projector and decoder; the vision tower is frozen."""
+        return self.projector_weights + self.decoder_weights
+
+    @property
+    def head_dim(self) -> int:
+        config = self.decoder
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys of one layer and position."""
+        return self.decoder.num_key_value_heads * self.head_dim
+
+    @property
+    def layer_weights(self) -> int:
+        """Matrix weights of one decoder layer."""
+        return decoder_layer_weights(self.decoder)
+
+    @property
+    def embedding_weights(self) -> int:
+        return self.decoder.vocab_size * self.decoder.hidden_size
+
+    @property
+    def largest_module(self) -> int:
+        """Weights that ZeRO-3 must hold whole at once: the embedding or one layer."""
+        return max(self.embedding_weights, self.layer_weights)
+
+    def step_flops(
+        self, counts: StepCounts, *, kv_scope: str = "full", lora_rank: int = 0
+    ) -> float:
+        """FLOPs of one rank's step, see :func:`ldistill.models.flops.step_flops`."""
+        return step_flops(
+            self.decoder,
+            counts,
+            vision_flops_per_tile=vision_flops(self.vision),
+            projector_weights=self.projector_weights,
+            tokens_per_tile=self.image_tokens,
+            kv_scope=kv_scope,
+            lora_rank=lora_rank,
+        )
+
+
+def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str, int]) -> PairShape:
+    """Shape of a configuration, by building its models on the meta device.
+
+    Args:
+        name: what it is called.
+        config: a student's.
+        run: fields of :class:`PairShape` about the usual run.
+    """
+    with torch.device("meta"):
+        parts = (_nanovlm_parts if isinstance(config, NanoVLMConfig) else _hf_parts)(config)
+        teacher = AutoModelForCausalLM.from_config(teacher_config(config))
+    return PairShape(
+        name=name,
+        teacher_weights=count(teacher),
+        teacher_vocab=base_vocabulary(config),
+        **parts,
+        **run,
+    )
+
+
+def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
+    student = NanoVLM(config)
+    return {
+        "decoder": student.decoder.config,
+        "vision": student.vision.config,
+        "vision_weights": count(student.vision),
+        "projector_weights": count(student.projector),
+        "decoder_weights": count(student.decoder),
+        "image_tokens": config.mp_image_token_length,
+        "projector_width": config.vit_hidden_dim * config.mp_pixel_shuffle_factor**2,
+    }
+
+
+def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
+    model = AutoModelForImageTextToText.from_config(config)
+    family = FAMILIES[config.model_type]
+    vision = getattr(model.model, family.vision)
+    projector, decoder = (getattr(model.model, n) for n in (family.projector, family.backbone))
+    shuffle = getattr(config, "scale_factor", 1)
+    return {
+        "decoder": config.text_config,
+        "vision": config.vision_config,
+        "vision_weights": count(vision),
+        "projector_weights": count(projector),
+        "decoder_weights": count(decoder, model.lm_head),
+        "image_tokens": tokens_per_tile(config),
+        "projector_width": config.vision_config.hidden_size * shuffle**2,
+    }
+
+
+def count(*modules: nn.Module) -> int:
+    """Parameters of modules, shared ones once."""
+    unique = {id(p): p.numel() for module in modules for p in module.parameters()}
+    return sum(unique.values())

@@ -1,0 +1,32 @@
+"""A table of text, for the terminal or in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rich.table import Table as RichTable
+
+
+class Table(NamedTuple):
+    """Title, columns and rows; the columns in ``left`` are aligned to the left."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: Sequence[int] = (0,)
+
+    def markdown(self) -> str:
+        """The first column left, the others right."""
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines += ["| " + " | ".join(self.columns) + " |", "|---|" + "---:|" * len(self.columns[1:])]
+        return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows)])
+
+    def rich(self) -> RichTable:
+        """For a rich console."""
+        table = RichTable(title=self.title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            table.add_column(column, justify="left" if index in self.left else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
