@@ -12,7 +12,7 @@ from pairs import spread
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from ldistill.distill.targets import plan_rows
+from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step, step_flops, vision_flops
 from ldistill.models.nanovlm import decoder_config, vision_config
 from ldistill.models.shapes import shape_of
@@ -76,7 +76,7 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 def test_the_batch_keeps_the_papers_mix(mix):
     config = pair_config("nanovlm-460m")
     batch = paper_batch(batch_shape(config), 8, 1024)
-    plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
+    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
     assert len(plan.targets) / tokens == pytest.approx(0.2, abs=0.01)
@@ -116,7 +116,7 @@ def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     vocab = config.lm_base_vocab_size
 
     def flops(alpha: float, *, naive: bool = False) -> float:
-        plan = plan_rows(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
+        plan = supervise(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
         counts = count_step(batch, plan)
         return step_flops(
             decoder_config(config),

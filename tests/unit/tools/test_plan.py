@@ -12,7 +12,7 @@ from runs import REPO
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.distill.targets import plan_rows
+from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step
 from ldistill.models.named_pairs import student_config
 from ldistill.recipe import parse
@@ -47,7 +47,7 @@ def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
     shape = batch_shape(student_config("nanovlm-460m"))
     batch = paper_batch(shape, 16, 1024)
     counts = count_step(
-        batch, plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", shape.vocabulary)
+        batch, supervise(batch, mix_weights(mix, 0.7, 4.0), "full", shape.vocabulary)
     )
     assert count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024) == counts
 
