@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ldistill import telling
+from ldistill.common import telling
 
 
 @pytest.fixture(autouse=True)
