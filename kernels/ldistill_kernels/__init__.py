@@ -7,6 +7,6 @@ Triton files. Triton is imported when a kernel first runs, so this package impor
 """
 
 from ldistill_kernels.distill_loss import DistillLoss, distill_loss
-from ldistill_kernels.shared_kv_attention import shared_kv_attention
+from ldistill_kernels.shared_kv_attention import plan_tiles, shared_kv_attention
 
-__all__ = ["DistillLoss", "distill_loss", "shared_kv_attention"]
+__all__ = ["DistillLoss", "distill_loss", "plan_tiles", "shared_kv_attention"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ldistill_kernels.shared_kv_attention import plan_tiles
+
 
 @dataclass
 class AttentionCase:
@@ -46,27 +48,27 @@ class AttentionCase:
         return AttentionCase(*(convert(x) for x in self.positional), options)
 
 
-def make_rows(
+def make_queries(
     documents: list[list[tuple[int, int, int]]], *, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Index arrays for documents per batch row, each (start, length, rows at its end).
+    """Index arrays for documents per batch row, each (start, length, queries at its end).
 
-    Returns: batch, start, position, int32 [rows].
+    Returns: batch, start, position, int32 [queries].
     """
-    rows = [
+    queries = [
         (b, start, position)
         for b, row in enumerate(documents)
         for start, length, count in row
         for position in range(start + length - count, start + length)
     ]
-    table = torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
+    table = torch.tensor(queries, dtype=torch.int32, device=device).reshape(-1, 3)
     return tuple(table.T.contiguous())
 
 
 def pack_documents(
-    batch: int, seq: int, lengths: list[int], rows: list[int], generator: torch.Generator
+    batch: int, seq: int, lengths: list[int], queries: list[int], generator: torch.Generator
 ) -> list[list[tuple[int, int, int]]]:
-    """Fill `batch` rows of `seq` positions with documents drawn from lengths and row counts."""
+    """Fill `batch` rows of `seq` positions with documents drawn from lengths and query counts."""
 
     def draw(choices: list[int]) -> int:
         return choices[int(torch.randint(len(choices), (), generator=generator))]
@@ -76,7 +78,7 @@ def pack_documents(
         row, at = [], 0
         while at < seq:
             length = min(draw(lengths), seq - at)
-            row.append((at, length, min(draw(rows), length)))
+            row.append((at, length, min(draw(queries), length)))
             at += length
         documents.append(row)
     return documents
@@ -97,7 +99,7 @@ def make_case(
     """A random case over the given documents; `heads` is (q_heads, kv_heads)."""
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads = heads
-    index = make_rows(documents, device=device)
+    index = make_queries(documents, device=device)
     shape = (len(documents), kv_heads, seq, head_dim)
     if layout == "bshd":
         shape = (len(documents), seq, kv_heads, head_dim)
@@ -110,18 +112,18 @@ def make_case(
 
 
 def second_segment(case: AttentionCase, *, every: int = 1, seed: int = 1) -> AttentionCase:
-    """The case with a packed second segment: each document's rows also see its earlier rows.
+    """The case with a packed second segment: each document's queries also see its earlier queries.
 
-    `every` keeps one row in so many, which leaves some rows with an empty range.
+    `every` keeps one query in so many, which leaves some queries with an empty range.
     """
-    rows = case.batch.numel()
-    kept = torch.arange(rows, device=case.q.device) % every == every - 1
+    queries = case.batch.numel()
+    kept = torch.arange(queries, device=case.q.device) % every == every - 1
     count = torch.cumsum(kept, 0)
     document = case.batch.long() * (1 << 32) + case.start.long()
-    change = torch.ones(rows, dtype=torch.bool, device=document.device)
+    change = torch.ones(queries, dtype=torch.bool, device=document.device)
     change[1:] = document[1:] != document[:-1]
     before = torch.where(change, count - kept.long(), 0)
-    start2 = torch.cummax(before, 0).values if rows else before
+    start2 = torch.cummax(before, 0).values if queries else before
     generator = torch.Generator().manual_seed(seed)
     layout = case.options.get("layout", "bhsd")
     size = (int(kept.sum()), case.k.shape[1 if layout == "bhsd" else 2], case.q.shape[-1])
@@ -130,13 +132,23 @@ def second_segment(case: AttentionCase, *, every: int = 1, seed: int = 1) -> Att
     return AttentionCase(*case.positional, options)
 
 
+def with_tiles(case: AttentionCase) -> AttentionCase:
+    """The case with a table of tiles, also where queries are so dense that it would have none."""
+    kv_heads = case.k.shape[1 if case.options.get("layout", "bhsd") == "bhsd" else 2]
+    index = (x.cpu() for x in case.positional[3:])
+    tiles = plan_tiles(*index, group=case.q.shape[1] // kv_heads, memory=(1, 2**40))
+    tiles = tiles if tiles is None else tiles.to(case.q.device)
+    return AttentionCase(*case.positional, case.options | {"tiles": tiles})
+
+
 def naive_attention(
     q, k, v, batch, start, position, *, visible=None, k2=None, v2=None, start2=None, end2=None,
-    scale=None, layout="bhsd",
+    tiles=None, scale=None, layout="bhsd",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, with everything materialised and heads repeated: small cases only.
 
     Computes in the dtype it is given, softmax in at least fp32, as plain PyTorch code would.
+    `tiles` changes no result.
     """
     if layout == "bshd":
         k, v = k.transpose(1, 2), v.transpose(1, 2)
@@ -146,7 +158,7 @@ def naive_attention(
     mask = (columns >= start[:, None]) & (columns <= position[:, None])
     if visible is not None:
         mask = mask & visible[batch.long()]
-    keys, values = k[batch.long()], v[batch.long()]  # [rows, kv_heads, seq, head_dim]
+    keys, values = k[batch.long()], v[batch.long()]  # [queries, kv_heads, seq, head_dim]
     if k2 is not None:
         columns = torch.arange(k2.shape[0], device=q.device)
         mask = torch.cat([mask, (columns >= start2[:, None]) & (columns < end2[:, None])], dim=1)

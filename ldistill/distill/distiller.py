@@ -24,6 +24,7 @@ from ldistill.distill.targets import Queries, Supervision, queries_for, supervis
 from ldistill.distill.teacher import Teacher
 from ldistill.models.student import Student
 from ldistill.sources import SourceWeights
+from ldistill_kernels import plan_tiles
 
 KV_GRADS = ("detached", "through")
 
@@ -77,7 +78,15 @@ class Distiller(nn.Module):
 
     def supervise(self, batch: dict[str, Tensor]) -> Supervision:
         """Targets and queries of a batch that still lies on the CPU."""
-        return supervise(batch, self.weights, self.kv_scope, self.teacher_vocab)
+        supervision = supervise(batch, self.weights, self.kv_scope, self.teacher_vocab)
+        if self.teacher is not None:
+            queries, config = supervision.queries, self.teacher.lm.config
+            group = config.num_attention_heads // config.num_key_value_heads
+            memory = tuple(batch["input_ids"].shape)
+            queries.tiles = plan_tiles(
+                queries.batch, queries.start, queries.index, group=group, memory=memory
+            )
+        return supervision
 
     def forward(
         self,

@@ -46,6 +46,7 @@ class Queries(_Tensors):
     own:                  int64 [own] | None: queries whose own keys and values other queries see.
     start2, end2:         int64 [queries] | None: range of ``own`` that a query sees.
     wanted:               int64 [taught] | None: queries whose logits are wanted (None: all).
+    tiles:                int32 [tiles, 2] | None: how the attention kernel cuts the queries.
     """
 
     token: Tensor
@@ -58,6 +59,7 @@ class Queries(_Tensors):
     start2: Tensor | None = None
     end2: Tensor | None = None
     wanted: Tensor | None = None
+    tiles: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token.shape[0]

@@ -60,6 +60,7 @@ def _read_shared(
         queries.start,
         queries.index,
         visible=queries.visible,
+        tiles=queries.tiles,
         scale=scaling,
         kernels=kernels,
         # All layers ask with the same arrays, so the first one's look at them is enough.

@@ -2,7 +2,13 @@
 
 import torch
 
-from ldistill_kernels.testing import error_ratio, make_case, naive_attention, second_segment
+from ldistill_kernels.testing import (
+    error_ratio,
+    make_case,
+    naive_attention,
+    second_segment,
+    with_tiles,
+)
 
 DOCUMENTS = [[(0, 7, 3), (7, 9, 9), (18, 4, 1)], [], [(2, 11, 4), (13, 1, 1), (14, 8, 0)]]
 RATIOS = [(15, 5), (9, 3), (32, 32), (32, 8), (32, 4), (6, 1)]
@@ -22,6 +28,8 @@ def make_variants() -> dict:
         "visible": some,
         "visible and second": second_segment(some),
         "nothing": make_case(DOCUMENTS, visible=hidden, **double),
+        "tiles": with_tiles(plain),
+        "tiles, visible and second": with_tiles(second_segment(some)),
     }
 
 

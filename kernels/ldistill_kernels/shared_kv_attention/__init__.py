@@ -1,5 +1,6 @@
 """Attention of one model's queries over another model's keys and values, read where they lie."""
 
 from ldistill_kernels.shared_kv_attention.api import shared_kv_attention
+from ldistill_kernels.shared_kv_attention.tiles import plan_tiles
 
-__all__ = ["shared_kv_attention"]
+__all__ = ["plan_tiles", "shared_kv_attention"]

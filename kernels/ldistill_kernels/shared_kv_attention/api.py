@@ -2,11 +2,12 @@
 
     out = shared_kv_attention(q, k, v, batch, start, position)
 
-The teacher asks with its own queries and reads the student's keys and values in place. Only rows
+The teacher asks with its own queries and reads the student's keys and values in place. Only queries
 that need an answer are passed, packed one after another; three integer arrays say what each sees.
 """
 
 import os
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def shared_kv_attention(
     v2: Tensor | None = None,
     start2: Tensor | None = None,
     end2: Tensor | None = None,
+    tiles: Tensor | None = None,
     scale: float | None = None,
     layout: str = "bhsd",
     return_lse: bool = False,
@@ -38,24 +40,26 @@ def shared_kv_attention(
     kernels: str = "auto",
     check: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend with packed query rows over a memory that stays where it is.
+    """Attend with packed queries over a memory that stays where it is.
 
-    Row i sees the memory positions (batch[i], j) with start[i] <= j <= position[i], and the rows
-    [start2[i], end2[i]) of the second segment, under one softmax. Query head h reads key/value
-    head h // (q_heads // kv_heads). A row that sees nothing (position = start - 1, or everything
-    invisible) gets output 0, log-sum-exp -inf and gradient 0.
+    Query i sees the memory positions (batch[i], j) with start[i] <= j <= position[i], and the
+    positions [start2[i], end2[i]) of the second segment, under one softmax. Query head h reads
+    key/value head h // (q_heads // kv_heads). A query that sees nothing (position = start - 1, or
+    everything invisible) gets output 0, log-sum-exp -inf and gradient 0.
 
     Args:
-        q: [rows, q_heads, head_dim], fp16, bf16 or fp32 (fp64 too with the reference).
+        q: [queries, q_heads, head_dim], fp16, bf16 or fp32 (fp64 too with the reference).
         k, v: [batch, kv_heads, seq, head_dim] for layout "bhsd", [batch, seq, kv_heads, head_dim]
             for "bshd". Any strides, the last one 1. Never copied.
-        batch, start, position: int32 or int64 [rows], sorted by (batch, start, position). The
+        batch, start, position: int32 or int64 [queries], sorted by (batch, start, position). The
             ranges of two documents of one batch row do not overlap.
         visible: bool [batch, seq]; memory positions marked False are read by nobody.
-        k2, v2: [rows2, kv_heads, head_dim], the second segment, packed.
-        start2, end2: int32 or int64 [rows], non-decreasing; start2 == end2 sees nothing there.
+        k2, v2: [seq2, kv_heads, head_dim], the second segment, packed.
+        start2, end2: int32 or int64 [queries], non-decreasing; start2 == end2 sees nothing there.
+        tiles: int32 [tiles, 2] of `plan_tiles` for the same queries, moved to their device. Makes
+            the kernels faster where queries are few; changes no result but for rounding.
         scale: factor on q.k before the softmax; head_dim ** -0.5 unless given. Positive.
-        return_lse: also return the natural log-sum-exp, fp32 [rows, q_heads] (fp64 for fp64).
+        return_lse: also return the natural log-sum-exp, fp32 [queries, q_heads] (fp64 for fp64).
         grad_k, grad_v: shaped and laid out like k and v, any float type. The backward adds dK and
             dV into them and autograd returns none for k and v. k and v must still require grad.
         kernels: "auto" takes Triton for CUDA tensors and the reference for others; "triton"
@@ -64,7 +68,7 @@ def shared_kv_attention(
             means yes on CPU tensors, and on CUDA tensors only under LDISTILL_DEBUG=1.
 
     Returns:
-        out [rows, q_heads, head_dim] in q's dtype, or (out, lse).
+        out [queries, q_heads, head_dim] in q's dtype, or (out, lse).
 
     Raises:
         ValueError: names the argument that does not fit and what it got.
@@ -74,17 +78,34 @@ def shared_kv_attention(
     if layout == "bshd":
         k, v, grad_k, grad_v = (_heads_first(t) for t in (k, v, grad_k, grad_v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    check_arguments(
-        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v, scale
-    )
     triton = _use_triton(kernels, q)
     if check is None:
         check = not q.is_cuda or os.environ.get("LDISTILL_DEBUG") == "1"
-    out, lse = attention_op(
-        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v,
-        scale, triton, check,
-    )  # fmt: skip
+    inputs = (q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles)
+    if triton and not check and _only_forward(*inputs[:3], k2, v2, grad_k, grad_v):
+        out, lse = _forward_again()(inputs, scale)
+    else:
+        check_arguments(*inputs, grad_k, grad_v, scale)
+        out, lse = attention_op(*inputs, grad_k, grad_v, scale, triton, check)
     return (out, lse) if return_lse else out
+
+
+def _only_forward(q, k, v, k2, v2, grad_k, grad_v) -> bool:
+    """Whether nothing looks at the call but itself: no autograd, no tracer, no dispatch mode."""
+    if torch.compiler.is_compiling() or type(q) is not Tensor:
+        return False
+    if torch._C._len_torch_dispatch_stack() or grad_k is not None or grad_v is not None:
+        return False
+    return not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in (q, k, v, k2, v2)
+    )
+
+
+@lru_cache
+def _forward_again():
+    from ldistill_kernels.shared_kv_attention.triton_fwd import forward_again
+
+    return forward_again
 
 
 def _heads_first(tensor: Tensor | None) -> Tensor | None:

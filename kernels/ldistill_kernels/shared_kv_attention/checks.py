@@ -7,23 +7,29 @@ arrays, which on a GPU waits for it, so the op calls it only when asked to.
 import torch
 from torch import Tensor
 
+from ldistill_kernels.shared_kv_attention.tiles import misfit
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
 def check_arguments(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v, scale
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_k, grad_v, scale
 ) -> None:
     """Raise ValueError unless shapes, dtypes, devices and strides fit. k and v are heads-first."""
     _check_floats(q, k, v)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    rows, memory = q.shape[0], (k.shape[0], k.shape[2])
+    queries, memory = q.shape[0], (k.shape[0], k.shape[2])
     for name, index in (("batch", batch), ("start", start), ("position", position)):
-        _check_index(name, index, rows, q.device)
+        _check_index(name, index, queries, q.device)
     if visible is not None:
         _check_same(visible, "visible", memory, torch.bool, q.device)
     _check_second(q, k, k2, v2, start2, end2)
+    if tiles is not None:
+        _check_same(tiles, "tiles", (tiles.shape[0], 2), torch.int32, q.device)
+        if not tiles.is_contiguous():
+            raise ValueError(f"tiles must be contiguous, got strides {tiles.stride()}")
     for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
         if grad is not None:
             _check_same(grad, name, tuple(k.shape), None, q.device)
@@ -76,10 +82,11 @@ def _check_same(tensor, name, shape, dtype, device) -> None:
         raise ValueError(f"{name} must be on {device} like q, got {tensor.device}")
 
 
-def _check_index(name: str, index: Tensor, rows: int, device: torch.device) -> None:
+def _check_index(name: str, index: Tensor, queries: int, device: torch.device) -> None:
     if index.dtype not in INTEGERS:
         raise ValueError(f"{name} must be int32 or int64, got {index.dtype}")
-    _check_same(index, name, (rows,), index.dtype, device)
+    _check_same(index, name, (queries,), index.dtype, device)
+    _check_last_stride(name, index)
 
 
 def _check_last_stride(name: str, tensor: Tensor) -> None:
@@ -87,12 +94,15 @@ def _check_last_stride(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have last stride 1, got strides {tensor.stride()}")
 
 
-def check_values(batch, start, position, start2, end2, *, memory, rows2: int) -> None:
-    """Raise ValueError unless the rows are sorted and see only what exists.
+def check_values(
+    batch, start, position, start2, end2, tiles, *, memory, seq2: int, group: int
+) -> None:
+    """Raise ValueError unless the queries are sorted and see only what exists.
 
     Args:
         memory: (batch, seq) of k.
-        rows2: rows of the second segment, 0 without one.
+        seq2: positions of the second segment, 0 without one.
+        group: query heads a key head.
     """
     if batch.numel() == 0:
         return
@@ -102,11 +112,14 @@ def check_values(batch, start, position, start2, end2, *, memory, rows2: int) ->
     _check_range("position", position, -1, memory[1] - 1, "the positions of k")
     _first(position < start - 1, lambda i: (
         f"position[{i}] = {int(position[i])} lies before its document: start[{i}] = {int(start[i])}"
-        " (start - 1 is how a row sees nothing)"
+        " (start - 1 is how a query sees nothing)"
     ))  # fmt: skip
     _check_order(batch, start, position)
     if start2 is not None:
-        _check_order2(start2.long(), end2.long(), rows2)
+        _check_order2(start2.long(), end2.long(), seq2)
+    wrong = None if tiles is None else misfit(tiles, batch, group)
+    if wrong:
+        raise ValueError(f"tiles does not belong to these queries: {wrong}; see plan_tiles")
 
 
 def _check_order(batch: Tensor, start: Tensor, position: Tensor) -> None:
@@ -115,8 +128,9 @@ def _check_order(batch: Tensor, start: Tensor, position: Tensor) -> None:
     unsorted = (batch[1:] < batch[:-1]) | (same_batch & (start[1:] < start[:-1]))
     unsorted |= same & (position[1:] < position[:-1])
     _first(unsorted, lambda i: (
-        f"rows must be sorted by (batch, start, position), but row {i + 1} = "
-        f"{_row(batch, start, position, i + 1)} follows row {i} = {_row(batch, start, position, i)}"
+        f"queries must be sorted by (batch, start, position), but query {i + 1} = "
+        f"{_query(batch, start, position, i + 1)} follows query {i} = "
+        f"{_query(batch, start, position, i)}"
     ))  # fmt: skip
     overlap = same_batch & ~same & (position[:-1] >= start[1:])
     _first(overlap, lambda i: (
@@ -125,12 +139,12 @@ def _check_order(batch: Tensor, start: Tensor, position: Tensor) -> None:
     ))  # fmt: skip
 
 
-def _check_order2(start2: Tensor, end2: Tensor, rows2: int) -> None:
+def _check_order2(start2: Tensor, end2: Tensor, seq2: int) -> None:
     for name, values in (("start2", start2), ("end2", end2)):
-        _check_range(name, values, 0, rows2, "the rows of k2")
+        _check_range(name, values, 0, seq2, "the positions of k2")
         _first(values[1:] < values[:-1], lambda i, name=name, values=values: (
             f"{name} must not decrease, but {name}[{i + 1}] = {int(values[i + 1])} follows "
-            f"{int(values[i])}; a row that sees nothing repeats the value before it"
+            f"{int(values[i])}; a query that sees nothing repeats the value before it"
         ))  # fmt: skip
     _first(end2 < start2, lambda i: (
         f"end2[{i}] = {int(end2[i])} lies before start2[{i}] = {int(start2[i])}"
@@ -148,5 +162,5 @@ def _first(bad: Tensor, message) -> None:
         raise ValueError(message(int(bad.nonzero()[0, 0])))
 
 
-def _row(batch: Tensor, start: Tensor, position: Tensor, i: int) -> tuple[int, int, int]:
+def _query(batch: Tensor, start: Tensor, position: Tensor, i: int) -> tuple[int, int, int]:
     return int(batch[i]), int(start[i]), int(position[i])

@@ -1,6 +1,6 @@
 """What compile_check builds: every entry of the tables, bare and with everything switched on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ldistill_kernels.compile_check import CompileCase
@@ -8,6 +8,8 @@ from ldistill_kernels.shared_kv_attention import triton_bwd, triton_fwd, triton_
 from ldistill_kernels.shared_kv_attention.configs import (
     DEVICE_CLASSES,
     INTERPRETER,
+    PLAIN_BACKWARD,
+    PLAIN_FORWARD,
     BackwardConfig,
     Config,
     backward_table,
@@ -15,6 +17,7 @@ from ldistill_kernels.shared_kv_attention.configs import (
     split_backward,
     split_head_dim,
 )
+from ldistill_kernels.shared_kv_attention.primitives import lane_blocks
 
 _SECOND = ("start2", "end2")
 GROUP = 3  # stands for the groups that divide; those of 1, 4 and 8 make other code, which may spill
@@ -27,10 +30,15 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for (kib, bucket, size, dense), config in forward_table().items():
         if not dense or forward_table()[kib, bucket, size, False] != config:
-            cases += [_forward(x, config, dense, kib) for x in case_shapes(bucket, size, kib)]
-    for (kib, bucket, size), config in backward_table().items():
+            for shape in case_shapes(bucket, size, kib):
+                key = kib, bucket, size, dense
+                tile = config if shape.full else PLAIN_FORWARD.get(key, config)
+                cases += [_forward(x, tile, dense, kib) for x in shape.variants(not dense)]
+    for (kib, bucket, size), table in backward_table().items():
         for shape in case_shapes(bucket, size, kib):
-            cases += [_backward(shape, config, kib), _prepare(shape, config, kib)]
+            config = table if shape.full else PLAIN_BACKWARD.get((kib, bucket, size), table)
+            cases += [_backward(x, config, kib) for x in shape.variants()]
+            cases += [_prepare(x, config, kib) for x in shape.variants(table=False)]
     return cases
 
 
@@ -40,7 +48,8 @@ class CaseShape:
 
     `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
     the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
-    `group` is the number of query heads of a key head.
+    `group` is the number of query heads of a key head, `tiles` a table of them, `index` the type
+    of the arrays that say what a query sees.
     """
 
     element: str
@@ -48,12 +57,24 @@ class CaseShape:
     full: bool
     core: bool
     group: int = GROUP
+    tiles: bool = False
+    index: str = "i64"  # what training passes
 
     @property
     def label(self) -> str:
         variant = "two segments" if self.full else "plain"
         group = "" if self.group == GROUP else f" group {self.group}"
-        return f"{self.element} D{self.head_dim} {variant}{group}"
+        tiles = " table" if self.tiles else ""
+        index = "" if self.index == "i64" else f" {self.index}"
+        return f"{self.element} D{self.head_dim} {variant}{group}{tiles}{index}"
+
+    def variants(self, table: bool = True) -> "list[CaseShape]":
+        """With and without a table of tiles (if one is ever passed), a group with both indices."""
+        return [
+            replace(self, tiles=tiles, index=index, core=self.core and index == "i64")
+            for tiles in ((False, True) if table else (False,))
+            for index in (("i64", "i32") if self.group == GROUP else ("i64",))
+        ]
 
 
 def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
@@ -79,48 +100,52 @@ def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
 
 def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> CompileCase:
     tiles = f"{'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}"
-    types = _pointers(shape, ("q", "k", "v", "out"), ("k2", "v2"))
+    types = _indices(shape) | _pointers(shape, ("q", "k", "v", "out"), ("k2", "v2"))
     types |= {"lse": "*fp32", "scale2": "fp32"} | dict.fromkeys(triton_fwd.INTEGERS, "i32")
     types |= {"visible": "*i1"} if shape.full else {}
+    block_m, small_m = lane_blocks(config.block_m, shape.tiles)
     constants = _head_dims(shape, *split_head_dim(shape.head_dim)) | {
         "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "HAS_TILES": shape.tiles, "BLOCK_M": block_m, "SMALL_M": small_m,
+        "BLOCK_N": config.block_n,
     }  # fmt: skip
-    absent = () if shape.full else ("visible", "k2", "v2", *_SECOND)
-    constants |= dict.fromkeys(absent)
+    constants |= _absent(shape, "visible", "k2", "v2", *_SECOND)
     return _case("forward", shape, tiles, kib, types, constants, **_launch(config))
 
 
 def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
     tiles = f"dq {config.dq_m}x{config.dq_n} dkv {config.dkv_m}x{config.dkv_n}"
     gradients = ("grad_out", "dq", "dk", "dv")
-    types = _pointers(shape, ("q", "k", "v", *gradients), ("k2", "v2", "dk2", "dv2"))
+    types = _indices(shape)
+    types |= _pointers(shape, ("q", "k", "v", *gradients), ("k2", "v2", "dk2", "dv2"))
     types |= dict.fromkeys(("lse", "delta"), "*fp32") | {"ranges": "*i32"}
     types |= dict.fromkeys(("scale", "scale2"), "fp32")
     types |= dict.fromkeys(triton_bwd.INTEGERS, "i32")
     if shape.full:  # the gradients of the memory are added to fp32 buffers
         types |= dict.fromkeys(("dk", "dv"), "*fp32") | {"visible": "*i1"}
+    dq_m, small_m = lane_blocks(config.dq_m, shape.tiles)
     constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
         "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
-        "DQ_M": config.dq_m, "DQ_N": config.dq_n, "DKV_M": config.dkv_m, "DKV_N": config.dkv_n,
+        "HAS_TILES": shape.tiles, "DQ_M": dq_m, "SMALL_M": small_m, "DQ_N": config.dq_n,
+        "DKV_M": config.dkv_m, "DKV_N": config.dkv_n,
         "DQ": True, "DK": True, "DV": True, "DK2": shape.full, "DV2": shape.full,
         "ADD_K": shape.full, "ADD_V": shape.full,
     }  # fmt: skip
-    absent = () if shape.full else ("visible", "k2", "v2", "dk2", "dv2", *_SECOND)
-    constants |= dict.fromkeys(absent)
+    constants |= _absent(shape, "visible", "k2", "v2", "dk2", "dv2", *_SECOND)
     return _case("backward", shape, tiles, kib, types, constants, **_launch(config))
 
 
 def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
-    types = _pointers(shape, ("out", "grad_out"), ()) | {"delta": "*fp32", "ranges": "*i32"}
+    types = _indices(replace(shape, tiles=False)) | _pointers(shape, ("out", "grad_out"), ())
+    types |= dict.fromkeys(("lse", "base2", "delta"), "*fp32") | {"ranges": "*i32"}
     types |= dict.fromkeys(triton_prepare.INTEGERS, "i32")
     types |= {"grad_lse": "*fp32"} if shape.full else {}
     constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
-        "BLOCK_M": triton_prepare.block_rows(shape.head_dim), "BLOCK_N": config.dkv_n,
-        "TILES": triton_prepare.TILES, "HAS_GRAD_LSE": shape.full, "HAS_SECOND": shape.full,
+        "BLOCK_M": triton_prepare.block_pairs(shape.head_dim), "BLOCK_N": config.dkv_n,
+        "TILES": triton_prepare.TILES, "GROUP": shape.group, "HAS_GRAD_LSE": shape.full,
+        "HAS_SECOND": shape.full,
     }  # fmt: skip
-    absent = () if shape.full else (*_SECOND, "grad_lse")
-    constants |= dict.fromkeys(absent)
+    constants |= dict.fromkeys(() if shape.full else (*_SECOND, "grad_lse"))
     tiles, registers = f"tiles of {config.dkv_n}", triton_prepare.REGISTERS
     return _case("prepare", shape, tiles, kib, types, constants, max_registers=registers)
 
@@ -151,13 +176,21 @@ def _launch(config: Config | BackwardConfig) -> dict[str, int | None]:
     return {name: getattr(config, name) for name in ("num_warps", "num_stages", "max_registers")}
 
 
+def _indices(shape: CaseShape) -> dict[str, str]:
+    """Types of the arrays that say what a query sees."""
+    names = ("batch", "start", "position", *(_SECOND if shape.full else ()))
+    tiles = {"tiles": "*i32"} if shape.tiles else {}
+    return dict.fromkeys(names, f"*{shape.index}") | tiles
+
+
 def _pointers(shape: CaseShape, plain: tuple, second: tuple) -> dict[str, str]:
-    """Types of the tensors of the element type, and of those that say what a row sees."""
-    types = dict.fromkeys(plain, f"*{shape.element}")
-    types |= dict.fromkeys(("batch", "start", "position"), "*i32")
-    if shape.full:
-        types |= dict.fromkeys(second, f"*{shape.element}") | dict.fromkeys(_SECOND, "*i32")
-    return types
+    """Types of the tensors of the element type."""
+    return dict.fromkeys(plain + (second if shape.full else ()), f"*{shape.element}")
+
+
+def _absent(shape: CaseShape, *full: str) -> dict[str, None]:
+    """Values of the tensors that are not passed."""
+    return dict.fromkeys((() if shape.full else full) + (() if shape.tiles else ("tiles",)))
 
 
 def _head_dims(shape: CaseShape, d1: int, d2: int) -> dict[str, int]:

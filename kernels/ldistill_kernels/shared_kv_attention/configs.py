@@ -1,9 +1,9 @@
 """Tile sizes: a fixed table instead of autotuning, so that ranks agree and first steps never stall.
 
 The key is what decides whether a configuration fits and is fast: how much shared memory a block
-may use (the device class), the head dim, the element size, and whether rows are dense. The table
-in force is the newest one made for a Triton not newer than the installed one, because the best
-choice moves between Triton versions. `override` swaps the choice for tests and for sweeps.
+may use (the device class), the head dim, the element size, and whether queries are dense. The
+table in force is the newest one made for a Triton not newer than the installed one, because the
+best choice moves between Triton versions. `override` swaps the choice for tests and for sweeps.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ DIM_BUCKETS = (64, 96, 128, 256)
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one kernel: packed query rows x memory positions, warps, pipeline stages.
+    """Tile of one kernel: lanes x memory positions, warps, pipeline stages.
 
     `max_registers` keeps ptxas from spilling a few bytes for the sake of occupancy.
     """
@@ -63,26 +63,41 @@ def override(**configs: Config | BackwardConfig) -> Iterator[None]:
         _overrides.update(before)
 
 
-def forward_config(device: torch.device, head_dim: int, itemsize: int, dense: bool) -> Config:
-    """Tile of the forward; `dense` when most memory positions have a row of their own."""
+def overridden() -> bool:
+    return bool(_overrides)
+
+
+def forward_config(
+    device: torch.device, head_dim: int, itemsize: int, dense: bool, plain: bool
+) -> Config:
+    """Tile of the forward.
+
+    Args:
+        dense: most memory positions have a query of their own.
+        plain: neither invisible positions nor a second segment.
+    """
     if "forward" in _overrides:
         return _overrides["forward"]
-    return forward_table()[device_class(device), dim_bucket(head_dim), itemsize, dense]
+    key = device_class(device), dim_bucket(head_dim), itemsize, dense
+    return PLAIN_FORWARD[key] if plain and key in PLAIN_FORWARD else forward_table()[key]
 
 
-def backward_config(device: torch.device, head_dim: int, itemsize: int) -> BackwardConfig:
-    """Tiles of the backward."""
+def backward_config(
+    device: torch.device, head_dim: int, itemsize: int, plain: bool
+) -> BackwardConfig:
+    """Tiles of the backward; `plain` as in the forward, and no gradient buffers."""
     if "backward" in _overrides:
         return _overrides["backward"]
-    return backward_table()[device_class(device), dim_bucket(head_dim), itemsize]
+    key = device_class(device), dim_bucket(head_dim), itemsize
+    return PLAIN_BACKWARD[key] if plain and key in PLAIN_BACKWARD else backward_table()[key]
 
 
-def is_dense(rows: int, batch: int, seq: int) -> bool:
-    """Whether rows are so many that a tile of 128 packed rows stays within one document.
+def is_dense(queries: int, batch: int, seq: int) -> bool:
+    """Whether queries are so many that a tile of 128 lanes stays within one document.
 
-    Below that, wide tiles straddle documents, and every document pays for all rows of the tile.
+    Below that, wide tiles straddle documents, and every document pays for all queries of the tile.
     """
-    return rows * 4 >= batch * seq
+    return queries * 4 >= batch * seq
 
 
 def dim_bucket(head_dim: int) -> int:
@@ -220,12 +235,19 @@ _BACKWARD_38 = {
         for size in (2, 4)
     },
 }
+# What only fits where nothing but keys and values is read. Of no other class, not even Blackwell.
+PLAIN_FORWARD = {
+    (227, 64, 2, False): Config(64, 64, 4, 3, 168),  # three blocks a multiprocessor, not two
+}
+PLAIN_BACKWARD = {
+    (227, 128, 2): BackwardConfig(128, 64, 32, 128, 8, 2),
+}
 # Earlier compilers need more registers: entries that spilled there take less.
 _FORWARD = {
     (3, 6): _FORWARD_38
     | {
         (227, 96, 2, False): Config(64, 32, 4, 3, 255),
-        (227, 128, 2, True): Config(128, 32, 8, 3),
+        (BLACKWELL, 128, 2, True): Config(128, 32, 8, 3),
         (163, 128, 2, True): Config(64, 32, 8, 2),
     },
     (3, 7): _FORWARD_38
@@ -244,7 +266,7 @@ _FORWARD = {
 _BACKWARD = {
     (3, 6): _BACKWARD_38
     | {
-        (227, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
+        (BLACKWELL, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
     },
     (3, 7): _BACKWARD_38

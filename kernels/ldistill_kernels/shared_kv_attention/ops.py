@@ -14,7 +14,7 @@ from ldistill_kernels.shared_kv_attention.reference import reference_backward, r
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor batch, Tensor start, Tensor position, Tensor? visible, "
-    "Tensor? k2, Tensor? v2, Tensor? start2, Tensor? end2, "
+    "Tensor? k2, Tensor? v2, Tensor? start2, Tensor? end2, Tensor? tiles, "
 )
 _library = torch.library.Library("ldistill", "FRAGMENT")
 _library.define(
@@ -33,33 +33,36 @@ backward_op = torch.ops.ldistill.shared_kv_attention_backward.default
 
 
 def _forward(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k, grad_v, scale, triton,
-    check,
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_k, grad_v, scale,
+    triton, check,
 ):  # fmt: skip
     if check:
-        rows2 = 0 if k2 is None else k2.shape[0]
-        memory = (k.shape[0], k.shape[2])
-        check_values(batch, start, position, start2, end2, memory=memory, rows2=rows2)
-    run = _triton_forward if triton else reference_forward
-    return run(q, k, v, batch, start, position, visible, k2, v2, start2, end2, scale)
-
-
-def _triton_forward(*args):
+        seq2 = 0 if k2 is None else k2.shape[0]
+        memory, group = (k.shape[0], k.shape[2]), q.shape[1] // k.shape[1]
+        check_values(
+            batch, start, position, start2, end2, tiles, memory=memory, seq2=seq2, group=group
+        )
+    if not triton:
+        return reference_forward(
+            q, k, v, batch, start, position, visible, k2, v2, start2, end2, scale
+        )
     from ldistill_kernels.shared_kv_attention.triton_fwd import attention_forward
 
-    return attention_forward(*args)
+    return attention_forward(
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, scale
+    )
 
 
 def _backward(
-    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k,
-    grad_v, out, lse, needs, scale, triton,
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
+    grad_k, grad_v, out, lse, needs, scale, triton,
 ):  # fmt: skip
     if triton:
         from ldistill_kernels.shared_kv_attention.triton_bwd import attention_backward
 
         return attention_backward(
             grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,
-            grad_k, grad_v, out, lse, needs, scale,
+            tiles, grad_k, grad_v, out, lse, needs, scale,
         )  # fmt: skip
     grads = reference_backward(
         grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out,
@@ -87,8 +90,8 @@ def _fake_forward(q, k, v, *others):
 
 
 def _fake_backward(
-    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k,
-    grad_v, out, lse, needs, scale, triton,
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
+    grad_k, grad_v, out, lse, needs, scale, triton,
 ):  # fmt: skip
     wanted = _wanted(needs, grad_k, grad_v)
     inputs = (q, k, v, k2, v2)
@@ -107,15 +110,15 @@ class _Attention(torch.autograd.Function):
             out, lse = attention_op(*args)
         ctx.set_materialize_grads(False)
         # The buffers are written in the backward: saving them would trip the version check.
-        ctx.save_for_backward(*args[:11], out, lse)
-        ctx.buffers, ctx.scale, ctx.triton = args[11:13], args[13], args[14]
+        ctx.save_for_backward(*args[:12], out, lse)
+        ctx.buffers, ctx.scale, ctx.triton = args[12:14], args[14], args[15]
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         *inputs, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 16
+            return (None,) * 17
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 8)]
@@ -124,7 +127,7 @@ class _Attention(torch.autograd.Function):
         )
         wanted = _wanted(needs, *ctx.buffers)
         dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(grads, wanted, strict=True))
-        return dq, dk, dv, None, None, None, None, dk2, dv2, *((None,) * 7)
+        return dq, dk, dv, None, None, None, None, dk2, dv2, *((None,) * 8)
 
 
 def _autograd(*args):

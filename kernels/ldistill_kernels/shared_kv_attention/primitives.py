@@ -1,9 +1,9 @@
-"""Triton pieces that the forward and the backward share: spans of rows, loads, products.
+"""Triton pieces that the forward and the backward share: spans of queries, loads, products.
 
-A memory position has one flat number, batch row x seq + position, so what a row sees is a
-half-open interval [low, high) of one line. Rows are sorted, hence the intervals of a tile form
+A memory position has one flat number, batch row x seq + position, so what a query sees is a
+half-open interval [low, high) of one line. Queries are sorted, hence the intervals of a tile form
 one run per document; `next_run` walks from run to run with scalars only, and the columns of a run
-are read in an inner loop that Triton can pipeline. Every column of a run is seen by some row.
+are read in an inner loop that Triton can pipeline. Every column of a run is seen by some query.
 
 A head dim is held as two tiles, the second absent (`D2 == 0`) when the first covers it.
 """
@@ -14,32 +14,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldistill_kernels.shared_kv_attention.tiles import SMALL_TILE, TABLE_LANES
+
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-NOTHING = tl.constexpr(2**31 - 1)  # low = high = NOTHING: a row that sees nothing
+NOTHING = tl.constexpr(2**31 - 1)  # low = high = NOTHING: a query that sees nothing
+TILE = tl.constexpr(TABLE_LANES)
 
 
 @triton.jit
-def memory_spans(row, batch, start, position, batches, seq):
-    """[low, high) of each row in the flat memory; never outside it, whatever the arrays hold."""
-    b = tl.load(batch + row).to(tl.int32)
-    low = tl.maximum(tl.load(start + row).to(tl.int32), 0)
-    high = tl.minimum(tl.load(position + row).to(tl.int32), seq - 1) + 1
+def memory_spans(query, batch, start, position, batches, seq):
+    """[low, high) of each query in the flat memory; never outside it, whatever the arrays hold."""
+    b = tl.load(batch + query).to(tl.int32)
+    low = tl.maximum(tl.load(start + query).to(tl.int32), 0)
+    high = tl.minimum(tl.load(position + query).to(tl.int32), seq - 1) + 1
     sees = (b >= 0) & (b < batches) & (high > low)
     return tl.where(sees, b * seq + low, NOTHING), tl.where(sees, b * seq + high, NOTHING)
 
 
 @triton.jit
-def second_spans(row, start2, end2, rows2):
-    """[low, high) of each row in the second segment."""
-    low = tl.maximum(tl.load(start2 + row).to(tl.int32), 0)
-    high = tl.minimum(tl.load(end2 + row).to(tl.int32), rows2)
+def second_spans(query, start2, end2, seq2):
+    """[low, high) of each query in the second segment."""
+    low = tl.maximum(tl.load(start2 + query).to(tl.int32), 0)
+    high = tl.minimum(tl.load(end2 + query).to(tl.int32), seq2)
     return tl.where(high > low, low, NOTHING), tl.where(high > low, high, NOTHING)
 
 
 @triton.jit
 def run_at(first, low, high):
-    """End of the run that starts at `first`, and the end of its part that all rows see."""
+    """End of the run that starts at `first`, and the end of its part that all queries see."""
     inside = low <= first
     full_end = tl.maximum(tl.min(tl.where(inside, high, first), 0), first)
     return tl.max(tl.where(inside, high, 0), 0), full_end
@@ -47,8 +50,31 @@ def run_at(first, low, high):
 
 @triton.jit
 def next_run(end, low, high):
-    """First column at or after `end` that some row sees, NOTHING when there is none."""
+    """First column at or after `end` that some query sees, NOTHING when there is none."""
     return tl.min(tl.where(high > end, tl.maximum(low, end), NOTHING), 0)
+
+
+@triton.jit
+def whole_run(first, low, high, seq):
+    """End of what any lane sees, and of its part that all see, where `first` is the least `low`.
+
+    For lanes of one batch row: their documents, if several, are walked as one run. The end stays
+    in the batch row of `first` whatever lanes there are.
+    """
+    origin = first // seq * seq
+    end = tl.max(tl.where(high < NOTHING, high, 0), 0)
+    end = origin + tl.minimum(end - origin, seq)
+    full_end = tl.where(tl.max(low, 0) <= first, tl.minimum(tl.min(high, 0), end), first)
+    return end, full_end
+
+
+@triton.jit
+def table_lanes(tiles, tile, lanes, BLOCK_M: tl.constexpr):
+    """[first, last) of a program; entries of the table wider than BLOCK_M have several programs."""
+    PARTS: tl.constexpr = TILE // BLOCK_M
+    entry = tiles + tile // PARTS * 2
+    first = tl.maximum(tl.load(entry), 0) + tile % PARTS * BLOCK_M
+    return first, tl.minimum(tl.minimum(tl.load(entry + 1), lanes), first + BLOCK_M)
 
 
 @triton.jit
@@ -152,3 +178,18 @@ def alignment(*tensors: Tensor | None) -> int:
 def strides(tensor: Tensor | None, count: int = 2) -> tuple[int, ...]:
     """The leading strides of an optional tensor."""
     return (0,) * count if tensor is None else tensor.stride()[:count]
+
+
+def lane_blocks(block_m: int, table: bool) -> tuple[int, int]:
+    """(lanes of a program, lanes of one for a short tile of a table, 0 where that is the same)"""
+    if not table:
+        return block_m, 0
+    block_m = min(block_m, TABLE_LANES)
+    return block_m, SMALL_TILE if block_m > SMALL_TILE else 0
+
+
+def lane_programs(block_m: int, tiles: Tensor | None, lanes: int) -> int:
+    """Programs of a head."""
+    if tiles is None:
+        return triton.cdiv(lanes, block_m)
+    return tiles.shape[0] * (TABLE_LANES // block_m)

@@ -1,10 +1,10 @@
 """Plain PyTorch version of the operation: the meaning of the kernel, and what CPU training runs.
 
-Works in fp64 and on any device, and autograd goes through it. Rows are taken document by document
-(neighbouring small documents of a batch row together), so the cost follows the visible pairs and
-no mask over the whole batch exists. Heads are never repeated: the query heads of a group become
-rows of one matmul. `reference_backward` writes the same gradients out, which saves keeping the
-probabilities; the tests hold it against autograd.
+Works in fp64 and on any device, and autograd goes through it. Queries are taken document by
+document (neighbouring small documents of a batch row together), so the cost follows the visible
+pairs and no mask over the whole batch exists. Heads are never repeated: the query heads of a group
+become rows of one matmul. `reference_backward` writes the same gradients out, which saves keeping
+the probabilities; the tests hold it against autograd.
 """
 
 import weakref
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ldistill_kernels.shared_kv_attention import cpu
 
-MERGE_PAIRS = 1 << 12  # below this many (row, position) pairs a Python step costs more than the sum
-MAX_ROWS = 512  # rows of one step: bounds the score block to heads x 512 x document
+MERGE_PAIRS = 1 << 12  # (query, position) pairs: below, a Python step costs more than the sum
+MAX_QUERIES = 512  # queries of one step: bounds the score block to heads x 512 x document
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows [first, last) of one batch row and the memory [low, high), [low2, high2) they see."""
+    """Queries [first, last) of one batch row and the memory [low, high), [low2, high2) they see."""
 
     first: int
     last: int
@@ -40,11 +40,11 @@ def reference_forward(
     """Attention as `shared_kv_attention` defines it, differentiable by autograd.
 
     Args: as there, with k and v [batch, kv_heads, seq, head_dim].
-    Returns: (out [rows, q_heads, head_dim] in q's dtype, lse [rows, q_heads] fp32 or fp64).
+    Returns: (out [queries, q_heads, head_dim] in q's dtype, lse [queries, q_heads] fp32 or fp64).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
-    # Per KV head, scaled once: [kv_heads, rows, group heads, head_dim].
+    # Per KV head, scaled once: [kv_heads, queries, group heads, head_dim].
     heads = (q.to(_compute_dtype(q)) * scale).unflatten(1, (k.shape[1], -1)).transpose(0, 1)
     for step in _steps(batch, start, position, visible, start2, end2):
         group = step.group
@@ -70,12 +70,12 @@ def reference_forward(
 
 @dataclass(frozen=True)
 class Step:
-    """A group with what its rows see; the same for every layer of a model."""
+    """A group with what its queries see; the same for every layer of a model."""
 
     group: Group
-    hidden: Tensor  # bool [rows, 1, positions]; all False for a row that sees nothing
+    hidden: Tensor  # bool [queries, 1, positions]; all False for a query that sees nothing
     unseen: Tensor | None
-    blind: Tensor | None  # bool [rows] that see nothing; None when all see something
+    blind: Tensor | None  # bool [queries] that see nothing; None when all see something
 
 
 _last: tuple[tuple, list[Step]] = ((), [])
@@ -87,7 +87,7 @@ def _steps(*columns: Tensor | None) -> list[Step]:
     known, steps = _last
     if len(known) == len(columns) and all(map(_is_same, known, columns)):
         return steps
-    steps = [_step(group, *columns) for group in row_groups(*columns[:3], *columns[4:])]
+    steps = [_step(group, *columns) for group in query_groups(*columns[:3], *columns[4:])]
     _last = (tuple(map(_mark, columns)), steps)
     return steps
 
@@ -123,32 +123,32 @@ def reference_backward(
     """Gradients of q, k, v, k2 and v2, in fp32 (fp64 for fp64), from what the forward returned."""
     grads = [None if x is None else torch.zeros(x.shape, dtype=_compute_dtype(q), device=q.device)
              for x in (q, k, v, k2, v2)]  # fmt: skip
-    for group in row_groups(batch, start, position, start2, end2):
+    for group in query_groups(batch, start, position, start2, end2):
         mask = _mask(group, start, position, visible, start2, end2)
         keys, values = _memory(group, _unseen(mask), k, v, k2, v2)
-        rows, lse_rows = _pack(q, group, k.shape[1]), _pack(lse[..., None], group, k.shape[1])
+        queries, lse_packed = _pack(q, group, k.shape[1]), _pack(lse[..., None], group, k.shape[1])
         grad, outs = (_pack(x, group, k.shape[1]) for x in (grad_out, out))
-        scores = _scores(rows, keys, mask, scale)
-        weights = torch.exp(scores - lse_rows.masked_fill(lse_rows == -torch.inf, 0.0))
+        scores = _scores(queries, keys, mask, scale)
+        weights = torch.exp(scores - lse_packed.masked_fill(lse_packed == -torch.inf, 0.0))
         delta = (grad * outs).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - _pack(grad_lse[..., None], group, k.shape[1])
         grad_scores = weights * (grad @ values.mT - delta) * scale
         grads[0][group.first : group.last] = _unpack(grad_scores @ keys, group)
-        _add(grads[1], grads[3], grad_scores.mT @ rows, group)
+        _add(grads[1], grads[3], grad_scores.mT @ queries, group)
         _add(grads[2], grads[4], weights.mT @ grad, group)
     return tuple(grads)
 
 
-def row_groups(batch, start, position, start2=None, end2=None) -> Iterator[Group]:
-    """Cut the rows into steps: whole documents, small neighbours merged, long ones cut."""
+def query_groups(batch, start, position, start2=None, end2=None) -> Iterator[Group]:
+    """Cut the queries into steps: whole documents, small neighbours merged, long ones cut."""
     columns = [batch, start, position] + ([] if start2 is None else [start2, end2])
     table = torch.stack([x.long() for x in columns]).cpu()
-    rows = table.shape[1]
-    if rows == 0:
+    queries = table.shape[1]
+    if queries == 0:
         return
     changes = (table[:2, 1:] != table[:2, :-1]).any(0).nonzero().flatten() + 1
-    edges = [0, *changes.tolist(), rows]
+    edges = [0, *changes.tolist(), queries]
     host, first = table.tolist(), 0
     for end, after in zip(edges[1:], [*edges[2:], None], strict=True):
         if after is not None and host[0][end] == host[0][first]:
@@ -160,24 +160,24 @@ def row_groups(batch, start, position, start2=None, end2=None) -> Iterator[Group
 
 
 def _cut(host: list[list[int]], first: int, last: int) -> Iterator[Group]:
-    for begin in range(first, last, MAX_ROWS):
-        end = min(begin + MAX_ROWS, last)
+    for begin in range(first, last, MAX_QUERIES):
+        end = min(begin + MAX_QUERIES, last)
         low, high = min(host[1][begin:end]), max(host[2][begin:end]) + 1
         low2, high2 = (min(host[3][begin:end]), max(host[4][begin:end])) if host[3:] else (0, 0)
         yield Group(begin, end, host[0][begin], low, max(low, high), low2, max(low2, high2))
 
 
 def _mask(group: Group, start, position, visible, start2, end2) -> Tensor:
-    """bool [rows, positions of both segments]: what each row of the group sees."""
-    rows = slice(group.first, group.last)
+    """bool [queries, positions of both segments]: what each query of the group sees."""
+    queries = slice(group.first, group.last)
     columns = torch.arange(group.low, group.high, device=start.device)
-    mask = (columns >= start[rows, None]) & (columns <= position[rows, None])
+    mask = (columns >= start[queries, None]) & (columns <= position[queries, None])
     if visible is not None:
         mask = mask & visible[group.batch, group.low : group.high]
     if start2 is None:
         return mask
     columns = torch.arange(group.low2, group.high2, device=start.device)
-    second = (columns >= start2[rows, None]) & (columns < end2[rows, None])
+    second = (columns >= start2[queries, None]) & (columns < end2[queries, None])
     return torch.cat([mask, second], dim=1)
 
 
@@ -201,20 +201,20 @@ def _memory(group: Group, unseen: Tensor | None, k, v, k2, v2) -> tuple[Tensor, 
 
 
 def _pack(x: Tensor, group: Group, kv_heads: int) -> Tensor:
-    """[rows, q_heads, d] -> [kv_heads, rows * group heads, d]."""
+    """[queries, q_heads, d] -> [kv_heads, queries * group heads, d]."""
     x = x[group.first : group.last].to(_compute_dtype(x))
     return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def _unpack(x: Tensor, group: Group) -> Tensor:
-    """[kv_heads, rows * group heads, d] -> [rows, q_heads, d]."""
+    """[kv_heads, queries * group heads, d] -> [queries, q_heads, d]."""
     return x.unflatten(1, (group.last - group.first, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _scores(rows: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
-    heads = rows.shape[1] // mask.shape[0]
+def _scores(queries: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
+    heads = queries.shape[1] // mask.shape[0]
     hidden = ~mask.repeat_interleave(heads, dim=0)
-    return (rows @ keys.mT * scale).masked_fill(hidden, -torch.inf)
+    return (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf)
 
 
 def _add(first: Tensor, second: Tensor | None, grad: Tensor, group: Group) -> None:

@@ -1,8 +1,8 @@
 """Triton backward: after a small preparation, all gradients in one launch, without atomics.
 
-The first programs own a tile of keys and values each and walk over its rows (`triton_prepare`
-found them) and the heads of the group; the others own a tile of rows and walk over its memory like
-the forward. Every gradient element has one owner that adds in a fixed order, so results are
+The first programs own a tile of keys and values each and walk over its queries (`triton_prepare`
+found them) and the heads of the group; the others own a tile of queries and walk over its memory
+like the forward. Every gradient element has one owner that adds in a fixed order, so results are
 bit-identical from run to run.
 """
 
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ldistill_kernels.shared_kv_attention.configs import backward_config, split_backward
 from ldistill_kernels.shared_kv_attention.primitives import (
-    LOG2E,
     NOTHING,
     add_product,
     alignment,
     column_mask,
+    lane_blocks,
+    lane_programs,
     load_pair,
     memory_spans,
     next_run,
@@ -28,61 +29,60 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     second_spans,
     store_pair,
     strides,
+    table_lanes,
+    whole_run,
     zero_pair,
 )
 from ldistill_kernels.shared_kv_attention.triton_prepare import prepare
 
 
 @triton.jit
-def _row_inputs(
-    q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr, stride_gh,
+def _query_inputs(
+    q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Queries, output gradients, log-sum-exp in base 2 and delta of packed rows."""
-    row, q_head = (packed // GROUP).to(tl.int64), head * GROUP + packed % GROUP
-    q_offsets = tl.multiple_of(row * stride_qr + q_head.to(tl.int64) * stride_qh, ALIGN)
-    q1, q2 = load_pair(q, q_offsets, row >= 0, D1, D2, HEAD_DIM, False)
-    grad_offsets = tl.multiple_of(row * stride_gr + q_head.to(tl.int64) * stride_gh, ALIGN)
-    grad1, grad2 = load_pair(grad_out, grad_offsets, row >= 0, D1, D2, HEAD_DIM, False)
-    place = row * heads + q_head
-    base = tl.load(lse + place)
-    base = tl.where(base == float("-inf"), 0.0, base * LOG2E)  # such rows are masked everywhere
-    return q1, q2, grad1, grad2, base, tl.load(delta + place)
+    """Queries, output gradients, log-sum-exp in base 2 and delta of lanes of one key head."""
+    query, q_head = (lanes // GROUP).to(tl.int64), head * GROUP + lanes % GROUP
+    q_offsets = tl.multiple_of(query * stride_qn + q_head.to(tl.int64) * stride_qh, ALIGN)
+    q1, q2 = load_pair(q, q_offsets, query >= 0, D1, D2, HEAD_DIM, False)
+    grad_offsets = tl.multiple_of(query * stride_gn + q_head.to(tl.int64) * stride_gh, ALIGN)
+    grad1, grad2 = load_pair(grad_out, grad_offsets, query >= 0, D1, D2, HEAD_DIM, False)
+    return q1, q2, grad1, grad2, tl.load(lse + lanes), tl.load(delta + lanes)
 
 
 @triton.jit
-def _add_rows(
+def _add_queries(
     dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
-    batch, start, position, batches, seq, packed_first, packed_last, head, heads,
-    scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+    batch, start, position, batches, seq, first_lane, last_lane, head, scale2,
+    stride_qn, stride_qh, stride_gn, stride_gh,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, SECOND: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Add what BLOCK_M packed rows give to the gradients of a tile of keys and values."""
-    packed = packed_first + tl.arange(0, BLOCK_M)
-    inside = packed < packed_last
-    packed = tl.minimum(packed, packed_last - 1)
-    q1, q2, grad1, grad2, base, row_delta = _row_inputs(
-        q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr, stride_gh,
+    """Add what BLOCK_M lanes give to the gradients of a tile of keys and values."""
+    lanes = first_lane + tl.arange(0, BLOCK_M)
+    inside = lanes < last_lane
+    lanes = tl.minimum(lanes, last_lane - 1)
+    q1, q2, grad1, grad2, base, deltas = _query_inputs(
+        q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
         ALIGN, GROUP, D1, D2, HEAD_DIM,
     )  # fmt: skip
     scores = product(k1, k2, q1, q2, D2)
     weights = tl.exp2(scores * scale2 - base[None, :])
     if MASKED:
-        row = packed // GROUP
+        query = lanes // GROUP
         if SECOND:
-            low, high = second_spans(row, start, position, seq)
+            low, high = second_spans(query, start, position, seq)
         else:
-            low, high = memory_spans(row, batch, start, position, batches, seq)
+            low, high = memory_spans(query, batch, start, position, batches, seq)
         seen = (columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :])
         seen = seen & inside[None, :]
         weights = tl.where(seen, weights, 0.0)
     if DV:
         dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, D2)
     if DK:
-        grad_weights = product(v1, v2, grad1, grad2, D2) - row_delta[None, :]
+        grad_weights = product(v1, v2, grad1, grad2, D2) - deltas[None, :]
         grad_scores = weights * grad_weights
         if MASKED:  # a value nobody reads may be NaN, and 0 * NaN is not 0
             grad_scores = tl.where(seen, grad_scores, 0.0)
@@ -94,8 +94,8 @@ def _add_rows(
 @triton.jit
 def _memory_gradients(
     q, k, v, batch, start, position, visible, grad_out, lse, delta, ranges, dk, dv,
-    column, origin, end, base_k, base_v, base_dk, base_dv, batches, seq, head, heads, scale,
-    scale2, stride_qr, stride_qh, stride_gr, stride_gh, stride_k, stride_v, stride_dk, stride_dv,
+    column, origin, end, base_k, base_v, base_dk, base_dv, batches, seq, head, scale, scale2,
+    stride_qn, stride_qh, stride_gn, stride_gh, stride_k, stride_v, stride_dk, stride_dv,
     stride_visible,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
@@ -105,7 +105,7 @@ def _memory_gradients(
     """dK and dV of the columns [column, column + BLOCK_N) of one head; `ranges` at their entry."""
     first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
     full_last, last = tl.load(ranges + 2) * GROUP, tl.load(ranges + 3) * GROUP
-    seen = last > first  # a tile that no row sees is not read, and nothing is added to it
+    seen = last > first  # a tile that no query sees is not read, and nothing is added to it
     columns = column + tl.arange(0, BLOCK_N)
     place = (columns - origin).to(tl.int64)
     keep = column_mask(columns, end, place * stride_visible, visible, True, HAS_VISIBLE) & seen
@@ -115,21 +115,21 @@ def _memory_gradients(
     v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, True)
     dk1, dk2 = zero_pair(BLOCK_N, D1, D2)
     dv1, dv2 = zero_pair(BLOCK_N, D1, D2)
-    before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with rows that see a part only
+    before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with queries that see a part only
     full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
     for i in tl.range(before, before + full):
-        dk1, dk2, dv1, dv2 = _add_rows(
+        dk1, dk2, dv1, dv2 = _add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
-            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, heads,
-            scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, scale2,
+            stride_qn, stride_qh, stride_gn, stride_gh,
             ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, False, SECOND, DK, DV,
         )  # fmt: skip
     for i in tl.range(0, tl.cdiv(last - first, BLOCK_M) - full):
         i = tl.where(i < before, i, i + full)
-        dk1, dk2, dv1, dv2 = _add_rows(
+        dk1, dk2, dv1, dv2 = _add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
-            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, heads,
-            scale2, stride_qr, stride_qh, stride_gr, stride_gh,
+            batch, start, position, batches, seq, first + i * BLOCK_M, last, head, scale2,
+            stride_qn, stride_qh, stride_gn, stride_gh,
             ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, True, SECOND, DK, DV,
         )  # fmt: skip
     exists = columns < end
@@ -147,7 +147,7 @@ def _memory_gradients(
 
 @triton.jit
 def _finish(first, second, keep, scale, D2: tl.constexpr):
-    """Scaled gradients, zero where nobody may read (unmasked rows wrote rubbish there)."""
+    """Scaled gradients, zero where nobody may read (unmasked queries wrote rubbish there)."""
     first = tl.where(keep[:, None], first * scale, 0.0)
     if D2 > 0:
         second = tl.where(keep[:, None], second * scale, 0.0)
@@ -156,12 +156,12 @@ def _finish(first, second, keep, scale, D2: tl.constexpr):
 
 @triton.jit
 def _add_columns(
-    dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible, base_k, base_v,
+    dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible, base_k, base_v,
     stride_k, stride_v, stride_visible, column, origin, end, scale2,
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """Add what BLOCK_N columns give to the gradients of a tile of rows."""
+    """Add what BLOCK_N columns give to the gradients of a tile of queries."""
     columns = column + tl.arange(0, BLOCK_N)
     place = (columns - origin).to(tl.int64)
     keep = column_mask(columns, end, place * stride_visible, visible, MASKED, HAS_VISIBLE)
@@ -177,50 +177,117 @@ def _add_columns(
         weights = tl.where(seen, weights, 0.0)
     elif HAS_VISIBLE:
         weights = tl.where(keep[None, :], weights, 0.0)
-    grad_weights = product(grad1, grad2, v1, v2, D2) - row_delta[:, None]
+    grad_weights = product(grad1, grad2, v1, v2, D2) - deltas[:, None]
     return add_product(dq1, dq2, (weights * grad_weights).to(k1.dtype), k1, k2, D2)
 
 
 @triton.jit
-def _query_segment(
-    dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible, base_k, base_v, seq,
-    stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
+def _query_run(
+    dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k, v, visible,
+    base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v, stride_visible_b,
+    stride_visible, scale2,
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
 ):  # fmt: skip
-    """All runs of one segment, as in the forward."""
-    first = tl.min(low, 0)
-    while first < NOTHING:
-        end, full_end = run_at(first, low, high)
-        b = first // seq
-        origin = b * seq
-        row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
-        visible_row = visible
-        if HAS_VISIBLE:
-            visible_row = visible + b.to(tl.int64) * stride_visible_b
-        limit = tl.minimum(high, end)
-        middle = first + (full_end - first) // BLOCK_N * BLOCK_N
-        for column in tl.range(first, middle, BLOCK_N):
-            dq1, dq2 = _add_columns(
-                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, limit, k, v, visible_row,
-                row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
-                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
-            )  # fmt: skip
-        for column in tl.range(middle, end, BLOCK_N):
-            dq1, dq2 = _add_columns(
-                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, limit, k, v, visible_row,
-                row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
-                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
-            )  # fmt: skip
-        first = next_run(end, low, high)
+    """The columns [first, end) of one batch row, as in the forward."""
+    b = first // seq
+    origin = b * seq
+    row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
+    visible_row = visible
+    if HAS_VISIBLE:
+        visible_row = visible + b.to(tl.int64) * stride_visible_b
+    limit = tl.minimum(high, end)
+    middle = first + (full_end - first) // BLOCK_N * BLOCK_N
+    for column in tl.range(first, middle, BLOCK_N):
+        dq1, dq2 = _add_columns(
+            dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, limit, k, v, visible_row,
+            row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
+            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
+        )  # fmt: skip
+    for column in tl.range(middle, end, BLOCK_N):
+        dq1, dq2 = _add_columns(
+            dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, limit, k, v, visible_row,
+            row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
+            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
+        )  # fmt: skip
     return dq1, dq2
 
 
+@triton.jit
+def _query_segment(
+    dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible, base_k, base_v, seq,
+    stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """All runs of one segment, as in the forward."""
+    first = tl.min(low, 0)
+    if ONE_RUN:
+        end, full_end = whole_run(first, low, high, seq)
+        dq1, dq2 = _query_run(
+            dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k, v,
+            visible, base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v,
+            stride_visible_b, stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+        )  # fmt: skip
+    else:
+        while first < NOTHING:
+            end, full_end = run_at(first, low, high)
+            dq1, dq2 = _query_run(
+                dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k,
+                v, visible, base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v,
+                stride_visible_b, stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM,
+                HAS_VISIBLE,
+            )  # fmt: skip
+            first = next_run(end, low, high)
+    return dq1, dq2
+
+
+@triton.jit
+def _query_gradients(
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta, dq,
+    first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
+    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
+    stride_gn, stride_gh, stride_dqn, stride_dqh,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    HAS_SECOND: tl.constexpr, ONE_RUN: tl.constexpr,
+):  # fmt: skip
+    """dQ of the lanes [first_lane, last_lane), BLOCK_M at most."""
+    lanes = first_lane + tl.arange(0, BLOCK_M)
+    inside = lanes < last_lane
+    lanes = tl.minimum(lanes, last_lane - 1)
+    query = lanes // GROUP
+    low, high = memory_spans(query, batch, start, position, batches, seq)
+    q1, q2, grad1, grad2, base, deltas = _query_inputs(
+        q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
+        ALIGN, GROUP, D1, D2, HEAD_DIM,
+    )  # fmt: skip
+    dq1, dq2 = zero_pair(BLOCK_M, D1, D2)
+    dq1, dq2 = _query_segment(
+        dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible,
+        head * stride_kh, head * stride_vh, seq, stride_kb, stride_kn, stride_vb, stride_vn,
+        stride_visible_b, stride_visible_n, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+        ONE_RUN,
+    )  # fmt: skip
+    if HAS_SECOND:
+        low, high = second_spans(query, start2, end2, seq2)
+        dq1, dq2 = _query_segment(
+            dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k2, v2, visible,
+            head * stride_k2h, head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0,
+            scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, ONE_RUN,
+        )  # fmt: skip
+    dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)
+    offsets = query.to(tl.int64) * stride_dqn
+    offsets = tl.multiple_of(offsets + (head * GROUP + lanes % GROUP) * stride_dqh, ALIGN)
+    store_pair(dq, offsets, inside, dq1, dq2, D1, D2, HEAD_DIM, False)
+
+
 INTEGERS = (
-    "rows", "batches", "seq", "rows2", "kv_heads", "row_tiles", "tiles1", "tiles2",
-    "stride_qr", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+    "queries", "batches", "seq", "seq2", "kv_heads", "seq_tiles", "tiles1", "tiles2",
+    "stride_qn", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
     "stride_vn", "stride_visible_b", "stride_visible_n", "stride_k2n", "stride_k2h", "stride_v2n",
-    "stride_v2h", "stride_gr", "stride_gh", "stride_dqr", "stride_dqh", "stride_dkb", "stride_dkh",
+    "stride_v2h", "stride_gn", "stride_gh", "stride_dqn", "stride_dqh", "stride_dkb", "stride_dkh",
     "stride_dkn", "stride_dvb", "stride_dvh", "stride_dvn", "stride_dk2n", "stride_dk2h",
     "stride_dv2n", "stride_dv2h",
 )  # fmt: skip
@@ -228,35 +295,37 @@ INTEGERS = (
 
 @triton.jit(do_not_specialize=INTEGERS)
 def backward_kernel(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta, ranges,
-    dq, dk, dv, dk2, dv2, rows, batches, seq, rows2, kv_heads, row_tiles, tiles1, tiles2,
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_out, lse, delta,
+    ranges, dq, dk, dv, dk2, dv2, queries, batches, seq, seq2, kv_heads, seq_tiles, tiles1, tiles2,
     scale, scale2,
-    stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
-    stride_gr, stride_gh, stride_dqr, stride_dqh, stride_dkb, stride_dkh, stride_dkn,
+    stride_gn, stride_gh, stride_dqn, stride_dqh, stride_dkb, stride_dkh, stride_dkn,
     stride_dvb, stride_dvh, stride_dvn, stride_dk2n, stride_dk2h, stride_dv2n, stride_dv2h,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, DQ_M: tl.constexpr, DQ_N: tl.constexpr, DKV_M: tl.constexpr,
-    DKV_N: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    D2: tl.constexpr, DQ_M: tl.constexpr, SMALL_M: tl.constexpr, DQ_N: tl.constexpr,
+    DKV_M: tl.constexpr, DKV_N: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_TILES: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
     ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0) // kv_heads
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
-    heads = kv_heads * GROUP
+    lse += head * queries * GROUP  # of this key head, by lane
+    delta += head * queries * GROUP
     if tile < tiles1:
         if DK or DV:
-            b = (tile // row_tiles).to(tl.int64)
-            origin = (tile // row_tiles) * seq
+            b = (tile // seq_tiles).to(tl.int64)
+            origin = (tile // seq_tiles) * seq
             visible_row = visible
             if HAS_VISIBLE:
                 visible_row = visible + b * stride_visible_b
             _memory_gradients(
                 q, k, v, batch, start, position, visible_row, grad_out, lse, delta,
-                ranges + tile * 4, dk, dv, origin + tile % row_tiles * DKV_N, origin, origin + seq,
+                ranges + tile * 4, dk, dv, origin + tile % seq_tiles * DKV_N, origin, origin + seq,
                 b * stride_kb + head * stride_kh, b * stride_vb + head * stride_vh,
                 b * stride_dkb + head * stride_dkh, b * stride_dvb + head * stride_dvh,
-                batches, seq, head, heads, scale, scale2, stride_qr, stride_qh, stride_gr,
+                batches, seq, head, scale, scale2, stride_qn, stride_qh, stride_gn,
                 stride_gh, stride_kn, stride_vn, stride_dkn, stride_dvn, stride_visible_n,
                 ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, HAS_VISIBLE, False, DK, DV,
                 ADD_K, ADD_V,
@@ -265,47 +334,51 @@ def backward_kernel(
         if DK2 or DV2:
             _memory_gradients(
                 q, k2, v2, batch, start2, end2, visible, grad_out, lse, delta,
-                ranges + tile * 4, dk2, dv2, (tile - tiles1) * DKV_N, 0, rows2,
+                ranges + tile * 4, dk2, dv2, (tile - tiles1) * DKV_N, 0, seq2,
                 head * stride_k2h, head * stride_v2h, head * stride_dk2h, head * stride_dv2h,
-                batches, rows2, head, heads, scale, scale2, stride_qr, stride_qh, stride_gr,
+                batches, seq2, head, scale, scale2, stride_qn, stride_qh, stride_gn,
                 stride_gh, stride_k2n, stride_v2n, stride_dk2n, stride_dv2n, 0,
                 ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, False, True, DK2, DV2,
                 False, False,
             )  # fmt: skip
     elif DQ:
-        # Late rows (long spans) first, as in the forward.
-        tile = tl.num_programs(0) // kv_heads - 1 - (tile - tiles1 - tiles2) - tiles1 - tiles2
-        packed = tile * DQ_M + tl.arange(0, DQ_M)
-        inside = packed < rows * GROUP
-        packed = tl.minimum(packed, rows * GROUP - 1)
-        row = packed // GROUP
-        low, high = memory_spans(row, batch, start, position, batches, seq)
-        q1, q2, grad1, grad2, base, row_delta = _row_inputs(
-            q, grad_out, lse, delta, packed, head, heads, stride_qr, stride_qh, stride_gr,
-            stride_gh, ALIGN, GROUP, D1, D2, HEAD_DIM,
-        )  # fmt: skip
-        dq1, dq2 = zero_pair(DQ_M, D1, D2)
-        dq1, dq2 = _query_segment(
-            dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k, v, visible,
-            head * stride_kh, head * stride_vh, seq, stride_kb, stride_kn, stride_vb, stride_vn,
-            stride_visible_b, stride_visible_n, scale2, ALIGN, DQ_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
-        )  # fmt: skip
-        if HAS_SECOND:
-            low, high = second_spans(row, start2, end2, rows2)
-            dq1, dq2 = _query_segment(
-                dq1, dq2, q1, q2, grad1, grad2, base, row_delta, low, high, k2, v2, visible,
-                head * stride_k2h, head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0,
-                scale2, ALIGN, DQ_N, D1, D2, HEAD_DIM, False,
+        tile -= tiles1 + tiles2
+        if HAS_TILES:
+            first_lane, last_lane = table_lanes(tiles, tile, queries * GROUP, DQ_M)
+            if last_lane - first_lane > SMALL_M:
+                _query_gradients(
+                    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
+                    delta, dq, first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
+                    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                    stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
+                    stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN,
+                    GROUP, HEAD_DIM, D1, D2, DQ_M, DQ_N, HAS_VISIBLE, HAS_SECOND, True,
+                )  # fmt: skip
+            elif SMALL_M > 0 and last_lane > first_lane:
+                _query_gradients(
+                    q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
+                    delta, dq, first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
+                    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                    stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
+                    stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN,
+                    GROUP, HEAD_DIM, D1, D2, SMALL_M, DQ_N, HAS_VISIBLE, HAS_SECOND, True,
+                )  # fmt: skip
+        else:
+            # Late queries (long spans) first, as in the forward.
+            first_lane = (tl.num_programs(0) // kv_heads - tiles1 - tiles2 - 1 - tile) * DQ_M
+            _query_gradients(
+                q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
+                delta, dq, first_lane, queries * GROUP, head, batches, seq, seq2, scale, scale2,
+                stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n,
+                stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN, GROUP, HEAD_DIM,
+                D1, D2, DQ_M, DQ_N, HAS_VISIBLE, HAS_SECOND, False,
             )  # fmt: skip
-        dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)
-        offsets = row.to(tl.int64) * stride_dqr
-        offsets = tl.multiple_of(offsets + (head * GROUP + packed % GROUP) * stride_dqh, ALIGN)
-        store_pair(dq, offsets, inside, dq1, dq2, D1, D2, HEAD_DIM, False)
 
 
 def attention_backward(
-    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_k,
-    grad_v, out, lse, needs, scale,
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
+    grad_k, grad_v, out, lse, needs, scale,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward.
 
@@ -331,45 +404,48 @@ def attention_backward(
     with torch.cuda.device_of(q):  # Triton launches on the current device
         _launch(
             grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,
-            out, lse, targets, wanted, added, scale,
+            tiles, out, lse, targets, wanted, added, scale,
         )  # fmt: skip
     return tuple(grads)
 
 
 def _launch(
-    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-    targets, wanted, added, scale,
+    grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
+    out, lse, targets, wanted, added, scale,
 ) -> None:  # fmt: skip
-    rows, q_heads, head_dim = q.shape
+    queries, q_heads, head_dim = q.shape
     batches, kv_heads, seq = k.shape[:3]
-    rows2 = 0 if k2 is None else k2.shape[0]
-    config = backward_config(q.device, head_dim, q.element_size())
-    row_tiles = triton.cdiv(seq, config.dkv_n)
-    tiles1 = batches * row_tiles if wanted[1] or wanted[2] else 0
-    tiles2 = triton.cdiv(rows2, config.dkv_n) if wanted[3] or wanted[4] else 0
+    seq2 = 0 if k2 is None else k2.shape[0]
+    plain = visible is None and k2 is None and not any(added)
+    config = backward_config(q.device, head_dim, q.element_size(), plain)
+    seq_tiles = triton.cdiv(seq, config.dkv_n)
+    tiles1 = batches * seq_tiles if wanted[1] or wanted[2] else 0
+    tiles2 = triton.cdiv(seq2, config.dkv_n) if wanted[3] or wanted[4] else 0
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
     d1, d2 = split_backward(head_dim)
     head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
-    delta, ranges = prepare(
-        out, grad_out, grad_lse, batch, start, position, seq, start2, end2, rows2, row_tiles,
-        tiles1, tiles2, config.dkv_n, head_dims,
+    group = q_heads // kv_heads
+    base2, delta, ranges = prepare(
+        out, grad_out, grad_lse, lse, batch, start, position, seq, start2, end2, seq2, seq_tiles,
+        tiles1, tiles2, config.dkv_n, group, head_dims,
     )  # fmt: skip
-    dq_tiles = triton.cdiv(rows * (q_heads // kv_heads), config.dq_m) if wanted[0] else 0
+    dq_m, small_m = lane_blocks(config.dq_m, tiles is not None)
+    dq_tiles = lane_programs(dq_m, tiles, queries * group) if wanted[0] else 0
     grid = (tiles1 + tiles2 + dq_tiles) * kv_heads
     if grid == 0:
         return
     backward_kernel[(grid,)](
-        q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta,
-        ranges, dq, dk, dv, dk2, dv2, rows, batches, seq, rows2, kv_heads, row_tiles, tiles1,
-        tiles2, scale, scale * math.log2(math.e),
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_out, base2,
+        delta, ranges, dq, dk, dv, dk2, dv2, queries, batches, seq, seq2, kv_heads, seq_tiles,
+        tiles1, tiles2, scale, scale * math.log2(math.e),
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
         *strides(v2), *grad_out.stride()[:2], *strides(dq), *strides(dk, 3), *strides(dv, 3),
         *strides(dk2), *strides(dv2),
-        **head_dims, GROUP=q_heads // kv_heads, DQ_M=config.dq_m, DQ_N=config.dq_n,
+        **head_dims, GROUP=group, DQ_M=dq_m, SMALL_M=small_m, DQ_N=config.dq_n,
         DKV_M=config.dkv_m, DKV_N=config.dkv_n, HAS_VISIBLE=visible is not None,
-        HAS_SECOND=k2 is not None, DQ=wanted[0], DK=wanted[1], DV=wanted[2], DK2=wanted[3],
-        DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
+        HAS_SECOND=k2 is not None, HAS_TILES=tiles is not None, DQ=wanted[0], DK=wanted[1],
+        DV=wanted[2], DK2=wanted[3], DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
         enable_fp_fusion=True,
     )  # fmt: skip

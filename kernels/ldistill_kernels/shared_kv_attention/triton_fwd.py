@@ -1,8 +1,8 @@
-"""Triton forward: one program per tile of packed rows and key/value head.
+"""Triton forward: one program per tile of lanes and key/value head.
 
-The rows of a tile are (token, head of the group) pairs, laid end to end, so a group of three heads
-fills 128 rows without a gap and each key is loaded once for the whole group. Softmax runs online
-in base 2. Tiles of columns that every row sees skip the mask.
+The lanes of a tile are (query, head of the group) pairs, laid end to end, so a group of three heads
+fills 128 lanes without a gap and each key is loaded once for the whole group. Softmax runs online
+in base 2. Tiles of columns that every query sees skip the mask.
 """
 
 import math
@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ldistill_kernels.shared_kv_attention.checks import check_arguments
 from ldistill_kernels.shared_kv_attention.configs import (
     forward_config,
     is_dense,
+    overridden,
     split_head_dim,
 )
 from ldistill_kernels.shared_kv_attention.primitives import (
@@ -23,6 +25,8 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     add_product,
     alignment,
     column_mask,
+    lane_blocks,
+    lane_programs,
     load_pair,
     memory_spans,
     next_run,
@@ -31,9 +35,12 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     second_spans,
     store_pair,
     strides,
+    table_lanes,
+    whole_run,
     zero_pair,
 )
 
+KEPT = 64  # launches: a step asks for few, the next step's number of queries is another
 BASE2 = math.log2(math.e)  # folded into the scale: exp(x) = exp2(x * BASE2)
 
 
@@ -75,69 +82,81 @@ def _attend_columns(
 
 
 @triton.jit
+def _attend_run(
+    acc1, acc2, peak, total, q1, q2, low, high, first, full_end, end, k, v, visible, base_k, base_v,
+    seq, stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+):  # fmt: skip
+    """The columns [first, end) of one batch row; all lanes see those before full_end."""
+    b = first // seq
+    origin = b * seq
+    row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
+    visible_row = visible
+    if HAS_VISIBLE:
+        visible_row = visible + b.to(tl.int64) * stride_visible_b
+    limit = tl.minimum(high, end)  # columns after the end belong to the next run
+    middle = first + (full_end - first) // BLOCK_N * BLOCK_N
+    for column in tl.range(first, middle, BLOCK_N):
+        acc1, acc2, peak, total = _attend_columns(
+            acc1, acc2, peak, total, q1, q2, low, limit, k, v, visible_row, row_k, row_v,
+            stride_k, stride_v, stride_visible, column, origin, end, scale2,
+            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
+        )  # fmt: skip
+    for column in tl.range(middle, end, BLOCK_N):
+        acc1, acc2, peak, total = _attend_columns(
+            acc1, acc2, peak, total, q1, q2, low, limit, k, v, visible_row, row_k, row_v,
+            stride_k, stride_v, stride_visible, column, origin, end, scale2,
+            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
+        )  # fmt: skip
+    return acc1, acc2, peak, total
+
+
+@triton.jit
 def _attend_segment(
     acc1, acc2, peak, total, q1, q2, low, high, k, v, visible, base_k, base_v, seq,
     stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
     ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """All runs of one segment; base_k and base_v lead to the head in batch row 0."""
     first = tl.min(low, 0)
-    while first < NOTHING:
-        end, full_end = run_at(first, low, high)
-        b = first // seq
-        origin = b * seq
-        row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
-        visible_row = visible
-        if HAS_VISIBLE:
-            visible_row = visible + b.to(tl.int64) * stride_visible_b
-        limit = tl.minimum(high, end)  # columns after the end belong to the next run
-        middle = first + (full_end - first) // BLOCK_N * BLOCK_N
-        for column in tl.range(first, middle, BLOCK_N):
-            acc1, acc2, peak, total = _attend_columns(
-                acc1, acc2, peak, total, q1, q2, low, limit, k, v, visible_row, row_k, row_v,
-                stride_k, stride_v, stride_visible, column, origin, end, scale2,
-                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
+    if ONE_RUN:
+        end, full_end = whole_run(first, low, high, seq)
+        acc1, acc2, peak, total = _attend_run(
+            acc1, acc2, peak, total, q1, q2, low, high, first, full_end, end, k, v, visible,
+            base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v, stride_visible_b,
+            stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+        )  # fmt: skip
+    else:
+        while first < NOTHING:
+            end, full_end = run_at(first, low, high)
+            acc1, acc2, peak, total = _attend_run(
+                acc1, acc2, peak, total, q1, q2, low, high, first, full_end, end, k, v, visible,
+                base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v, stride_visible_b,
+                stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
             )  # fmt: skip
-        for column in tl.range(middle, end, BLOCK_N):
-            acc1, acc2, peak, total = _attend_columns(
-                acc1, acc2, peak, total, q1, q2, low, limit, k, v, visible_row, row_k, row_v,
-                stride_k, stride_v, stride_visible, column, origin, end, scale2,
-                ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
-            )  # fmt: skip
-        first = next_run(end, low, high)
+            first = next_run(end, low, high)
     return acc1, acc2, peak, total
 
 
-INTEGERS = (
-    "rows", "batches", "seq", "rows2", "kv_heads",
-    "stride_qr", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
-    "stride_vn", "stride_visible_b", "stride_visible_n", "stride_k2n", "stride_k2h", "stride_v2n",
-    "stride_v2h",
-)  # fmt: skip
-
-
-# Sizes change from step to step: a new one must not compile a new variant. What loads need to
-# know about strides is in ALIGN.
-@triton.jit(do_not_specialize=INTEGERS)
-def forward_kernel(
+@triton.jit
+def _attend_tile(
     q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-    rows, batches, seq, rows2, kv_heads, scale2,
-    stride_qr, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    first_lane, last_lane, head, queries, batches, seq, seq2, kv_heads, scale2,
+    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_VISIBLE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, HAS_SECOND: tl.constexpr, ONE_RUN: tl.constexpr,
 ):  # fmt: skip
-    # Heads side by side, late rows (long spans) first: the long programs do not end up last.
-    head = tl.program_id(0) % kv_heads
-    tile = tl.num_programs(0) // kv_heads - 1 - tl.program_id(0) // kv_heads
-    packed = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = packed < rows * GROUP
-    packed = tl.minimum(packed, rows * GROUP - 1)  # the tail repeats the last row
-    row, q_head = packed // GROUP, head * GROUP + packed % GROUP
-    low, high = memory_spans(row, batch, start, position, batches, seq)
-    q_offsets = row.to(tl.int64) * stride_qr + q_head.to(tl.int64) * stride_qh
+    """Output and log-sum-exp of the lanes [first_lane, last_lane), BLOCK_M at most."""
+    lanes = first_lane + tl.arange(0, BLOCK_M)
+    inside = lanes < last_lane
+    lanes = tl.minimum(lanes, last_lane - 1)  # the tail repeats the last lane
+    query, q_head = lanes // GROUP, head * GROUP + lanes % GROUP
+    low, high = memory_spans(query, batch, start, position, batches, seq)
+    q_offsets = query.to(tl.int64) * stride_qn + q_head.to(tl.int64) * stride_qh
     q_offsets = tl.multiple_of(q_offsets, ALIGN)
     q1, q2 = load_pair(q, q_offsets, inside, D1, D2, HEAD_DIM, False)
     acc1, acc2 = zero_pair(BLOCK_M, D1, D2)
@@ -147,18 +166,18 @@ def forward_kernel(
     acc1, acc2, peak, total = _attend_segment(
         acc1, acc2, peak, total, q1, q2, low, high, k, v, visible, head * stride_kh,
         head * stride_vh, seq, stride_kb, stride_kn, stride_vb, stride_vn, stride_visible_b,
-        stride_visible_n, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+        stride_visible_n, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE, ONE_RUN,
     )  # fmt: skip
     if HAS_SECOND:
-        low, high = second_spans(row, start2, end2, rows2)
+        low, high = second_spans(query, start2, end2, seq2)
         acc1, acc2, peak, total = _attend_segment(
             acc1, acc2, peak, total, q1, q2, low, high, k2, v2, visible, head * stride_k2h,
             head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0, scale2,
-            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False,
+            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, ONE_RUN,
         )  # fmt: skip
     empty = total == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, total)
-    place = row.to(tl.int64) * (kv_heads * GROUP) + q_head
+    place = query.to(tl.int64) * (kv_heads * GROUP) + q_head
     natural = (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2
     tl.store(lse + place, tl.where(empty, float("-inf"), natural), mask=inside)
     acc1 = acc1 * inverse[:, None]
@@ -167,32 +186,149 @@ def forward_kernel(
     store_pair(out, place * HEAD_DIM, inside, acc1, acc2, D1, D2, HEAD_DIM, False)
 
 
+INTEGERS = (
+    "queries", "batches", "seq", "seq2", "kv_heads",
+    "stride_qn", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
+    "stride_vn", "stride_visible_b", "stride_visible_n", "stride_k2n", "stride_k2h", "stride_v2n",
+    "stride_v2h",
+)  # fmt: skip
+
+
+# Sizes change from step to step: a new one must not compile a new variant. What loads need to
+# know about strides is in ALIGN.
+@triton.jit(do_not_specialize=INTEGERS)
+def forward_kernel(
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, out, lse,
+    queries, batches, seq, seq2, kv_heads, scale2,
+    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, BLOCK_M: tl.constexpr, SMALL_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_TILES: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % kv_heads  # heads side by side: they share what is read of a document
+    tile = tl.program_id(0) // kv_heads
+    if HAS_TILES:
+        first_lane, last_lane = table_lanes(tiles, tile, queries * GROUP, BLOCK_M)
+        if last_lane - first_lane > SMALL_M:
+            _attend_tile(
+                q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+                first_lane, last_lane, head, queries, batches, seq, seq2, kv_heads, scale2,
+                stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n,
+                stride_v2h, ALIGN, GROUP, HEAD_DIM, D1, D2, BLOCK_M, BLOCK_N, HAS_VISIBLE,
+                HAS_SECOND, True,
+            )  # fmt: skip
+        elif SMALL_M > 0 and last_lane > first_lane:
+            _attend_tile(
+                q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+                first_lane, last_lane, head, queries, batches, seq, seq2, kv_heads, scale2,
+                stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
+                stride_v2n, stride_v2h, ALIGN, GROUP, HEAD_DIM, D1, D2, SMALL_M, BLOCK_N,
+                HAS_VISIBLE, HAS_SECOND, True,
+            )  # fmt: skip
+    else:
+        # Late queries (long spans) first: the long programs do not end up last.
+        first_lane = (tl.num_programs(0) // kv_heads - 1 - tile) * BLOCK_M
+        _attend_tile(
+            q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
+            first_lane, queries * GROUP, head, queries, batches, seq, seq2, kv_heads, scale2,
+            stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+            stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
+            ALIGN, GROUP, HEAD_DIM, D1, D2, BLOCK_M, BLOCK_N, HAS_VISIBLE, HAS_SECOND, False,
+        )  # fmt: skip
+
+
 def attention_forward(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, scale
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, scale
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward; arguments as `shared_kv_attention`, k and v heads-first.
 
-    Returns: out [rows, q_heads, head_dim] in q's dtype, lse fp32 [rows, q_heads].
+    Returns: out [queries, q_heads, head_dim] in q's dtype, lse fp32 [queries, q_heads].
     """
-    rows, q_heads, head_dim = q.shape
-    batches, kv_heads, seq = k.shape[:3]
-    out = q.new_empty(q.shape)
-    lse = torch.empty(rows, q_heads, dtype=torch.float32, device=q.device)
-    if rows == 0:
-        return out, lse
-    config = forward_config(q.device, head_dim, q.element_size(), is_dense(rows, batches, seq))
-    group, (d1, d2) = q_heads // kv_heads, split_head_dim(head_dim)
-    grid = (triton.cdiv(rows * group, config.block_m) * kv_heads,)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        forward_kernel[grid](
-            q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-            rows, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * BASE2,
-            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
-            *strides(v2),
-            ALIGN=alignment(q, k, v, k2, v2), GROUP=group, HEAD_DIM=head_dim, D1=d1, D2=d2,
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            HAS_VISIBLE=visible is not None, HAS_SECOND=k2 is not None,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    out, lse = _outputs(q)
+    if q.shape[0] > 0:
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            _launch(q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, out, lse,
+                    scale)  # fmt: skip
     return out, lse
+
+
+# What a call was, as far as its launch depends on it -> compiled kernel, grid, numbers.
+_launches: dict[tuple, tuple] = {}
+
+
+def forward_again(inputs: tuple[Tensor | None, ...], scale: float) -> tuple[Tensor, Tensor]:
+    """`attention_forward` for the layers of a model: after the first they ask for the same launch.
+
+    Checks the arguments, chooses a tile and has Triton look its kernel up once, and not again for
+    tensors of the same shapes, strides and types: on a GPU that outruns Python this is the time.
+
+    Args:
+        inputs: the arguments of `attention_forward` without the scale.
+    """
+    call = _call(inputs, scale)
+    if call not in _launches:
+        check_arguments(*inputs, None, None, scale)
+        if call is None or inputs[0].shape[0] == 0:
+            return attention_forward(*inputs, scale)
+    q = inputs[0]
+    out, lse = _outputs(q)
+    with torch.cuda.device_of(q):
+        if call in _launches:
+            kernel, grid, numbers = _launches[call]
+            kernel[grid](*inputs, out, lse, *numbers)
+        else:
+            launched = _launch(*inputs, out, lse, scale)
+            if launched[0] is not None:  # the interpreter has nothing to keep
+                if len(_launches) >= KEPT:
+                    _launches.clear()
+                _launches[call] = launched
+    return out, lse
+
+
+def _call(inputs: tuple[Tensor | None, ...], scale: float) -> tuple | None:
+    """What decides a launch; None where it is not worth keeping.
+
+    Triton compiles for pointers that 16 divides and for others: only the former are kept.
+    """
+    call, pointers = [scale], 0
+    for x in inputs:
+        if x is None:
+            call.append(None)
+        else:
+            pointers |= x.data_ptr()
+            call += (x.shape, x.stride(), x.dtype, x.get_device())
+    return None if pointers % 16 or overridden() else tuple(call)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def _launch(
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, out, lse, scale
+) -> tuple:
+    """Returns the compiled kernel, its grid and its arguments after the tensors."""
+    queries, q_heads, head_dim = q.shape
+    batches, kv_heads, seq = k.shape[:3]
+    dense = tiles is None and is_dense(queries, batches, seq)
+    plain = visible is None and k2 is None
+    config = forward_config(q.device, head_dim, q.element_size(), dense, plain)
+    group, (d1, d2) = q_heads // kv_heads, split_head_dim(head_dim)
+    block_m, small_m = lane_blocks(config.block_m, tiles is not None)
+    grid = (lane_programs(block_m, tiles, queries * group) * kv_heads, 1, 1)
+    numbers = (
+        queries, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads, scale * BASE2,
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
+        *strides(v2),
+        alignment(q, k, v, k2, v2), group, head_dim, d1, d2, block_m, small_m, config.block_n,
+        visible is not None, k2 is not None, tiles is not None,
+    )  # fmt: skip
+    kernel = forward_kernel[grid](
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, out, lse, *numbers,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return kernel, grid, numbers

@@ -1,7 +1,8 @@
-"""Before the backward: delta of every row, and which rows see each tile of memory positions.
+"""Before the backward: delta of every lane, and which queries see each tile of memory positions.
 
-`prepare_kernel` computes delta = rowsum(out * grad_out) for every (row, head), and for every tile
-of memory positions which rows see it: rows are sorted, so four binary searches tell the rows that
+`prepare_kernel` computes delta = sum(out * grad_out) for every (query, head), lays it and the
+log-sum-exp side by side as the lanes of a tile read them, and finds for every tile
+of memory positions which queries see it: they are sorted, so four binary searches tell those that
 see some of the tile and those that see all of it.
 """
 
@@ -10,17 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ldistill_kernels.shared_kv_attention.primitives import load_pair, strides
+from ldistill_kernels.shared_kv_attention.primitives import LOG2E, load_pair, strides
 
 TILES = 128  # tiles of memory positions of one search
 REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupancy
 
 
 @triton.jit
-def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.constexpr):
-    """For each target: how many rows have outer[row] * seq + inner[row] + shift < target."""
+def _queries_below(target, outer, inner, seq, shift, queries, steps, HAS_OUTER: tl.constexpr):
+    """For each target: how many queries have outer[query] * seq + inner[query] + shift < target."""
     low = tl.zeros_like(target)
-    high = low + rows
+    high = low + queries
     for _ in range(steps):
         active = low < high
         middle = (low + high) // 2
@@ -35,102 +36,109 @@ def _rows_below(target, outer, inner, seq, shift, rows, steps, HAS_OUTER: tl.con
 
 @triton.jit
 def _write_range(
-    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, rows,
+    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, queries,
     steps, HAS_OUTER: tl.constexpr,
 ):  # fmt: skip
-    """One of four bounds: rows 0..3 see some of [first, last), rows 1..2 all of it."""
+    """One of four bounds: queries 0..3 see some of [first, last), queries 1..2 all of it."""
     if search < 2:
         target = tl.where(search == 0, first + 1, last)
-        row = _rows_below(target, high_outer, high, seq, shift, rows, steps, HAS_OUTER)
+        query = _queries_below(target, high_outer, high, seq, shift, queries, steps, HAS_OUTER)
     else:
         target = tl.where(search == 2, first + 1, last)
-        row = _rows_below(target, low_outer, low, seq, 0, rows, steps, HAS_OUTER)
-    tl.store(ranges + tile * 4 + search, row, mask=tile < count)
+        query = _queries_below(target, low_outer, low, seq, 0, queries, steps, HAS_OUTER)
+    tl.store(ranges + tile * 4 + search, query, mask=tile < count)
 
 
 INTEGERS = (
-    "rows", "q_heads", "seq", "rows2", "row_tiles", "tiles1", "tiles2", "steps",
-    "stride_gr", "stride_gh", "stride_lr", "stride_lh",
+    "queries", "q_heads", "seq", "seq2", "seq_tiles", "tiles1", "tiles2", "steps",
+    "stride_gn", "stride_gh", "stride_ln", "stride_lh",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
-    out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
-    rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, steps,
-    stride_gr, stride_gh, stride_lr, stride_lh,
+    out, grad_out, grad_lse, lse, base2, delta, batch, start, position, start2, end2, ranges,
+    queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, steps,
+    stride_gn, stride_gh, stride_ln, stride_lh,
     ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    GROUP: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    programs = tl.cdiv(rows * q_heads, BLOCK_M)
+    programs = tl.cdiv(queries * q_heads, BLOCK_M)
     if pid < programs:
         pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = pair < rows * q_heads
-        row, head = pair // q_heads, pair % q_heads
+        inside = pair < queries * q_heads
+        query, head = pair // q_heads, pair % q_heads
         out1, out2 = load_pair(out, pair * HEAD_DIM, inside, D1, D2, HEAD_DIM, True)
-        offsets = tl.multiple_of(row * stride_gr + head * stride_gh, ALIGN)
+        offsets = tl.multiple_of(query * stride_gn + head * stride_gh, ALIGN)
         grad1, grad2 = load_pair(grad_out, offsets, inside, D1, D2, HEAD_DIM, True)
         total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
         if D2 > 0:
             total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
         if HAS_GRAD_LSE:
-            total -= tl.load(grad_lse + row * stride_lr + head * stride_lh, mask=inside, other=0.0)
-        tl.store(delta + pair, total, mask=inside)
+            total -= tl.load(
+                grad_lse + query * stride_ln + head * stride_lh, mask=inside, other=0.0
+            )
+        # [kv_heads, queries x GROUP]
+        lane = head // GROUP * (queries * GROUP) + query * GROUP + head % GROUP
+        tl.store(delta + lane, total, mask=inside)
+        natural = tl.load(lse + pair, mask=inside, other=0.0)
+        base = tl.where(natural == float("-inf"), 0.0, natural * LOG2E)  # -inf: masked everywhere
+        tl.store(base2 + lane, base, mask=inside)
     else:
         # The steps of a search wait for one another: each of the four has programs of its own.
         search, group = (pid - programs) % 4, (pid - programs) // 4
         groups1 = tl.cdiv(tiles1, TILES)
         if group < groups1:
             tile = group * TILES + tl.arange(0, TILES)
-            first = tile // row_tiles * seq + tile % row_tiles * BLOCK_N
-            last = tl.minimum(first + BLOCK_N, (tile // row_tiles + 1) * seq)
+            first = tile // seq_tiles * seq + tile % seq_tiles * BLOCK_N
+            last = tl.minimum(first + BLOCK_N, (tile // seq_tiles + 1) * seq)
             _write_range(
                 ranges, tile, tiles1, search, first, last, batch, start, batch, position, seq, 1,
-                rows, steps, True,
+                queries, steps, True,
             )  # fmt: skip
         elif HAS_SECOND:
             tile = (group - groups1) * TILES + tl.arange(0, TILES)
             first = tile * BLOCK_N
-            last = tl.minimum(first + BLOCK_N, rows2)
+            last = tl.minimum(first + BLOCK_N, seq2)
             _write_range(
                 ranges + tiles1 * 4, tile, tiles2, search, first, last, start2, start2, end2, end2,
-                seq, 0, rows, steps, False,
+                seq, 0, queries, steps, False,
             )  # fmt: skip
 
 
 def prepare(
-    out, grad_out, grad_lse, batch, start, position, seq, start2, end2, rows2, row_tiles, tiles1,
-    tiles2, tile, head_dims
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, grad_out, grad_lse, lse, batch, start, position, seq, start2, end2, seq2, seq_tiles,
+    tiles1, tiles2, tile, group, head_dims
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the preparation.
 
     Args:
-        row_tiles, tiles1, tiles2: tiles of `tile` positions in a batch row, in all batch rows and
+        seq_tiles, tiles1, tiles2: tiles of `tile` positions in a batch row, in all batch rows and
             in the second segment (0: no gradients wanted there).
         head_dims: ALIGN, HEAD_DIM, D1 and D2 of the backward.
-    Returns: delta fp32 [rows, q_heads] and int32 [tiles1 + tiles2, 4]: rows 0..3 see some of a
-        tile, rows 1..2 all of it.
+    Returns: log-sum-exp in base 2 and delta, fp32 [kv_heads, queries x group], and int32
+        [tiles1 + tiles2, 4]: queries 0..3 see some of a tile, queries 1..2 all of it.
     """
-    rows, q_heads, head_dim = out.shape
-    delta = torch.empty(rows, q_heads, dtype=torch.float32, device=out.device)
+    queries, q_heads, head_dim = out.shape
+    base2, delta = torch.empty_like(lse), torch.empty_like(lse)
     ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=out.device)
-    pairs = block_rows(head_dim)
-    grid = triton.cdiv(rows * q_heads, pairs) + 4 * (
+    pairs = block_pairs(head_dim)
+    grid = triton.cdiv(queries * q_heads, pairs) + 4 * (
         triton.cdiv(tiles1, TILES) + triton.cdiv(tiles2, TILES)
     )
     prepare_kernel[(grid,)](
-        out, grad_out, grad_lse, delta, batch, start, position, start2, end2, ranges,
-        rows, q_heads, seq, rows2, row_tiles, tiles1, tiles2, rows.bit_length(),
+        out, grad_out, grad_lse, lse, base2, delta, batch, start, position, start2, end2, ranges,
+        queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, queries.bit_length(),
         *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
-        BLOCK_M=pairs, BLOCK_N=tile, TILES=TILES,
+        BLOCK_M=pairs, BLOCK_N=tile, TILES=TILES, GROUP=group,
         HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=start2 is not None, num_warps=4,
         maxnreg=REGISTERS, enable_fp_fusion=True,
     )  # fmt: skip
-    return delta, ranges
+    return base2, delta, ranges
 
 
-def block_rows(head_dim: int) -> int:
-    """(row, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
+def block_pairs(head_dim: int) -> int:
+    """(query, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
     return max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))

@@ -5,6 +5,8 @@ The interpreter is exact in fp32 and fp16 and wrong in bf16, which only the `gpu
 
 import mmap
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,10 +37,12 @@ from ldistill_kernels.testing import (
     naive_attention,
     pack_documents,
     second_segment,
+    with_tiles,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"forward": Config(16, 16, 4, 1), "backward": BackwardConfig(16, 16, 16, 16, 4, 1)}
+MEDIUM = {"forward": Config(32, 32, 4, 1), "backward": BackwardConfig(32, 32, 32, 32, 4, 1)}
 UNEVEN = {"forward": Config(16, 32, 4, 1), "backward": BackwardConfig(32, 16, 16, 32, 4, 1)}
 LONG = [[(0, 3, 2), (5, 50, 50)], [(0, 40, 6), (40, 15, 15)]]
 
@@ -106,7 +110,7 @@ def test_every_head_ratio(heads):
 
 @pytest.mark.parametrize("head_dim", [1, 40, 64, 72, 80, 96, 128, 192, 256])
 def test_every_kind_of_head_dim(head_dim):
-    documents = [[(0, 12, 8), (12, 20, 9)]]  # of fewer rows the largest error is a matter of luck
+    documents = [[(0, 12, 8), (12, 20, 9)]]  # of fewer, the largest error is a matter of luck
     case = to_device(make_case(documents, seq=33, heads=(4, 2), head_dim=head_dim))
     assert_within_budget(run(case), case)
 
@@ -131,7 +135,7 @@ def test_random_documents_strides_and_layouts(seed):
     case = to_device(case)
     expected = run(case)
     wide = case.cast(torch.float32)
-    for name in ("q", "k", "v"):  # the same values inside larger buffers, rows and heads swapped
+    for name in ("q", "k", "v"):  # the same values inside larger buffers, axes swapped
         value = getattr(case, name)
         axes = (1, 0, 2) if name == "q" else (2, 0, 1, 3)
         shape = [value.shape[i] + 1 for i in axes[:-1]]
@@ -186,7 +190,7 @@ def test_nan_that_is_read_does_not_become_a_number(broken):
         assert actual[want.isnan()].isnan().all()
 
 
-def test_rows_that_see_nothing_give_zero_and_minus_infinity():
+def test_queries_that_see_nothing_give_zero_and_minus_infinity():
     case = to_device(make_case([[(0, 5, 2)]], seq=5))
     index = [torch.tensor(x, device=DEVICE) for x in ([0, 0, 0], [0, 0, 5], [-1, 4, 4])]
     q = torch.randn(3, 3, 16, device=DEVICE, requires_grad=True)
@@ -199,7 +203,7 @@ def test_rows_that_see_nothing_give_zero_and_minus_infinity():
     assert torch.isfinite(q.grad).all()
 
 
-def test_one_row_and_no_rows():
+def test_one_query_and_no_queries():
     case = to_device(make_case([[(0, 3, 1)]], seq=3, heads=(1, 1)))
     assert_within_budget(run(case), case)
     nothing = to_device(make_case([[(0, 3, 0)]], seq=3))
@@ -252,8 +256,8 @@ def test_gradients_that_are_not_wanted_are_tensors_of_their_own(triton):
     needs, buffer = [True, False, True, False, False], torch.zeros_like(case.v)
     with override(**SMALL):
         grads = backward_op(
-            out, None, *case.positional, None, None, None, None, None, None, buffer, out, lse,
-            needs, 1.0, triton,
+            out, None, *case.positional, *[None] * 7, buffer, out, lse, needs,
+            1.0, triton,
         )  # fmt: skip
     assert len({grad.untyped_storage()._cdata for grad in grads}) == 5
 
@@ -295,9 +299,60 @@ def test_offsets_beyond_int32():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_table_configurations_run_in_the_interpreter():
-    case = to_device(VARIANTS["second"])
+@pytest.mark.parametrize("name", ["second", "tiles", "tiles, visible and second"])
+def test_table_configurations_run_in_the_interpreter(name):
+    case = to_device(VARIANTS[name])
     assert_within_budget(run(case, {}), case)
+
+
+@pytest.mark.parametrize("configs", [SMALL, UNEVEN, MEDIUM, {}], ids=["16", "32", "32x32", "64"])
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (8, 1)])
+def test_tiles_of_a_table_in_every_height(configs, heads):
+    """Long documents in several tiles, small ones together in one, a rest in a tile of 16 lanes."""
+    documents = [[(0, 40, 25), (40, 5, 2), (45, 6, 3)], [], [(3, 7, 1), (20, 31, 7)]]
+    case = to_device(with_tiles(make_case(documents, seq=51, heads=heads)))
+    assert_within_budget(run(case, configs), case)
+
+
+def test_a_table_changes_nothing_but_rounding():
+    generator = torch.Generator().manual_seed(5)
+    documents = pack_documents(3, 90, [4, 20, 60], [0, 1, 5, 30], generator)
+    plain = to_device(second_segment(make_case(documents, seq=90, heads=(6, 2))))
+    for actual, expected in zip(run(with_tiles(plain), {}), run(plain, {}), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unchecked_tables_read_no_foreign_memory():
+    """Tiles over two batch rows, beyond the queries, empty: garbage, but of this call's memory."""
+    case = to_device(make_case([[(0, 5, 5)], [(1, 4, 4)]], seq=5, heads=(2, 1)))
+    case.q.requires_grad_()
+    tiles = [[0, 18], [-7, 3], [10, 2**31 - 1], [900, 2**31 - 1], [3, 3], [-(2**31), -5]]
+    for table in (tiles, tiles[:1]):
+        table = torch.tensor(table, dtype=torch.int32, device=DEVICE)
+        for configs in (SMALL, {}):
+            with override(**configs):
+                out = shared_kv_attention(
+                    *case.positional, tiles=table, kernels="triton", check=False
+                )
+                out.sum().backward()
+            assert torch.isfinite(out).all()
+
+
+def test_short_answers_fill_tiles_and_their_programs_end_early():
+    """The schedule of the kernels themselves, counted: five-token answers, 8 rows of 1024."""
+    module = "ldistill_kernels.shared_kv_attention.simulate"
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--rows", "8", "--answers", "5"],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    lines = [line.split() for line in done.stdout.splitlines()[1:]]
+    found = {(line[3], line[4]): line for line in lines}  # by pass, and table or none
+    assert len(found) == 4
+    for kind in ("forward", "backward"):
+        before, after = found[kind, "none"], found[kind, "table"]
+        assert int(before[7].rstrip("%")) < 20
+        assert int(after[7].rstrip("%")) >= 45
+        assert int(after[-1]) <= int(before[-1]) / 2
 
 
 @pytest.mark.gpu
@@ -315,14 +370,15 @@ def test_table_configurations_on_a_gpu(name, dtype, head_dim):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [[1, 40], [1024]], ids=["sparse", "dense"])
-def test_a_thousand_runs_are_equal_to_the_bit(rows):
-    documents = pack_documents(4, 1024, [180, 1024], rows, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("queries", [[1, 40], [1024]], ids=["sparse", "dense"])
+def test_a_thousand_runs_are_equal_to_the_bit(queries):
+    documents = pack_documents(4, 1024, [180, 1024], queries, torch.Generator().manual_seed(0))
     case = second_segment(make_case(documents, seq=1024, heads=(15, 5), head_dim=64))
-    case = to_device(case, torch.bfloat16)
-    first = run(case, {})
-    for _ in range(1000):
-        assert all(map(torch.equal, run(case, {}), first))
+    for tried in (case, with_tiles(case)):
+        tried = to_device(tried, torch.bfloat16)
+        first = run(tried, {})
+        for _ in range(1000):
+            assert all(map(torch.equal, run(tried, {}), first))
 
 
 @pytest.mark.gpu
@@ -350,7 +406,7 @@ def test_fullgraph_compile_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_cuda_graph_replays_with_new_rows():
+def test_cuda_graph_replays_with_new_queries():
     documents = [[(0, 17, 17), (17, 23, 23)]]
     case = to_device(make_case(documents, seq=40, heads=(6, 2), head_dim=64), torch.bfloat16)
     case = case.cast(torch.bfloat16, requires_grad=True)
