@@ -81,7 +81,7 @@ class Idefics3Settings(ImageSettings):
 
 
 def _scaled(width: int, height: int, longest: int, *, even: bool) -> tuple[int, int]:
-    """The long side to ``longest``, the short one by the ratio, to an even number or as it comes."""
+    """The long side to ``longest``, the short one by the ratio (to an even number)."""
     wide, ratio = width >= height, width / height
     short = int(longest / ratio) if wide else int(longest * ratio)
     short = max(short + (short % 2 if even else 0), 1)

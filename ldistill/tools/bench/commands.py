@@ -40,7 +40,7 @@ def step(
     attention: Annotated[
         str,
         typer.Option(
-            help="Student: sdpa, flash_attention_2, flex_attention, eager; auto: the fastest here."
+            help="Student: sdpa, flash_attention_2, varlen, flex_attention, eager; auto: fastest."
         ),
     ] = "auto",
     mix: Annotated[

@@ -52,7 +52,7 @@ def plan(
         bool | None, typer.Option(help="Recompute activations. Default: where it must be.")
     ] = None,
     attention: Annotated[
-        str, typer.Option(help="sdpa, flash_attention_2, flex_attention or eager.")
+        str, typer.Option(help="sdpa, flash_attention_2, varlen, flex_attention or eager.")
     ] = "sdpa",
     mix: Annotated[
         str, typer.Option(help="paper: language sources distil; uniform: all do.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ldistill.distill.attention import PACKED
 from ldistill.models.flops import adapter_weights
 from ldistill.tools.plan.hardware import GIB, Cluster, Strategy
 from ldistill.tools.shapes import PairShape
@@ -212,7 +213,7 @@ def score_bytes(shape: PairShape, attention: str, length: int, element: int) -> 
 def repeats_kv(shape: PairShape, attention: str) -> bool:
     """Whether the backend copies keys and values to every query head of their group."""
     heads, groups = shape.decoder.num_attention_heads, shape.decoder.num_key_value_heads
-    if attention == "flash_attention_2" or heads == groups:
+    if attention in PACKED or heads == groups:
         return False
     return not (attention == "flex_attention" and heads & (heads - 1) == 0)
 
