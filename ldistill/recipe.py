@@ -53,7 +53,8 @@ class PairArguments:
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
     attention: str = _doc(
-        "Student attention: auto | sdpa | flash_attention_2 | flex_attention | eager.", "sdpa"
+        "Student attention: auto | sdpa | flash_attention_2 | varlen | flex_attention | eager.",
+        "sdpa",
     )
     kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
     compile_blocks: bool = _doc(

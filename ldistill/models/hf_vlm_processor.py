@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ldistill.common.images import ImageSettings
@@ -82,7 +81,7 @@ class Idefics3Settings(ImageSettings):
 
 
 def _scaled(width: int, height: int, longest: int, *, even: bool) -> tuple[int, int]:
-    """The long side to ``longest``, the short one by the ratio: an even number, or as it comes."""
+    """The long side to ``longest``, the short one by the ratio (to an even number)."""
     wide, ratio = width >= height, width / height
     short = int(longest / ratio) if wide else int(longest * ratio)
     short = max(short + (short % 2 if even else 0), 1)
@@ -151,19 +150,14 @@ class HFProcessor(Processor):
         """Tokens at which an answer ends: the tokenizer's and the template's."""
         return self._stops
 
-    def _messages(
-        self, turns: Sequence[Turn], grids: Sequence[Grid], system: str = ""
-    ) -> list[dict[str, Any]]:
-        messages = [_message("system", self.plain(system))] if system else []
-        for turn, pieces in zip(turns, self._pieces(turns, grids), strict=True):
-            front = list(takewhile(lambda piece: isinstance(piece, int), pieces))
-            pictures = [{"type": "image", "grids": [grids[number]]} for number in front]
-            rest = pieces[len(front) :]
-            # Templates put parts of type image in front: one amid the text stands there as a token.
-            text = "".join(p if isinstance(p, str) else self.tokens.image for p in rest)
-            amid = [grids[number] for number in rest if isinstance(number, int)]
-            messages.append(_message("user", text, amid, pictures))
-            messages.append(_message("assistant", self.plain(turn.assistant) + self._end))
+    def _messages(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[dict[str, Any]]:
+        messages = []
+        for number, turn in enumerate(turns):
+            pictures = [{"type": "image", "grid": grid} for grid in grids] if number == 0 else []
+            asked = [*pictures, {"type": "text", "text": self.clean(turn.user)}]
+            messages.append({"role": "user", "content": asked})
+            answer = {"type": "text", "text": self.clean(turn.assistant) + self._end}
+            messages.append({"role": "assistant", "content": [answer]})
         return messages
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
@@ -171,13 +165,14 @@ class HFProcessor(Processor):
         if self._end and not generation:
             text = text.rstrip()  # what follows the end mark starts the next turn
         first, *rest = text.split(self.tokens.image)
-        grids = [grid for m in messages for part in m["content"] for grid in part["grids"]]
-        if len(rest) != len(grids):
+        parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
+        if len(rest) != len(parts):
             raise ValueError(
-                f"the chat template writes {self.tokens.image} {len(rest)} times for {len(grids)} "
+                f"the chat template writes {self.tokens.image} {len(rest)} times for {len(parts)} "
                 "pictures: it is not the template of this family"
             )
-        pictures = [self.tokens.picture(grid, self.images.tokens_per_tile) for grid in grids]
+        per_tile = self.images.tokens_per_tile
+        pictures = [self.tokens.picture(part["grid"], per_tile) for part in parts]
         return first + "".join(p + after for p, after in zip(pictures, rest, strict=True))
 
     def _tokenise(self, text: str, **options: Any) -> Any:
@@ -200,10 +195,3 @@ class HFProcessor(Processor):
                 "preprocessor_config.json is not of this model"
             )
         return pixels, grid
-
-
-def _message(
-    role: str, text: str, amid: Sequence[Grid] = (), front: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
-    """A message of pictures and text; `grids` of a part are those of its pictures."""
-    return {"role": role, "content": [*front, {"type": "text", "text": text, "grids": amid}]}

@@ -50,6 +50,13 @@ SMOLVLM_TEMPLATE = (
     "<end_of_utterance>\n{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# One that ends answers and begins them at once, for models that are only spoken to.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _DECODER = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -129,9 +136,16 @@ def _decoder_of(vlm: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_llava(
-    root: Path, *, same_weights: bool = False, kind: str = "llama", seed: int = 0, **decoder
-) -> None:
-    """``root/student`` (LLaVA, vocabulary padded to 384) and ``root/teacher``."""
+    root: Path,
+    *,
+    same_weights: bool = False,
+    kind: str = "llama",
+    seed: int = 0,
+    template: str = LLAVA_TEMPLATE,
+    shard_size: str = "200KB",
+    **decoder,
+) -> Path:
+    """``root/student`` (LLaVA, vocabulary padded to 384), returned, and ``root/teacher``."""
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -144,7 +158,7 @@ def write_llava(
     )  # fmt: skip
     student = LlavaForConditionalGeneration(config)
     _spread_all(student)
-    student.save_pretrained(root / "student", max_shard_size="200KB")
+    student.save_pretrained(root / "student", max_shard_size=shard_size)
     same = _decoder_of(student) if same_weights else None
     write_teacher(root, decoder_config(kind, **decoder), same)
     write_llama_tokenizer(root / "teacher")
@@ -158,12 +172,20 @@ def write_llava(
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
+        chat_template=template,
     ).save_pretrained(root / "student")
+    return root / "student"
 
 
-def write_smolvlm(root: Path, *, same_weights: bool = False, seed: int = 0, **decoder) -> None:
-    """``root/student`` (SmolVLM, which is an Idefics3) and ``root/teacher`` (a small SmolLM2)."""
+def write_smolvlm(
+    root: Path,
+    *,
+    same_weights: bool = False,
+    seed: int = 0,
+    template: str = SMOLVLM_TEMPLATE,
+    **decoder,
+) -> Path:
+    """``root/student`` (SmolVLM, an Idefics3), returned, and ``root/teacher`` (a small SmolLM2)."""
     torch.manual_seed(seed)
     write_tokenizer(root / "teacher")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(root / "teacher")
@@ -190,16 +212,17 @@ def write_smolvlm(root: Path, *, same_weights: bool = False, seed: int = 0, **de
     images = Idefics3ImageProcessor(
         size={"longest_edge": 4 * SIDE}, max_image_size={"longest_edge": SIDE}
     )
-    Idefics3Processor(
-        images, tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE
-    ).save_pretrained(root / "student")
+    Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=template).save_pretrained(
+        root / "student"
+    )
+    return root / "student"
 
 
-def _of_kind(kind: str) -> Callable[..., None]:
+def _of_kind(kind: str) -> Callable[..., Path | None]:
     return lambda root, **options: write_llava(root, kind=kind, **options)
 
 
-WRITERS: dict[str, Callable[..., None]] = {
+WRITERS: dict[str, Callable[..., Path | None]] = {
     "nanovlm": write_pair,
     "llava": write_llava,
     "smolvlm": write_smolvlm,

@@ -23,7 +23,7 @@ app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=T
 
 MODES = "ce,naive,ours"
 LOADERS = "ours,ours-packed,webdataset,datasets"
-Attention = Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 DType, Mix = Literal["bf16", "fp16", "fp32"], Literal["paper", "uniform"]
 Kernels = Literal["auto", "triton", "reference"]
 CSV = Annotated[Path | None, Option(help="Append the rows to this file.")]

@@ -23,14 +23,14 @@ KINDS = ("nanovlm", "lm", "llava", "idefics3")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, pair_root):
-    from vlms import write_idefics3, write_llava
+    from hf_pairs import CHATML_TEMPLATE, write_llava, write_smolvlm
 
     root = tmp_path_factory.mktemp("vlms")
     return {
         "nanovlm": pair_root / "student",
         "lm": pair_root / "teacher",
-        "llava": write_llava(root / "a"),
-        "idefics3": write_idefics3(root / "b"),
+        "llava": write_llava(root / "a", template=CHATML_TEMPLATE, shard_size="10MB"),
+        "idefics3": write_smolvlm(root / "b", template=CHATML_TEMPLATE),
     }
 
 
