@@ -47,7 +47,7 @@ class Counts:
             "samples": self.samples,
             "drops": dict(sorted(self.drops.items())),
             "turn_drops": dict(sorted(self.turn_drops.items())),
-        } | ({"first_drops": self.first_drops} if self.first_drops else {})
+        } | ({"first_drops": dict(sorted(self.first_drops.items()))} if self.first_drops else {})
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Counts:
