@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ldistill.common.images import ImageSettings
@@ -150,14 +151,19 @@ class HFProcessor(Processor):
         """Tokens at which an answer ends: the tokenizer's and the template's."""
         return self._stops
 
-    def _messages(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[dict[str, Any]]:
-        messages = []
-        for number, turn in enumerate(turns):
-            pictures = [{"type": "image", "grid": grid} for grid in grids] if number == 0 else []
-            asked = [*pictures, {"type": "text", "text": self.clean(turn.user)}]
-            messages.append({"role": "user", "content": asked})
-            answer = {"type": "text", "text": self.clean(turn.assistant) + self._end}
-            messages.append({"role": "assistant", "content": [answer]})
+    def _messages(
+        self, turns: Sequence[Turn], grids: Sequence[Grid], system: str = ""
+    ) -> list[dict[str, Any]]:
+        messages = [_message("system", self.plain(system))] if system else []
+        for turn, pieces in zip(turns, self._pieces(turns, grids), strict=True):
+            front = list(takewhile(lambda piece: isinstance(piece, int), pieces))
+            pictures = [{"type": "image", "grids": [grids[number]]} for number in front]
+            rest = pieces[len(front) :]
+            # Templates put parts of type image in front: one amid the text stands there as a token.
+            text = "".join(p if isinstance(p, str) else self.tokens.image for p in rest)
+            amid = [grids[number] for number in rest if isinstance(number, int)]
+            messages.append(_message("user", text, amid, pictures))
+            messages.append(_message("assistant", self.plain(turn.assistant) + self._end))
         return messages
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
@@ -165,14 +171,13 @@ class HFProcessor(Processor):
         if self._end and not generation:
             text = text.rstrip()  # what follows the end mark starts the next turn
         first, *rest = text.split(self.tokens.image)
-        parts = [part for m in messages for part in m["content"] if part["type"] == "image"]
-        if len(rest) != len(parts):
+        grids = [grid for m in messages for part in m["content"] for grid in part["grids"]]
+        if len(rest) != len(grids):
             raise ValueError(
-                f"the chat template writes {self.tokens.image} {len(rest)} times for {len(parts)} "
+                f"the chat template writes {self.tokens.image} {len(rest)} times for {len(grids)} "
                 "pictures: it is not the template of this family"
             )
-        per_tile = self.images.tokens_per_tile
-        pictures = [self.tokens.picture(part["grid"], per_tile) for part in parts]
+        pictures = [self.tokens.picture(grid, self.images.tokens_per_tile) for grid in grids]
         return first + "".join(p + after for p, after in zip(pictures, rest, strict=True))
 
     def _tokenise(self, text: str, **options: Any) -> Any:
@@ -195,3 +200,10 @@ class HFProcessor(Processor):
                 "preprocessor_config.json is not of this model"
             )
         return pixels, grid
+
+
+def _message(
+    role: str, text: str, amid: Sequence[Grid] = (), front: Sequence[dict[str, Any]] = ()
+) -> dict[str, Any]:
+    """A message of pictures and text; `grids` of a part are those of its pictures."""
+    return {"role": role, "content": [*front, {"type": "text", "text": text, "grids": amid}]}

@@ -21,7 +21,7 @@ from ldistill.tools.plan.hardware import ZEROS, Cluster
 LEAST = 0.01  # of what must be above 0
 Card, Config = Literal[tuple(CARDS)], Literal[tuple(ZEROS)]
 Engine = Literal["auto", "none", "replicated", "zero3", "deepspeed-inference"]
-Attention = Literal["sdpa", "flash_attention_2", "flex_attention", "eager"]
+Attention = Literal["sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 Mix = Literal["paper", "uniform"]
 Count, Rate = int | None, float | None
 

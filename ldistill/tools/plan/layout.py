@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from ldistill.distill.attention import PACKED
 from ldistill.models.flops import adapter_weights, decoder_layer_weights
 from ldistill.models.shapes import PairShape
 from ldistill.tools.bench.batch import RowCounts, count_rows
@@ -180,7 +181,7 @@ class Layout:
         """Whether attention copies keys and values to every query head of their group."""
         config = self.shape.decoder
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        if self.attention == "flash_attention_2" or heads == groups:
+        if self.attention in PACKED or heads == groups:
             return False
         return not (self.attention == "flex_attention" and heads & (heads - 1) == 0)
 

@@ -155,7 +155,7 @@ def test_a_run_scores_its_items_as_it_trains(pair_root, monkeypatch):
     monkeypatch.setattr("ldistill.models.formats.load_student", load)
     for device, tiling in (("cpu", True), ("cuda", False)):
         recipe = SimpleNamespace(
-            run=SimpleNamespace(eval_items="items.jsonl", evaluate=True),
+            run=SimpleNamespace(eval_items="items.jsonl", evaluate=True, eval_limit=None),
             training=SimpleNamespace(device=torch.device(device), bf16=True, fp16=False),
             pair=SimpleNamespace(tokenizer=None),
             data=SimpleNamespace(tiling=tiling),
