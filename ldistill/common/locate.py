@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, ``pkg://`` package data, or a model on the hub.
+"""Where things lie: checkpoints (a folder, ``pkg://`` package data, the hub) and what is cached.
 
 ``pkg://ldistill.tiny/pair/student`` is the folder ``pair/student`` inside the package
 ``ldistill.tiny``. Anything that is not a folder on disk and not ``pkg://`` is taken as a hub id.
@@ -11,6 +11,14 @@ import os
 from pathlib import Path
 
 PACKAGE_SCHEME = "pkg://"
+
+
+def default_cache() -> Path:
+    """`$LDISTILL_CACHE`, or `ldistill` in the user's cache folder."""
+    if configured := os.environ.get("LDISTILL_CACHE"):
+        return Path(configured).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "ldistill"
 
 
 def resolve(name: str | os.PathLike[str], weights: bool = True) -> Path:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from transformers import (
     AutoConfig,
     CLIPVisionConfig,
     Idefics3Config,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     PretrainedConfig,
 )
 
+from ldistill.common.locate import resolve
 from ldistill.models.hf_vlm import FAMILIES
 from ldistill.models.nanovlm import decoder_config
 from ldistill.models.nanovlm_config import NanoVLMConfig
@@ -42,20 +41,11 @@ KNOWN_STUDENTS = {
 def student_config(name: str) -> NanoVLMConfig | PretrainedConfig:
     """Configuration of a named pair's student."""
     if name == "tiny":
-        return _tiny_config()
+        return NanoVLMConfig.load(resolve("pkg://ldistill.tiny/pair/student"))
     if name == "nanovlm-460m":
         return NanoVLMConfig()
     family, _, size = name.partition("-")
     return {"smolvlm": _smolvlm_config, "llava": _llava_config}[family](size)
-
-
-def _tiny_config() -> NanoVLMConfig:
-    from ldistill.tiny.align import student_config as tiny_config
-    from ldistill.tiny.pretrain import lm_config
-    from ldistill.tiny.tokenizer import VOCABULARY
-
-    with torch.device("meta"):
-        return tiny_config(LlamaForCausalLM(lm_config(VOCABULARY)))
 
 
 def _llava_config(size: str) -> LlavaConfig:

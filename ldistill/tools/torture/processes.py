@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from ldistill.tiny.prepare import default_cache
+from ldistill.common.locate import default_cache
 from ldistill.tools.torture import rank as rank_module
 from ldistill.tools.torture.ports import discard_buffers, free_port
 from ldistill.tools.torture.rank import Fault, run_rank
