@@ -121,6 +121,12 @@ class Ranks:
         return "\n".join(log.read_bytes()[start:].decode(errors="replace") for log, start in logs)
 
 
+def check(holds: bool, otherwise: str) -> None:
+    """RuntimeError says why a run did not hold."""
+    if not holds:
+        raise RuntimeError(otherwise)
+
+
 @dataclass(frozen=True)
 class History:
     """What a run did: loss and samples of every step, these in the order of the data."""
@@ -133,18 +139,17 @@ class History:
         """The history a run folder tells of. Raises RuntimeError for a step that is told twice."""
         records = read_metrics(run / METRICS)
         losses = {r["step"]: r["loss"] for r in records}
-        if len(losses) != len(records):
-            raise RuntimeError(f"{run / METRICS} has steps twice: {[r['step'] for r in records]}")
+        steps = [r["step"] for r in records]
+        check(len(losses) == len(records), f"{run / METRICS} has steps twice: {steps}")
         return cls(losses, read_samples(run))
 
     def require(self, other: History, tolerance: float = 0.0) -> str:
         """Says that another history is the same; RuntimeError names the first step that is not."""
         for step in sorted(self.losses.keys() | other.losses.keys()):
             mine, theirs = (h.losses.get(step, math.nan) for h in (self, other))
-            same = abs(mine - theirs) <= tolerance
-            if not same or self.samples.get(step) != other.samples.get(step):
-                what = f"samples of step {step} differ"
-                raise RuntimeError(what if same else f"loss of step {step}: {theirs}, not {mine}")
+            check(abs(mine - theirs) <= tolerance, f"loss of step {step}: {theirs}, not {mine}")
+            same = self.samples.get(step) == other.samples.get(step)
+            check(same, f"samples of step {step} differ")
         return "same losses and samples"
 
 
@@ -224,10 +229,9 @@ class Bench:
         """
         with self.start(run, **options) as ranks:
             code, said = ranks.finish(self.timeout), ranks.output()
-        if code != 0:
-            raise RuntimeError(f"{run.name} ended with {code}:\n{said[-3000:]}")
-        if options.get("fault") is not None and FIRED not in said:
-            raise RuntimeError(f"{run.name}: its fault never happened")
+        check(code == 0, f"{run.name} ended with {code}:\n{said[-3000:]}")
+        hit = options.get("fault") is None or FIRED in said
+        check(hit, f"{run.name}: its fault never happened")
         return History.of(run)
 
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:

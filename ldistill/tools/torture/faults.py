@@ -22,7 +22,7 @@ from ldistill.checkpoint.folder import WRITING, survey
 from ldistill.common.errors import ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE
 from ldistill.common.run_files import METRICS
 from ldistill.data.index import ShardIndex
-from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, Verdict, judge
+from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, Verdict, check, judge
 from ldistill.tools.torture.rank import FIRED, Fault, last_step
 from ldistill.training.metrics import read_metrics
 
@@ -53,14 +53,13 @@ def kills(
             if killed:
                 done.append(killed | {"went on from": _resumed(said)})
                 tell(f"kill {len(done)} of {count}: {done[-1]}")
-            elif code:
-                raise RuntimeError(f"ended with {code}:\n{said[-2000:]}")
             else:
+                check(code == 0, f"ended with {code}:\n{said[-2000:]}")
                 expected.require(History.of(run))
                 run, runs = bench.fresh("killed"), runs + 1
         outcome = f"{expected.require(bench.complete(run))} after {len(done)} kills"
-        if len(done) < count:
-            raise RuntimeError(f"only {len(done)} of {count} kills hit before the end; {outcome}")
+        hits = f"only {len(done)} of {count} kills hit before the end; {outcome}"
+        check(len(done) == count, hits)
         return outcome
 
     wanted = "losses and samples of the undisturbed run, bit for bit"
@@ -157,21 +156,18 @@ def _end(
     with bench.start(run, **({"fault": hold} if under_way else {}), **options) as ranks:
         if under_way is not None:
             kept = lambda: any(folder.problem is None for folder in survey(run))  # noqa: E731
-            if not ranks.wait_for(lambda: FIRED in ranks.output() and kept(), bench.timeout):
-                raise RuntimeError(f"{run.name} was not held:\n{ranks.output()[-3000:]}")
+            held = ranks.wait_for(lambda: FIRED in ranks.output() and kept(), bench.timeout)
+            check(held, f"{run.name} was not held:\n{ranks.output()[-3000:]}")
             under_way(ranks)
             hold.gate.touch()
         code, said = ranks.finish(bench.timeout), ranks.output()
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    told, problem = code in (ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE), None
-    if code in (0, TIMED_OUT) or (alone and not told):
-        problem = f"exit status {code}, not that of an error with a sentence:\n{said[-1500:]}"
-    elif not any(needle in line for line in errors):
-        problem = f"no sentence with {needle!r}: {errors or said[-1500:]}"
-    elif alone and "Traceback" in said:
-        problem = "a traceback beside the sentence"
-    if problem:
-        raise RuntimeError(problem)
+    told = code in (ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE)
+    ended = told or (not alone and code not in (0, TIMED_OUT))
+    check(ended, f"exit status {code}, not that of an error with a sentence:\n{said[-1500:]}")
+    found = any(needle in line for line in errors)
+    check(found, f"no sentence with {needle!r}: {errors or said[-1500:]}")
+    check(not alone or "Traceback" not in said, "a traceback beside the sentence")
 
 
 # ---- disks ----
@@ -192,8 +188,8 @@ def full_disk(bench: Bench) -> Verdict:
 
         def mend() -> None:
             filler.unlink()
-            if any((run / WRITING).glob("*")) or not survey(run):
-                raise RuntimeError("a half-written checkpoint was left, or no checkpoint was kept")
+            check(not any((run / WRITING).glob("*")), "a half-written checkpoint was left")
+            check(bool(survey(run)), "no checkpoint was kept")
 
         return recovers(f"{title} (tmpfs)", under_way=fill, mend=mend)
 
@@ -301,23 +297,20 @@ def _as_alone(
 
 def _uneven_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
     index = ShardIndex.load(shards)
-    names = (index.locate(number)[2] for number in range(len(index)))
-    tiles = dict(zip(names, index.column("tiles")))
+    tiles = dict(zip((index.locate(n)[2] for n in range(len(index))), index.column("tiles")))
     uneven = 0
     for packs in History.of(run).samples.values():
         for turn in zip(*[iter(packs)] * bench.ranks):
             pictures = [sum(tiles[name] for name in pack) > 0 for pack in turn]
             uneven += any(pictures) and not all(pictures)
-    if not uneven:
-        raise RuntimeError("no step had a rank without pictures: more steps are needed")
+    check(uneven > 0, "no step had a rank without pictures: more steps are needed")
     return {"steps with pictures on some ranks only": uneven}
 
 
 def _idle_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
     rows = [record["teacher_rows"] for record in read_metrics(run / METRICS)]
     idle = sum(r == 0 for r in rows)
-    if not 0 < idle < len(rows):
-        raise RuntimeError(f"{idle} of {len(rows)} steps had nothing to teach: not the case")
+    check(0 < idle < len(rows), f"{idle} of {len(rows)} steps had nothing to teach: not the case")
     return {"steps without teacher rows": idle, "steps": len(rows)}
 
 
@@ -351,9 +344,9 @@ FAULTS: dict[str, Callable[[Bench], Verdict]] = {
 
 def choose(asked: Sequence[str], ranks: int) -> list[Callable[[Bench], Verdict]]:
     """The faults asked for, by default all that so many ranks can have."""
-    if ranks == 1 and TEXT_ONLY in asked:
-        raise ValueError(f"{TEXT_ONLY} cannot be tried on one rank: give --ranks 2 or more.")
-    if unknown := sorted(set(asked) - set(FAULTS) - {"none"}):
-        raise ValueError(f"no fault {', '.join(unknown)}; there are {', '.join(FAULTS)} and none.")
-    names = asked or [name for name in FAULTS if ranks > 1 or name != TEXT_ONLY]
-    return [FAULTS[name] for name in names if name != "none"]
+    possible = [name for name in FAULTS if ranks > 1 or name != TEXT_ONLY]
+    if unknown := sorted(set(asked) - {*possible, "none"}):
+        hint = f" ({TEXT_ONLY} takes --ranks 2 or more)" if ranks == 1 else ""
+        known = ", ".join(possible)
+        raise ValueError(f"no fault {', '.join(unknown)}; there are {known} and none{hint}.")
+    return [FAULTS[name] for name in dict.fromkeys(asked or possible) if name != "none"]

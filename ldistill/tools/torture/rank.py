@@ -70,7 +70,6 @@ def run_rank(place: dict[str, str], argv: list[str], log: str, fault: Fault | No
         _inject(fault)
     code = main(argv)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
