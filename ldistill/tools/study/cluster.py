@@ -53,7 +53,7 @@ class ClusterStudy:
 def commands(study: ClusterStudy) -> Iterator[str]:
     """One line of shell after another, in the order in which to run them."""
     runs = list(study.runs())  # before anything is printed
-    yield _evaluate(study, study.study.student, study.out / study.study.start)
+    yield _evaluate(study, study.study.shared["student"], study.out / study.study.start)
     for _, folder, flags in runs:
         train = ["deepspeed", "ldistill/train.py", "--deepspeed", study.deepspeed]
         yield shlex.join([*train, *flags, "--output_dir", str(folder)])
@@ -90,7 +90,7 @@ def submit(study: ClusterStudy) -> Iterator[tuple[str, str]]:
         ValueError: SLURM refused a job, or an arm cannot be a job.
     """
     start, runs = study.study.start, list(study.runs())
-    job = _submit_evaluation(study, study.study.student, study.out / start)
+    job = _submit_evaluation(study, study.study.shared["student"], study.out / start)
     yield job, f"evaluation of {start}"
     evaluated = [job]
     for run, folder, (_, recipe, *flags) in runs:

@@ -119,9 +119,9 @@ class Study:
     validation: float = 0.0
 
     @property
-    def student(self) -> str:
-        """Where the start lies."""
-        return str(load_recipe(self.recipe or self.baseline)["student"])
+    def shared(self) -> dict[str, Any]:
+        """Fields that all arms share, student and teacher among them."""
+        return load_recipe(self.recipe or self.choose([self.baseline])[0].recipe or "tiny")
 
     def choose(self, names: Sequence[str]) -> list[Arm]:
         """Arms of these names, without any all; ValueError for one that is not there."""
@@ -179,13 +179,11 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of fields to values.")
     fields = [f.name for f in dataclasses.fields(cls) if f.name != "name"]
-    for key in values:
-        if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"Did you mean {close[0]!r}? " if close else ""
-            raise ValueError(
-                f"unknown field {key!r} in {where}. {hint}There are: {', '.join(fields)}."
-            )
+    if unknown := [key for key in values if key not in fields]:
+        close = difflib.get_close_matches(str(unknown[0]), fields, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(fields)
+        raise ValueError(f"unknown field {unknown[0]!r} in {where}. {hint}There are: {known}.")
     return dict(values)
 
 

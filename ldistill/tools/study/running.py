@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -103,7 +104,9 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
             )
 
         start = place.out / study.start
-        attempt(study.start, ("evaluation", lambda: _evaluate(study, study.student, start)))
+        attempt(
+            study.start, ("evaluation", lambda: _evaluate(study, study.shared["student"], start))
+        )
         for run in first:
             do(run)
         for seed in range(2, study.seeds + 1):
@@ -132,22 +135,25 @@ def _claim(place: Workplace) -> None:
 def _make(place: Workplace, run: Run) -> None:
     """The student of a run, unless it is there."""
     folder, study = place.folder(run), place.study
-    if not (folder / run_files.STUDENT / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if run.arm.merge:
-            asked = replace(run.arm.merge, **run.setting)
-            student = study.student
-            if asked.of != study.start:
-                source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
-                student = str(place.folder(source) / run_files.STUDENT)
-            lm = str(load_recipe(study.recipe or study.baseline)["teacher"])
-            options = {"growing": asked.growing, "layers": asked.layers}
-            merge(student, lm, folder / run_files.STUDENT, asked.weight, **options)
-        else:
-            _train(place, run, folder, _budget_flags(place, run))
-    records = read_metrics(folder / run_files.METRICS)
-    if lost := next((r["step"] for r in records if "loss" not in r), None):
-        raise ValueError(f"it diverged: its loss is no number at step {lost}.")
+    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else None
+    made_by = repr(asked) if asked else shlex.join(run.arm.flags(study.recipe, run.setting))
+    note = folder.with_name(f"{folder.name}.arm")
+    if (folder / run_files.STUDENT / "config.json").is_file():
+        if note.is_file() and note.read_text(encoding="utf-8") != made_by:
+            raise ValueError(f"it was made otherwise: remove {folder}, or call the arm otherwise.")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if asked:
+        student = study.shared["student"]
+        if asked.of != study.start:
+            source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
+            student = str(place.folder(source) / run_files.STUDENT)
+        options = {"growing": asked.growing, "layers": asked.layers}
+        lm = study.shared["teacher"]
+        merge(student, lm, folder / run_files.STUDENT, asked.weight, **options)
+    else:
+        _train(place, run, folder, _budget_flags(place, run))
+    note.write_text(made_by, encoding="utf-8")
 
 
 def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> None:
