@@ -172,7 +172,7 @@ def _costs(results: Results) -> str:
     for name, of in results.items():
         setting = ", ".join(f"{key} {value}" for key, value in of["setting"].items()) or "its own"
         took = of["cost"]
-        flops = f"{took['flops']:.2e}" if took["flops"] else "not logged"
+        flops = f"{took['flops']:.2e}" if took["flops"] or not took["steps"] else "not logged"
         numbers = [f"{took['steps']:,.0f}", f"{took['tokens']:,.0f}", flops]
         lines.append([name, setting, *numbers, f"{took['seconds'] / 60:.1f}"])
     head = ["arm", "setting", "steps", "tokens", "FLOPs", "minutes"]

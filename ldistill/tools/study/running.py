@@ -159,7 +159,7 @@ def _make(place: Workplace, run: Run) -> None:
 def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> None:
     command = [sys.executable, str(TRAIN), *run.arm.flags(place.study.recipe, run.setting)]
     command += ["--seed", str(run.seed), "--output_dir", str(folder), "--evaluate", "false"]
-    command += ["--disable_tqdm", "true", "--overwrite", "true", *extra, *place.overrides]
+    command += ["--disable_tqdm", "true", "--overwrite", "true", *place.overrides, *extra]
     with folder.with_name(f"{folder.name}.train.log").open("w", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if status.returncode:
@@ -181,7 +181,8 @@ def _budget_flags(place: Workplace, run: Run) -> list[str]:
             probe = place.folder(run).with_name(f"{run.name}.probe")
             flags = ["--max_steps", str(PROBE_STEPS), "--logging_steps", "1"]
             _train(place, run, probe, [*flags, "--save_strategy", "no"])
-            amount = math.ceil(amount / (cost(probe)[unit] / PROBE_STEPS))
+            took = cost(probe)
+            amount = math.ceil(amount * took["steps"] / took[unit])
             shutil.rmtree(probe)
         return ["--max_steps", str(amount)]
     return []
