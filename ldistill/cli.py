@@ -19,7 +19,6 @@ from ldistill.evaluation.commands import evaluate_command
 from ldistill.evaluation.compare.command import compare
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
-from ldistill.tools.merge import merge_command
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.study.commands import study
 from ldistill.tools.torture.commands import torture
@@ -37,7 +36,6 @@ app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(plan)
 app.command()(torture)
-app.command(name="merge")(merge_command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
 
 

@@ -45,8 +45,7 @@ class Merge:
 
     of: str
     """The arm whose student it is, or the study's `start`."""
-    weight: float = 0.5
-    growing: bool = False
+    weight: float | str = 0.5
     layers: str | None = None
 
 

@@ -29,7 +29,6 @@ from ldistill.common import run_files
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.lmms_run import Evaluation, evaluate
 from ldistill.recipe import load_recipe
-from ldistill.tools.merge import merge
 from ldistill.tools.study.files import Arm, Run, Study
 from ldistill.tools.study.scores import Scores, best_setting, read_scores
 from ldistill.training.metrics import read_metrics
@@ -148,25 +147,33 @@ def _make(place: Workplace, run: Run) -> None:
         if asked.of != study.start:
             source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
             student = str(place.folder(source) / run_files.STUDENT)
-        options = {"growing": asked.growing, "layers": asked.layers}
-        lm = study.shared["teacher"]
-        merge(student, lm, folder / run_files.STUDENT, asked.weight, **options)
+        words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
+        words += ["--layers", asked.layers] if asked.layers else []
+        _start(
+            folder, "merging", "-m", "ldistill.cli", "merge", *words, "--out", folder / "student"
+        )
     else:
         _train(place, run, folder, _budget_flags(place, run))
     note.write_text(made_by, encoding="utf-8")
 
 
 def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> None:
-    command = [sys.executable, str(TRAIN), *run.arm.flags(place.study.recipe, run.setting)]
-    command += ["--seed", str(run.seed), "--output_dir", str(folder), "--evaluate", "false"]
-    command += ["--disable_tqdm", "true", "--overwrite", "true", *place.overrides, *extra]
+    words = [*run.arm.flags(place.study.recipe, run.setting), "--seed", run.seed]
+    words += ["--output_dir", folder, "--evaluate", "false", "--disable_tqdm", "true"]
+    words += ["--overwrite", "true", *place.overrides, *extra]
+    _start(folder, "training", TRAIN, *words)
+
+
+def _start(folder: Path, what: str, *words: object) -> None:
+    """Run Python with these words; ValueError where it fails, with the sentence it said."""
+    command = [sys.executable, *map(str, words)]
     with folder.with_name(f"{folder.name}.train.log").open("w", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
     if status.returncode:
         said = Path(log.name).read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
         raise ValueError(
-            f"training ended with status {status.returncode}{''.join(errors[-1:])}; its output is "
+            f"{what} ended with status {status.returncode}{''.join(errors[-1:])}; its output is "
             f"in {log.name}. The same command tries it again."
         )
 

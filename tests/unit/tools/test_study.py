@@ -363,15 +363,19 @@ class Shortcut:
 
     def __init__(self, monkeypatch):
         self.trained: list[dict[str, str]] = []
-        self.merged: list[tuple[str, str, float]] = []
+        self.merged: list[tuple[str, str, str]] = []
         monkeypatch.setattr(running, "subprocess", self)
         monkeypatch.setattr(running, "evaluate", self.evaluate)
-        monkeypatch.setattr(running, "merge", self.merge)
 
     STDOUT = subprocess.STDOUT
 
     def run(self, command, stdout, **options):
-        """`subprocess.run` of a training, which diverges with learning_rate 1."""
+        """`subprocess.run` of a merge, or of a training, which diverges with learning_rate 1."""
+        if command[3] == "merge":
+            flags = dict(zip(command[4::2], command[5::2]))
+            self.merged.append((flags["--student"], Path(flags["--lm"]).name, flags["--weight"]))
+            self.student(Path(flags["--out"]))
+            return subprocess.CompletedProcess(command, 0)
         flags = dict(zip(command[2::2], command[3::2]))
         self.trained.append(flags)
         rate = flags.get("--learning_rate")
@@ -385,10 +389,6 @@ class Shortcut:
         lines = [json.dumps({"step": n + 1} | record) for n in range(steps)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
         return subprocess.CompletedProcess(command, 0)
-
-    def merge(self, student, lm, out, weight, **options):
-        self.merged.append((student, Path(lm).name, weight))
-        self.student(out)
 
     @staticmethod
     def student(folder):
@@ -432,8 +432,8 @@ def test_a_study_chooses_goes_on_after_failures_and_resumes(tmp_path, monkeypatc
     other = str(best).replace("seed-1", "seed-2")
     labels = [str(place.out / f"seed-{seed}" / "labels" / "student") for seed in (1, 2)]
     assert shortcut.merged == [
-        (str(best), "teacher", 0.1), (str(best), "teacher", 0.5), (labels[0], "teacher", 0.2),
-        (other, "teacher", 0.5), (labels[1], "teacher", 0.2),
+        (str(best), "teacher", "0.1"), (str(best), "teacher", "0.5"), (labels[0], "teacher", "0.2"),
+        (other, "teacher", "0.5"), (labels[1], "teacher", "0.2"),
     ]  # fmt: skip
     said = write_report(place, problems, tmp_path / "report", "")[0].read_text(encoding="utf-8")
     results = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
