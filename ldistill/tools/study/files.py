@@ -60,7 +60,8 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder below the seed's."""
-        return "--".join([self.arm.name, *(f"{k}-{v}" for k, v in self.setting.items())])
+        parts = (f"{k}-{v}".replace(":", "-") for k, v in self.setting.items())
+        return "--".join([self.arm.name, *parts])
 
 
 @dataclass(frozen=True)
