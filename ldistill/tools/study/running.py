@@ -149,9 +149,8 @@ def _make(place: Workplace, run: Run) -> None:
             student = str(place.folder(source) / run_files.STUDENT)
         words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
         words += ["--layers", asked.layers] if asked.layers else []
-        _start(
-            folder, "merging", "-m", "ldistill.cli", "merge", *words, "--out", folder / "student"
-        )
+        words += ["--out", folder / run_files.STUDENT]
+        _start(folder, "merging", "-m", "ldistill.cli", "merge", *words)
     else:
         _train(place, run, folder, _budget_flags(place, run))
     note.write_text(made_by, encoding="utf-8")
