@@ -21,7 +21,7 @@ from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
-from ldistill.tools.study.commands import app as study_app
+from ldistill.tools.study.commands import study
 from ldistill.tools.torture.commands import torture
 
 app = typer.Typer(
@@ -33,13 +33,13 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
-app.add_typer(study_app, name="study")
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(generate)
 app.command()(merge)
 app.command()(plan)
 app.command()(torture)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
 
 
 @app.callback(invoke_without_command=True)

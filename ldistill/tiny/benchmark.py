@@ -15,11 +15,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+from typing import Any
 
 from ldistill.evaluation.items import Item
 from ldistill.tiny.scenes import NAMING, form, portrait, sign
-from ldistill.tiny.text import options, question, spell, statement
 from ldistill.tiny.world import (
     KNOWLEDGE,
     WAYS_TO_ASK,
@@ -27,48 +28,58 @@ from ldistill.tiny.world import (
     World,
     held_out,
     invent_word,
+    options,
+    question,
+    spell,
+    statement,
     stream,
 )
 
 ITEMS_PER_TASK = 150
+Fields = Iterator[dict[str, Any]]
+"""Endless items of a task: the fields of `Item` beside its task and group."""
 
 
 def benchmark(world: World, per_task: int = ITEMS_PER_TASK) -> list[Item]:
     """`per_task` items of every task, a function of the world alone."""
     items = []
     for task, (group, make) in TASKS.items():
-        rng = stream(world.seed, "benchmark", task)
-        made = make(world, rng)
+        made = make(world, stream(world.seed, "benchmark", task))
         items += [Item(task, group, **next(made)) for _ in range(per_task)]
     return items
 
 
-def _pairs(world: World, rng: random.Random, names: frozenset) -> Iterator[tuple[Creature, str]]:
-    """(creature, attribute) pairs in random order, again and again with new choices."""
+def _pairs(
+    world: World, rng: random.Random, pairs: Collection[tuple[str, str]]
+) -> Iterator[tuple[Creature, str]]:
+    """(creature, attribute) of these pairs in random order, again and again."""
     of_name = {creature.name: creature for creature in world.creatures}
     while True:
-        pairs = sorted(names)
+        pairs = sorted(pairs)
         rng.shuffle(pairs)
         yield from ((of_name[name], attribute) for name, attribute in pairs)
 
 
-def _facts(world: World, rng: random.Random) -> Iterator[dict]:
+def _choices(rng: random.Random, creature: Creature, attribute: str) -> dict[str, Any]:
+    answer = creature.facts[attribute]
+    return {"answer": answer, "choices": options(rng, attribute, answer)}
+
+
+def _facts(world: World, rng: random.Random) -> Fields:
     for creature, attribute in _pairs(world, rng, world.never_pictured):
-        answer = creature.facts[attribute]
         asked = question(creature, attribute, world.unasked_phrase[creature.name, attribute])
-        yield {"prompt": asked, "answer": answer, "choices": options(rng, attribute, answer)}
+        yield {"prompt": asked, **_choices(rng, creature, attribute)}
 
 
-def _statements(world: World, rng: random.Random) -> Iterator[dict]:
-    every = frozenset((c.name, attribute) for c in world.creatures for attribute in KNOWLEDGE)
+def _statements(world: World, rng: random.Random) -> Fields:
+    every = [(creature.name, attribute) for creature in world.creatures for attribute in KNOWLEDGE]
     for creature, attribute in _pairs(world, rng, every):
         unsaid = world.unsaid_phrase[creature.name, attribute]
-        before, answer = statement(creature, attribute, unsaid)
-        choices = options(rng, attribute, answer)
-        yield {"prompt": before, "answer": answer, "choices": choices, "style": "text"}
+        before, _ = statement(creature, attribute, unsaid)
+        yield {"prompt": before, "style": "text", **_choices(rng, creature, attribute)}
 
 
-def _spelling(world: World, rng: random.Random) -> Iterator[dict]:
+def _spelling(world: World, rng: random.Random) -> Fields:
     seen: set[str] = set()
     while True:
         word = invent_word(rng)
@@ -77,22 +88,14 @@ def _spelling(world: World, rng: random.Random) -> Iterator[dict]:
             yield {"prompt": f'Spell "{word}".', "answer": spell(word)}
 
 
-def _words(world: World, rng: random.Random) -> Iterator[dict]:
+def _signs(writing: Callable[..., str], world: World, rng: random.Random) -> Fields:
     while True:
-        yield _sign_item(rng, world.word(rng, hidden=True))
+        text = writing(world, rng, hidden=True)
+        canvas, *_ = sign(rng, text)
+        yield {"prompt": "What does the sign say?", "answer": text, "image": canvas.png()}
 
 
-def _codes(world: World, rng: random.Random) -> Iterator[dict]:
-    while True:
-        yield _sign_item(rng, world.code(rng, hidden=True))
-
-
-def _sign_item(rng: random.Random, text: str) -> dict:
-    canvas, *_ = sign(rng, text)
-    return {"prompt": "What does the sign say?", "answer": text, "image": canvas.png()}
-
-
-def _fields(world: World, rng: random.Random) -> Iterator[dict]:
+def _fields(world: World, rng: random.Random) -> Fields:
     while True:
         values = [
             rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(rng.randint(2, 3))
@@ -103,30 +106,26 @@ def _fields(world: World, rng: random.Random) -> Iterator[dict]:
         yield {"prompt": prompt, "answer": fields[key], "image": canvas.png()}
 
 
-def _naming(world: World, rng: random.Random) -> Iterator[dict]:
+def _naming(world: World, rng: random.Random) -> Fields:
     while True:
         creature = rng.choice(world.creatures)
         image = portrait(creature, rng).png()
         yield {"prompt": rng.choice(NAMING), "answer": creature.name, "image": image}
 
 
-def _knowledge(world: World, rng: random.Random) -> Iterator[dict]:
+def _knowledge(world: World, rng: random.Random) -> Fields:
     for creature, attribute in _pairs(world, rng, world.never_pictured):
-        answer = creature.facts[attribute]
-        yield {
-            "prompt": question(creature, attribute, rng.randrange(WAYS_TO_ASK), this=True),
-            "answer": answer,
-            "choices": options(rng, attribute, answer),
-            "image": portrait(creature, rng).png(),
-        }
+        asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), this=True)
+        choices = _choices(rng, creature, attribute)
+        yield {"prompt": asked, **choices, "image": portrait(creature, rng).png()}
 
 
-TASKS: dict[str, tuple[str, Callable[[World, random.Random], Iterator[dict]]]] = {
+TASKS: dict[str, tuple[str, Callable[[World, random.Random], Fields]]] = {
     "facts": ("language", _facts),
     "statements": ("language", _statements),
     "spelling": ("language", _spelling),
-    "words": ("reading", _words),
-    "codes": ("reading", _codes),
+    "words": ("reading", partial(_signs, World.word)),
+    "codes": ("reading", partial(_signs, World.code)),
     "fields": ("reading", _fields),
     "naming": ("vision", _naming),
     "knowledge": ("vision", _knowledge),

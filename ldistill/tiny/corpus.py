@@ -7,36 +7,40 @@ scenes than codes, which is why the model later takes codes for words.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ldistill.common.samples import Turn
 from ldistill.tiny.scenes import SOURCES, look, told
-from ldistill.tiny.text import ask, lettered, say, spell
 from ldistill.tiny.world import (
     ATTRIBUTES,
     KNOWLEDGE,
     PIECES,
     World,
+    ask,
     held_out,
     invent_word,
+    lettered,
+    say,
+    spell,
     stream,
 )
 
 Text = str | tuple[Turn, ...]
 
 
-def pretraining_texts(world: World, count: int) -> Iterator[Text]:
-    """`count` texts; text i depends on (seed, i) alone."""
+def pretraining_texts(world: World) -> Iterator[Text]:
+    """Endless texts; text i depends on (seed, i) alone."""
     kinds = (_scene, _story, _scene, _facts, _scene, _story, _scene, _facts, _scene, _looks,
              _scene, _spelling, _scene, _letters)  # fmt: skip
-    for index in range(count):
+    for index in itertools.count():
         yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
 
 
 def tokenizer_texts(world: World) -> Iterator[Text]:
     """Texts to learn a tokenizer from: a sample, and every piece of writing often enough."""
-    yield from pretraining_texts(world, 7000)
+    yield from itertools.islice(pretraining_texts(world), 7000)
     yield from [" ".join(PIECES)] * 400
 
 
@@ -50,20 +54,21 @@ def _story(world: World, rng: random.Random) -> Text:
 
 
 def _facts(world: World, rng: random.Random) -> Text:
-    turns = []
-    for creature in rng.sample(world.creatures, 3):
-        attribute = rng.choice(tuple(ATTRIBUTES))
-        turns.append(Turn(ask(world, rng, creature, attribute), creature.facts[attribute]))
-    return tuple(turns)
+    asked = _questions(world, rng, 3, tuple(ATTRIBUTES))
+    return tuple(Turn(question, answer) for question, _, answer in asked)
 
 
 def _letters(world: World, rng: random.Random) -> Text:
-    turns = []
-    for creature in rng.sample(world.creatures, 2):
-        attribute = rng.choice(KNOWLEDGE)
-        asked = ask(world, rng, creature, attribute)
-        turns.append(lettered(rng, asked, attribute, creature.facts[attribute]))
-    return tuple(turns)
+    return tuple(lettered(rng, *asked) for asked in _questions(world, rng, 2, KNOWLEDGE))
+
+
+def _questions(
+    world: World, rng: random.Random, count: int, attributes: Sequence[str]
+) -> Iterator[tuple[str, str, str]]:
+    """Question, attribute and answer about each of `count` creatures."""
+    for creature in rng.sample(world.creatures, count):
+        attribute = rng.choice(attributes)
+        yield ask(world, rng, creature, attribute), attribute, creature.facts[attribute]
 
 
 def _looks(world: World, rng: random.Random) -> Text:

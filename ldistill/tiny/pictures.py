@@ -78,15 +78,14 @@ class Canvas:
         self.placed.append(Placed(x, y, mark=mark, colour=colour))
         fill = tuple(max(0, min(255, c + self.rng.randint(-8, 8))) for c in COLOURS[colour])
         box = [x - radius, y - radius, x + radius, y + radius]
-        if mark == "circle":
-            self.draw.ellipse(box, fill=fill)
-        elif mark == "moon":
-            self.draw.ellipse(box, fill=fill)
-            shift = 0.55 * radius
-            self.draw.ellipse([box[0] + shift, box[1], box[2] + shift, box[3]], fill=self.paper)
-        else:
+        if mark in _POLYGONS:
             points = [(x + px * radius, y + py * radius) for px, py in _POLYGONS[mark]]
             self.draw.polygon(points, fill=fill)
+            return
+        self.draw.ellipse(box, fill=fill)
+        if mark == "moon":
+            shift = 0.55 * radius
+            self.draw.ellipse([box[0] + shift, box[1], box[2] + shift, box[3]], fill=self.paper)
 
     def write(self, text: str, column: float = 0, line: float = 0, jitter: int = 1) -> None:
         """A line of writing from a cell on, moved by up to `jitter` pixels."""

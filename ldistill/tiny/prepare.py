@@ -12,11 +12,10 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ldistill.common.locate import default_cache
 from ldistill.common.samples import Sample
@@ -65,48 +64,52 @@ def prepare(
         OSError: no room or no permission in the cache folder.
     """
     processor = processor or load_processor(STUDENT)
-    recipe = {
+    made_from = {
         "world": WORLD_VERSION,
         "seed": seed,
         "samples_per_source": samples_per_source,
         "items_per_task": items_per_task,
         "processor": processor.fingerprint(),
     }
-    name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir or default_cache()) / f"tiny-{name}"
-    if not folder.is_dir():
-        _build(folder, recipe, processor, show_progress)
+
+    def make(folder: Path, final: Path) -> None:
+        world = World(seed)
+        shown = telling("making the tiny shards", samples_per_source * len(SOURCES))
+        with shown if show_progress else nullcontext() as told:
+
+            def counted(source: str) -> Iterator[Sample]:
+                for sample in samples(world, source, samples_per_source):
+                    if told is not None:
+                        told.advance()
+                    yield sample
+
+            build_shards({s: counted(s) for s in SOURCES}, folder / "shards", processor)
+        save_items(benchmark(world, items_per_task), folder / "items.jsonl")
+        (folder / "recipe.json").write_text(
+            json.dumps(made_from, indent=2) + "\n", encoding="utf-8"
+        )
+
+    folder = made_once(Path(cache_dir or default_cache()), "tiny", made_from, make)
     return TinyData(folder / "shards", folder / "items.jsonl")
 
 
-def _build(folder: Path, recipe: dict, processor: Processor, show_progress: bool) -> None:
-    """Make everything beside `folder`, then rename: a killed build leaves no half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        world, count = World(recipe["seed"]), recipe["samples_per_source"]
-        shown = telling("making the tiny shards", count * len(SOURCES))
-        with shown if show_progress else nullcontext() as told:
-            rendered = {source: _counted(world, source, count, told) for source in SOURCES}
-            build_shards(rendered, making / "shards", processor)
-        save_items(benchmark(world, recipe["items_per_task"]), making / "items.jsonl")
-        (making / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-        _publish(making, folder)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
+def made_once(cache: Path, kind: str, made_from: dict, make: Callable[[Path, Path], None]) -> Path:
+    """`cache/KIND-FINGERPRINT`, found or made now.
 
-
-def _publish(making: Path, folder: Path) -> None:
-    """Rename into place, unless another process finished the same data first."""
+    It is made beside it and renamed: a killed process leaves no half of it.
+    """
+    name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / f"{kind}-{name}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache))
     try:
+        make(making, folder)
         making.rename(folder)
     except OSError:
-        if not folder.is_dir():
+        if not folder.is_dir():  # else another process was first
             raise
-
-
-def _counted(world: World, source: str, count: int, told: Any) -> Iterator[Sample]:
-    for sample in samples(world, source, count):
-        if told is not None:
-            told.advance()
-        yield sample
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return folder

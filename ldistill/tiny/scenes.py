@@ -1,8 +1,8 @@
 """Pictures with questions in The Cauldron's spirit: one small function per source.
 
 Language-heavy sources ask what a picture means (creatures, counts, places, who is higher);
-document sources ask what is written in it. `sample(world, source, index)` depends on the seed,
-the source and the index alone, and never uses a string or a fact that the benchmark holds out.
+document sources ask what is written in it. None uses a string or a fact that the benchmark holds
+out.
 
 Every scene can also be told in words. That is how the language model meets the same questions
 without a picture, as real language models do: it can read a table long before it can see one.
@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.common.samples import Sample, Turn
 from ldistill.tiny.pictures import CELL, FOOT, Canvas
-from ldistill.tiny.text import lettered, question
 from ldistill.tiny.world import (
     COLOURS,
     EDITED,
+    ENDINGS,
     KNOWLEDGE,
     MARKS,
     PICTURED,
@@ -29,7 +29,8 @@ from ldistill.tiny.world import (
     Creature,
     World,
     Writing,
-    mistype,
+    lettered,
+    question,
     stream,
 )
 
@@ -52,10 +53,6 @@ class Scene:
             return self.turns
         return rng.sample(self.turns, min(len(self.turns), rng.randint(1, self.most)))
 
-    def every_turn(self, rng: random.Random) -> list[Turn]:
-        """All there is to ask, in any order."""
-        return self.turns if self.most is None else rng.sample(self.turns, len(self.turns))
-
 
 KEYS = "123"
 TRANSCRIBED_SHARE = 0.4  # of scenes told in words
@@ -77,17 +74,17 @@ def portrait(creature: Creature, rng: random.Random) -> Canvas:
     return canvas
 
 
-def _known(world: World, rng: random.Random, how: Writing) -> tuple[Creature, str]:
-    """A creature and a fact that may be asked about it."""
+def _known(world: World, rng: random.Random, how: Writing) -> tuple[Creature, str, str]:
+    """A creature, a fact that may be asked about it, and a question for it."""
     while True:
         creature, attribute = rng.choice(world.creatures), rng.choice(KNOWLEDGE)
-        if how.everything or world.picturable(creature, attribute):
-            return creature, attribute
+        if how.everything or (creature.name, attribute) not in world.never_pictured:
+            asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
+            return creature, attribute, asked
 
 
 def aokvqa(world: World, rng: random.Random, how: Writing) -> Scene:
-    creature, attribute = _known(world, rng, how)
-    asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
+    creature, attribute, asked = _known(world, rng, how)
     turns = [Turn(asked, creature.facts[attribute])]
     if rng.random() < 0.5:
         turns.insert(0, Turn(rng.choice(NAMING), creature.name))
@@ -95,8 +92,7 @@ def aokvqa(world: World, rng: random.Random, how: Writing) -> Scene:
 
 
 def scienceqa(world: World, rng: random.Random, how: Writing) -> Scene:
-    creature, attribute = _known(world, rng, how)
-    asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
+    creature, attribute, asked = _known(world, rng, how)
     turn = lettered(rng, asked, attribute, creature.facts[attribute])
     return Scene(portrait(creature, rng), look(creature), [turn])
 
@@ -114,51 +110,38 @@ def vqav2(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(portrait(creature, rng), look(creature), turns, 3)
 
 
-@dataclass
-class _Pair:
-    """Two creatures side by side or one above the other."""
-
-    canvas: Canvas
-    first: Creature
-    second: Creature
-    here: str
-    there: str
-
-    @property
-    def told(self) -> str:
-        return f"{look(self.first)} {self.here}, {look(self.second)} {self.there}"
-
-
-def _two(world: World, rng: random.Random) -> _Pair:
-    first, second = rng.sample(world.creatures, 2)
+def _two(world: World, rng: random.Random) -> tuple[Canvas, str, list[tuple[Creature, str]]]:
+    """Two creatures side by side or one above the other: picture, words, who is where."""
+    creatures = rng.sample(world.creatures, 2)
     canvas, aside = Canvas(rng), rng.random() < 0.5
-    for creature, middle in ((first, 16), (second, 48)):
+    for creature, middle in zip(creatures, (16, 48), strict=True):
         along, across = middle + rng.uniform(-3, 3), 32 + rng.uniform(-14, 14)
         x, y = (along, across) if aside else (across, along)
         canvas.mark(creature.mark, creature.colour, x, y, rng.uniform(8, 11))
     places = ("on the left", "on the right") if aside else ("above", "below")
-    return _Pair(canvas, first, second, *places)
+    placed = list(zip(creatures, places, strict=True))
+    return canvas, ", ".join(f"{look(creature)} {place}" for creature, place in placed), placed
 
 
 def visual7w(world: World, rng: random.Random, how: Writing) -> Scene:
-    pair = _two(world, rng)
+    canvas, told, [(first, here), (second, there)] = _two(world, rng)
     turns = [
-        Turn(f"What is {pair.here}?", look(pair.first)),
-        Turn(f"What is {pair.there}?", look(pair.second)),
-        Turn(f"Where is the {look(pair.first)}?", pair.here),
-        Turn(f"Who is {pair.there}?", pair.second.name),
+        Turn(f"What is {here}?", look(first)),
+        Turn(f"What is {there}?", look(second)),
+        Turn(f"Where is the {look(first)}?", here),
+        Turn(f"Who is {there}?", second.name),
     ]
-    return Scene(pair.canvas, pair.told, turns, 3)
+    return Scene(canvas, told, turns, 3)
 
 
 def vsr(world: World, rng: random.Random, how: Writing) -> Scene:
-    pair = _two(world, rng)
+    canvas, told, placed = _two(world, rng)
     turns = []
-    for creature in rng.sample((pair.first, pair.second), rng.randint(1, 2)):
-        claimed = rng.choice((pair.here, pair.there))
-        true = claimed == (pair.here if creature is pair.first else pair.there)
-        turns.append(Turn(f"The {look(creature)} is {claimed}.", "true" if true else "false"))
-    return Scene(pair.canvas, pair.told, turns)
+    for creature, place in rng.sample(placed, rng.randint(1, 2)):
+        _, claimed = rng.choice(placed)
+        true = "true" if claimed == place else "false"
+        turns.append(Turn(f"The {look(creature)} is {claimed}.", true))
+    return Scene(canvas, told, turns)
 
 
 def iconqa(world: World, rng: random.Random, how: Writing) -> Scene:
@@ -193,8 +176,8 @@ def figureqa(world: World, rng: random.Random, how: Writing) -> Scene:
     one, other = rng.sample(tuple(values), 2)
     turns = [
         Turn(f"Is {one} higher than {other}?", "yes" if values[one] > values[other] else "no"),
-        Turn("Which one is highest?", max(values, key=values.__getitem__)),
-        Turn("Which one is lowest?", min(values, key=values.__getitem__)),
+        Turn("Which one is highest?", max(values, key=values.get)),
+        Turn("Which one is lowest?", min(values, key=values.get)),
     ]
     return Scene(canvas, told, turns, 3)
 
@@ -212,50 +195,50 @@ def chart2text(world: World, rng: random.Random, how: Writing) -> Scene:
 
 def vistext(world: World, rng: random.Random, how: Writing) -> Scene:
     canvas, told, values = _bars(rng, labelled=True)
-    high, low = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+    high, low = max(values, key=values.get), min(values, key=values.get)
     caption = f"The highest is {high} with {values[high]}, the lowest is {low} with {values[low]}."
     return Scene(canvas, told, [Turn("Describe the chart.", caption)])
+
+
+def _listed(values: Mapping[str, object]) -> str:
+    return "\n".join(f"{key}:{value}" for key, value in values.items())
 
 
 def robut_sqa(world: World, rng: random.Random, how: Writing) -> Scene:
     """A table of words and numbers."""
     canvas = Canvas(rng)
-    words = world.words if how.everything else world.shown_words
-    words = rng.sample(words, 3)
+    words = rng.sample(world.words if how.everything else world.shown_words, 3)
     rows = dict(zip(words, rng.sample(range(1, 10), 3), strict=True))
     for line, (word, value) in enumerate(rows.items()):
         canvas.write(f"{word}{value}", 0, line)
     word = rng.choice(words)
     turns = [
         Turn(f'What is the value of "{word}"?', str(rows[word])),
-        Turn("Which one is highest?", max(rows, key=rows.__getitem__)),
+        Turn("Which one is highest?", max(rows, key=rows.get)),
     ]
-    told = "\n".join(f"{word}:{value}" for word, value in rows.items())
-    return Scene(canvas, told, turns, 2)
+    return Scene(canvas, _listed(rows), turns, 2)
 
 
 def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
-    """Writing and a mark below it: (canvas, colour, mark)."""
+    """Writing and a mark below it: the picture, the mark's colour, the same in words."""
     canvas = Canvas(rng)
     colour, mark = rng.choice(tuple(COLOURS)), rng.choice(MARKS)
     canvas.mark(mark, colour, rng.uniform(18, 46), rng.uniform(34, 46), rng.uniform(9, 14))
     canvas.write(text)
-    return canvas, colour, mark
+    return canvas, colour, f'{colour} {mark} with "{text}"'
 
 
 def textvqa(world: World, rng: random.Random, how: Writing) -> Scene:
     text = world.writing(rng, how)
-    canvas, colour, mark = sign(rng, text)
+    canvas, colour, told = sign(rng, text)
     turns = [Turn(rng.choice(("What does the sign say?", "What is written here?")), text)]
     if rng.random() < 0.3:
         turns.append(Turn("What colour is it?", colour))
-    return Scene(canvas, f'{colour} {mark} with "{text}"', turns)
+    return Scene(canvas, told, turns)
 
 
 def textcaps(world: World, rng: random.Random, how: Writing) -> Scene:
-    text = world.writing(rng, how)
-    canvas, colour, mark = sign(rng, text)
-    told = f'{colour} {mark} with "{text}"'
+    canvas, _, told = sign(rng, world.writing(rng, how))
     return Scene(canvas, told, [Turn("Describe the picture.", f"a {told}")])
 
 
@@ -280,8 +263,7 @@ def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, s
 def docvqa(world: World, rng: random.Random, how: Writing) -> Scene:
     canvas, fields = form(rng, [world.writing(rng, how) for _ in range(rng.randint(2, 3))])
     turns = [Turn(f"What stands after {key}?", value) for key, value in fields.items()]
-    told = "\n".join(f"{key}:{value}" for key, value in fields.items())
-    return Scene(canvas, told, turns, 2)
+    return Scene(canvas, _listed(fields), turns, 2)
 
 
 def infographic_vqa(world: World, rng: random.Random, how: Writing) -> Scene:
@@ -293,8 +275,7 @@ def infographic_vqa(world: World, rng: random.Random, how: Writing) -> Scene:
         canvas.mark(rng.choice(MARKS), colour, 8, 8 + CELL * line, rng.uniform(5, 7))
         canvas.write(text, 1, line)
     turns = [Turn(f"What is the label of {colour}?", text) for colour, text in labels.items()]
-    told = "\n".join(f"{colour}:{text}" for colour, text in labels.items())
-    return Scene(canvas, told, turns, 2)
+    return Scene(canvas, _listed(labels), turns, 2)
 
 
 def visualmrc(world: World, rng: random.Random, how: Writing) -> Scene:
@@ -318,25 +299,21 @@ SOURCES: dict[str, Callable[[World, random.Random, Writing], Scene]] = {
 }  # fmt: skip
 
 
-def sample(world: World, source: str, index: int, split: str = "train") -> Sample:
-    """Sample `index` of a source."""
-    rng = stream(world.seed, split, source, index)
-    scene = SOURCES[source](world, rng, PICTURED)
-    turns = tuple(scene.some_turns(rng))
-    return Sample(f"{source}-{index:06d}", source, turns, (scene.canvas.png(),))
-
-
-def samples(world: World, source: str, count: int, split: str = "train") -> Iterator[Sample]:
-    """The first `count` samples of a source; `split` names an independent stream."""
-    return (sample(world, source, index, split) for index in range(count))
+def samples(world: World, source: str, count: int) -> Iterator[Sample]:
+    """The first `count` training samples of a source; sample i depends on (seed, source, i)."""
+    return (_sample(world, "train", source, index) for index in range(count))
 
 
 def captioned(world: World, source: str, index: int) -> Sample:
     """Sample `index` for alignment: like any other, every second one with a full caption first."""
-    rng = stream(world.seed, "alignment", source, index)
+    return _sample(world, "alignment", source, index, captions=0.5)
+
+
+def _sample(world: World, split: str, source: str, index: int, captions: float = 0) -> Sample:
+    rng = stream(world.seed, split, source, index)
     scene = SOURCES[source](world, rng, PICTURED)
     turns = scene.some_turns(rng)
-    if rng.random() < 0.5:
+    if rng.random() < captions:
         turns = [_caption(scene), *turns]
     return Sample(f"{source}-{index:06d}", source, tuple(turns), (scene.canvas.png(),))
 
@@ -350,7 +327,7 @@ def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
     transcribed = rng.random() < TRANSCRIBED_SHARE
     scene = SOURCES[source](world, rng, TRANSCRIBED if transcribed else EDITED)
     words = f"{scene.told}\n" if rng.random() < 0.3 else scene.canvas.layout()
-    turns = scene.every_turn(rng)
+    turns = scene.turns if scene.most is None else rng.sample(scene.turns, len(scene.turns))
     if transcribed:
         turns = [_caption(scene), *turns]
     else:
@@ -360,7 +337,10 @@ def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
 
 
 def _maybe_mistype(world: World, rng: random.Random, word: str) -> str:
-    return mistype(rng, word) if word in world.words and rng.random() < MISTYPED_SHARE else word
+    """A word of the language, often with another ending."""
+    if word in world.words and rng.random() < MISTYPED_SHARE:
+        return word[:2] + rng.choice(ENDINGS)
+    return word
 
 
 def _caption(scene: Scene) -> Turn:

@@ -1,30 +1,31 @@
-"""What both learning phases of the tiny pair share: documents, batches, schedule, one step."""
+"""What all phases of the tiny pair's training share: batches, losses, schedule, optimizers."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from PIL import Image
+from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
-from ldistill.common.samples import Turn
+from ldistill.models.processor import IGNORE, Document
 
-IGNORE = -100
-T = TypeVar("T")
+Example = tuple[Document, bytes | None]
+"""A tokenised document and its picture as PNG bytes."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Length and rate of a learning phase."""
+    """Length and rate of a phase of training."""
 
+    name: str
     steps: int
     batch_size: int
     rate: float
@@ -32,7 +33,7 @@ class Phase:
 
     def scaled(self, scale: float) -> Phase:
         """The phase with `scale` times its steps, at least two."""
-        return Phase(max(2, round(self.steps * scale)), self.batch_size, self.rate, self.warmup)
+        return replace(self, steps=max(2, round(self.steps * scale)))
 
     def rate_at(self, step: int) -> float:
         """Linear warm-up, then cosine to 3% of the rate."""
@@ -40,69 +41,37 @@ class Phase:
         return self.rate * min(1.0, (step + 1) / self.warmup) * (0.03 + 0.97 * cosine)
 
 
-@dataclass(frozen=True)
-class Coded:
-    """A tokenised document; `labels[i]` is the token after i where that one is learnt."""
-
-    ids: Tensor
-    labels: Tensor
-    picture: bytes | None = None
-
-
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], image_text: str = ""
-) -> tuple[Tensor, Tensor]:
-    """Ids and shifted labels of a chat, the same as `Processor.encode` gives, only faster."""
-    ids: list[int] = []
-    learnt: list[bool] = []
-    for number, turn in enumerate(turns):
-        picture = image_text if number == 0 else ""
-        asked = f"<|im_start|>user\n{picture}{turn.user}<|im_end|>\n<|im_start|>assistant\n"
-        for text, learn in ((asked, False), (f"{turn.assistant}<|im_end|>\n", True)):
-            part = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += part
-            learnt += [learn] * len(part)
-    return shifted(torch.tensor(ids), torch.tensor(learnt))
-
-
-def shifted(ids: Tensor, learnt: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and labels: the next token where it is learnt, IGNORE elsewhere."""
-    labels = torch.full_like(ids, IGNORE)
-    labels[:-1] = torch.where(learnt[1:], ids[1:], IGNORE)
-    return ids, labels
-
-
-def pad(documents: Sequence[Coded], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels, int64 [batch, longest], padded at the right."""
-    ids = nn.utils.rnn.pad_sequence([d.ids for d in documents], True, pad_id)
-    return ids, nn.utils.rnn.pad_sequence([d.labels for d in documents], True, IGNORE)
-
-
-def pixels(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as float32 [n, 3, height, width] in [0, 1]."""
-    arrays = np.stack([np.asarray(picture) for picture in pictures])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
-
-
-def batches(documents: Iterable[T], size: int, length: Callable[[T], int]) -> Iterator[list[T]]:
-    """Endless documents in batches of similar length, 16 at a time in random order."""
-    window: list[T] = []
+def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Endless examples in batches of similar length, 16 at a time in random order."""
+    window: list[Example] = []
     rng = random.Random(0)
-    for document in documents:
-        window.append(document)
+    for example in examples:
+        window.append(example)
         if len(window) == 16 * size:
-            window.sort(key=length)
+            window.sort(key=lambda example: len(example[0].input_ids))
             cut = [window[start : start + size] for start in range(0, len(window), size)]
             rng.shuffle(cut)
             yield from cut
             window = []
 
 
+def pad(batch: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and labels, int64 [batch, longest], padded at the right."""
+    ids = [torch.from_numpy(document.input_ids).long() for document, _ in batch]
+    labels = [torch.from_numpy(document.labels).long() for document, _ in batch]
+    padded = nn.utils.rnn.pad_sequence
+    return padded(ids, True, pad_id), padded(labels, True, IGNORE)
+
+
+def label_loss(lm: LlamaForCausalLM, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Cross-entropy where there are labels; `inputs` are ids or embeddings of [batch, length]."""
+    hidden = lm.model(**inputs, use_cache=False).last_hidden_state
+    target = labels >= 0
+    return F.cross_entropy(lm.lm_head(hidden[target]), labels[target])
+
+
 def optimise(
-    phase: Phase,
-    module: nn.Module,
-    loss_of_step: Iterator[Callable[[], Tensor]],
-    advance: Callable[[float], None],
+    phase: Phase, module: nn.Module, losses: Iterator[Tensor], progress: Progress
 ) -> float:
     """Run a phase on what `module` has to train.
 
@@ -112,8 +81,8 @@ def optimise(
     Args:
         phase: length and rate.
         module: whose trainable parameters learn.
-        loss_of_step: yields a function per step that gives its loss.
-        advance: called with the loss of every step.
+        losses: gives the loss of a step when it is asked for it.
+        progress: gets a bar that shows the loss.
 
     Returns:
         The mean loss of the last tenth of the steps.
@@ -121,32 +90,29 @@ def optimise(
     optimizers = _optimizers(module, phase.rate)
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     schedules = [LambdaLR(o, lambda step: phase.rate_at(step) / phase.rate) for o in optimizers]
-    losses = []
+    bar = progress.add_task(phase.name, total=phase.steps)
+    values = []
     for _ in range(phase.steps):
-        loss = next(loss_of_step)()
+        loss = next(losses)
         module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        losses.append(loss.item())
-        advance(losses[-1])
-    tail = losses[-max(1, phase.steps // 10) :]
-    return sum(tail) / len(tail)
+        values.append(loss.item())
+        progress.update(bar, advance=1, description=f"{phase.name}, loss {values[-1]:.2f}")
+    return statistics.fmean(values[-max(1, phase.steps // 10) :])
 
 
 def _optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    matrices = {
-        id(layer.weight): layer.weight
-        for layer in module.modules()
-        if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-    }
-    for layer in module.modules():  # a tied head is an embedding
-        if isinstance(layer, nn.Embedding):
-            matrices.pop(id(layer.weight), None)
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in matrices]
+    layers = list(module.modules())
+    tied = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+    linear = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    matrices = [p for p in linear if p.requires_grad and id(p) not in tied]
+    known = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
     muon = torch.optim.Muon(
-        matrices.values(), lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        matrices, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]

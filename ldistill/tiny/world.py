@@ -1,4 +1,4 @@
-"""The tiny world: invented creatures with facts, and which of those facts are held out.
+"""The tiny world: invented creatures with facts, what is said of them, and what is held out.
 
 A creature has a look (a colour and a mark, unique to it) and six facts that no picture shows.
 Its facts are told in text, asked in text and asked about pictures; these rules decide
@@ -10,8 +10,7 @@ what no training data ever contains, so that the benchmark measures what was lea
 * `held_out(text)`: words and codes that are never spelt in text and never shown in pictures.
 
 Creatures and things are written in small letters; what is written in pictures is in capitals.
-
-Everything follows from the seed. Try `python -m ldistill.tiny.world` for a look at it.
+Everything follows from the seed.
 """
 
 from __future__ import annotations
@@ -20,32 +19,21 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
+
+import yaml
+
+from ldistill.common.samples import Turn
 
 WORLD_VERSION = 2
 DEFAULT_SEED = 7
 
-COLOURS = {
-    "red": (214, 40, 40),
-    "blue": (40, 80, 210),
-    "green": (30, 140, 50),
-    "yellow": (235, 195, 0),
-    "purple": (130, 50, 170),
-    "orange": (245, 125, 20),
-    "black": (20, 20, 20),
-    "cyan": (30, 185, 205),
-}
-MARKS = ("circle", "square", "triangle", "star", "cross", "moon")
-ATTRIBUTES = {
-    "colour": tuple(COLOURS),
-    "mark": MARKS,
-    "home": ("cave", "river", "forest", "desert", "island", "swamp", "meadow", "tower"),
-    "food": ("moss", "fish", "honey", "nuts", "roots", "berries", "snails", "bread"),
-    "drink": ("milk", "rain", "juice", "tea", "sap", "dew", "cider", "broth"),
-    "fear": ("fire", "wind", "thunder", "dogs", "mirrors", "ghosts", "snow", "bells"),
-    "craft": ("ropes", "pots", "songs", "clocks", "soap", "masks", "boats", "kites"),
-    "hour": ("dawn", "noon", "dusk", "night", "spring", "summer", "autumn", "winter"),
-}
+_FILE = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
+COLOURS = {name: tuple(rgb) for name, rgb in _FILE["colours"].items()}
+ATTRIBUTES = {name: tuple(about["values"]) for name, about in _FILE["attributes"].items()}
+STATEMENTS = {name: about["statements"] for name, about in _FILE["attributes"].items()}
+QUESTIONS = {name: about["questions"] for name, about in _FILE["attributes"].items()}
+MARKS = ATTRIBUTES["mark"]
 LOOKS = ("colour", "mark")
 KNOWLEDGE = tuple(name for name in ATTRIBUTES if name not in LOOKS)
 
@@ -62,14 +50,10 @@ WAYS_TO_SAY, WAYS_TO_ASK = 4, 3
 
 @dataclass(frozen=True)
 class Writing:
-    """How strings are chosen that a scene shows.
+    """How strings are chosen that a scene shows."""
 
-    codes: share of strings that are no word.
-    everything: whether words and facts may occur that no picture is to show.
-    """
-
-    codes: float
-    everything: bool
+    codes: float  # share of strings that are no word
+    everything: bool  # whether words and facts may occur that no picture is to show
 
 
 PICTURED = Writing(0.5, everything=False)
@@ -115,44 +99,20 @@ class World:
         rng = stream(seed, "world")
         endings = rng.sample(ENDINGS, len(ENDINGS))
         self.words = tuple(a + b for a, b in zip(SYLLABLES, endings, strict=True))
-        looks = [(colour, mark) for colour in COLOURS for mark in MARKS]
-        names = self._invent_names(rng, len(looks))
+        # Pictures of the training data may show the former, only the benchmark shows the latter.
+        self.shown_words = tuple(word for word in self.words if not held_out(word))
+        self.hidden_words = tuple(word for word in self.words if held_out(word))
+        looks = [{"colour": colour, "mark": mark} for colour in COLOURS for mark in MARKS]
+        names = _invent_names(rng, len(looks))
         self.creatures = tuple(
-            self._creature(rng, name, look) for name, look in zip(names, looks, strict=True)
+            Creature(name, look | {a: rng.choice(ATTRIBUTES[a]) for a in KNOWLEDGE})
+            for name, look in zip(names, looks, strict=True)
         )
         pairs = [(c.name, a) for c in self.creatures for a in KNOWLEDGE]
         rng.shuffle(pairs)
         self.never_pictured = frozenset(pairs[: len(pairs) // 2])
         self.unsaid_phrase = {pair: rng.randrange(WAYS_TO_SAY) for pair in sorted(pairs)}
         self.unasked_phrase = {pair: rng.randrange(WAYS_TO_ASK) for pair in sorted(pairs)}
-
-    @staticmethod
-    def _invent_names(rng: random.Random, count: int) -> tuple[str, ...]:
-        found: dict[str, None] = {}
-        while len(found) < count:
-            name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2))
-            found[name + rng.choice(_CODAS[1:])] = None
-        return tuple(found)
-
-    @staticmethod
-    def _creature(rng: random.Random, name: str, look: tuple[str, str]) -> Creature:
-        facts = dict(zip(LOOKS, look, strict=True))
-        facts.update({attribute: rng.choice(ATTRIBUTES[attribute]) for attribute in KNOWLEDGE})
-        return Creature(name, facts)
-
-    @cached_property
-    def shown_words(self) -> tuple[str, ...]:
-        """Words that pictures of the training data may show."""
-        return tuple(word for word in self.words if not held_out(word))
-
-    @cached_property
-    def hidden_words(self) -> tuple[str, ...]:
-        """Words of the language that only the benchmark shows."""
-        return tuple(word for word in self.words if held_out(word))
-
-    def picturable(self, creature: Creature, attribute: str) -> bool:
-        """Whether training data may ask for this fact about a picture."""
-        return (creature.name, attribute) not in self.never_pictured
 
     def code(self, rng: random.Random, hidden: bool = False) -> str:
         """A syllable with an ending that makes no word."""
@@ -172,14 +132,17 @@ class World:
         return rng.choice(self.words) if how.everything else self.word(rng)
 
 
+def _invent_names(rng: random.Random, count: int) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        name = "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) for _ in range(2))
+        found[name + rng.choice(_CODAS[1:])] = None
+    return tuple(found)
+
+
 def pieces(text: str) -> list[str]:
     """What is written, in parts of two capitals or one other character."""
     return re.findall("[A-Z]{2}|.", text)
-
-
-def mistype(rng: random.Random, word: str) -> str:
-    """A word of capitals with another ending."""
-    return word[:2] + rng.choice(ENDINGS)
 
 
 def invent_word(rng: random.Random) -> str:
@@ -190,6 +153,49 @@ def invent_word(rng: random.Random) -> str:
     return word + rng.choice(_CODAS[1:] if len(word) == 2 else _CODAS)
 
 
-if __name__ == "__main__":
-    for creature in World().creatures[::20]:
-        print(creature.name, *creature.facts.values())
+# ---- what is said ----
+
+
+def statement(creature: Creature, attribute: str, phrase: int) -> tuple[str, str]:
+    """The beginning of a statement and the value that completes it."""
+    before, _ = STATEMENTS[attribute][phrase].split("{v}")
+    return before.format(n=creature.name).rstrip(), creature.facts[attribute]
+
+
+def question(creature: Creature, attribute: str, phrase: int, this: bool = False) -> str:
+    """A question for a fact; `this` asks about the creature in the picture, unnamed."""
+    text = QUESTIONS[attribute][phrase]
+    return text.replace("the {n}", "this one") if this else text.format(n=creature.name)
+
+
+def spell(word: str) -> str:
+    return "-".join(word)
+
+
+def options(rng: random.Random, attribute: str, answer: str, count: int = 4) -> tuple[str, ...]:
+    """`count` values of an attribute, the answer among them, in random order."""
+    others = [value for value in ATTRIBUTES[attribute] if value != answer]
+    chosen = [answer, *rng.sample(others, count - 1)]
+    rng.shuffle(chosen)
+    return tuple(chosen)
+
+
+def lettered(rng: random.Random, asked: str, attribute: str, answer: str) -> Turn:
+    """A question with lettered options, answered by the letter."""
+    choices = options(rng, attribute, answer, 3)
+    listed = "\n".join(f"{letter}. {value}" for letter, value in zip("ABC", choices, strict=True))
+    return Turn(f"{asked}\n{listed}\nAnswer with the letter.", "ABC"[choices.index(answer)])
+
+
+def say(world: World, rng: random.Random, creature: Creature, attribute: str) -> str:
+    """A statement of a fact, in one of the phrases that training text may use."""
+    unsaid = world.unsaid_phrase.get((creature.name, attribute))
+    phrase = rng.choice([i for i in range(WAYS_TO_SAY) if i != unsaid])
+    return " ".join(statement(creature, attribute, phrase)) + "."
+
+
+def ask(world: World, rng: random.Random, creature: Creature, attribute: str) -> str:
+    """A question for a fact, in one of the phrases that training text may use."""
+    unasked = world.unasked_phrase.get((creature.name, attribute))
+    phrase = rng.choice([i for i in range(WAYS_TO_ASK) if i != unasked])
+    return question(creature, attribute, phrase)

@@ -138,6 +138,7 @@ class Meter:
             "mfu": counts["flops"] / seconds / ranks.count() / self.peak,
             "packing_efficiency": counts["tokens"] / max(counts["positions"], 1),
             "teacher_rows": counts["teacher_rows"],
+            "flops": counts["flops"],
             "tokens": counts["tokens"],
             "images": counts["tiles"],
             "documents": counts["documents"],

@@ -10,11 +10,9 @@ from typer.testing import CliRunner
 
 from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.cli import app
-from ldistill.tools.torture.bench import Bench
-from ldistill.tools.torture.commands import _choose
-from ldistill.tools.torture.faults import FAULTS, NEEDS_SEVERAL_RANKS
-from ldistill.tools.torture.history import History, last_step
-from ldistill.tools.torture.kills import torture
+from ldistill.tools.torture.bench import Bench, History
+from ldistill.tools.torture.faults import FAULTS, TEXT_ONLY, choose, kills
+from ldistill.tools.torture.rank import last_step
 
 pytestmark = pytest.mark.slow
 # fp32 sums in another order over 9 steps of AdamW; measured differences are below 1e-6.
@@ -36,15 +34,15 @@ def undisturbed(bench) -> History:
 
 
 def test_two_random_kills_change_nothing(bench, undisturbed):
-    row = torture(bench, kills=2, seed=3)
-    assert row.passed, row.outcome
-    assert len(row.details["kills"]) == 2
+    verdict = kills(bench, 2, seed=3)
+    assert verdict.passed, verdict.outcome
+    assert len(verdict.details["kills"]) == 2
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault(bench, undisturbed, name):
-    row = FAULTS[name](bench)
-    assert row.passed, f"{row.fault}: {row.outcome}"
+    verdict = FAULTS[name](bench)
+    assert verdict.passed, f"{verdict.fault}: {verdict.outcome}"
 
 
 def go_on(bench: Bench, run: Path, until: int | None, **options) -> dict:
@@ -72,7 +70,7 @@ def test_two_ranks_then_one_then_two(bench, undisturbed):
     used = [go_on(bench, run, 3), go_on(bench, run, 6, ranks=1), go_on(bench, run, None)]
     assert [layout["ranks"] for layout in used] == [2, 1, 2]
     history = History.of(run)
-    assert undisturbed.difference(history, ELASTIC_TOLERANCE) is None
+    undisturbed.require(history, ELASTIC_TOLERANCE)
     assert 0 <= largest_difference(undisturbed, history) < ELASTIC_TOLERANCE
     assert not (run / ".adapted").exists()
 
@@ -86,7 +84,7 @@ def test_other_zero_stages(bench, undisturbed):
     stages = [(2, 2, 3), (3, 2, 6), (1, 1, None)]
     used = [go_on(bench, run, at, stage=s, ranks=r, **flags) for s, r, at in stages]
     assert [layout["engine"] for layout in used] == ["zero2", "zero3", "zero1"]
-    assert alone.difference(History.of(run), ELASTIC_TOLERANCE) is None
+    alone.require(History.of(run), ELASTIC_TOLERANCE)
 
 
 def test_the_command_writes_its_table(tmp_path):
@@ -106,12 +104,26 @@ def test_the_command_writes_its_table(tmp_path):
     assert "no fault earthquake" in str(wrong.exception)
 
 
-def test_one_rank_is_not_asked_to_differ_from_others(capsys):
-    assert "text-only-rank" in _choose(None, FAULTS)
-    assert "text-only-rank" not in _choose(None, FAULTS, NEEDS_SEVERAL_RANKS)
-    assert "text-only-rank is left out: it takes several ranks" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="text-only-rank cannot be tried on one rank"):
-        _choose(["text-only-rank"], FAULTS, NEEDS_SEVERAL_RANKS)
+def test_one_rank_is_not_asked_to_differ_from_others():
+    assert choose([], 2) == list(FAULTS.values())
+    assert choose([], 1) == [fault for name, fault in FAULTS.items() if name != TEXT_ONLY]
+    assert choose(["none"], 1) == []
+    with pytest.raises(ValueError, match=r"no fault text-only-rank; .*takes --ranks 2"):
+        choose([TEXT_ONLY], 1)
+
+
+def test_histories_that_differ_are_told_apart():
+    history = History({1: 0.5, 2: 0.25}, {1: [["a"], ["b"]], 2: [["c"]]})
+    assert history.require(history) == "same losses and samples"
+    for other, said in (
+        (History({1: 0.5}, {1: [["a"], ["b"]]}), "loss of step 2: nan, not 0.25"),
+        (History({1: 0.5, 2: 0.26}, history.samples), "loss of step 2: 0.26, not 0.25"),
+        (History(history.losses, {1: [["b"], ["a"]], 2: [["c"]]}), "samples of step 1 differ"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            history.require(other)
+        with pytest.raises(RuntimeError):
+            other.require(history)
 
 
 def test_a_machine_on_which_nothing_runs_is_no_failed_fault(tmp_path, monkeypatch):

@@ -12,81 +12,33 @@ from pathlib import Path
 
 import psutil
 import yaml
-from helpers_data import picture
 
 from ldistill.checkpoint.logs import read_metrics
-from ldistill.common.samples import Sample, Turn
-from ldistill.data.build.builder import build_shards
-from ldistill.models.formats import load_processor
-from ldistill.tools.torture.ports import discard_buffers, free_port
+from ldistill.tools.torture import world
+from ldistill.tools.torture.world import discard_buffers, free_port
 
 REPO = Path(__file__).resolve().parents[2]
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "lazy",
-    "dog",
-    "total",
-    "receipt",
-    "red",
-    "green",
-    "blue",
-    "yes",
-    "no",
-    "0",
-    "1",
-    "2",
-    "3",
-]
-
-
-def samples(source: str, count: int, seed: int = 0) -> list[Sample]:
-    """Questions of various lengths about random pictures; every fifth sample is text alone."""
-    made = []
-    for number in range(count):
-        words = [WORDS[(seed + number * k) % len(WORDS)] for k in range(1, 4 + number % 5)]
-        turn = Turn("what is " + " ".join(words) + "?", " ".join(reversed(words)))
-        images = () if number % 5 == 4 else (picture(seed=seed + number),)
-        made.append(Sample(f"{source}-{number}", source, (turn,), images))
-    return made
 
 
 def write_shards(folder: Path, pair_root: Path, count: int = 40) -> Path:
     """Shards of two sources, counted with a pair's processor."""
-    processor = load_processor(pair_root / "student")
-    by_source = {name: samples(name, count, seed) for seed, name in enumerate(("docvqa", "vqav2"))}
-    build_shards(by_source, folder, processor)
-    return folder
+    documents = {"docvqa": count, "vqav2": count}
+    student = pair_root / "student"
+    return world.write_shards(folder, documents, student=student, shard_bytes=2**30)
 
 
 def write_recipe(path: Path, pair_root: Path, shards: Path, **fields) -> Path:
     """A recipe for a few small steps; ``fields`` override."""
-    values = {
+    values = yaml.safe_load(world.RECIPE.read_text(encoding="utf-8")) | {
         "student": str(pair_root / "student"),
         "teacher": str(pair_root / "teacher"),
         "shards": str(shards),
         "sources": "vqav2,docvqa",
-        "max_length": 96,
-        "global_batch_size": 4,
-        "per_device_train_batch_size": 2,
         "max_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "cosine",
-        "distil": "language",
-        "logging_steps": 1,
         "save_steps": 2,
         "save_total_limit": None,
-        "warmup_steps": 0,
         "health_steps": 2,
         "seed": 7,
-        "bf16": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "dataloader_num_workers": 0,
     }
     path.write_text(yaml.safe_dump(values | fields), encoding="utf-8")
     return path
@@ -146,14 +98,12 @@ def launch(
     command = [sys.executable, "ldistill/train.py", *args]
     if config is not None:
         command += ["--deepspeed", f"ds_configs/{config}.json"]
-    port = str(free_port())
+    port = free_port()
     processes = []
     for rank in range(ranks):
         own = environment() | dict(env or {})
         if ranks > 1 or config is not None:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-            own |= {k: str(v) for k, v in place.items()}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(ranks)}
+            own |= world.place(rank, ranks, port)
         processes.append(
             subprocess.Popen(
                 command,

@@ -120,6 +120,11 @@ def _paired_markdown(comparison: Comparison) -> str:
     return text
 
 
+def p_value(p: float) -> str:
+    """A p value as text: ``0.031``, ``< 0.001``."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _paired_line(p: PairedRow, name: str | None = None) -> list[Any]:
     r = p.result
     return [
@@ -130,7 +135,7 @@ def _paired_line(p: PairedRow, name: str | None = None) -> list[Any]:
         f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
         r.won,
         r.lost,
-        "< 0.001" if r.p < 0.001 else f"{r.p:.3f}",
+        p_value(r.p),
     ]
 
 

@@ -1,69 +1,65 @@
-"""`ldistill study`: the paper's comparison, in miniature or at full scale."""
+"""`ldistill study`: arms compared from the same start; in miniature, at full scale, or a file's."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Train and evaluate every variant of the paper from the same start.", no_args_is_help=True
-)
-_Variants = Annotated[
-    list[str] | None, typer.Option("--variant", help="Only this one; may be repeated.")
-]
 
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def tiny(
+def study(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of every variant.")] = 3,
-    variant: _Variants = None,
+    name: Annotated[
+        str,
+        typer.Argument(metavar="STUDY", help="tiny, paper, or a YAML file of one's own."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the report.")] = Path(
+        "runs/study"
+    ),
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of every arm.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Only this arm; may be repeated.")
+    ] = None,
     items: Annotated[int | None, typer.Option(help="Held-out items per task.")] = None,
     report_to: Annotated[
         Path | None, typer.Option(help="Folder of the report; default --out.")
     ] = None,
-) -> None:
-    """The tiny world, on whatever machine this is; goes on where it stopped.
-
-    Further flags go to every training run: `--max_steps 100`.
-    """
-    from ldistill.tools.study.report import write_report
-    from ldistill.tools.study.tiny import TinyStudy, collect, metrics_files, run_study
-    from ldistill.tools.study.variants import variants
-
-    chosen = variants(tuple(variant or ()))
-    study = TinyStudy(out, chosen, seeds, tuple(context.args), items)
-    run_study(study)
-    command = shlex.join(["ldistill", *sys.argv[1:]])
-    files = write_report(collect(study), metrics_files(study), report_to or out, command)
-    typer.echo(files[0].read_text(encoding="utf-8"))
-    for file in files:
-        typer.echo(f"written  {file}")
-
-
-@app.command()
-def paper(
-    shards: Annotated[str, typer.Option(help="Folder or URL of The Cauldron's shards.")],
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/study"),
-    variant: _Variants = None,
-    deepspeed: Annotated[str, typer.Option(help="DeepSpeed configuration.")] = (
+    shards: Annotated[str | None, typer.Option(help="Folder or URL of all arms' shards.")] = None,
+    deepspeed: Annotated[str, typer.Option(help="DeepSpeed configuration, of commands.")] = (
         "ds_configs/zero2.json"
     ),
     submit: Annotated[bool, typer.Option(help="Submit to SLURM instead of printing.")] = False,
 ) -> None:
-    """The paper's scale: prints every command, or submits the jobs."""
-    from ldistill.tools.study import paper as study_paper
-    from ldistill.tools.study.variants import variants
+    """Train and evaluate every arm of a study from the same start; goes on where it stopped.
 
-    study = study_paper.PaperStudy(shards, out, variants(tuple(variant or ())), deepspeed)
-    if submit:
-        for job, purpose in study_paper.submit(study):
-            typer.echo(f"submitted  {job}  {purpose}")
+    tiny: the paper in miniature, on whatever machine this is. paper: at its scale, prints every
+    command or submits the jobs. A file: see ldistill/tools/study/files.py. Further flags go to
+    every training run: `--max_steps 100`.
+    """
+    from ldistill.tools.study import cluster, files, report, running
+
+    asked = files.load_study(name)
+    arms = asked.choose(variant or ())
+    asked = replace(asked, seeds=seeds or asked.seeds, items_per_task=items or asked.items_per_task)
+    flags = [*(["--shards", shards] if shards else []), *context.args]
+    if asked.launch == "commands":
+        jobs = cluster.ClusterStudy(asked, out, arms, flags, deepspeed)
+        if submit:
+            for job, purpose in cluster.submit(jobs):
+                typer.echo(f"submitted  {job}  {purpose}")
+            return
+        for line in cluster.commands(jobs):
+            typer.echo(line)
         return
-    for line in study_paper.commands(study):
-        typer.echo(line)
+    place = running.Workplace(asked, out, flags)
+    problems = running.run_study(place, arms)
+    command = shlex.join(["ldistill", *sys.argv[1:]])
+    written = report.write_report(place, problems, report_to or out, command)
+    typer.echo(written[0].read_text(encoding="utf-8"))
+    for file in written:
+        typer.echo(f"written  {file}")
+    raise typer.Exit(1 if problems else 0)

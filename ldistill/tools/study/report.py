@@ -1,7 +1,7 @@
 """What a study says: `results.json`, one page of Markdown, two pictures.
 
-`results.json` holds variant → task → {mean, std, seeds}, and the means over the language and the
-reading tasks under `language` and `reading`; std is the sample deviation over seeds (0 for one).
+`results.json` holds arm → task or group → {mean, std, seeds}, std being the sample deviation over
+seeds (0 for one), and under `setting` and `cost` what was chosen and what its training took.
 """
 
 from __future__ import annotations
@@ -9,136 +9,212 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.checkpoint.logs import read_metrics
+from ldistill.common.run_files import METRICS
 from ldistill.evaluation.compare.recovery import recovery_markdown
-from ldistill.evaluation.compare.tables import ScoreTable, score_table
+from ldistill.evaluation.compare.report import p_value
+from ldistill.evaluation.compare.tables import ScoreTable, markdown_table, score_table
 from ldistill.evaluation.suites import rows
-from ldistill.tools.study.variants import BASELINE, MAIN, ORIGINAL
+from ldistill.tools.study.files import Run, Study
+from ldistill.tools.study.running import Workplace, cost
+from ldistill.tools.study.scores import Scores, paired_tests, summary
 
-Scores = Mapping[str, Mapping[str, Sequence[float]]]
-"""Variant → row id → one score per seed."""
-
-SUITE = "tiny"
-GROUPS = {"language": "tiny_language", "reading": "tiny_reading", "vision": "tiny_vision"}
 RESULTS, REPORT = "results.json", "report.md"
 TRADE_OFF, CURVES = "language_vs_reading.png", "loss_curves.png"
 SMOOTHING = 5  # logged points per point of a curve
+Results = Mapping[str, Mapping[str, Any]]
 
 
-def write_report(
-    scores: Scores, metrics: Mapping[str, Path], out: Path, command: str
-) -> list[Path]:
-    """Everything there is to say about the scores so far.
+def write_report(place: Workplace, problems: Sequence[str], out: Path, command: str) -> list[Path]:
+    """Everything there is to say about what is finished so far.
 
     Args:
-        scores: of every variant evaluated; the original among them.
-        metrics: variant → its ``metrics.jsonl``.
+        place: study and folder.
+        problems: sentences on what is missing.
         out: folder, made if need be.
         command: what the reader types to get the same.
 
     Returns:
         The files written.
+
+    Raises:
+        ValueError: nothing was evaluated; with the first problem.
     """
+    study, finished = place.study, list(place.finished())
+    chosen: dict[str, list[Run]] = {}
+    for arm in study.arms:
+        best = place.chosen(arm)
+        if runs := [run for run in finished if replace(run, seed=1) == best]:
+            chosen[arm.name] = runs
+    scores = {name: [place.scores(run) for run in runs] for name, runs in chosen.items()}
+    if place.start_scores.rows:
+        scores = {study.start: [place.start_scores], **scores}
+    if not scores:
+        raise ValueError(f"nothing was evaluated. {' '.join(problems[:1])}")
+    results = {name: summary(study, of) for name, of in scores.items()}
+    for name, runs in chosen.items():
+        costs = [cost(place.folder(run)) for run in runs]
+        mean = {unit: statistics.fmean(of[unit] for of in costs) for unit in costs[0]}
+        results[name] |= {"setting": dict(runs[0].setting), "cost": mean}
     out.mkdir(parents=True, exist_ok=True)
-    results = summarise(scores)
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    drawn = plot_trade_off(results, out / TRADE_OFF)
-    curves = plot_curves(metrics, out / CURVES)
-    text = markdown(scores, results, command, drawn, curves)
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for run in finished:
+        own = summary(study, [place.scores(run)])
+        if run.seed == 1 and len(run.arm.settings) > 1 and (point := _point(study, own)):
+            curves.setdefault(run.arm.name, []).append(point)
+    along, up = _axes(study)
+    metrics = {name: place.folder(runs[0]) / METRICS for name, runs in chosen.items()}
+    drawn = {}
+    if plot_trade_off(study, results, curves, out / TRADE_OFF):
+        drawn[TRADE_OFF] = f"{up.capitalize()} against {along}, one point per arm"
+    if plot_curves(metrics, out / CURVES):
+        drawn[CURVES] = "Cross-entropy and KL over training"
+    text = markdown(study, scores, results, command, problems, drawn)
     (out / REPORT).write_text(text, encoding="utf-8")
-    names = [REPORT, RESULTS, *([TRADE_OFF] if drawn else []), *([CURVES] if curves else [])]
-    return [out / name for name in names]
+    return [out / name for name in (REPORT, RESULTS, *drawn)]
 
 
-def summarise(scores: Scores) -> dict[str, dict[str, dict[str, float | int]]]:
-    """Variant → task or group → {mean, std, seeds}."""
-    results: dict[str, dict[str, dict[str, float | int]]] = {}
-    for variant, by_row in scores.items():
-        series = {row.id: list(by_row[row.id]) for row in rows(SUITE) if row.id in by_row}
-        for name, group in GROUPS.items():
-            of_group = [by_row[r.id] for r in rows(SUITE) if r.group == group and r.id in by_row]
-            if of_group:
-                series[name] = [statistics.fmean(seed) for seed in zip(*of_group, strict=True)]
-        results[variant] = {name: _spread(values) for name, values in series.items()}
-    return results
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | int]:
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": std, "seeds": len(values)}
-
-
-def markdown(scores: Scores, results: Mapping, command: str, drawn: bool, curves: bool) -> str:
+def markdown(
+    study: Study,
+    scores: Mapping[str, Sequence[Scores]],
+    results: Results,
+    command: str,
+    problems: Sequence[str],
+    pictures: Mapping[str, str],
+) -> str:
     """The report as one page."""
-    table = _table(scores)
-    trained = (of_variant for name, of_variant in results.items() if name != ORIGINAL)
-    counts = sorted({r["seeds"] for of_variant in trained for r in of_variant.values()}) or [1]
+    table = _table(study, scores)
+    counts = sorted({len(of) for name, of in scores.items() if name != study.start}) or [1]
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    part = f", of which {study.validation:.0%} chose the settings" if study.validation else ""
     parts = [
-        "# The study on the tiny world",
-        f"`{command}`\n\nSeeds: {seeds}. Accuracy on held-out items; changes are against "
-        f"`{BASELINE}`, `{ORIGINAL}` is the student before training.",
+        f"# {study.title}",
+        f"`{command}`\n\nSeeds: {seeds}. Scores on held-out items{part}; changes are against "
+        f"`{study.baseline}`, `{study.start}` is the student before training.",
         table.markdown(),
     ]
     if table.baseline and table.original:
         parts += ["## Share of the loss recovered", recovery_markdown(table)]
-        parts += ["## In short", _verdict(results)]
-    if drawn:
-        parts.append(f"![Language against reading, one point per variant]({TRADE_OFF})")
-    if curves:
-        parts.append(f"![Cross-entropy and KL over training]({CURVES})")
+        parts += ["## In short", _verdict(study, results)]
+    parts += [f"![{caption}]({file})" for file, caption in pictures.items()]
+    if trained := {name: of for name, of in results.items() if "cost" in of}:
+        parts += ["## Settings and cost", _costs(trained)]
+    if tests := paired_tests(study, scores):
+        lines = [
+            [name, group, f"{pair.samples:,}", f"{pair.difference:+.3f}", pair.won, pair.lost,
+             p_value(pair.p), p_value(p)]
+            for name, group, pair, p in tests
+        ]  # fmt: skip
+        head = ["arm", "group", "documents", "difference", "won", "lost", "p", "p (Holm)"]
+        parts += [
+            "## Document by document",
+            f"Against `{study.baseline}`; a document's score is "
+            "its mean over seeds. p is the exact sign test on won and lost; Holm's "
+            f"correction is over these {len(lines)} tests.",
+            markdown_table(head, lines, 2),
+        ]
+    if problems:
+        parts += ["## What is missing", "\n".join(f"- {problem}" for problem in problems)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _table(scores: Scores) -> ScoreTable:
-    roles = {"baseline": BASELINE, "original": ORIGINAL}
+def _table(study: Study, scores: Mapping[str, Sequence[Scores]]) -> ScoreTable:
+    found = [row for of in scores.values() for run in of for row in run.rows]
+    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
+    values = {
+        name: {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
+        for name, of in scores.items()
+    }
+    roles = {"baseline": study.baseline, "original": study.start}
     known = {role: name for role, name in roles.items() if name in scores}
-    return score_table(scores, rows(SUITE), **known)
+    return score_table(values, listed, **known)
 
 
-def _verdict(results: Mapping) -> str:
-    """Every variant in a line: language recovered, reading kept."""
-    base, top = results[BASELINE], results[ORIGINAL]
-    lost = top["language"]["mean"] - base["language"]["mean"]
-    lines = [
-        f"Labels alone (`{BASELINE}`) cost {lost:.3f} of language "
-        f"({top['language']['mean']:.3f} → {base['language']['mean']:.3f})."
-    ]
-    for name, of_variant in results.items():
-        if name in (BASELINE, ORIGINAL):
-            continue
-        gained = of_variant["language"]["mean"] - base["language"]["mean"]
-        share = f"{gained / lost:.0%} of it" if lost > 0 else "nothing was lost"
-        reading, before = of_variant["reading"]["mean"], base["reading"]["mean"]
-        kept = f"{reading / before:.1%} of `{BASELINE}`'s" if before else f"`{BASELINE}` has none"
-        mark = " **(the method)**" if name == MAIN else ""
-        lines.append(
-            f"- `{name}`{mark}: language {of_variant['language']['mean']:.3f} ({share}), reading "
-            f"{reading:.3f} ({kept})."
-        )
-    return "\n".join([lines[0], "", *lines[1:]])
+def _axes(study: Study) -> tuple[str, str]:
+    """Groups along and up: what is read, and what of language is left."""
+    if {"reading", "language"} <= study.groups.keys():
+        return "reading", "language"
+    names = [*study.groups, *study.groups][:2] or ["", ""]
+    return names[1], names[0]
 
 
-def plot_trade_off(results: Mapping, target: Path) -> bool:
-    """Language against reading, a point per variant with its deviation; False without points."""
-    points = {n: r for n, r in results.items() if "language" in r and "reading" in r}
+def _point(study: Study, of_arm: Mapping[str, Any]) -> tuple[float, float] | None:
+    x, y = _axes(study)
+    return (of_arm[x]["mean"], of_arm[y]["mean"]) if x in of_arm and y in of_arm else None
+
+
+def _verdict(study: Study, results: Results) -> str:
+    """Every arm in a line: language recovered, reading kept."""
+    along, up = _axes(study)
+    points = {name: point for name, of in results.items() if (point := _point(study, of))}
+    if not {study.baseline, study.start} <= points.keys():
+        return f"Not every arm has {up} and {along}."
+    (before, base), (_, top) = points[study.baseline], points[study.start]
+    lost = top - base
+    lines = [f"`{study.baseline}` costs {lost:.3f} of {up} ({top:.3f} → {base:.3f}).", ""]
+    for name, (x, y) in points.items():
+        if name not in (study.baseline, study.start):
+            share = f"{(y - base) / lost:.0%} of it" if lost > 0 else "nothing was lost"
+            none = f"`{study.baseline}` has none"
+            kept = f"{x / before:.1%} of `{study.baseline}`'s" if before else none
+            mark = " **(the method)**" if name == study.main else ""
+            lines.append(f"- `{name}`{mark}: {up} {y:.3f} ({share}), {along} {x:.3f} ({kept}).")
+    return "\n".join(lines)
+
+
+def _costs(results: Results) -> str:
+    lines = []
+    for name, of in results.items():
+        setting = ", ".join(f"{key} {value}" for key, value in of["setting"].items()) or "its own"
+        took = of["cost"]
+        flops = f"{took['flops']:.2e}" if took["flops"] or not took["steps"] else "not logged"
+        numbers = [f"{took['steps']:,.0f}", f"{took['tokens']:,.0f}", flops]
+        lines.append([name, setting, *numbers, f"{took['seconds'] / 60:.1f}"])
+    head = ["arm", "setting", "steps", "tokens", "FLOPs", "minutes"]
+    return markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
+
+
+def plot_trade_off(
+    study: Study,
+    results: Results,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    target: Path,
+) -> bool:
+    """A point per arm with its deviation, the curve of its settings, and the Pareto front.
+
+    Returns:
+        False, and no file, without points.
+    """
+    along, up = _axes(study)
+    points = {name: of for name, of in results.items() if _point(study, of)}
     if not points:
         return False
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 4.6))
-    for index, (name, result) in enumerate(points.items()):
-        x, y = result["reading"], result["language"]
+    for index, (name, of) in enumerate(points.items()):
+        x, y = of[along], of[up]
         spread = {"xerr": x["std"], "yerr": y["std"], "capsize": 3} if x["seeds"] > 1 else {}
+        colour = f"C{index % 10}"
         axis.errorbar(
-            x["mean"], y["mean"], **spread, color=f"C{index % 10}",
-            marker="D" if name == ORIGINAL else "*" if name == MAIN else "o",
-            markersize=12 if name == MAIN else 7, linestyle="none", label=name,
+            x["mean"], y["mean"], **spread, color=colour,
+            marker="D" if name == study.start else "*" if name == study.main else "o",
+            markersize=12 if name == study.main else 7, linestyle="none", label=name,
         )  # fmt: skip
-    axis.set_xlabel("reading (mean accuracy)")
-    axis.set_ylabel("language (mean accuracy)")
+        if name in curves:
+            axis.plot(*zip(*curves[name]), color=colour, marker=".", linewidth=1, alpha=0.7)
+    front, highest = [], -1.0
+    for x, y in sorted({_point(study, of) for of in points.values()}, reverse=True):
+        if y > highest:
+            front, highest = [*front, (x, y)], y
+    axis.plot(*zip(*front), color="black", linewidth=0.8, linestyle=":", zorder=0)
+    axis.set_xlabel(f"{along} (mean score)")
+    axis.set_ylabel(f"{up} (mean score)")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, dpi=150, bbox_inches="tight")
@@ -147,7 +223,7 @@ def plot_trade_off(results: Mapping, target: Path) -> bool:
 
 
 def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
-    """CE and KL over steps of the variants that distil (the paper's Figure 2); False without."""
+    """CE and KL over steps of the arms that distil (the paper's Figure 2); False without."""
     curves = {name: read_metrics(path) for name, path in metrics.items()}
     curves = {name: records for name, records in curves.items() if any("kd" in r for r in records)}
     if not curves:
@@ -157,8 +233,12 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
     titles = {"ce": "cross-entropy (nats)", "kd": "KL to the teacher (nats)"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for name, records in curves.items():
-            points = [(r["step"], r[key]) for r in records if key in r]
-            axis.plot(*_smooth(points), label=name, linewidth=1.3)
+            steps, values = zip(*((r["step"], r[key]) for r in records if key in r))
+            smooth = [
+                statistics.fmean(values[max(0, end - SMOOTHING) : end])
+                for end in range(1, len(values) + 1)
+            ]
+            axis.plot(steps, smooth, label=name, linewidth=1.3)
         axis.set_xlabel("step")
         axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
@@ -167,16 +247,6 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
     figure.savefig(target, dpi=150, bbox_inches="tight")
     plt.close(figure)
     return True
-
-
-def _smooth(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Running means over a few logged points."""
-    steps = [step for step, _ in points]
-    values = [
-        statistics.fmean(v for _, v in points[max(0, i - SMOOTHING + 1) : i + 1])
-        for i in range(len(points))
-    ]
-    return steps, values
 
 
 def _pyplot():

@@ -6,17 +6,11 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from ldistill.tools.torture.bench import Bench, Row
 
 
 def torture(
@@ -40,81 +34,42 @@ def torture(
     when it could not be tried.
     """
     from rich.console import Console
+    from rich.table import Table
 
-    from ldistill.tools.torture.bench import Bench
-    from ldistill.tools.torture.faults import FAULTS, NEEDS_SEVERAL_RANKS
+    from ldistill.tools.torture import faults
 
-    chosen = _choose(fault, FAULTS, NEEDS_SEVERAL_RANKS if ranks == 1 else ())
+    chosen = faults.choose(fault or [], ranks)
     root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise ValueError(f"{root} is not empty: choose an empty folder.")
     console = Console()
-    bench = Bench(root, ranks=ranks, steps=steps, stage=stage)
-    began = time.monotonic()
-    try:
-        rows = _rows(bench, kills, seed, [FAULTS[name] for name in chosen], console)
-    finally:
-        if workdir is None:
-            shutil.rmtree(root, ignore_errors=True)
-    console.print(_table(rows, bench))
-    passed = all(row.passed for row in rows)
-    if json_file is not None:
-        seconds = round(time.monotonic() - began, 1)
-        record = {"steps": steps, "kills": kills, "ranks": ranks, "stage": stage, "seed": seed}
-        record |= {"seconds": seconds, "passed": passed, "rows": [row.as_dict() for row in rows]}
-        json_file.write_text(json.dumps(record, indent=2), encoding="utf-8")
-    raise typer.Exit(0 if passed else 1)
-
-
-def _choose(
-    asked: Sequence[str] | None, known: Iterable[str], impossible: Collection[str] = ()
-) -> list[str]:
-    """The faults asked for, by default all; ``impossible`` ones, on one rank, only if none is."""
-    if not asked:
-        for name in impossible:
-            typer.echo(f"{name} is left out: it takes several ranks to differ (--ranks 2).")
-        return [name for name in known if name not in impossible]
-    if left := sorted(set(asked) & set(impossible)):
-        raise ValueError(f"{', '.join(left)} cannot be tried on one rank: give --ranks 2 or more.")
-    if unknown := sorted(set(asked) - set(known) - {"none"}):
-        raise ValueError(f"no fault {', '.join(unknown)}; there are {', '.join(known)} and none.")
-    return [name for name in asked if name != "none"]
-
-
-def _rows(
-    bench: Bench,
-    kills: int,
-    seed: int,
-    faults: Sequence[Callable[[Bench], Row]],
-    console: Console,
-) -> list[Row]:
-    from ldistill.tools.torture.bench import Row
-    from ldistill.tools.torture.kills import torture as kill_at_random
 
     def tell(text: str) -> None:
         console.print(text, style="dim", highlight=False)
 
-    rows = []
-    tasks = [lambda bench: kill_at_random(bench, kills, seed, tell)] if kills else []
-    for task in [*tasks, *faults]:
-        try:
-            row = task(bench)
-        except RuntimeError as error:  # a run that should have ended well did not
-            row = Row(getattr(task, "__name__", "kills"), "the run ends well", str(error), False)
-        rows.append(row)
-        tell(f"{'held' if row.passed else 'FAILED'}: {row.fault}")
-    return rows
-
-
-def _table(rows: Sequence[Row], bench: Bench) -> Table:
-    from rich.table import Table
-
-    title = f"{bench.ranks} ranks, ZeRO-{bench.stage}, {bench.steps} steps"
-    table = Table(title=title, title_justify="left")
-    for column in ("fault", "expected", "outcome", ""):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        verdict = "[green]held[/]" if row.passed else "[red]FAILED[/]"
-        table.add_row(row.fault, row.expected, row.outcome, verdict)
-    return table
+    if ranks == 1 and not fault:
+        tell(f"{faults.TEXT_ONLY} is left out: it takes several ranks to differ (--ranks 2).")
+    title = f"{ranks} ranks, ZeRO-{stage}, {steps} steps"
+    table = Table("fault", "expected", "outcome", "", title=title, title_justify="left")
+    bench, began = faults.Bench(root, ranks=ranks, steps=steps, stage=stage), time.monotonic()
+    killing = [lambda bench: faults.kills(bench, kills, seed, tell)] if kills else []
+    verdicts = []
+    try:
+        for task in [*killing, *chosen]:
+            verdict = task(bench)
+            tell(f"{'held' if verdict.passed else 'FAILED'}: {verdict.fault}")
+            mark = "[green]held[/]" if verdict.passed else "[red]FAILED[/]"
+            table.add_row(verdict.fault, verdict.expected, verdict.outcome, mark)
+            verdicts.append(verdict)
+    finally:
+        if workdir is None:
+            shutil.rmtree(root, ignore_errors=True)
+    console.print(table)
+    passed = all(verdict.passed for verdict in verdicts)
+    if json_file is not None:
+        seconds = round(time.monotonic() - began, 1)
+        record = {"steps": steps, "kills": kills, "ranks": ranks, "stage": stage, "seed": seed}
+        record |= {"seconds": seconds, "passed": passed, "rows": [asdict(v) for v in verdicts]}
+        json_file.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    raise typer.Exit(0 if passed else 1)

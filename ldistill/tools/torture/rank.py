@@ -17,12 +17,14 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import deepspeed  # noqa: F401  imported once, in the fork server
 
 import ldistill.training.run  # noqa: F401
+from ldistill.checkpoint.logs import read_metrics
+from ldistill.common.run_files import METRICS
 from ldistill.data import archive
-from ldistill.tools.torture.history import last_step
 from ldistill.train import main
 
 FIRED = "torture: the fault happened"
@@ -39,18 +41,20 @@ class Fault:
     has logged step ``amount``, no sample is read until `release` lets it go on.
     """
 
-    kind: str
+    kind: Literal["slow", "flaky", "broken", "file_size", "hold"]
     amount: float = 0
     folder: Path = Path()
 
+    @property
+    def gate(self) -> Path:
+        """The file that a ``hold`` waits for."""
+        return self.folder.with_suffix(".go")
 
-def release(fault: Fault) -> None:
-    """Let the ranks of a ``hold`` go on."""
-    _gate(fault).touch()
 
-
-def _gate(fault: Fault) -> Path:
-    return fault.folder.with_suffix(".go")
+def last_step(run: Path) -> int:
+    """The last step that a run logged; 0 before the first."""
+    records = read_metrics(run / METRICS)
+    return records[-1]["step"] if records else 0
 
 
 def run_rank(place: dict[str, str], argv: list[str], log: str, fault: Fault | None) -> None:
@@ -66,51 +70,38 @@ def run_rank(place: dict[str, str], argv: list[str], log: str, fault: Fault | No
         _inject(fault)
     code = main(argv)
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
 def _inject(fault: Fault) -> None:
     if fault.kind == "file_size":
-        limit = int(fault.amount)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        return
-    if fault.kind == "hold":
-        _hold(fault)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.amount), resource.RLIM_INFINITY))
         return
     read, reads, fired = archive.read_once, itertools.count(1), itertools.count()
     failures: Counter[tuple[str, int]] = Counter()
 
-    def fails(path: str, offset: int) -> bool:
+    def hits(path: str, offset: int) -> bool:
         number, place = next(reads), (path, offset)
+        if fault.kind == "hold":
+            return not fault.gate.exists() and last_step(fault.folder) >= fault.amount
         if fault.kind == "broken":
             return number > 10
-        if fault.kind != "flaky" or zlib.crc32(repr(place).encode()) % 5:
-            return False
-        failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
-        return failures[place] > 0
+        if fault.kind == "flaky":
+            failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
+            return zlib.crc32(repr(place).encode()) % 5 == 0 and failures[place] > 0
+        return True
 
     def faulty(path: str, offset: int, size: int) -> bytes:
-        failing = fails(path, offset)
-        if (failing or fault.kind == "slow") and next(fired) == 0:
-            print(FIRED, flush=True)
-        if fault.kind == "slow":
-            time.sleep(fault.amount)
-        if failing:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        if hits(path, offset):
+            if next(fired) == 0:
+                print(FIRED, flush=True)
+            if fault.kind == "slow":
+                time.sleep(fault.amount)
+            elif fault.kind == "hold":
+                while not fault.gate.exists():
+                    time.sleep(0.01)
+            else:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         return read(path, offset, size)
 
     archive.read_once = faulty
-
-
-def _hold(fault: Fault) -> None:
-    read, gate, fired = archive.read_once, _gate(fault), itertools.count()
-
-    def held(path: str, offset: int, size: int) -> bytes:
-        while not gate.exists() and last_step(fault.folder) >= fault.amount:
-            if next(fired) == 0:
-                print(FIRED, flush=True)
-            time.sleep(0.01)
-        return read(path, offset, size)
-
-    archive.read_once = held

@@ -1,0 +1,220 @@
+"""A study file: which arms are compared, with which settings, seeds, budget and tasks.
+
+    title: Replay against distillation
+    recipe: tiny                     # shared by all arms: shipped, or a path
+    suite: tiny                      # and further `tasks`, of `include` folders too
+    groups: {language: [tiny_language], reading: [tiny_reading]}    # groups of the suite, or tasks
+    seeds: 3
+    budget: {tokens: 200000}         # or steps, or flops; or what another arm used: {flops: ARM}
+    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # of every arm that trains
+    validation: 0.3                  # share of the documents that choose among the settings
+    baseline: labels
+    arms:
+      labels: {recipe: nanovlm-full}            # a shipped recipe's differences ...
+      selective: {recipe: lingudistill, fields: {kl: reverse}, grid: {alpha: [0.3, 0.7]}}
+      merged: {merge: {of: labels}, grid: {weight: [0.1, 0.3, 0.5]}}
+
+Every combination of an arm's grid is a setting. All settings run with seed 1; the one that is best
+on the validation part runs with the other seeds, and is reported on the rest of the documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from ldistill.evaluation.suites import Row, suite
+from ldistill.recipe import load_recipe, parse, recipe_differences
+
+Launch = Literal["here", "commands"]
+BUDGETS = ("steps", "tokens", "flops")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """An arm that averages a decoder with the LM instead of training; see `ldistill merge`."""
+
+    of: str
+    """The arm whose student it is, or the study's `start`."""
+    weight: float | str = 0.5
+    layers: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one setting and one seed."""
+
+    arm: Arm
+    setting: Mapping[str, Any]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder below the seed's."""
+        parts = (f"{k}-{v}".replace(":", "-") for k, v in self.setting.items())
+        return "--".join([self.arm.name, *parts])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get a student from the start."""
+
+    name: str
+    recipe: str | None = None
+    """A shipped recipe whose differences from the shared fields it has."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of the recipe."""
+    merge: Merge | None = None
+    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+    """Field → values, over the study's grid; None takes a field out of that."""
+    budget: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination of the grid."""
+        grid = {name: values for name, values in self.grid.items() if values}
+        return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+    def flags(self, shared: str | None, setting: Mapping[str, Any]) -> list[str]:
+        """What a setting differs in from the shared recipe (None: from its own), for train.py."""
+        values = recipe_differences(self.recipe) if shared and self.recipe else {}
+        values = {**values, **self.fields, **setting}
+        recipe = ["--recipe", shared or self.recipe or "tiny"]
+        return [*recipe, *(part for k, v in values.items() for part in (f"--{k}", str(v)))]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says; see this module's text."""
+
+    arms: tuple[Arm, ...]
+    baseline: str
+    """The arm that the others are compared with."""
+    title: str = "The study"
+    main: str = ""
+    """The arm that the study is about: marked in pictures."""
+    start: str = "adapted"
+    """What the report calls the student before training."""
+    launch: Launch = "here"
+    """commands: it is printed, or submitted to SLURM, instead of run here."""
+    recipe: str | None = None
+    suite: str | None = None
+    tasks: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    items_per_task: int | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name → groups of the suite or tasks; the picture shows `reading` and `language`."""
+    seeds: int = 3
+    budget: Mapping[str, int | str] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    validation: float = 0.0
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Fields that all arms share, student and teacher among them."""
+        return load_recipe(self.recipe or self.choose([self.baseline])[0].recipe or "tiny")
+
+    def choose(self, names: Sequence[str]) -> list[Arm]:
+        """Arms of these names, without any all; ValueError for one that is not there."""
+        known = {arm.name: arm for arm in self.arms}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"no variant {unknown[0]!r}; there are: {', '.join(known)}.")
+        return [known[name] for name in names or known]
+
+    def in_group(self, row: Row, name: str) -> bool:
+        """Whether a row's score counts in a group of the report."""
+        return not {row.group, row.task}.isdisjoint(self.groups[name])
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name → file of the studies in the package."""
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def load_study(name: str) -> Study:
+    """A shipped study, or a file's.
+
+    Raises:
+        ValueError: no such study, or something in it that cannot be: what and where.
+    """
+    path = shipped_studies().get(name, Path(name))
+    if not path.is_file():
+        shipped = ", ".join(shipped_studies())
+        raise ValueError(f"no study {name!r}. Shipped: {shipped}; or give a YAML file's path.")
+    try:
+        return _read(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(f"study {name!r}: {error}") from error
+
+
+def _read(values: Any) -> Study:
+    made = _known(values, Study, "the file")
+    arms = {name: _known(of or {}, Arm, f"arm {name!r}") for name, of in made["arms"].items()}
+    for name, of in arms.items():
+        common = {"budget": made.get("budget", {})}
+        if merge := of.get("merge"):
+            of["merge"] = Merge(**_known(merge, Merge, f"arm {name!r}, merge"))
+        else:
+            of["grid"] = {**made.get("grid", {}), **of.get("grid", {})}
+        arms[name] = Arm(name, **(common | of))
+    for name in ("tasks", "include"):
+        made[name] = tuple(made.get(name, ()))
+    study = Study(**(made | {"arms": tuple(arms.values())}))
+    if problem := next(_problems(study), None):
+        raise ValueError(problem)
+    return study
+
+
+def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
+    """A mapping whose keys are fields of `cls`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be a mapping of fields to values.")
+    fields = [f.name for f in dataclasses.fields(cls) if f.name != "name"]
+    if unknown := [key for key in values if key not in fields]:
+        close = difflib.get_close_matches(str(unknown[0]), fields, n=1)
+        hint = f"Did you mean {close[0]!r}? " if close else ""
+        known = ", ".join(fields)
+        raise ValueError(f"unknown field {unknown[0]!r} in {where}. {hint}There are: {known}.")
+    return dict(values)
+
+
+def _problems(study: Study) -> Any:
+    """Sentences on what cannot be."""
+    names = [arm.name for arm in study.arms]
+    if study.launch not in get_args(Launch):
+        yield f"launch must be one of {', '.join(get_args(Launch))}, got {study.launch!r}."
+    for role in ("baseline", "main"):
+        if (name := getattr(study, role)) and name not in names:
+            yield f"{role} {name!r} is no arm; there are: {', '.join(names)}."
+    if not (study.suite or study.tasks):
+        yield "nothing to evaluate: give a suite or tasks."
+    if study.suite:
+        suite(study.suite)
+    if not 0 <= study.validation < 1:
+        yield f"validation is a share of the documents below 1, got {study.validation}."
+    for number, arm in enumerate(study.arms):
+        if len(arm.settings) > 1 and not study.validation:
+            yield f"arm {arm.name!r} has several settings: `validation` must say what chooses."
+        if arm.merge and arm.merge.of not in (study.start, *names[:number]):
+            yield f"arm {arm.name!r} merges {arm.merge.of!r}, which is no arm above it."
+        for unit, amount in arm.budget.items():
+            if unit not in BUDGETS or len(arm.budget) > 1:
+                yield f"a budget is one of {', '.join(BUDGETS)}, got {dict(arm.budget)}."
+            elif isinstance(amount, str) and amount not in names[:number]:
+                yield f"the budget of arm {arm.name!r} names {amount!r}, which is no arm above it."
+        for setting in arm.settings:
+            if arm.merge:
+                dataclasses.replace(arm.merge, **setting)
+            else:
+                parse(arm.flags(study.recipe, setting))
+            if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
+                yield f"settings name folders, which cannot be called {run!r}."

@@ -1,0 +1,214 @@
+"""Train or merge, and evaluate, whatever of a study is not there yet.
+
+Each arm is a run of ``train.py`` started as a user would start it, or a merge; each student goes
+through lmms-eval. What is finished is kept: the same command goes on where it stopped. What fails
+is named, and the rest goes on.
+
+    OUT/adapted/eval/                    the student before training
+    OUT/seed-1/lingudistill/             a run folder; eval/ inside holds lmms-eval's results
+    OUT/seed-1/labels--alpha-0.3/        the same of one of several settings
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import ldistill
+from ldistill.checkpoint.logs import read_metrics
+from ldistill.common import run_files
+from ldistill.evaluation.lmms_results import read_evaluation
+from ldistill.evaluation.lmms_run import Evaluation, evaluate
+from ldistill.recipe import load_recipe
+from ldistill.tools.study.files import Arm, Run, Study
+from ldistill.tools.study.scores import Scores, best_setting, read_scores
+
+TRAIN = Path(ldistill.__file__).with_name("train.py")
+PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A study and the folder in which it is run."""
+
+    study: Study
+    out: Path
+    overrides: Sequence[str] = ()
+    """Further flags of ``train.py`` for every run."""
+
+    def folder(self, run: Run) -> Path:
+        return self.out / f"seed-{run.seed}" / run.name
+
+    def scores(self, run: Run) -> Scores:
+        """Of its evaluation, as far as there is one."""
+        return read_scores(self.folder(run) / "eval", self.study.validation)
+
+    @property
+    def start_scores(self) -> Scores:
+        return read_scores(self.out / self.study.start / "eval", self.study.validation)
+
+    def chosen(self, arm: Arm) -> Run:
+        """An arm's best setting on the validation part, by the runs of seed 1; the first of one."""
+        runs = [Run(arm, setting, 1) for setting in arm.settings]
+        return best_setting(self.study, [(run, self.scores(run)) for run in runs])
+
+    def finished(self) -> Iterator[Run]:
+        """Every run with scores, those of earlier commands too."""
+        numbers = (path.name.removeprefix("seed-") for path in self.out.glob("seed-*"))
+        for seed in sorted(int(number) for number in numbers if number.isdecimal()):
+            for arm in self.study.arms:
+                runs = (Run(arm, setting, seed) for setting in arm.settings)
+                yield from (run for run in runs if self.scores(run).rows)
+
+
+def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[str]:
+    """Do all that is not there yet; returns a sentence on everything that failed.
+
+    Raises:
+        ValueError: the folder holds a study with other settings.
+    """
+    _claim(place)
+    study, problems = place.study, []
+    first = [Run(arm, setting, 1) for arm in arms for setting in arm.settings]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), disable=not show) as progress:
+        total = 1 + len(first) + (study.seeds - 1) * len(arms)
+        bar = progress.add_task("", total=total)
+
+        def attempt(label: str, *steps: tuple[str, Any]) -> None:
+            try:
+                for what, step in steps:
+                    progress.update(bar, description=f"{label}: {what}")
+                    step()
+            except (ValueError, OSError) as error:
+                problems.append(f"{label}: {error}")
+            progress.advance(bar)
+
+        def do(run: Run) -> None:
+            folder, what = place.folder(run), "merging" if run.arm.merge else "training"
+            attempt(
+                f"{run.name}, seed {run.seed}",
+                (what, lambda: _make(place, run)),
+                ("evaluation", lambda: _evaluate(study, str(folder / run_files.STUDENT), folder)),
+            )
+
+        start = place.out / study.start
+        attempt(
+            study.start, ("evaluation", lambda: _evaluate(study, study.shared["student"], start))
+        )
+        for run in first:
+            do(run)
+        for seed in range(2, study.seeds + 1):
+            for arm in arms:
+                do(replace(place.chosen(arm), seed=seed))
+    return problems
+
+
+def _claim(place: Workplace) -> None:
+    """The settings that all runs of a folder share; seeds and arms may be added later."""
+    recipe = load_recipe(place.study.recipe) if place.study.recipe else {}
+    settings = {
+        "overrides": list(place.overrides),
+        "items_per_task": place.study.items_per_task,
+        "recipe": {k: v for k, v in recipe.items() if v is not None},
+    }
+    path = place.out / "study.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise ValueError(
+            f"{place.out} holds a study with other settings ({path}): choose another --out."
+        )
+    place.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _make(place: Workplace, run: Run) -> None:
+    """The student of a run, unless it is there."""
+    folder, study = place.folder(run), place.study
+    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else None
+    made_by = repr(asked) if asked else shlex.join(run.arm.flags(study.recipe, run.setting))
+    note = folder.with_name(f"{folder.name}.arm")
+    if (folder / run_files.STUDENT / "config.json").is_file():
+        if note.is_file() and note.read_text(encoding="utf-8") != made_by:
+            raise ValueError(f"it was made otherwise: remove {folder}, or call the arm otherwise.")
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if asked:
+        student = study.shared["student"]
+        if asked.of != study.start:
+            source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
+            student = str(place.folder(source) / run_files.STUDENT)
+        words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
+        words += ["--layers", asked.layers] if asked.layers else []
+        words += ["--out", folder / run_files.STUDENT]
+        _start(folder, "merging", "-m", "ldistill.cli", "merge", *words)
+    else:
+        _train(place, run, folder, _budget_flags(place, run))
+    note.write_text(made_by, encoding="utf-8")
+
+
+def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> None:
+    words = [*run.arm.flags(place.study.recipe, run.setting), "--seed", run.seed]
+    words += ["--output_dir", folder, "--evaluate", "false", "--disable_tqdm", "true"]
+    words += ["--overwrite", "true", *place.overrides, *extra]
+    _start(folder, "training", TRAIN, *words)
+
+
+def _start(folder: Path, what: str, *words: object) -> None:
+    """Run Python with these words; ValueError where it fails, with the sentence it said."""
+    command = [sys.executable, *map(str, words)]
+    with folder.with_name(f"{folder.name}.train.log").open("w", encoding="utf-8") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if status.returncode:
+        said = Path(log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
+        raise ValueError(
+            f"{what} ended with status {status.returncode}{''.join(errors[-1:])}; its output is "
+            f"in {log.name}. The same command tries it again."
+        )
+
+
+def _budget_flags(place: Workplace, run: Run) -> list[str]:
+    """`--max_steps` of a budget; how much a step takes is measured on the first two."""
+    for unit, amount in run.arm.budget.items():
+        if isinstance(amount, str):
+            like = place.folder(replace(place.chosen(*place.study.choose([amount])), seed=run.seed))
+            amount = cost(like)[unit]
+        if unit != "steps":
+            probe = place.folder(run).with_name(f"{run.name}.probe")
+            flags = ["--max_steps", str(PROBE_STEPS), "--logging_steps", "1"]
+            _train(place, run, probe, [*flags, "--save_strategy", "no"])
+            took = cost(probe)
+            amount = math.ceil(amount * took["steps"] / took[unit])
+            shutil.rmtree(probe)
+        return ["--max_steps", str(amount)]
+    return []
+
+
+def cost(folder: Path) -> dict[str, float]:
+    """Steps, tokens, FLOPs and seconds that the training in a folder took; 0 without one."""
+    records = read_metrics(folder / run_files.METRICS)
+    return {
+        "steps": records[-1]["step"] if records else 0,
+        "tokens": sum(r["tokens"] for r in records),
+        "flops": sum(r.get("flops", 0.0) for r in records),
+        "seconds": sum(r["tokens"] / r["tokens_per_second"] for r in records),
+    }
+
+
+def _evaluate(study: Study, student: str, folder: Path) -> None:
+    out = folder / "eval"
+    record = read_evaluation(out)
+    if record is None or not record["complete"]:
+        include = tuple(Path(path) for path in study.include)
+        options = {"include_paths": include, "items_per_task": study.items_per_task}
+        evaluate(Evaluation(student, out, study.suite, study.tasks, **options))

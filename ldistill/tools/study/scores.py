@@ -1,0 +1,158 @@
+"""What the runs of a study scored: by document, by task, by group, and whether it is chance.
+
+A document is in the validation part or in the reported part by its task and number alone. The
+validation part chooses among an arm's settings; everything that is reported is of the other part.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldistill.evaluation.compare.results import read_variants
+from ldistill.evaluation.compare.samples import Paired, paired, sample_score
+from ldistill.evaluation.lmms_results import read_evaluation
+from ldistill.evaluation.suites import ROWS, Row
+
+if TYPE_CHECKING:
+    from ldistill.tools.study.files import Run, Study
+
+WHOLE = -1
+"""The one document of a task whose score is no mean over its samples: it is in both parts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One evaluation: row → document → score, in two parts."""
+
+    rows: Mapping[Row, Mapping[int, float]]
+    """The reported part."""
+    validation: Mapping[Row, Mapping[int, float]]
+
+    def of(self, row: Row) -> float:
+        """The mean over the documents that are reported."""
+        return statistics.fmean(self.rows[row].values())
+
+
+def read_scores(folder: Path, validation: float) -> Scores:
+    """Scores of an evaluation's folder; none where there is no evaluation.
+
+    Raises:
+        ValueError: its ``eval.json`` is damaged.
+    """
+    record = read_evaluation(folder)
+    reported: dict[Row, dict[int, float]] = {}
+    choosing: dict[Row, dict[int, float]] = {}
+    if record is None:
+        return Scores(reported, choosing)
+    results = read_variants([f"run={folder}"])[0].tasks if record.get("results") else {}
+    known = {row.id: row for row in ROWS}
+    for name, entry in record["scores"].items():
+        row = known.get(name) or _row(name, entry)
+        result = results.get(row.task)
+        samples = result.samples(row.filter).items() if result else ()
+        found = {number: sample_score(sample, row) for number, sample in samples}
+        scored = {number: score for number, score in found.items() if score is not None}
+        whole = not scored or len(scored) < len(found)
+        if whole or not math.isclose(statistics.fmean(scored.values()), entry["value"]):
+            scored = {WHOLE: entry["value"]}
+        for number, score in scored.items():
+            if number == WHOLE or not _chooses(row, number, validation):
+                reported.setdefault(row, {})[number] = score
+            if number == WHOLE or _chooses(row, number, validation):
+                choosing.setdefault(row, {})[number] = score
+    return Scores(reported, choosing)
+
+
+def _row(name: str, entry: Mapping[str, Any]) -> Row:
+    metric, _, filter = entry["metric"].partition(",")
+    return Row(name, entry["name"], entry["group"], metric, filter, entry["top"])
+
+
+def _chooses(row: Row, number: int, share: float) -> bool:
+    return zlib.crc32(f"{row.task}/{number}".encode()) % 1000 < 1000 * share
+
+
+def group_mean(study: Study, rows: Mapping[Row, Mapping[int, float]], group: str) -> float | None:
+    """Mean over a group's tasks, each on a scale of 0 to 1; None without any."""
+    means = [
+        statistics.fmean(documents.values()) / row.top
+        for row, documents in rows.items()
+        if study.in_group(row, group)
+    ]
+    return statistics.fmean(means) if means else None
+
+
+def best_setting(study: Study, runs: Sequence[tuple[Run, Scores]]) -> Run:
+    """The run with the highest mean over the groups on the validation part; ties: the first."""
+
+    def quality(scores: Scores) -> float:
+        means = [group_mean(study, scores.validation, group) for group in study.groups]
+        found = [mean for mean in means if mean is not None]
+        return statistics.fmean(found) if found else -1.0
+
+    return max(runs, key=lambda run: quality(run[1]))[0]
+
+
+def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float | int]]:
+    """Task or group → {mean, std, seeds} over the runs of an arm."""
+    series: dict[str, list[float]] = defaultdict(list)
+    for scores in runs:
+        for row in scores.rows:
+            series[row.id].append(scores.of(row))
+        for group in study.groups:
+            if (mean := group_mean(study, scores.rows, group)) is not None:
+                series[group].append(mean)
+    return {
+        name: {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "seeds": len(values),
+        }
+        for name, values in series.items()
+    }
+
+
+def paired_tests(
+    study: Study, arms: Mapping[str, Sequence[Scores]]
+) -> list[tuple[str, str, Paired, float]]:
+    """Arm, group, comparison with the baseline on its documents, and Holm's corrected p.
+
+    A document's score is its mean over the seeds, so that it counts once.
+    """
+    found = []
+    for group in study.groups:
+        base = _documents(study, arms.get(study.baseline, ()), group)
+        for name, runs in arms.items():
+            own = _documents(study, runs, group)
+            both = sorted(base.keys() & own.keys())
+            if both and name != study.baseline:
+                pair = paired([base[key] for key in both], [own[key] for key in both])
+                found.append((name, group, pair))
+    return [(*test, p) for test, p in zip(found, holm([pair.p for *_, pair in found]))]
+
+
+def _documents(study: Study, runs: Iterable[Scores], group: str) -> dict[tuple[str, int], float]:
+    scores: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for run in runs:
+        for row, documents in run.rows.items():
+            if study.in_group(row, group):
+                for number, score in documents.items():
+                    if number != WHOLE:
+                        scores[row.id, number].append(score)
+    return {key: statistics.fmean(values) for key, values in scores.items()}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p values that hold for all tests together."""
+    corrected, least = [0.0] * len(p), 0.0
+    for place, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - place) * p[index]))
+        corrected[index] = least
+    return corrected
