@@ -37,14 +37,17 @@ class AttentionCase:
     def cast(self, dtype: torch.dtype, requires_grad: bool = False) -> "AttentionCase":
         """The same case with its float tensors in another dtype, strides and values kept."""
 
-        def convert(x):
+        def convert(x, grad=requires_grad):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 return x
             y = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
             y.copy_(x.detach())
-            return y.requires_grad_(requires_grad)
+            return y.requires_grad_(grad)
 
-        options = {name: convert(x) for name, x in self.options.items()}
+        options = {
+            name: convert(x, requires_grad and name in self.floats())
+            for name, x in self.options.items()
+        }
         return AttentionCase(*(convert(x) for x in self.positional), options)
 
 
@@ -90,13 +93,14 @@ def make_case(
     seq: int,
     heads: tuple[int, int] = (3, 1),
     head_dim: int = 16,
+    v_dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     layout: str = "bhsd",
     device: str = "cpu",
     seed: int = 0,
     **options,
 ) -> AttentionCase:
-    """A random case over the given documents; `heads` is (q_heads, kv_heads)."""
+    """A random case over the given documents; `heads` is (q_heads, kv_heads), `v_dim` of values."""
     generator = torch.Generator().manual_seed(seed)
     q_heads, kv_heads = heads
     index = make_queries(documents, device=device)
@@ -108,7 +112,8 @@ def make_case(
         return torch.randn(*size, generator=generator).to(device, dtype)
 
     q = draw(index[0].numel(), q_heads, head_dim)
-    return AttentionCase(q, draw(*shape), draw(*shape), *index, {"layout": layout} | options)
+    k, v = draw(*shape), draw(*shape[:3], v_dim or head_dim)
+    return AttentionCase(q, k, v, *index, {"layout": layout} | options)
 
 
 def second_segment(case: AttentionCase, *, every: int = 1, seed: int = 1) -> AttentionCase:
@@ -126,8 +131,10 @@ def second_segment(case: AttentionCase, *, every: int = 1, seed: int = 1) -> Att
     start2 = torch.cummax(before, 0).values if queries else before
     generator = torch.Generator().manual_seed(seed)
     layout = case.options.get("layout", "bhsd")
-    size = (int(kept.sum()), case.k.shape[1 if layout == "bhsd" else 2], case.q.shape[-1])
-    k2, v2 = (torch.randn(size, generator=generator).to(case.q) for _ in range(2))
+    size = (int(kept.sum()), case.k.shape[1 if layout == "bhsd" else 2])
+    k2, v2 = (
+        torch.randn(*size, x.shape[-1], generator=generator).to(case.q) for x in (case.k, case.v)
+    )
     options = case.options | {"k2": k2, "v2": v2, "start2": start2, "end2": count}
     return AttentionCase(*case.positional, options)
 
@@ -143,7 +150,7 @@ def with_tiles(case: AttentionCase) -> AttentionCase:
 
 def naive_attention(
     q, k, v, batch, start, position, *, visible=None, k2=None, v2=None, start2=None, end2=None,
-    tiles=None, scale=None, layout="bhsd",
+    tiles=None, window=None, softcap=None, sinks=None, scale=None, layout="bhsd",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, with everything materialised and heads repeated: small cases only.
 
@@ -156,6 +163,8 @@ def naive_attention(
     group = q.shape[1] // k.shape[1]
     columns = torch.arange(k.shape[2], device=q.device)
     mask = (columns >= start[:, None]) & (columns <= position[:, None])
+    if window is not None:
+        mask = mask & (position[:, None] - columns < window)
     if visible is not None:
         mask = mask & visible[batch.long()]
     keys, values = k[batch.long()], v[batch.long()]  # [queries, kv_heads, seq, head_dim]
@@ -172,8 +181,12 @@ def naive_attention(
     )
     scores = torch.einsum("rhd,rhnd->rhn", q, keys) * scale
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask[:, None], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).expand_as(lse))
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return torch.einsum("rhn,rhnd->rhd", weights.to(q.dtype), values), lse
 

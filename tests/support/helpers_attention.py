@@ -21,6 +21,9 @@ def make_variants() -> dict:
     hidden = torch.zeros(3, 24, dtype=torch.bool)
     plain = make_case(DOCUMENTS, heads=(15, 5), **double)
     some = make_case(DOCUMENTS, heads=(4, 2), visible=visible, **double)
+    sinks = torch.linspace(-1, 2, 4, dtype=torch.float64)
+    extras = {"window": 4, "softcap": 1.5, "sinks": sinks}
+    every = make_case(DOCUMENTS, heads=(4, 2), visible=visible, v_dim=24, **extras, **double)
     return {
         "plain": plain,
         "bshd": make_case(DOCUMENTS, heads=(9, 3), layout="bshd", **double),
@@ -30,6 +33,15 @@ def make_variants() -> dict:
         "nothing": make_case(DOCUMENTS, visible=hidden, **double),
         "tiles": with_tiles(plain),
         "tiles, visible and second": with_tiles(second_segment(some)),
+        "window": make_case(DOCUMENTS, heads=(6, 2), window=4, **double),
+        "window and tiles": with_tiles(make_case(DOCUMENTS, heads=(6, 2), window=4, **double)),
+        "softcap": make_case(DOCUMENTS, heads=(6, 2), softcap=1.5, **double),
+        "sinks": make_case(DOCUMENTS, heads=(4, 2), sinks=sinks, **double),
+        "narrow values": make_case(DOCUMENTS, heads=(6, 2), head_dim=40, v_dim=8, **double),
+        "everything": with_tiles(second_segment(every, every=2)),
+        "everything, bshd": make_case(
+            DOCUMENTS, heads=(4, 1), layout="bshd", v_dim=40, **extras, **double
+        ),
     }
 
 

@@ -32,6 +32,9 @@ def shared_kv_attention(
     start2: Tensor | None = None,
     end2: Tensor | None = None,
     tiles: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     layout: str = "bhsd",
     return_lse: bool = False,
@@ -50,14 +53,20 @@ def shared_kv_attention(
     Args:
         q: [queries, q_heads, head_dim], fp16, bf16 or fp32 (fp64 too with the reference).
         k, v: [batch, kv_heads, seq, head_dim] for layout "bhsd", [batch, seq, kv_heads, head_dim]
-            for "bshd". Any strides, the last one 1. Never copied.
+            for "bshd". Any strides, the last one 1. Never copied. v may have another head dim.
         batch, start, position: int32 or int64 [queries], sorted by (batch, start, position). The
             ranges of two documents of one batch row do not overlap.
         visible: bool [batch, seq]; memory positions marked False are read by nobody.
-        k2, v2: [seq2, kv_heads, head_dim], the second segment, packed.
+        k2, v2: [seq2, kv_heads, head_dim], the second segment, packed; v2 as wide as v.
         start2, end2: int32 or int64 [queries], non-decreasing; start2 == end2 sees nothing there.
         tiles: int32 [tiles, 2] of `plan_tiles` for the same queries, moved to their device. Makes
             the kernels faster where queries are few; changes no result but for rounding.
+        window: a query sees its own memory position and window - 1 before it, no more. Of the
+            second segment it sees what start2 and end2 say.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax.
+        sinks: [q_heads], any float type: scores of a position that every query sees besides, whose
+            value is 0. A query that sees nothing else gets output 0 and its sink as log-sum-exp.
+            They get no gradient.
         scale: factor on q.k before the softmax; head_dim ** -0.5 unless given. Positive.
         return_lse: also return the natural log-sum-exp, fp32 [queries, q_heads] (fp64 for fp64).
         grad_k, grad_v: shaped and laid out like k and v, any float type. The backward adds dK and
@@ -68,7 +77,7 @@ def shared_kv_attention(
             means yes on CPU tensors, and on CUDA tensors only under LDISTILL_DEBUG=1.
 
     Returns:
-        out [queries, q_heads, head_dim] in q's dtype, or (out, lse).
+        out [queries, q_heads, head dim of v] in q's dtype, or (out, lse).
 
     Raises:
         ValueError: names the argument that does not fit and what it got.
@@ -78,15 +87,19 @@ def shared_kv_attention(
     if layout == "bshd":
         k, v, grad_k, grad_v = (_heads_first(t) for t in (k, v, grad_k, grad_v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    triton = _use_triton(kernels, q)
+    for name, limit in (("window", window), ("softcap", softcap)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name} must be positive, got {limit}")
+    scores = scale, window or 0, float(softcap or 0)
+    triton = _use_triton(kernels, q, v)
     if check is None:
         check = not q.is_cuda or os.environ.get("LDISTILL_DEBUG") == "1"
-    inputs = (q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles)
+    inputs = (q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, sinks)
     if triton and not check and _only_forward(*inputs[:3], k2, v2, grad_k, grad_v):
-        out, lse = _forward_again()(inputs, scale)
+        out, lse = _forward_again()(inputs, *scores)
     else:
         check_arguments(*inputs, grad_k, grad_v, scale)
-        out, lse = attention_op(*inputs, grad_k, grad_v, scale, triton, check)
+        out, lse = attention_op(*inputs, grad_k, grad_v, *scores, triton, check)
     return (out, lse) if return_lse else out
 
 
@@ -112,7 +125,7 @@ def _heads_first(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.dim() != 4 else tensor.transpose(1, 2)
 
 
-def _use_triton(kernels: str, q: Tensor) -> bool:
+def _use_triton(kernels: str, q: Tensor, v: Tensor) -> bool:
     """Which of the two implementations runs; ValueError when the wanted one cannot."""
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
@@ -125,6 +138,9 @@ def _use_triton(kernels: str, q: Tensor) -> bool:
         )
     if q.dtype == torch.float64:
         raise ValueError("q is float64, which only kernels='reference' supports")
-    if q.shape[-1] > 256:
-        raise ValueError(f"q has head dim {q.shape[-1]}; the Triton kernels take up to 256")
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        raise ValueError(
+            f"q and v have head dims {q.shape[-1]} and {v.shape[-1]}; the Triton kernels take up "
+            "to 256"
+        )
     return True

@@ -14,8 +14,9 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check_arguments(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_k, grad_v, scale
-) -> None:
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, sinks, grad_k, grad_v,
+    scale,
+) -> None:  # fmt: skip
     """Raise ValueError unless shapes, dtypes, devices and strides fit. k and v are heads-first."""
     _check_floats(q, k, v)
     if not scale > 0:
@@ -25,14 +26,19 @@ def check_arguments(
         _check_index(name, index, queries, q.device)
     if visible is not None:
         _check_same(visible, "visible", memory, torch.bool, q.device)
-    _check_second(q, k, k2, v2, start2, end2)
+    _check_second(q, k, v, k2, v2, start2, end2)
     if tiles is not None:
         _check_same(tiles, "tiles", (tiles.shape[0], 2), torch.int32, q.device)
         if not tiles.is_contiguous():
             raise ValueError(f"tiles must be contiguous, got strides {tiles.stride()}")
-    for name, grad in (("grad_k", grad_k), ("grad_v", grad_v)):
+    if sinks is not None:
+        _check_same(sinks, "sinks", (q.shape[1],), None, q.device)
+        _check_last_stride("sinks", sinks)
+        if sinks.requires_grad and torch.is_grad_enabled():
+            raise ValueError("sinks get no gradient, but require one: detach them")
+    for name, grad, like in (("grad_k", grad_k, k), ("grad_v", grad_v, v)):
         if grad is not None:
-            _check_same(grad, name, tuple(k.shape), None, q.device)
+            _check_same(grad, name, tuple(like.shape), None, q.device)
             _check_last_stride(name, grad)
     if k.shape[0] * k.shape[2] >= 2**31 - 2**16:
         raise ValueError(f"k holds {k.shape[0]} x {k.shape[2]} positions, too many for int32")
@@ -45,7 +51,7 @@ def _check_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
         _check_last_stride(name, tensor)
-    _check_same(v, "v", tuple(k.shape), q.dtype, q.device)
+    _check_same(v, "v", (*k.shape[:3], v.shape[3]), q.dtype, q.device)
     _check_same(k, "k", tuple(k.shape), q.dtype, q.device)
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k has head dim {k.shape[-1]}, q has {q.shape[-1]}")
@@ -54,7 +60,7 @@ def _check_floats(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q has {q_heads} heads, not a multiple of the {kv_heads} heads of k")
 
 
-def _check_second(q, k, k2, v2, start2, end2) -> None:
+def _check_second(q, k, v, k2, v2, start2, end2) -> None:
     second = {"k2": k2, "v2": v2, "start2": start2, "end2": end2}
     missing = [name for name, value in second.items() if value is None]
     if len(missing) == 4:
@@ -63,8 +69,8 @@ def _check_second(q, k, k2, v2, start2, end2) -> None:
         raise ValueError(f"the second segment needs k2, v2, start2 and end2; missing: {missing}")
     if k2.dim() != 3:
         raise ValueError(f"k2 must have 3 dimensions, got shape {tuple(k2.shape)}")
-    shape = (k2.shape[0], k.shape[1], k.shape[3])
-    for name in ("k2", "v2"):
+    for name, first in (("k2", k), ("v2", v)):
+        shape = (k2.shape[0], k.shape[1], first.shape[3])
         _check_same(second[name], name, shape, q.dtype, q.device)
         _check_last_stride(name, second[name])
     for name in ("start2", "end2"):

@@ -1,5 +1,6 @@
 """What compile_check builds: every entry of the tables, bare and with everything switched on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +33,12 @@ def compile_cases() -> list[CompileCase]:
         if not dense or forward_table()[kib, bucket, size, False] != config:
             for shape in case_shapes(bucket, size, kib):
                 key = kib, bucket, size, dense
-                tile = config if shape.full else PLAIN_FORWARD.get(key, config)
+                tile = PLAIN_FORWARD.get(key, config) if shape.plain else config
                 cases += [_forward(x, tile, dense, kib) for x in shape.variants(not dense)]
     for (kib, bucket, size), table in backward_table().items():
         for shape in case_shapes(bucket, size, kib):
-            config = table if shape.full else PLAIN_BACKWARD.get((kib, bucket, size), table)
+            key = kib, bucket, size
+            config = PLAIN_BACKWARD.get(key, table) if shape.plain else table
             cases += [_backward(x, config, kib) for x in shape.variants()]
             cases += [_prepare(x, config, kib) for x in shape.variants(table=False)]
     return cases
@@ -49,7 +51,8 @@ class CaseShape:
     `full` switches everything on: the mask, the second segment, gradient buffers, a gradient of
     the log-sum-exp. `core` belongs to the part that CI compiles: what language models have.
     `group` is the number of query heads of a key head, `tiles` a table of them, `index` the type
-    of the arrays that say what a query sees.
+    of the arrays that say what a query sees, `extras` a window, a soft cap and sinks, `v_dim` a
+    head dim of the values that is not that of the keys.
     """
 
     element: str
@@ -59,21 +62,30 @@ class CaseShape:
     group: int = GROUP
     tiles: bool = False
     index: str = "i64"  # what training passes
+    extras: bool = False
+    v_dim: int = 0
 
     @property
     def label(self) -> str:
         variant = "two segments" if self.full else "plain"
+        variant += " extras" if self.extras else ""
+        variant += f" values {self.v_dim}" if self.v_dim else ""
         group = "" if self.group == GROUP else f" group {self.group}"
         tiles = " table" if self.tiles else ""
         index = "" if self.index == "i64" else f" {self.index}"
         return f"{self.element} D{self.head_dim} {variant}{group}{tiles}{index}"
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but keys and values as most models have them is read."""
+        return not (self.full or self.extras or self.v_dim)
 
     def variants(self, table: bool = True) -> "list[CaseShape]":
         """With and without a table of tiles (if one is ever passed), a group with both indices."""
         return [
             replace(self, tiles=tiles, index=index, core=self.core and index == "i64")
             for tiles in ((False, True) if table else (False,))
-            for index in (("i64", "i32") if self.group == GROUP else ("i64",))
+            for index in (("i64", "i32") if self.group == GROUP and not self.extras else ("i64",))
         ]
 
 
@@ -94,22 +106,33 @@ def case_shapes(bucket: int, itemsize: int, kib: int) -> list[CaseShape]:
             shapes.append(CaseShape("bf16", bucket, True, False, group))
     if common:
         shapes.append(CaseShape("fp16", bucket, False, False))
+    shapes += [
+        CaseShape("bf16", bucket, full, common and not full, extras=True) for full in (False, True)
+    ]
     odd = {96: 72, 256: 192}.get(bucket)  # two tiles, of 72 the second one masked
-    return shapes + ([CaseShape("bf16", odd, True, False)] if odd else [])
+    if odd:
+        shapes.append(CaseShape("bf16", odd, True, False))
+    if odd == 192:
+        shapes.append(CaseShape("bf16", odd, False, False, v_dim=128))
+    return shapes
 
 
 def _forward(shape: CaseShape, config: Config, dense: bool, kib: int) -> CompileCase:
     tiles = f"{'dense' if dense else 'sparse'} {config.block_m}x{config.block_n}"
     types = _indices(shape) | _pointers(shape, ("q", "k", "v", "out"), ("k2", "v2"))
-    types |= {"lse": "*fp32", "scale2": "fp32"} | dict.fromkeys(triton_fwd.INTEGERS, "i32")
+    types |= {"lse": "*fp32", "scale2": "fp32", "cap2": "fp32"}
+    types |= dict.fromkeys(triton_fwd.INTEGERS, "i32")
     types |= {"visible": "*i1"} if shape.full else {}
+    types |= {"sinks": "*fp32"} if shape.extras else {}
     block_m, small_m = lane_blocks(config.block_m, shape.tiles)
-    constants = _head_dims(shape, *split_head_dim(shape.head_dim)) | {
+    constants = _head_dims(shape, split_head_dim) | {
         "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
         "HAS_TILES": shape.tiles, "BLOCK_M": block_m, "SMALL_M": small_m,
-        "BLOCK_N": config.block_n,
+        "BLOCK_N": config.block_n, "HAS_WINDOW": shape.extras, "HAS_CAP": shape.extras,
+        "HAS_SINKS": shape.extras,
     }  # fmt: skip
     constants |= _absent(shape, "visible", "k2", "v2", *_SECOND)
+    constants |= {} if shape.extras else {"sinks": None}
     return _case("forward", shape, tiles, kib, types, constants, **_launch(config))
 
 
@@ -119,13 +142,14 @@ def _backward(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase
     types = _indices(shape)
     types |= _pointers(shape, ("q", "k", "v", *gradients), ("k2", "v2", "dk2", "dv2"))
     types |= dict.fromkeys(("lse", "delta"), "*fp32") | {"ranges": "*i32"}
-    types |= dict.fromkeys(("scale", "scale2"), "fp32")
+    types |= dict.fromkeys(("scale", "scale2", "cap2"), "fp32")
     types |= dict.fromkeys(triton_bwd.INTEGERS, "i32")
     if shape.full:  # the gradients of the memory are added to fp32 buffers
         types |= dict.fromkeys(("dk", "dv"), "*fp32") | {"visible": "*i1"}
     dq_m, small_m = lane_blocks(config.dq_m, shape.tiles)
-    constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
+    constants = _head_dims(shape, split_backward) | {
         "GROUP": shape.group, "HAS_VISIBLE": shape.full, "HAS_SECOND": shape.full,
+        "HAS_WINDOW": shape.extras, "HAS_CAP": shape.extras,
         "HAS_TILES": shape.tiles, "DQ_M": dq_m, "SMALL_M": small_m, "DQ_N": config.dq_n,
         "DKV_M": config.dkv_m, "DKV_N": config.dkv_n,
         "DQ": True, "DK": True, "DV": True, "DK2": shape.full, "DV2": shape.full,
@@ -140,10 +164,12 @@ def _prepare(shape: CaseShape, config: BackwardConfig, kib: int) -> CompileCase:
     types |= dict.fromkeys(("lse", "base2", "delta"), "*fp32") | {"ranges": "*i32"}
     types |= dict.fromkeys(triton_prepare.INTEGERS, "i32")
     types |= {"grad_lse": "*fp32"} if shape.full else {}
-    constants = _head_dims(shape, *split_backward(shape.head_dim)) | {
-        "BLOCK_M": triton_prepare.block_pairs(shape.head_dim), "BLOCK_N": config.dkv_n,
-        "TILES": triton_prepare.TILES, "GROUP": shape.group, "HAS_GRAD_LSE": shape.full,
-        "HAS_SECOND": shape.full,
+    constants = _head_dims(shape, split_backward)
+    values = {name: constants[name] for name in ("ALIGN", "V_DIM", "E1", "E2")}
+    constants = values | {
+        "HAS_WINDOW": shape.extras, "BLOCK_M": triton_prepare.block_pairs(values["V_DIM"]),
+        "BLOCK_N": config.dkv_n, "TILES": triton_prepare.TILES, "GROUP": shape.group,
+        "HAS_GRAD_LSE": shape.full, "HAS_SECOND": shape.full,
     }  # fmt: skip
     constants |= dict.fromkeys(() if shape.full else (*_SECOND, "grad_lse"))
     tiles, registers = f"tiles of {config.dkv_n}", triton_prepare.REGISTERS
@@ -193,5 +219,9 @@ def _absent(shape: CaseShape, *full: str) -> dict[str, None]:
     return dict.fromkeys((() if shape.full else full) + (() if shape.tiles else ("tiles",)))
 
 
-def _head_dims(shape: CaseShape, d1: int, d2: int) -> dict[str, int]:
-    return {"ALIGN": 8, "HEAD_DIM": shape.head_dim, "D1": d1, "D2": d2}
+def _head_dims(shape: CaseShape, split: Callable[[int], tuple[int, int]]) -> dict[str, int]:
+    """How the head dims of keys and of values are cut into tiles."""
+    v_dim = shape.v_dim or shape.head_dim
+    (d1, d2), (e1, e2) = split(shape.head_dim), split(v_dim)
+    keys = {"ALIGN": 8, "HEAD_DIM": shape.head_dim, "D1": d1, "D2": d2}
+    return keys | {"V_DIM": v_dim, "E1": e1, "E2": e2}

@@ -18,14 +18,14 @@ _INPUTS = (
 )
 _library = torch.library.Library("ldistill", "FRAGMENT")
 _library.define(
-    f"shared_kv_attention({_INPUTS}Tensor? grad_k, Tensor? grad_v, float scale, bool triton, "
-    "bool check) -> (Tensor, Tensor)",
+    f"shared_kv_attention({_INPUTS}Tensor? sinks, Tensor? grad_k, Tensor? grad_v, float scale, "
+    "int window, float softcap, bool triton, bool check) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     f"shared_kv_attention_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}"
     "Tensor(a!)? grad_k, Tensor(b!)? grad_v, Tensor out, Tensor lse, bool[] needs, float scale, "
-    "bool triton) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int window, float softcap, bool triton) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 attention_op = torch.ops.ldistill.shared_kv_attention.default
@@ -33,8 +33,8 @@ backward_op = torch.ops.ldistill.shared_kv_attention_backward.default
 
 
 def _forward(
-    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_k, grad_v, scale,
-    triton, check,
+    q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, sinks, grad_k, grad_v,
+    scale, window, softcap, triton, check,
 ):  # fmt: skip
     if check:
         seq2 = 0 if k2 is None else k2.shape[0]
@@ -44,29 +44,31 @@ def _forward(
         )
     if not triton:
         return reference_forward(
-            q, k, v, batch, start, position, visible, k2, v2, start2, end2, scale
-        )
+            q, k, v, batch, start, position, visible, k2, v2, start2, end2, sinks, scale, window,
+            softcap,
+        )  # fmt: skip
     from ldistill_kernels.shared_kv_attention.triton_fwd import attention_forward
 
     return attention_forward(
-        q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, scale
-    )
+        q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, sinks, scale,
+        window, softcap,
+    )  # fmt: skip
 
 
 def _backward(
     grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
-    grad_k, grad_v, out, lse, needs, scale, triton,
+    grad_k, grad_v, out, lse, needs, scale, window, softcap, triton,
 ):  # fmt: skip
     if triton:
         from ldistill_kernels.shared_kv_attention.triton_bwd import attention_backward
 
         return attention_backward(
             grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,
-            tiles, grad_k, grad_v, out, lse, needs, scale,
+            tiles, grad_k, grad_v, out, lse, needs, scale, window, softcap,
         )  # fmt: skip
     grads = reference_backward(
         grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out,
-        lse, scale,
+        lse, scale, window, softcap,
     )  # fmt: skip
     for buffer, grad in ((grad_k, grads[1]), (grad_v, grads[2])):
         if buffer is not None:
@@ -86,12 +88,12 @@ def _wanted(needs: list[bool], grad_k: Tensor | None, grad_v: Tensor | None) -> 
 
 def _fake_forward(q, k, v, *others):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=lse_dtype)
+    return q.new_empty(*q.shape[:2], v.shape[-1]), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
 
 def _fake_backward(
     grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
-    grad_k, grad_v, out, lse, needs, scale, triton,
+    grad_k, grad_v, out, lse, needs, scale, window, softcap, triton,
 ):  # fmt: skip
     wanted = _wanted(needs, grad_k, grad_v)
     inputs = (q, k, v, k2, v2)
@@ -111,23 +113,23 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # The buffers are written in the backward: saving them would trip the version check.
         ctx.save_for_backward(*args[:12], out, lse)
-        ctx.buffers, ctx.scale, ctx.triton = args[12:14], args[14], args[15]
+        ctx.buffers, ctx.scores, ctx.triton = args[13:15], args[15:18], args[18]
         return out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_lse):
         *inputs, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
-            return (None,) * 17
+            return (None,) * 20
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 7, 8)]
         grads = backward_op(
-            grad_out, grad_lse, *inputs, *ctx.buffers, out, lse, needs, ctx.scale, ctx.triton
+            grad_out, grad_lse, *inputs, *ctx.buffers, out, lse, needs, *ctx.scores, ctx.triton
         )
         wanted = _wanted(needs, *ctx.buffers)
         dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(grads, wanted, strict=True))
-        return dq, dk, dv, None, None, None, None, dk2, dv2, *((None,) * 8)
+        return dq, dk, dv, None, None, None, None, dk2, dv2, *((None,) * 11)
 
 
 def _autograd(*args):

@@ -23,11 +23,15 @@ TILE = tl.constexpr(TABLE_LANES)
 
 
 @triton.jit
-def memory_spans(query, batch, start, position, batches, seq):
+def memory_spans(
+    query, batch, start, position, batches, seq, window, HAS_WINDOW: tl.constexpr
+):  # fmt: skip
     """[low, high) of each query in the flat memory; never outside it, whatever the arrays hold."""
     b = tl.load(batch + query).to(tl.int32)
     low = tl.maximum(tl.load(start + query).to(tl.int32), 0)
     high = tl.minimum(tl.load(position + query).to(tl.int32), seq - 1) + 1
+    if HAS_WINDOW:
+        low = tl.maximum(low, high - window)
     sees = (b >= 0) & (b < batches) & (high > low)
     return tl.where(sees, b * seq + low, NOTHING), tl.where(sees, b * seq + high, NOTHING)
 
@@ -41,9 +45,15 @@ def second_spans(query, start2, end2, seq2):
 
 
 @triton.jit
-def run_at(first, low, high):
-    """End of the run that starts at `first`, and the end of its part that all queries see."""
+def run_at(first, low, high, HAS_WINDOW: tl.constexpr):
+    """End of the run that starts at `first`, and the end of its part that all queries see.
+
+    In a window each query of a document starts later than the one before: the run is that of all
+    that start before the first of them ends.
+    """
     inside = low <= first
+    if HAS_WINDOW:
+        inside = low < tl.max(tl.where(inside, high, 0), 0)
     full_end = tl.maximum(tl.min(tl.where(inside, high, first), 0), first)
     return tl.max(tl.where(inside, high, 0), 0), full_end
 
@@ -55,7 +65,7 @@ def next_run(end, low, high):
 
 
 @triton.jit
-def whole_run(first, low, high, seq):
+def whole_run(first, low, high, seq, HAS_WINDOW: tl.constexpr):
     """End of what any lane sees, and of its part that all see, where `first` is the least `low`.
 
     For lanes of one batch row: their documents, if several, are walked as one run. The end stays
@@ -64,8 +74,20 @@ def whole_run(first, low, high, seq):
     origin = first // seq * seq
     end = tl.max(tl.where(high < NOTHING, high, 0), 0)
     end = origin + tl.minimum(end - origin, seq)
-    full_end = tl.where(tl.max(low, 0) <= first, tl.minimum(tl.min(high, 0), end), first)
-    return end, full_end
+    last_low = tl.max(low, 0)
+    one_document = last_low < tl.min(high, 0) if HAS_WINDOW else last_low <= first
+    return end, tl.where(one_document, tl.minimum(tl.min(high, 0), end), first)
+
+
+@triton.jit
+def full_part(
+    first, full_end, end, low, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr
+):  # fmt: skip
+    """Where in a run the tiles of columns begin and end that every lane sees."""
+    begin = first
+    if HAS_WINDOW:
+        begin += tl.cdiv(tl.minimum(tl.max(low, 0), end) - first, BLOCK_N) * BLOCK_N
+    return begin, begin + tl.maximum(full_end - begin, 0) // BLOCK_N * BLOCK_N
 
 
 @triton.jit
@@ -153,6 +175,12 @@ def add_product(acc1, acc2, a, b1, b2, D2: tl.constexpr):
 
 
 @triton.jit
+def bend(scores, scale2):
+    """tanh, of scores that `scale2` takes to twice the argument in base 2."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(scores * scale2))
+
+
+@triton.jit
 def zero_pair(M: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     first = tl.zeros([M, D1], tl.float32)
     second = first
@@ -193,3 +221,12 @@ def lane_programs(block_m: int, tiles: Tensor | None, lanes: int) -> int:
     if tiles is None:
         return triton.cdiv(lanes, block_m)
     return tiles.shape[0] * (TABLE_LANES // block_m)
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """Factors from products to scores in base 2: one, or with a cap one inside tanh and one after.
+
+    The first is doubled for `bend`, since tanh(x) = 1 - 2 / (1 + exp(2 x)).
+    """
+    base2 = math.log2(math.e)
+    return (2 * scale / softcap * base2, softcap * base2) if softcap else (scale * base2, 0.0)

@@ -35,36 +35,48 @@ class Group:
 
 def reference_forward(
     q, k, v, batch, start, position, visible=None, k2=None, v2=None, start2=None, end2=None,
-    scale=None,
+    sinks=None, scale=None, window=0, softcap=0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention as `shared_kv_attention` defines it, differentiable by autograd.
 
-    Args: as there, with k and v [batch, kv_heads, seq, head_dim].
-    Returns: (out [queries, q_heads, head_dim] in q's dtype, lse [queries, q_heads] fp32 or fp64).
+    Args: as there, with k and v [batch, kv_heads, seq, head_dim]; 0 stands for no window or cap.
+    Returns: out [queries, q_heads, head dim of v] in q's dtype, lse [queries, q_heads] in fp32 or
+        fp64.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
+    plain = not softcap and sinks is None and v.shape[-1] == q.shape[-1]
     # Per KV head, scaled once: [kv_heads, queries, group heads, head_dim].
     heads = (q.to(_compute_dtype(q)) * scale).unflatten(1, (k.shape[1], -1)).transpose(0, 1)
-    for step in _steps(batch, start, position, visible, start2, end2):
+    for step in _steps(window, batch, start, position, visible, start2, end2):
         group = step.group
         keys, values = _memory(group, step.unseen, k, v, k2, v2)
-        asking = heads[:, group.first : group.last]
-        if cpu.fits(heads, keys, values):
+        asking = heads[:, group.first : group.last]  # [kv_heads, queries, group heads, head_dim]
+        if plain and cpu.fits(heads, keys, values):
             out, lse = cpu.fused_attention(asking, keys, values, step.hidden)
         else:
             scores = asking.flatten(1, 2) @ keys.mT
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
             scores = scores.unflatten(1, (*step.hidden.shape[:1], -1))
-            scores = scores.masked_fill(step.hidden, -torch.inf).flatten(1, 2)
+            scores = scores.masked_fill(step.hidden, -torch.inf)
+            if sinks is not None:  # [kv_heads, queries, group heads, positions + 1]
+                sink = sinks.to(scores.dtype).view(scores.shape[0], 1, -1, 1)
+                scores = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1)
+                nothing = values.new_zeros(values.shape[0], 1, values.shape[2])
+                values = torch.cat([values, nothing], 1)
+            scores = scores.flatten(1, 2)
             out, lse = torch.softmax(scores, -1) @ values, torch.logsumexp(scores, -1)
             out, lse = _unpack(out, group), _unpack(lse[..., None], group).squeeze(-1)
         if step.blind is not None:
             out = out.masked_fill(step.blind[:, None, None], 0.0)
-            lse = lse.masked_fill(step.blind[:, None], -torch.inf)
+            nothing = -torch.inf if sinks is None else sinks.to(lse.dtype)
+            lse = torch.where(step.blind[:, None], nothing, lse)
         outs.append(out.to(q.dtype))
         lses.append(lse)
     if not outs:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_compute_dtype(q))
+        lse = q.new_empty(q.shape[:2], dtype=_compute_dtype(q))
+        return q.new_empty(*q.shape[:2], v.shape[-1]), lse
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -78,17 +90,17 @@ class Step:
     blind: Tensor | None  # bool [queries] that see nothing; None when all see something
 
 
-_last: tuple[tuple, list[Step]] = ((), [])
+_last: tuple[int, tuple, list[Step]] = (0, (), [])
 
 
-def _steps(*columns: Tensor | None) -> list[Step]:
+def _steps(window: int, *columns: Tensor | None) -> list[Step]:
     """Steps of a call, kept for the next one: the layers of a model ask with the same tensors."""
     global _last
-    known, steps = _last
-    if len(known) == len(columns) and all(map(_is_same, known, columns)):
+    width, known, steps = _last
+    if width == window and len(known) == len(columns) and all(map(_is_same, known, columns)):
         return steps
-    steps = [_step(group, *columns) for group in query_groups(*columns[:3], *columns[4:])]
-    _last = (tuple(map(_mark, columns)), steps)
+    steps = [_step(group, window, *columns) for group in query_groups(*columns[:3], *columns[4:])]
+    _last = (window, tuple(map(_mark, columns)), steps)
     return steps
 
 
@@ -108,8 +120,8 @@ def _version(column: Tensor) -> int | float:
     return float("nan") if column.is_inference() else column._version
 
 
-def _step(group: Group, batch, start, position, visible, start2, end2) -> Step:
-    mask = _mask(group, start, position, visible, start2, end2)
+def _step(group: Group, window, batch, start, position, visible, start2, end2) -> Step:
+    mask = _mask(group, window, start, position, visible, start2, end2)
     blind = ~mask.any(1)
     some = bool(blind.any())
     hidden = ~(mask | blind[:, None]) if some else ~mask
@@ -118,22 +130,29 @@ def _step(group: Group, batch, start, position, visible, start2, end2) -> Step:
 
 def reference_backward(
     grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, out, lse,
-    scale,
+    scale, window=0, softcap=0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, k2 and v2, in fp32 (fp64 for fp64), from what the forward returned."""
     grads = [None if x is None else torch.zeros(x.shape, dtype=_compute_dtype(q), device=q.device)
              for x in (q, k, v, k2, v2)]  # fmt: skip
+    q_group = q.shape[1] // k.shape[1]
     for group in query_groups(batch, start, position, start2, end2):
-        mask = _mask(group, start, position, visible, start2, end2)
+        mask = _mask(group, window, start, position, visible, start2, end2)
         keys, values = _memory(group, _unseen(mask), k, v, k2, v2)
         queries, lse_packed = _pack(q, group, k.shape[1]), _pack(lse[..., None], group, k.shape[1])
         grad, outs = (_pack(x, group, k.shape[1]) for x in (grad_out, out))
-        scores = _scores(queries, keys, mask, scale)
+        scores = queries @ keys.mT * scale
+        if softcap:
+            bent = torch.tanh(scores / softcap)
+            scores = softcap * bent
+        scores = scores.masked_fill(~mask.repeat_interleave(q_group, dim=0), -torch.inf)
         weights = torch.exp(scores - lse_packed.masked_fill(lse_packed == -torch.inf, 0.0))
         delta = (grad * outs).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - _pack(grad_lse[..., None], group, k.shape[1])
         grad_scores = weights * (grad @ values.mT - delta) * scale
+        if softcap:
+            grad_scores = grad_scores * (1 - bent.square())
         grads[0][group.first : group.last] = _unpack(grad_scores @ keys, group)
         _add(grads[1], grads[3], grad_scores.mT @ queries, group)
         _add(grads[2], grads[4], weights.mT @ grad, group)
@@ -167,11 +186,13 @@ def _cut(host: list[list[int]], first: int, last: int) -> Iterator[Group]:
         yield Group(begin, end, host[0][begin], low, max(low, high), low2, max(low2, high2))
 
 
-def _mask(group: Group, start, position, visible, start2, end2) -> Tensor:
+def _mask(group: Group, window, start, position, visible, start2, end2) -> Tensor:
     """bool [queries, positions of both segments]: what each query of the group sees."""
     queries = slice(group.first, group.last)
     columns = torch.arange(group.low, group.high, device=start.device)
     mask = (columns >= start[queries, None]) & (columns <= position[queries, None])
+    if window:
+        mask = mask & (columns > position[queries, None] - window)
     if visible is not None:
         mask = mask & visible[group.batch, group.low : group.high]
     if start2 is None:
@@ -209,12 +230,6 @@ def _pack(x: Tensor, group: Group, kv_heads: int) -> Tensor:
 def _unpack(x: Tensor, group: Group) -> Tensor:
     """[kv_heads, queries * group heads, d] -> [queries, q_heads, d]."""
     return x.unflatten(1, (group.last - group.first, -1)).transpose(0, 1).flatten(1, 2)
-
-
-def _scores(queries: Tensor, keys: Tensor, mask: Tensor, scale: float) -> Tensor:
-    heads = queries.shape[1] // mask.shape[0]
-    hidden = ~mask.repeat_interleave(heads, dim=0)
-    return (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf)
 
 
 def _add(first: Tensor, second: Tensor | None, grad: Tensor, group: Group) -> None:

@@ -6,8 +6,6 @@ like the forward. Every gradient element has one owner that adds in a fixed orde
 bit-identical from run to run.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,9 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     NOTHING,
     add_product,
     alignment,
+    bend,
     column_mask,
+    full_part,
     lane_blocks,
     lane_programs,
     load_pair,
@@ -26,6 +26,7 @@ from ldistill_kernels.shared_kv_attention.primitives import (
     next_run,
     product,
     run_at,
+    score_factors,
     second_spans,
     store_pair,
     strides,
@@ -39,26 +40,27 @@ from ldistill_kernels.shared_kv_attention.triton_prepare import prepare
 @triton.jit
 def _query_inputs(
     q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
-    ALIGN: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
 ):  # fmt: skip
     """Queries, output gradients, log-sum-exp in base 2 and delta of lanes of one key head."""
     query, q_head = (lanes // GROUP).to(tl.int64), head * GROUP + lanes % GROUP
     q_offsets = tl.multiple_of(query * stride_qn + q_head.to(tl.int64) * stride_qh, ALIGN)
     q1, q2 = load_pair(q, q_offsets, query >= 0, D1, D2, HEAD_DIM, False)
     grad_offsets = tl.multiple_of(query * stride_gn + q_head.to(tl.int64) * stride_gh, ALIGN)
-    grad1, grad2 = load_pair(grad_out, grad_offsets, query >= 0, D1, D2, HEAD_DIM, False)
+    grad1, grad2 = load_pair(grad_out, grad_offsets, query >= 0, E1, E2, V_DIM, False)
     return q1, q2, grad1, grad2, tl.load(lse + lanes), tl.load(delta + lanes)
 
 
 @triton.jit
 def _add_queries(
     dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
-    batch, start, position, batches, seq, first_lane, last_lane, head, scale2,
+    batch, start, position, batches, seq, first_lane, last_lane, head, scale2, cap2, window,
     stride_qn, stride_qh, stride_gn, stride_gh,
-    ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, SECOND: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr,
+    ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    MASKED: tl.constexpr, SECOND: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_M lanes give to the gradients of a tile of keys and values."""
     lanes = first_lane + tl.arange(0, BLOCK_M)
@@ -66,24 +68,31 @@ def _add_queries(
     lanes = tl.minimum(lanes, last_lane - 1)
     q1, q2, grad1, grad2, base, deltas = _query_inputs(
         q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
-        ALIGN, GROUP, D1, D2, HEAD_DIM,
+        ALIGN, GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2,
     )  # fmt: skip
     scores = product(k1, k2, q1, q2, D2)
+    if HAS_CAP:
+        scores = bend(scores, scale2)
+        scale2 = cap2
     weights = tl.exp2(scores * scale2 - base[None, :])
     if MASKED:
         query = lanes // GROUP
         if SECOND:
             low, high = second_spans(query, start, position, seq)
         else:
-            low, high = memory_spans(query, batch, start, position, batches, seq)
+            low, high = memory_spans(
+                query, batch, start, position, batches, seq, window, HAS_WINDOW
+            )  # fmt: skip
         seen = (columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :])
         seen = seen & inside[None, :]
         weights = tl.where(seen, weights, 0.0)
     if DV:
-        dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, D2)
+        dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, E2)
     if DK:
-        grad_weights = product(v1, v2, grad1, grad2, D2) - deltas[None, :]
+        grad_weights = product(v1, v2, grad1, grad2, E2) - deltas[None, :]
         grad_scores = weights * grad_weights
+        if HAS_CAP:
+            grad_scores *= 1.0 - scores * scores
         if MASKED:  # a value nobody reads may be NaN, and 0 * NaN is not 0
             grad_scores = tl.where(seen, grad_scores, 0.0)
         grad_scores = grad_scores.to(q1.dtype)
@@ -94,13 +103,14 @@ def _add_queries(
 @triton.jit
 def _memory_gradients(
     q, k, v, batch, start, position, visible, grad_out, lse, delta, ranges, dk, dv,
-    column, origin, end, base_k, base_v, base_dk, base_dv, batches, seq, head, scale, scale2,
-    stride_qn, stride_qh, stride_gn, stride_gh, stride_k, stride_v, stride_dk, stride_dv,
+    column, origin, end, base_k, base_v, base_dk, base_dv, batches, seq, head, scale, scale2, cap2,
+    window, stride_qn, stride_qh, stride_gn, stride_gh, stride_k, stride_v, stride_dk, stride_dv,
     stride_visible,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
-    SECOND: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ADD_K: tl.constexpr,
-    ADD_V: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V_DIM: tl.constexpr,
+    E1: tl.constexpr, E2: tl.constexpr, HAS_VISIBLE: tl.constexpr, SECOND: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the columns [column, column + BLOCK_N) of one head; `ranges` at their entry."""
     first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
@@ -112,25 +122,25 @@ def _memory_gradients(
     k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
     v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
     k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, True)
-    v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, True)
+    v1, v2 = load_pair(v, v_offsets, keep, E1, E2, V_DIM, True)
     dk1, dk2 = zero_pair(BLOCK_N, D1, D2)
-    dv1, dv2 = zero_pair(BLOCK_N, D1, D2)
+    dv1, dv2 = zero_pair(BLOCK_N, E1, E2)
     before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with queries that see a part only
     full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
     for i in tl.range(before, before + full):
         dk1, dk2, dv1, dv2 = _add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
             batch, start, position, batches, seq, first + i * BLOCK_M, last, head, scale2,
-            stride_qn, stride_qh, stride_gn, stride_gh,
-            ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, False, SECOND, DK, DV,
+            cap2, window, stride_qn, stride_qh, stride_gn, stride_gh, ALIGN, GROUP, BLOCK_M,
+            HEAD_DIM, D1, D2, V_DIM, E1, E2, False, SECOND, DK, DV, HAS_WINDOW, HAS_CAP,
         )  # fmt: skip
     for i in tl.range(0, tl.cdiv(last - first, BLOCK_M) - full):
         i = tl.where(i < before, i, i + full)
         dk1, dk2, dv1, dv2 = _add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
             batch, start, position, batches, seq, first + i * BLOCK_M, last, head, scale2,
-            stride_qn, stride_qh, stride_gn, stride_gh,
-            ALIGN, GROUP, BLOCK_M, D1, D2, HEAD_DIM, True, SECOND, DK, DV,
+            cap2, window, stride_qn, stride_qh, stride_gn, stride_gh, ALIGN, GROUP, BLOCK_M,
+            HEAD_DIM, D1, D2, V_DIM, E1, E2, True, SECOND, DK, DV, HAS_WINDOW, HAS_CAP,
         )  # fmt: skip
     exists = columns < end
     if DK:
@@ -139,10 +149,10 @@ def _memory_gradients(
         written = exists & seen if ADD_K else exists
         store_pair(dk, offsets, written, dk1, dk2, D1, D2, HEAD_DIM, ADD_K)
     if DV:
-        dv1, dv2 = _finish(dv1, dv2, keep, 1.0, D2)
+        dv1, dv2 = _finish(dv1, dv2, keep, 1.0, E2)
         offsets = tl.multiple_of(base_dv + place * stride_dv, ALIGN)
         written = exists & seen if ADD_V else exists
-        store_pair(dv, offsets, written, dv1, dv2, D1, D2, HEAD_DIM, ADD_V)
+        store_pair(dv, offsets, written, dv1, dv2, E1, E2, V_DIM, ADD_V)
 
 
 @triton.jit
@@ -157,9 +167,10 @@ def _finish(first, second, keep, scale, D2: tl.constexpr):
 @triton.jit
 def _add_columns(
     dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible, base_k, base_v,
-    stride_k, stride_v, stride_visible, column, origin, end, scale2,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    stride_k, stride_v, stride_visible, column, origin, end, scale2, cap2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_N columns give to the gradients of a tile of queries."""
     columns = column + tl.arange(0, BLOCK_N)
@@ -168,8 +179,12 @@ def _add_columns(
     k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
     v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
     k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, MASKED or HAS_VISIBLE)
-    v1, v2 = load_pair(v, v_offsets, keep, D1, D2, HEAD_DIM, MASKED or HAS_VISIBLE)
-    weights = tl.exp2(product(q1, q2, k1, k2, D2) * scale2 - base[:, None])
+    v1, v2 = load_pair(v, v_offsets, keep, E1, E2, V_DIM, MASKED or HAS_VISIBLE)
+    scores = product(q1, q2, k1, k2, D2)
+    if HAS_CAP:
+        scores = bend(scores, scale2)
+        scale2 = cap2
+    weights = tl.exp2(scores * scale2 - base[:, None])
     if MASKED:
         seen = (columns[None, :] >= low[:, None]) & (columns[None, :] < high[:, None])
         if HAS_VISIBLE:
@@ -177,17 +192,20 @@ def _add_columns(
         weights = tl.where(seen, weights, 0.0)
     elif HAS_VISIBLE:
         weights = tl.where(keep[None, :], weights, 0.0)
-    grad_weights = product(grad1, grad2, v1, v2, D2) - deltas[:, None]
-    return add_product(dq1, dq2, (weights * grad_weights).to(k1.dtype), k1, k2, D2)
+    grad_scores = weights * (product(grad1, grad2, v1, v2, E2) - deltas[:, None])
+    if HAS_CAP:
+        grad_scores *= 1.0 - scores * scores
+    return add_product(dq1, dq2, grad_scores.to(k1.dtype), k1, k2, D2)
 
 
 @triton.jit
 def _query_run(
     dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k, v, visible,
     base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v, stride_visible_b,
-    stride_visible, scale2,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    stride_visible, scale2, cap2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """The columns [first, end) of one batch row, as in the forward."""
     b = first // seq
@@ -197,18 +215,25 @@ def _query_run(
     if HAS_VISIBLE:
         visible_row = visible + b.to(tl.int64) * stride_visible_b
     limit = tl.minimum(high, end)
-    middle = first + (full_end - first) // BLOCK_N * BLOCK_N
-    for column in tl.range(first, middle, BLOCK_N):
+    begin, middle = full_part(first, full_end, end, low, BLOCK_N, HAS_WINDOW)
+    if HAS_WINDOW:
+        for column in tl.range(first, begin, BLOCK_N):
+            dq1, dq2 = _add_columns(
+                dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, limit, k, v, visible_row,
+                row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
+                cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, True, HAS_VISIBLE, HAS_CAP,
+            )  # fmt: skip
+    for column in tl.range(begin, middle, BLOCK_N):
         dq1, dq2 = _add_columns(
             dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, limit, k, v, visible_row,
             row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
-            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, HAS_VISIBLE,
+            cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, False, HAS_VISIBLE, HAS_CAP,
         )  # fmt: skip
     for column in tl.range(middle, end, BLOCK_N):
         dq1, dq2 = _add_columns(
             dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, limit, k, v, visible_row,
             row_k, row_v, stride_k, stride_v, stride_visible, column, origin, end, scale2,
-            ALIGN, BLOCK_N, D1, D2, HEAD_DIM, True, HAS_VISIBLE,
+            cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, True, HAS_VISIBLE, HAS_CAP,
         )  # fmt: skip
     return dq1, dq2
 
@@ -216,27 +241,30 @@ def _query_run(
 @triton.jit
 def _query_segment(
     dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible, base_k, base_v, seq,
-    stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2,
-    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HAS_VISIBLE: tl.constexpr, ONE_RUN: tl.constexpr,
+    stride_kb, stride_k, stride_vb, stride_v, stride_visible_b, stride_visible, scale2, cap2,
+    ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """All runs of one segment, as in the forward."""
     first = tl.min(low, 0)
     if ONE_RUN:
-        end, full_end = whole_run(first, low, high, seq)
+        end, full_end = whole_run(first, low, high, seq, HAS_WINDOW)
         dq1, dq2 = _query_run(
             dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k, v,
             visible, base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v,
-            stride_visible_b, stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
+            stride_visible_b, stride_visible, scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2,
+            V_DIM, E1, E2, HAS_VISIBLE, HAS_WINDOW, HAS_CAP,
         )  # fmt: skip
     else:
         while first < NOTHING:
-            end, full_end = run_at(first, low, high)
+            end, full_end = run_at(first, low, high, HAS_WINDOW)
             dq1, dq2 = _query_run(
                 dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, first, full_end, end, k,
                 v, visible, base_k, base_v, seq, stride_kb, stride_k, stride_vb, stride_v,
-                stride_visible_b, stride_visible, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM,
-                HAS_VISIBLE,
+                stride_visible_b, stride_visible, scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2,
+                V_DIM, E1, E2, HAS_VISIBLE, HAS_WINDOW, HAS_CAP,
             )  # fmt: skip
             first = next_run(end, low, high)
     return dq1, dq2
@@ -245,37 +273,40 @@ def _query_segment(
 @triton.jit
 def _query_gradients(
     q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse, delta, dq,
-    first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
+    first_lane, last_lane, head, batches, seq, seq2, scale, scale2, cap2, window,
     stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
     stride_gn, stride_gh, stride_dqn, stride_dqh,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_VISIBLE: tl.constexpr,
-    HAS_SECOND: tl.constexpr, ONE_RUN: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_VISIBLE: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """dQ of the lanes [first_lane, last_lane), BLOCK_M at most."""
     lanes = first_lane + tl.arange(0, BLOCK_M)
     inside = lanes < last_lane
     lanes = tl.minimum(lanes, last_lane - 1)
     query = lanes // GROUP
-    low, high = memory_spans(query, batch, start, position, batches, seq)
+    low, high = memory_spans(query, batch, start, position, batches, seq, window, HAS_WINDOW)
     q1, q2, grad1, grad2, base, deltas = _query_inputs(
         q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
-        ALIGN, GROUP, D1, D2, HEAD_DIM,
+        ALIGN, GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2,
     )  # fmt: skip
     dq1, dq2 = zero_pair(BLOCK_M, D1, D2)
     dq1, dq2 = _query_segment(
         dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k, v, visible,
         head * stride_kh, head * stride_vh, seq, stride_kb, stride_kn, stride_vb, stride_vn,
-        stride_visible_b, stride_visible_n, scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, HAS_VISIBLE,
-        ONE_RUN,
+        stride_visible_b, stride_visible_n, scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM,
+        E1, E2, HAS_VISIBLE, HAS_WINDOW, HAS_CAP, ONE_RUN,
     )  # fmt: skip
     if HAS_SECOND:
         low, high = second_spans(query, start2, end2, seq2)
         dq1, dq2 = _query_segment(
             dq1, dq2, q1, q2, grad1, grad2, base, deltas, low, high, k2, v2, visible,
             head * stride_k2h, head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0,
-            scale2, ALIGN, BLOCK_N, D1, D2, HEAD_DIM, False, ONE_RUN,
+            scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, False, False, HAS_CAP,
+            ONE_RUN,
         )  # fmt: skip
     dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)
     offsets = query.to(tl.int64) * stride_dqn
@@ -284,7 +315,7 @@ def _query_gradients(
 
 
 INTEGERS = (
-    "queries", "batches", "seq", "seq2", "kv_heads", "seq_tiles", "tiles1", "tiles2",
+    "queries", "batches", "seq", "seq2", "kv_heads", "seq_tiles", "tiles1", "tiles2", "window",
     "stride_qn", "stride_qh", "stride_kb", "stride_kh", "stride_kn", "stride_vb", "stride_vh",
     "stride_vn", "stride_visible_b", "stride_visible_n", "stride_k2n", "stride_k2h", "stride_v2n",
     "stride_v2h", "stride_gn", "stride_gh", "stride_dqn", "stride_dqh", "stride_dkb", "stride_dkh",
@@ -297,15 +328,17 @@ INTEGERS = (
 def backward_kernel(
     q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_out, lse, delta,
     ranges, dq, dk, dv, dk2, dv2, queries, batches, seq, seq2, kv_heads, seq_tiles, tiles1, tiles2,
-    scale, scale2,
+    scale, scale2, cap2, window,
     stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n, stride_v2h,
     stride_gn, stride_gh, stride_dqn, stride_dqh, stride_dkb, stride_dkh, stride_dkn,
     stride_dvb, stride_dvh, stride_dvn, stride_dk2n, stride_dk2h, stride_dv2n, stride_dv2h,
     ALIGN: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, DQ_M: tl.constexpr, SMALL_M: tl.constexpr, DQ_N: tl.constexpr,
+    D2: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
+    DQ_M: tl.constexpr, SMALL_M: tl.constexpr, DQ_N: tl.constexpr,
     DKV_M: tl.constexpr, DKV_N: tl.constexpr, HAS_VISIBLE: tl.constexpr,
-    HAS_SECOND: tl.constexpr, HAS_TILES: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_TILES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
     ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
@@ -325,10 +358,10 @@ def backward_kernel(
                 ranges + tile * 4, dk, dv, origin + tile % seq_tiles * DKV_N, origin, origin + seq,
                 b * stride_kb + head * stride_kh, b * stride_vb + head * stride_vh,
                 b * stride_dkb + head * stride_dkh, b * stride_dvb + head * stride_dvh,
-                batches, seq, head, scale, scale2, stride_qn, stride_qh, stride_gn,
+                batches, seq, head, scale, scale2, cap2, window, stride_qn, stride_qh, stride_gn,
                 stride_gh, stride_kn, stride_vn, stride_dkn, stride_dvn, stride_visible_n,
-                ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, HAS_VISIBLE, False, DK, DV,
-                ADD_K, ADD_V,
+                ALIGN, GROUP, DKV_M, DKV_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, HAS_VISIBLE, False,
+                DK, DV, ADD_K, ADD_V, HAS_WINDOW, HAS_CAP,
             )  # fmt: skip
     elif tile < tiles1 + tiles2:
         if DK2 or DV2:
@@ -336,10 +369,10 @@ def backward_kernel(
                 q, k2, v2, batch, start2, end2, visible, grad_out, lse, delta,
                 ranges + tile * 4, dk2, dv2, (tile - tiles1) * DKV_N, 0, seq2,
                 head * stride_k2h, head * stride_v2h, head * stride_dk2h, head * stride_dv2h,
-                batches, seq2, head, scale, scale2, stride_qn, stride_qh, stride_gn,
+                batches, seq2, head, scale, scale2, cap2, window, stride_qn, stride_qh, stride_gn,
                 stride_gh, stride_k2n, stride_v2n, stride_dk2n, stride_dv2n, 0,
-                ALIGN, GROUP, DKV_M, DKV_N, D1, D2, HEAD_DIM, False, True, DK2, DV2,
-                False, False,
+                ALIGN, GROUP, DKV_M, DKV_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, False, True,
+                DK2, DV2, False, False, False, HAS_CAP,
             )  # fmt: skip
     elif DQ:
         tile -= tiles1 + tiles2
@@ -349,19 +382,21 @@ def backward_kernel(
                 _query_gradients(
                     q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
                     delta, dq, first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
-                    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                    stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
-                    stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN,
-                    GROUP, HEAD_DIM, D1, D2, DQ_M, DQ_N, HAS_VISIBLE, HAS_SECOND, True,
+                    cap2, window, stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb,
+                    stride_vh, stride_vn, stride_visible_b, stride_visible_n, stride_k2n,
+                    stride_k2h, stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn,
+                    stride_dqh, ALIGN, GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2, DQ_M, DQ_N,
+                    HAS_VISIBLE, HAS_SECOND, HAS_WINDOW, HAS_CAP, True,
                 )  # fmt: skip
             elif SMALL_M > 0 and last_lane > first_lane:
                 _query_gradients(
                     q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
                     delta, dq, first_lane, last_lane, head, batches, seq, seq2, scale, scale2,
-                    stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                    stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
-                    stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN,
-                    GROUP, HEAD_DIM, D1, D2, SMALL_M, DQ_N, HAS_VISIBLE, HAS_SECOND, True,
+                    cap2, window, stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb,
+                    stride_vh, stride_vn, stride_visible_b, stride_visible_n, stride_k2n,
+                    stride_k2h, stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn,
+                    stride_dqh, ALIGN, GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2, SMALL_M, DQ_N,
+                    HAS_VISIBLE, HAS_SECOND, HAS_WINDOW, HAS_CAP, True,
                 )  # fmt: skip
         else:
             # Late queries (long spans) first, as in the forward.
@@ -369,16 +404,17 @@ def backward_kernel(
             _query_gradients(
                 q, k, v, batch, start, position, visible, k2, v2, start2, end2, grad_out, lse,
                 delta, dq, first_lane, queries * GROUP, head, batches, seq, seq2, scale, scale2,
-                stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
-                stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h, stride_v2n,
-                stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN, GROUP, HEAD_DIM,
-                D1, D2, DQ_M, DQ_N, HAS_VISIBLE, HAS_SECOND, False,
+                cap2, window, stride_qn, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb,
+                stride_vh, stride_vn, stride_visible_b, stride_visible_n, stride_k2n, stride_k2h,
+                stride_v2n, stride_v2h, stride_gn, stride_gh, stride_dqn, stride_dqh, ALIGN,
+                GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2, DQ_M, DQ_N, HAS_VISIBLE, HAS_SECOND,
+                HAS_WINDOW, HAS_CAP, False,
             )  # fmt: skip
 
 
 def attention_backward(
     grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
-    grad_k, grad_v, out, lse, needs, scale,
+    grad_k, grad_v, out, lse, needs, scale, window, softcap,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward.
 
@@ -404,31 +440,33 @@ def attention_backward(
     with torch.cuda.device_of(q):  # Triton launches on the current device
         _launch(
             grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,
-            tiles, out, lse, targets, wanted, added, scale,
+            tiles, out, lse, targets, wanted, added, scale, window, softcap,
         )  # fmt: skip
     return tuple(grads)
 
 
 def _launch(
     grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles,
-    out, lse, targets, wanted, added, scale,
+    out, lse, targets, wanted, added, scale, window, softcap,
 ) -> None:  # fmt: skip
     queries, q_heads, head_dim = q.shape
     batches, kv_heads, seq = k.shape[:3]
     seq2 = 0 if k2 is None else k2.shape[0]
-    plain = visible is None and k2 is None and not any(added)
-    config = backward_config(q.device, head_dim, q.element_size(), plain)
+    v_dim, extras = v.shape[-1], bool(window or softcap)
+    plain = visible is None and k2 is None and not (extras or any(added)) and v_dim == head_dim
+    config = backward_config(q.device, max(head_dim, v_dim), q.element_size(), plain)
     seq_tiles = triton.cdiv(seq, config.dkv_n)
     tiles1 = batches * seq_tiles if wanted[1] or wanted[2] else 0
     tiles2 = triton.cdiv(seq2, config.dkv_n) if wanted[3] or wanted[4] else 0
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))
     align = alignment(q, k, v, k2, v2, grad_out, dq, dk, dv, dk2, dv2)
     d1, d2 = split_backward(head_dim)
-    head_dims = {"ALIGN": align, "HEAD_DIM": head_dim, "D1": d1, "D2": d2}
+    e1, e2 = split_backward(v_dim)
+    values = {"ALIGN": align, "V_DIM": v_dim, "E1": e1, "E2": e2, "HAS_WINDOW": window > 0}
     group = q_heads // kv_heads
     base2, delta, ranges = prepare(
         out, grad_out, grad_lse, lse, batch, start, position, seq, start2, end2, seq2, seq_tiles,
-        tiles1, tiles2, config.dkv_n, group, head_dims,
+        tiles1, tiles2, config.dkv_n, group, window, values,
     )  # fmt: skip
     dq_m, small_m = lane_blocks(config.dq_m, tiles is not None)
     dq_tiles = lane_programs(dq_m, tiles, queries * group) if wanted[0] else 0
@@ -438,12 +476,13 @@ def _launch(
     backward_kernel[(grid,)](
         q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, grad_out, base2,
         delta, ranges, dq, dk, dv, dk2, dv2, queries, batches, seq, seq2, kv_heads, seq_tiles,
-        tiles1, tiles2, scale, scale * math.log2(math.e),
+        tiles1, tiles2, scale, *score_factors(scale, softcap), window,
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *strides(visible), *strides(k2),
         *strides(v2), *grad_out.stride()[:2], *strides(dq), *strides(dk, 3), *strides(dv, 3),
         *strides(dk2), *strides(dv2),
-        **head_dims, GROUP=group, DQ_M=dq_m, SMALL_M=small_m, DQ_N=config.dq_n,
-        DKV_M=config.dkv_m, DKV_N=config.dkv_n, HAS_VISIBLE=visible is not None,
+        **values, HEAD_DIM=head_dim, D1=d1, D2=d2, HAS_CAP=softcap > 0, GROUP=group, DQ_M=dq_m,
+        SMALL_M=small_m, DQ_N=config.dq_n, DKV_M=config.dkv_m, DKV_N=config.dkv_n,
+        HAS_VISIBLE=visible is not None,
         HAS_SECOND=k2 is not None, HAS_TILES=tiles is not None, DQ=wanted[0], DK=wanted[1],
         DV=wanted[2], DK2=wanted[3], DV2=wanted[4], ADD_K=added[0], ADD_V=added[1],
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,

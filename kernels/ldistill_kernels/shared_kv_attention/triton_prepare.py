@@ -18,14 +18,24 @@ REGISTERS = 128  # ptxas would rather spill two of them for the sake of occupanc
 
 
 @triton.jit
-def _queries_below(target, outer, inner, seq, shift, queries, steps, HAS_OUTER: tl.constexpr):
-    """For each target: how many queries have outer[query] * seq + inner[query] + shift < target."""
+def _queries_below(
+    target, outer, inner, late, window, seq, shift, queries, steps, HAS_OUTER: tl.constexpr,
+    HAS_LATE: tl.constexpr,
+):  # fmt: skip
+    """For each target: how many queries have outer[query] * seq + inner[query] + shift < target.
+
+    HAS_LATE: for inner[query] the later of it and late[query] + 1 - window.
+    """
     low = tl.zeros_like(target)
     high = low + queries
     for _ in range(steps):
         active = low < high
         middle = (low + high) // 2
         key = tl.load(inner + middle, mask=active, other=0).to(tl.int32) + shift
+        if HAS_LATE:
+            key = tl.maximum(
+                key, tl.load(late + middle, mask=active, other=0).to(tl.int32) + 1 - window
+            )
         if HAS_OUTER:
             key += tl.load(outer + middle, mask=active, other=0).to(tl.int32) * seq
         below = active & (key < target)
@@ -36,21 +46,25 @@ def _queries_below(target, outer, inner, seq, shift, queries, steps, HAS_OUTER: 
 
 @triton.jit
 def _write_range(
-    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, seq, shift, queries,
-    steps, HAS_OUTER: tl.constexpr,
+    ranges, tile, count, search, first, last, low_outer, low, high_outer, high, window, seq, shift,
+    queries, steps, HAS_OUTER: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One of four bounds: queries 0..3 see some of [first, last), queries 1..2 all of it."""
     if search < 2:
         target = tl.where(search == 0, first + 1, last)
-        query = _queries_below(target, high_outer, high, seq, shift, queries, steps, HAS_OUTER)
+        query = _queries_below(
+            target, high_outer, high, high, window, seq, shift, queries, steps, HAS_OUTER, False
+        )  # fmt: skip
     else:
         target = tl.where(search == 2, first + 1, last)
-        query = _queries_below(target, low_outer, low, seq, 0, queries, steps, HAS_OUTER)
+        query = _queries_below(
+            target, low_outer, low, high, window, seq, 0, queries, steps, HAS_OUTER, HAS_WINDOW
+        )  # fmt: skip
     tl.store(ranges + tile * 4 + search, query, mask=tile < count)
 
 
 INTEGERS = (
-    "queries", "q_heads", "seq", "seq2", "seq_tiles", "tiles1", "tiles2", "steps",
+    "queries", "q_heads", "seq", "seq2", "seq_tiles", "tiles1", "tiles2", "steps", "window",
     "stride_gn", "stride_gh", "stride_ln", "stride_lh",
 )  # fmt: skip
 
@@ -58,11 +72,12 @@ INTEGERS = (
 @triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
     out, grad_out, grad_lse, lse, base2, delta, batch, start, position, start2, end2, ranges,
-    queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, steps,
+    queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, steps, window,
     stride_gn, stride_gh, stride_ln, stride_lh,
-    ALIGN: tl.constexpr, HEAD_DIM: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ALIGN: tl.constexpr, V_DIM: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     GROUP: tl.constexpr, HAS_GRAD_LSE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     programs = tl.cdiv(queries * q_heads, BLOCK_M)
@@ -70,11 +85,11 @@ def prepare_kernel(
         pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = pair < queries * q_heads
         query, head = pair // q_heads, pair % q_heads
-        out1, out2 = load_pair(out, pair * HEAD_DIM, inside, D1, D2, HEAD_DIM, True)
+        out1, out2 = load_pair(out, pair * V_DIM, inside, E1, E2, V_DIM, True)
         offsets = tl.multiple_of(query * stride_gn + head * stride_gh, ALIGN)
-        grad1, grad2 = load_pair(grad_out, offsets, inside, D1, D2, HEAD_DIM, True)
+        grad1, grad2 = load_pair(grad_out, offsets, inside, E1, E2, V_DIM, True)
         total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
-        if D2 > 0:
+        if E2 > 0:
             total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
         if HAS_GRAD_LSE:
             total -= tl.load(
@@ -95,8 +110,8 @@ def prepare_kernel(
             first = tile // seq_tiles * seq + tile % seq_tiles * BLOCK_N
             last = tl.minimum(first + BLOCK_N, (tile // seq_tiles + 1) * seq)
             _write_range(
-                ranges, tile, tiles1, search, first, last, batch, start, batch, position, seq, 1,
-                queries, steps, True,
+                ranges, tile, tiles1, search, first, last, batch, start, batch, position, window,
+                seq, 1, queries, steps, True, HAS_WINDOW,
             )  # fmt: skip
         elif HAS_SECOND:
             tile = (group - groups1) * TILES + tl.arange(0, TILES)
@@ -104,34 +119,34 @@ def prepare_kernel(
             last = tl.minimum(first + BLOCK_N, seq2)
             _write_range(
                 ranges + tiles1 * 4, tile, tiles2, search, first, last, start2, start2, end2, end2,
-                seq, 0, queries, steps, False,
+                window, seq, 0, queries, steps, False, False,
             )  # fmt: skip
 
 
 def prepare(
     out, grad_out, grad_lse, lse, batch, start, position, seq, start2, end2, seq2, seq_tiles,
-    tiles1, tiles2, tile, group, head_dims
+    tiles1, tiles2, tile, group, window, values
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the preparation.
 
     Args:
         seq_tiles, tiles1, tiles2: tiles of `tile` positions in a batch row, in all batch rows and
             in the second segment (0: no gradients wanted there).
-        head_dims: ALIGN, HEAD_DIM, D1 and D2 of the backward.
+        values: ALIGN, V_DIM, E1, E2 and HAS_WINDOW of the backward.
     Returns: log-sum-exp in base 2 and delta, fp32 [kv_heads, queries x group], and int32
         [tiles1 + tiles2, 4]: queries 0..3 see some of a tile, queries 1..2 all of it.
     """
-    queries, q_heads, head_dim = out.shape
+    queries, q_heads, v_dim = out.shape
     base2, delta = torch.empty_like(lse), torch.empty_like(lse)
     ranges = torch.empty(tiles1 + tiles2, 4, dtype=torch.int32, device=out.device)
-    pairs = block_pairs(head_dim)
+    pairs = block_pairs(v_dim)
     grid = triton.cdiv(queries * q_heads, pairs) + 4 * (
         triton.cdiv(tiles1, TILES) + triton.cdiv(tiles2, TILES)
     )
     prepare_kernel[(grid,)](
         out, grad_out, grad_lse, lse, base2, delta, batch, start, position, start2, end2, ranges,
-        queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, queries.bit_length(),
-        *grad_out.stride()[:2], *strides(grad_lse), **head_dims,
+        queries, q_heads, seq, seq2, seq_tiles, tiles1, tiles2, queries.bit_length(), window,
+        *grad_out.stride()[:2], *strides(grad_lse), **values,
         BLOCK_M=pairs, BLOCK_N=tile, TILES=TILES, GROUP=group,
         HAS_GRAD_LSE=grad_lse is not None, HAS_SECOND=start2 is not None, num_warps=4,
         maxnreg=REGISTERS, enable_fp_fusion=True,
@@ -139,6 +154,6 @@ def prepare(
     return base2, delta, ranges
 
 
-def block_pairs(head_dim: int) -> int:
+def block_pairs(v_dim: int) -> int:
     """(query, head) pairs of one program of `prepare_kernel`: as many as stay in registers."""
-    return max(16, min(64, 4096 // triton.next_power_of_2(head_dim)))
+    return max(16, min(64, 4096 // triton.next_power_of_2(v_dim)))

@@ -108,6 +108,22 @@ def test_queries_that_see_nothing_give_zero_and_minus_infinity():
     assert (q.grad[1] != 0).any()
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_with_a_sink_alone_the_output_is_0_and_the_sink_the_log_sum_exp(kernels, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter has the kernels on CPU tensors")
+    case = make_case([[(0, 5, 2)]], seq=5)
+    index = torch.tensor([0, 0]), torch.tensor([0, 0]), torch.tensor([-1, 4])
+    sinks = torch.tensor([-1.0, 0.0, 3.0])
+    q = torch.randn(2, 3, 16)
+    out, lse = shared_kv_attention(
+        q, case.k, case.v, *index, sinks=sinks, return_lse=True, kernels=kernels
+    )
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(lse[0], sinks)
+    assert (lse[1] > sinks).all()
+
+
 def test_no_queries_give_empty_outputs_and_zero_gradients():
     case = make_case([[(0, 5, 0)]], seq=5).cast(torch.float32, requires_grad=True)
     out = shared_kv_attention(*case.positional)
@@ -149,14 +165,20 @@ def test_opcheck_of_both_ops(name):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
     options = [case.options.get(x) for x in OPTIONS]
     inputs = (case.q, k, v, case.batch, case.start, case.position, *options)
-    arguments = (*inputs, None, None, 0.25, False, True)
+    options = case.options
+    scores = 0.25, options.get("window", 0), options.get("softcap", 0.0)
+    sinks = options.get("sinks")
+    sinks = sinks if sinks is None else sinks.detach()
+    arguments = (*inputs, sinks, None, None, *scores, False, True)
     torch.library.opcheck(torch.ops.ldistill.shared_kv_attention.default, arguments)
     inputs = [x if x is None else x.detach() for x in inputs]
-    out, lse = torch.ops.ldistill.shared_kv_attention(*inputs, None, None, 0.25, False, True)
+    out, lse = torch.ops.ldistill.shared_kv_attention(
+        *inputs, sinks, None, None, *scores, False, True
+    )
     second = inputs[7] is not None
     needs = [True, True, True, second, second]
     buffer = torch.zeros_like(inputs[2])
-    arguments = (out, torch.ones_like(lse), *inputs, None, buffer, out, lse, needs, 0.25, False)
+    arguments = (out, torch.ones_like(lse), *inputs, None, buffer, out, lse, needs, *scores, False)
     torch.library.opcheck(torch.ops.ldistill.shared_kv_attention_backward.default, arguments)
 
 
@@ -224,6 +246,15 @@ BAD = {
     "k2 heads": (lambda a: {"k2": a["k2"][:, :1]}, "k2 must have shape"),
     "k2 dims": (lambda a: {"k2": a["k2"][0]}, "k2 must have 3 dimensions"),
     "end2 type": (lambda a: {"end2": a["end2"].half()}, "end2 must be int32 or int64"),
+    "window": (lambda a: {"window": 0}, "window must be positive, got 0"),
+    "softcap": (lambda a: {"softcap": -2.0}, "softcap must be positive, got -2.0"),
+    "sinks size": (lambda a: {"sinks": torch.zeros(3)}, r"sinks must have shape \(4,\)"),
+    "sinks type": (lambda a: {"sinks": integers(1, 2, 3, 4)}, "sinks must be fp16, bf16, fp32"),
+    "sinks gradient": (
+        lambda a: {"sinks": torch.zeros(4, requires_grad=True)},
+        "sinks get no gradient",
+    ),
+    "v2 width": (lambda a: {"v": a["v"][..., :8]}, r"v2 must have shape \(5, 2, 8\)"),
     "scale": (lambda a: {"scale": -1.0}, "scale must be positive, got -1.0"),
     "buffer": (lambda a: {"grad_k": a["k"][0]}, "grad_k must have shape"),
     "buffer type": (lambda a: {"grad_v": a["v"].int()}, "grad_v must be fp16, bf16, fp32 or fp64"),

@@ -78,7 +78,7 @@ def test_kernels_give_the_definition_and_its_gradients(name):
     assert_within_budget(run(case), case)
 
 
-@pytest.mark.parametrize("name", ["plain", "visible and second"])
+@pytest.mark.parametrize("name", ["plain", "visible and second", "everything"])
 def test_kernels_in_fp16(name):
     case = to_device(VARIANTS[name], torch.float16)
     assert_within_budget(run(case), case)
@@ -257,7 +257,7 @@ def test_gradients_that_are_not_wanted_are_tensors_of_their_own(triton):
     with override(**SMALL):
         grads = backward_op(
             out, None, *case.positional, *[None] * 7, buffer, out, lse, needs,
-            1.0, triton,
+            1.0, 0, 0.0, triton,
         )  # fmt: skip
     assert len({grad.untyped_storage()._cdata for grad in grads}) == 5
 
@@ -299,7 +299,17 @@ def test_offsets_beyond_int32():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["second", "tiles", "tiles, visible and second"])
+@pytest.mark.parametrize("window", [1, 10, 33, 1000])
+@pytest.mark.parametrize("table", [False, True], ids=["", "table"])
+def test_windows_over_long_documents(window, table):
+    """Tiles before, inside and after what all of their lanes see, runs that begin in a window."""
+    case = make_case(LONG, seq=55, heads=(3, 1), window=window)
+    case = to_device(with_tiles(case) if table else case)
+    for configs in (SMALL, UNEVEN):
+        assert_within_budget(run(case, configs), case)
+
+
+@pytest.mark.parametrize("name", ["second", "tiles", "tiles, visible and second", "everything"])
 def test_table_configurations_run_in_the_interpreter(name):
     case = to_device(VARIANTS[name])
     assert_within_budget(run(case, {}), case)
