@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[1] / "kernels" / "benchmarks"
-SMALL = ["--device", "cpu", "--hidden", "16", "--vocab", "300", "--rows", "24", "--repeats", "2"]
+SMALL = ["--device", "cpu", "--hidden", "16", "--vocab", "300", "--targets", "24", "--repeats", "2"]
 
 
 @pytest.fixture
@@ -56,5 +56,5 @@ def test_unknown_provider_is_named(loss):
 
 
 def test_flops_are_those_of_four_products(loss):
-    shape = loss.Shape(hidden=960, vocab=49152, rows=8192)
+    shape = loss.Shape(hidden=960, vocab=49152, targets=8192)
     assert shape.flops == 4 * 2 * 960 * 49152 * 8192

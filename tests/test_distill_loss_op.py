@@ -14,22 +14,22 @@ from ldistill_kernels.distill_loss.function import OP
 from ldistill_kernels.distill_loss.testing import make_inputs
 
 
-def op_arguments(paired: int, grads: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple:
-    inputs = make_inputs(7, paired, 90, 80, dtype=dtype)
-    rows = (inputs[name] for name in ("ce_weight", "kd_weight", "temperature", "kd_rows"))
+def op_arguments(taught: int, grads: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple:
+    inputs = make_inputs(7, taught, 90, 80, dtype=dtype)
+    targets = (inputs[name] for name in ("ce_weight", "kd_weight", "temperature", "kd_targets"))
     heads = (inputs[name] for name in ("h_s", "w_s", "h_t", "w_t", "labels"))
-    settings = (80 if paired else 90, "forward", 0.5, True, -100, 3, False)
-    return *heads, *rows, *settings, *grads
+    settings = (80 if taught else 90, "forward", 0.5, True, -100, 3, 4, False)
+    return *heads, *targets, *settings, *grads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize(
-    ("paired", "grads"), [(4, (True, True, True)), (0, (True, True, False)), (7, (False,) * 3)]
+    ("taught", "grads"), [(4, (True, True, True)), (0, (True, True, False)), (7, (False,) * 3)]
 )
-def test_opcheck(paired, grads, dtype):
+def test_opcheck(taught, grads, dtype):
     """Schema, fake twin against real results, and tracing with dynamic shapes."""
     op = getattr(torch.ops, OP.split("::")[0]).distill_loss.default
-    torch.library.opcheck(op, op_arguments(paired, grads, dtype))
+    torch.library.opcheck(op, op_arguments(taught, grads, dtype))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -41,7 +41,7 @@ def test_fullgraph_compile(backend):
 
     @torch.compile(fullgraph=True, backend=backend)
     def loss(**inputs):
-        out = distill_loss(**inputs, chunk_rows=5)
+        out = distill_loss(**inputs, chunk_targets=5)
         return out.loss * 2, out.ce, out.teacher_student
 
     double, ce, agree = loss(**inputs)
@@ -70,8 +70,8 @@ def test_another_number_of_rows_does_not_recompile():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(distill_loss, fullgraph=True, backend=counter, dynamic=True)
     frames = []
-    for rows in (8, 11, 19):
-        inputs = make_inputs(rows, 5, 90, 80)
+    for targets in (8, 11, 19):
+        inputs = make_inputs(targets, 5, 90, 80)
         torch.testing.assert_close(compiled(**inputs).loss, distill_loss(**inputs).loss)
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1]

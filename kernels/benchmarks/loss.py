@@ -5,10 +5,10 @@
     python kernels/benchmarks/loss.py --hidden 960 --vocab 49152 --csv out.csv --plot out.png
 
 One measurement is forward and backward of cross-entropy plus forward KL at temperature 2, every
-row with a teacher, student and teacher of one size. Before a provider is timed its gradients are
-compared with fp64 on a few rows; one that fails is not timed. `floor` is the four matrix products
-that nobody can avoid (two projections, two gradients), without any loss: speeds are quoted as
-multiples of it. Peak memory is what a call needs beyond its inputs, its gradients included.
+target with a teacher, student and teacher of one size. Before a provider is timed its gradients are
+compared with fp64 on a few targets; one that fails is not timed. `floor` is the four matrix
+products that nobody can avoid (two projections, two gradients), without any loss: speeds are quoted
+as multiples of it. Peak memory is what a call needs beyond its inputs, its gradients included.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from common import (
 from loss_providers import PROVIDERS, Heads, Loss, Shape, floor, plain
 from torch import Tensor
 
-GATE_ROWS, GATE_ERROR = 128, 0.03
+GATE_TARGETS, GATE_ERROR = 128, 0.03
 GPU_GRID = {"hidden": [576, 960, 2048, 4096], "vocab": [49152, 128256],
-            "rows": [1024, 2048, 4096, 8192, 16384, 32768]}  # fmt: skip
-CPU_GRID = {"hidden": [64, 256], "vocab": [8192], "rows": [256, 512, 1024]}
+            "targets": [1024, 2048, 4096, 8192, 16384, 32768]}  # fmt: skip
+CPU_GRID = {"hidden": [64, 256], "vocab": [8192], "targets": [256, 512, 1024]}
 
 
 def forward_backward(loss: Loss, heads: Heads) -> tuple[Tensor, ...]:
@@ -49,8 +49,8 @@ def forward_backward(loss: Loss, heads: Heads) -> tuple[Tensor, ...]:
 
 
 def gate(loss: Loss, heads: Heads) -> float:
-    """Largest relative error of the gradients on a few rows, against fp64."""
-    few = heads.head_rows(min(GATE_ROWS, heads.labels.numel()))
+    """Largest relative error of the gradients on a few targets, against fp64."""
+    few = heads.head_targets(min(GATE_TARGETS, heads.labels.numel()))
     want = forward_backward(plain, few.double())
     got = forward_backward(loss, few)
     return max(float((g.double() - w).norm() / w.norm()) for g, w in zip(got, want))
@@ -107,21 +107,21 @@ def record(shape: Shape, name: str, timing: Timing, floor_ms: float) -> dict[str
 
 
 def draw(lines: list[dict[str, Any]], path: str) -> None:
-    """Time above, peak memory below, over rows; a column per pair of sizes."""
+    """Time above, peak memory below, over targets; a column per pair of sizes."""
     timed, plt = [line for line in lines if "ms" in line], pyplot()
     if plt is None or not timed:
         return
     sizes = sorted({(line["hidden"], line["vocab"]) for line in timed})
     width = max(4 * len(sizes), 7)
     figure, axes = plt.subplots(2, len(sizes), figsize=(width, 6), squeeze=False, sharex="col",
-                                sharey="row", layout="constrained")  # fmt: skip
+                                sharey="target", layout="constrained")  # fmt: skip
     palette = colours([line for line in timed if line["provider"] != "floor"])
     for column, (hidden, vocab) in zip(axes.T, sizes):
         here = [line for line in timed if (line["hidden"], line["vocab"]) == (hidden, vocab)]
         for axis, key in zip(column, ("ms", "peak MiB")):
-            draw_over_rows(axis, here, key, palette)
+            draw_over_targets(axis, here, key, palette)
         column[0].set_title(f"hidden {hidden}, vocabulary {vocab}")
-        column[1].set_xlabel("rows")
+        column[1].set_xlabel("targets")
     axes[0][0].set_ylabel("ms, forward and backward")
     axes[1][0].set_ylabel("peak MiB beyond the inputs")
     axes[0][0].legend()
@@ -129,11 +129,11 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
     plt.close(figure)
 
 
-def draw_over_rows(
+def draw_over_targets(
     axis: Any, lines: list[dict[str, Any]], key: str, palette: dict[str, str]
 ) -> None:
     for name in dict.fromkeys(line["provider"] for line in lines):
-        points = sorted((x["rows"], x[key]) for x in lines if x["provider"] == name and x[key])
+        points = sorted((x["targets"], x[key]) for x in lines if x["provider"] == name and x[key])
         if not points or (name == "floor" and key != "ms"):
             continue
         style = {"color": palette.get(name, "black"), "marker": "o", "markersize": 4}
@@ -142,21 +142,21 @@ def draw_over_rows(
         axis.plot(*zip(*points), **{"label": name} | style)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    rows = sorted({line["rows"] for line in lines})
-    axis.set_xticks(rows, [str(count) for count in rows])
+    targets = sorted({line["targets"] for line in lines})
+    axis.set_xticks(targets, [str(count) for count in targets])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("hidden", "vocab", "rows"):
+    for name in ("hidden", "vocab", "targets"):
         parser.add_argument(f"--{name}", type=int, nargs="+")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--providers", nargs="+")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, help="start no new shape after this long")
     parser.add_argument("--csv", help="append the records to this file")
-    parser.add_argument("--plot", help="draw time and memory over rows here (PNG)")
+    parser.add_argument("--plot", help="draw time and memory over targets here (PNG)")
     options = parser.parse_args(arguments)
     grid = CPU_GRID if options.device == "cpu" else GPU_GRID
     for name, values in grid.items():
@@ -180,14 +180,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     PROVIDERS.print_missing()
     records = []
-    for sizes in product(options.hidden, options.vocab, options.rows):
+    for sizes in product(options.hidden, options.vocab, options.targets):
         shape = Shape(*sizes)
         if time.monotonic() > ends:
             print(f"\n{shape}: left out, {options.seconds:.0f} seconds are over")
             continue
         lines = list(measurements(shape, options.device, dtype, chosen, options.repeats))
         print(f"\n{shape}")
-        print_table(lines, hidden=("hidden", "vocab", "rows"))
+        print_table(lines, hidden=("hidden", "vocab", "targets"))
         records += [where | line for line in lines]
         if options.csv:
             append_csv(options.csv, records[-len(lines) :])

@@ -1,7 +1,7 @@
 """What computes the same loss as `distill_loss`, from the same heads, and the floor below all.
 
 A provider takes the `Heads` of one measurement and returns the scalar loss; its gradients are
-those of autograd. One measurement is cross-entropy plus forward KL, every row with a teacher.
+those of autograd. One measurement is cross-entropy plus forward KL, every target with a teacher.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Shape:
 
     hidden: int
     vocab: int
-    rows: int
+    targets: int
 
     @property
     def flops(self) -> int:
         """Of the four products."""
-        return 8 * self.hidden * self.vocab * self.rows
+        return 8 * self.hidden * self.vocab * self.targets
 
 
 @dataclass
@@ -51,20 +51,20 @@ class Heads:
         """Random ones whose logits have a standard deviation of about 2."""
         gen = torch.Generator(device).manual_seed(0)
 
-        def normal(rows: int, std: float) -> Tensor:
-            values = torch.randn(rows, shape.hidden, generator=gen, device=device)
+        def normal(targets: int, std: float) -> Tensor:
+            values = torch.randn(targets, shape.hidden, generator=gen, device=device)
             return (values * std).to(dtype)
 
         std = 2.0 * shape.hidden**-0.5
-        labels = torch.randint(shape.vocab, (shape.rows,), generator=gen, device=device)
-        return cls(normal(shape.rows, 1.0).requires_grad_(),
+        labels = torch.randint(shape.vocab, (shape.targets,), generator=gen, device=device)
+        return cls(normal(shape.targets, 1.0).requires_grad_(),
                    normal(shape.vocab, std).requires_grad_(),
-                   normal(shape.rows, 1.0), normal(shape.vocab, std), labels)  # fmt: skip
+                   normal(shape.targets, 1.0), normal(shape.vocab, std), labels)  # fmt: skip
 
-    def head_rows(self, rows: int) -> Heads:
-        """The first rows, as leaves of their own."""
-        return Heads(self.h_s[:rows].detach().requires_grad_(), self.w_s, self.h_t[:rows],
-                     self.w_t, self.labels[:rows])  # fmt: skip
+    def head_targets(self, targets: int) -> Heads:
+        """The first targets, as leaves of their own."""
+        return Heads(self.h_s[:targets].detach().requires_grad_(), self.w_s, self.h_t[:targets],
+                     self.w_t, self.labels[:targets])  # fmt: skip
 
     def double(self) -> Heads:
         values = (x.detach().double() for x in (self.h_s, self.w_s, self.h_t, self.w_t))
@@ -77,8 +77,8 @@ class Heads:
 
     @property
     def weights(self) -> dict[str, float]:
-        rows = self.labels.numel()
-        return {"ce_weight": (1 - ALPHA) / rows, "kd_weight": ALPHA / rows,
+        targets = self.labels.numel()
+        return {"ce_weight": (1 - ALPHA) / targets, "kd_weight": ALPHA / targets,
                 "temperature": TEMPERATURE}  # fmt: skip
 
 
@@ -98,9 +98,9 @@ def plain(heads: Heads) -> Tensor:
 
 
 @PROVIDERS.add("chunked-autograd")
-def chunked_autograd(heads: Heads, rows: int = 1024) -> Tensor:
+def chunked_autograd(heads: Heads, targets: int = 1024) -> Tensor:
     """As training libraries in plain PyTorch do it: products in the dtype of the heads, the rest in
-    fp32, a chunk of rows at a time, recomputed in the backward."""
+    fp32, a chunk of targets at a time, recomputed in the backward."""
     weights, total = heads.weights, 0.0
 
     def part(h_s: Tensor, w_s: Tensor, h_t: Tensor, labels: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def chunked_autograd(heads: Heads, rows: int = 1024) -> Tensor:
         kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
         return weights["ce_weight"] * ce + weights["kd_weight"] * TEMPERATURE**2 * kl
 
-    for lo in range(0, heads.labels.numel(), rows):
-        span = slice(lo, lo + rows)
+    for lo in range(0, heads.labels.numel(), targets):
+        span = slice(lo, lo + targets)
         total = total + checkpoint(part, heads.h_s[span], heads.w_s, heads.h_t[span],
                                    heads.labels[span], use_reentrant=False)  # fmt: skip
     return total

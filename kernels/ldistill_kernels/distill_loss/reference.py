@@ -1,6 +1,6 @@
-"""The row step of the distillation loss in plain PyTorch, for any device and for fp64.
+"""The target step of the distillation loss in plain PyTorch, for any device and for fp64.
 
-It works through the chunk in tiles of a few rows, so that its temporaries stay in the cache and
+It works through the chunk in tiles of a few targets, so that its temporaries stay in the cache and
 add nothing to the memory of the chunk. With `x = logits / temperature`, `p` the teacher's and `q`
 the student's softmax, and the log-ratio `d = log q - log p`:
 
@@ -19,18 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldistill_kernels.distill_loss.rows import Chunk, RowInputs, RowOutputs, RowSettings
+from ldistill_kernels.distill_loss.targets import Chunk, Settings, TargetInputs, TargetOutputs
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of fp32: a handful of such tiles stays in the cache
 
 
-def row_step(
+def target_step(
     logits: Tensor,
     teacher: Tensor | None,
     chunk: Chunk,
-    inputs: RowInputs,
-    outputs: RowOutputs,
-    settings: RowSettings,
+    inputs: TargetInputs,
+    outputs: TargetOutputs,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor | None]:
     """Replace logits `[c, vocab_s]` and teacher logits `[c, vocab]` by their gradients.
 
@@ -40,25 +40,44 @@ def row_step(
     for lo in range(0, logits.shape[0], tile):
         hi = min(lo + tile, logits.shape[0])
         index = chunk.index(lo, hi)
-        row = RowInputs(*(value[index] for value in inputs))
-        student, kl_grad = _student(logits[lo:hi], row, index, outputs, settings), None
+        target = _heeded(inputs, index, settings)
+        student, kl_grad = _student(logits[lo:hi], target, index, outputs, settings), None
         if teacher is not None:
-            span, tile_t = chunk.span(lo, hi), teacher[lo:hi]
-            kl_grad = _divergence(logits[lo:hi], tile_t, student, row, span, outputs, settings)
+            place = index, chunk.span(lo, hi)
+            kl_grad = _divergence(
+                logits[lo:hi], teacher[lo:hi], student, target, place, outputs, settings
+            )
         if settings.grad_student:
-            _write_grad(logits[lo:hi], student, row, kl_grad)
+            _write_grad(logits[lo:hi], student, target, kl_grad)
     return logits, teacher
 
 
+def _heeded(inputs: TargetInputs, index: slice | Tensor, settings: Settings) -> TargetInputs:
+    """The inputs of a tile, weights zero where the label is ignored."""
+    tile = TargetInputs(*(None if value is None else value[index] for value in inputs))
+    ignored = tile.labels == settings.ignore_index
+    kd_weight = None if tile.kd_weight is None else tile.kd_weight.masked_fill(ignored, 0.0)
+    return tile._replace(ce_weight=tile.ce_weight.masked_fill(ignored, 0.0), kd_weight=kd_weight)
+
+
+def _share(weight: Tensor, value: Tensor) -> Tensor:
+    # A weight of zero removes the target even when its value is not finite.
+    return torch.where(weight > 0, weight * value, 0.0)
+
+
 class _Student(NamedTuple):
-    """Of a tile's student rows: softmax at temperature 1, largest of the first `vocab` logits."""
+    """Of a tile's student: softmax at temperature 1, largest of the first `vocab` logits."""
 
     softmax: Tensor
     best: Tensor
 
 
 def _student(
-    logits: Tensor, row: RowInputs, index: slice | Tensor, out: RowOutputs, settings: RowSettings
+    logits: Tensor,
+    target: TargetInputs,
+    index: slice | Tensor,
+    out: TargetOutputs,
+    settings: Settings,
 ) -> _Student:
     """Cross-entropy and the student's diagnostics of one tile."""
     vocab = settings.vocab
@@ -67,9 +86,12 @@ def _student(
     if vocab < logits.shape[1]:
         top = torch.maximum(best, logits[:, vocab:].amax(-1))
     softmax = torch.softmax(logits, -1)
-    column = _column(row.labels, logits)
-    labelled = _at(logits, column).masked_fill(column != row.labels, torch.nan)
-    out.ce[index] = _log_sum_exp(top, softmax) - labelled
+    column = _column(target.labels, logits)
+    labelled = _at(logits, column).masked_fill(column != target.labels, torch.nan)
+    ignored = target.labels == settings.ignore_index
+    ce = _log_sum_exp(top, softmax) - labelled
+    out.loss[index] = _share(target.ce_weight, ce)
+    out.ce[index] = ce.masked_fill_(ignored, 0.0)
     out.student_label[index] = labelled == top
     out.extra_mass[index] = softmax[:, vocab:].sum(-1)
     return _Student(softmax, best)
@@ -84,24 +106,31 @@ def _divergence(
     logits: Tensor,
     teacher: Tensor,
     student: _Student,
-    row: RowInputs,
-    span: slice,
-    out: RowOutputs,
-    settings: RowSettings,
+    target: TargetInputs,
+    place: tuple[slice | Tensor, slice],
+    out: TargetOutputs,
+    settings: Settings,
 ) -> Tensor | None:
-    """KL of one tile; returns its gradient `[tile, vocab]` to the student's logits."""
+    """KL of one tile; returns its gradient `[tile, vocab]` to the student's logits.
+
+    `place` is where the tile's targets are among all targets and among the taught ones.
+    """
+    index, span = place
     best_t, best_token = teacher.max(-1)
     out.teacher_student[span] = _at(logits, best_token) == student.best
-    out.teacher_label[span] = best_token == row.labels
-    scale = row.inv_temperature.unsqueeze(1)
-    x_s, x_t = logits[:, : settings.vocab] * scale, teacher.mul_(scale)
+    out.teacher_label[span] = best_token == target.labels
+    tau = target.temperature
+    x_s, x_t = logits[:, : settings.vocab] / tau.unsqueeze(1), teacher.div_(tau.unsqueeze(1))
     q, p = torch.softmax(x_s, -1), torch.softmax(x_t, -1)
-    lse_s = _log_sum_exp(student.best * row.inv_temperature, q)
-    lse_t = _log_sum_exp(best_t * row.inv_temperature, p)
+    lse_s = _log_sum_exp(student.best / tau, q)
+    lse_t = _log_sum_exp(best_t / tau, p)
     log_ratio = x_s.sub_(x_t).sub_((lse_s - lse_t).unsqueeze(1))
-    weight = row.kl_grad.unsqueeze(1)
     kl, grad_s, grad_t = _GRADIENTS[settings.kl](p, q, log_ratio, settings)
-    out.kl[span] = kl.clamp(min=0)
+    kl = kl.clamp(min=0)
+    weight = target.kd_weight * tau.square() if settings.t_squared else target.kd_weight
+    out.loss[index] += _share(weight, kl)
+    out.kl[span] = kl.masked_fill_(target.labels == settings.ignore_index, 0.0)
+    weight = (weight / tau).unsqueeze(1)
     if settings.grad_teacher:
         torch.mul(grad_t, weight, out=teacher)
     return grad_s.mul_(weight) if settings.grad_student else None
@@ -116,19 +145,19 @@ def _at(values: Tensor, columns: Tensor) -> Tensor:
     return values.gather(1, columns.unsqueeze(1)).squeeze(1)
 
 
-def _forward_kl(p: Tensor, q: Tensor, d: Tensor, settings: RowSettings) -> tuple[Tensor, ...]:
+def _forward_kl(p: Tensor, q: Tensor, d: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     kl = -torch.linalg.vecdot(p, d)
     grad_t = -p * (d + kl.unsqueeze(1)) if settings.grad_teacher else None
     return kl, q.sub_(p), grad_t
 
 
-def _reverse_kl(p: Tensor, q: Tensor, d: Tensor, settings: RowSettings) -> tuple[Tensor, ...]:
+def _reverse_kl(p: Tensor, q: Tensor, d: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     kl = torch.linalg.vecdot(q, d)
     grad_t = p.sub_(q) if settings.grad_teacher else None
     return kl, d.sub_(kl.unsqueeze(1)).mul_(q), grad_t
 
 
-def _jsd(p: Tensor, q: Tensor, d: Tensor, settings: RowSettings) -> tuple[Tensor, ...]:
+def _jsd(p: Tensor, q: Tensor, d: Tensor, settings: Settings) -> tuple[Tensor, ...]:
     beta = settings.beta
     # log m - log p and log m - log q for m = beta p + (1 - beta) q, without exp of a large number.
     share = torch.where(d > 0, beta, 1.0 - beta)
@@ -143,10 +172,12 @@ def _jsd(p: Tensor, q: Tensor, d: Tensor, settings: RowSettings) -> tuple[Tensor
 _GRADIENTS = {"forward": _forward_kl, "reverse": _reverse_kl, "jsd": _jsd}
 
 
-def _write_grad(logits: Tensor, student: _Student, row: RowInputs, kl_grad: Tensor | None) -> None:
-    """logits <- ce_grad (softmax - onehot), plus `kl_grad` in the first columns."""
-    torch.mul(student.softmax, row.ce_grad.unsqueeze(1), out=logits)
-    column = _column(row.labels, logits).unsqueeze(1)
-    logits.scatter_add_(1, column, -row.ce_grad.unsqueeze(1))
+def _write_grad(
+    logits: Tensor, student: _Student, target: TargetInputs, kl_grad: Tensor | None
+) -> None:
+    """logits <- ce_weight (softmax - onehot), plus `kl_grad` in the first columns."""
+    torch.mul(student.softmax, target.ce_weight.unsqueeze(1), out=logits)
+    column = _column(target.labels, logits).unsqueeze(1)
+    logits.scatter_add_(1, column, -target.ce_weight.unsqueeze(1))
     if kl_grad is not None:
         logits[:, : kl_grad.shape[1]].add_(kl_grad)
