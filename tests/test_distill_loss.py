@@ -18,7 +18,7 @@ from helpers_distill_loss import (
     relative,
 )
 
-from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss import chunked, distill_loss
 from ldistill_kernels.distill_loss.testing import make_inputs
 
 CASES = [  # targets, targets with a teacher, vocab_s, vocab_t, chunk_targets
@@ -280,6 +280,36 @@ def test_loss_does_not_depend_on_the_chunks():
     torch.testing.assert_close(a.loss, b.loss)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, other[name])
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "targets"),
+    [
+        ("cuda", 49218 + 49152, 1024),  # 1023 would fill the budget
+        ("cuda", 49218, 2048),  # twice as many where there is no teacher
+        ("cuda", 2 * 128256, 384),
+        ("cuda", 2 * 151936, 384),  # 331 would
+        ("cuda", 2 * 262144, 128),  # 256 would be a third more than the budget
+        ("cuda", 2 * 1000, 4096),
+        ("cpu", 49218 + 49152, 384),
+    ],
+)
+def test_chunks_are_whole_tiles_near_the_budget(device, vocab, targets):
+    assert chunked.chunk_targets(device, vocab) == targets
+
+
+def test_chunks_without_a_teacher_are_sized_as_such(monkeypatch):
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 90 * 128)  # 128 targets with one head
+    sizes, project = [], chunked.project
+
+    def watched(hidden, weight, out):
+        sizes.append(tuple(out.shape))
+        project(hidden, weight, out)
+
+    monkeypatch.setattr(chunked, "project", watched)
+    monkeypatch.setattr(chunked, "TILE", 16)
+    distill_loss(**make_inputs(300, 150, 90, 90))
+    assert sizes == [(64, 90)] * 4 + [(22, 90)] * 2 + [(128, 90), (22, 90)]
 
 
 def test_numbers_for_weights_and_temperature():

@@ -9,17 +9,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldistill_kernels.distill_loss import distill_loss, matmul
+from ldistill_kernels.distill_loss import chunked, distill_loss, matmul
 from ldistill_kernels.distill_loss.function import OP
 from ldistill_kernels.distill_loss.testing import make_inputs
 
 
 def op_arguments(taught: int, grads: tuple[bool, bool, bool], dtype: torch.dtype) -> tuple:
     inputs = make_inputs(7, taught, 90, 80, dtype=dtype)
-    targets = (inputs[name] for name in ("ce_weight", "kd_weight", "temperature", "kd_targets"))
+    weights = [inputs[name] for name in ("ce_weight", "kd_weight", "temperature", "kd_targets")]
+    if not taught:
+        weights[1:] = [None] * 3
     heads = (inputs[name] for name in ("h_s", "w_s", "h_t", "w_t", "labels"))
     settings = (80 if taught else 90, "forward", 0.5, True, -100, 3, 4, False)
-    return *heads, *targets, *settings, *grads
+    return *heads, *weights, *settings, *grads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -109,9 +111,40 @@ def test_every_product_on_a_gpu_is_summed_in_fp32(dtype):
         hidden, weight = torch.empty(4, 32, **narrow), torch.empty(90, 32, **narrow)
         grad, logits = torch.empty(4, 90, **narrow), torch.empty(4, 90, device="cuda")
         matmul.project(hidden, weight, logits)
-        matmul.add_weight_gradient(torch.empty(90, 32, device="cuda"), grad, hidden)
-        assert matmul.input_gradient(grad, weight, dtype).dtype == dtype
-    assert products.dtypes == [torch.float32] * 3
+        for first in (True, False):
+            matmul.add_weight_gradient(torch.empty(90, 32, device="cuda"), grad, hidden, first)
+        assert matmul.input_gradient(grad, weight).dtype == torch.float32
+    assert products.dtypes == [torch.float32] * 4
+
+
+class Operations(TorchDispatchMode):
+    """Names of what PyTorch is asked to do, views and allocations left out."""
+
+    FREE = ("alias", "view", "as_strided", "slice", "t", "detach", "empty", "new_empty")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_gradients_a_call_is_its_products_its_steps_and_one_sum(monkeypatch):
+    """What else a call asks for is a launch on a GPU, and none is worth it."""
+    operations, solve = Operations(), chunked.solve
+
+    def watched(problem, settings, step):
+        with operations:
+            return solve(problem, settings, lambda logits, teacher, *_: (logits, teacher))
+
+    monkeypatch.setattr(chunked, "solve", watched)
+    with torch.no_grad():
+        distill_loss(**make_inputs(12, 12, 90, 80), chunk_targets=4)
+    assert operations.names == ["mm"] * 6 + ["sum"]
 
 
 def test_second_derivative_is_refused():

@@ -91,6 +91,18 @@ def test_best_token_is_found_anywhere(place):
     assert not out.teacher_student.all()
 
 
+@pytest.mark.parametrize("places", [(3, 4), (2, 70), (63, 64, 129), (0, 128)])
+def test_of_equal_logits_the_first_token_is_the_best(places):
+    """In one load, in one block, in several."""
+    inputs = make(len(places), len(places), 130, 130, ignored=0)
+    inputs["labels"] = torch.tensor(places, device=DEVICE)
+    inputs["h_t"] = torch.ones_like(inputs["h_t"])
+    inputs["w_t"] = torch.zeros_like(inputs["w_t"])
+    inputs["w_t"][list(places)] = 1.0
+    out = distill_loss(**inputs, **TRITON)
+    assert out.teacher_label.tolist() == [True] + [False] * (len(places) - 1)
+
+
 @pytest.mark.parametrize("kl", KLS)
 def test_equal_student_and_teacher_give_exactly_nothing(kl):
     inputs = make(5, 5, 200, 200, hidden_t=32)

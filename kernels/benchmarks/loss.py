@@ -114,7 +114,7 @@ def draw(lines: list[dict[str, Any]], path: str) -> None:
     sizes = sorted({(line["hidden"], line["vocab"]) for line in timed})
     width = max(4 * len(sizes), 7)
     figure, axes = plt.subplots(2, len(sizes), figsize=(width, 6), squeeze=False, sharex="col",
-                                sharey="target", layout="constrained")  # fmt: skip
+                                sharey="row", layout="constrained")  # fmt: skip
     palette = colours([line for line in timed if line["provider"] != "floor"])
     for column, (hidden, vocab) in zip(axes.T, sizes):
         here = [line for line in timed if (line["hidden"], line["vocab"]) == (hidden, vocab)]

@@ -169,7 +169,7 @@ class _Buffers:
         self.vocab_t = 0 if problem.w_t is None else problem.w_t.shape[0]
         taught = min(problem.taught_chunk, problem.taught)
         untaught = min(problem.untaught_chunk, problem.targets - problem.taught)
-        wide_s, wide_t = _padded(self.vocab_s), _padded(self.vocab_t)
+        wide_s, wide_t = padded(self.vocab_s), padded(self.vocab_t)
         size = max(taught * (wide_s + wide_t), untaught * wide_s)
         dtype = compute_dtype(problem.h_s.dtype)
         self.memory = torch.empty(size, dtype=dtype, device=problem.h_s.device)
@@ -180,14 +180,14 @@ class _Buffers:
         student = self._part(0, size, self.vocab_s)
         if not chunk.teacher:
             return student, None
-        return student, self._part(size * _padded(self.vocab_s), size, self.vocab_t)
+        return student, self._part(size * padded(self.vocab_s), size, self.vocab_t)
 
     def _part(self, start: int, size: int, vocab: int) -> Tensor:
-        return self.memory[start:].as_strided((size, vocab), (_padded(vocab), 1))
+        return self.memory[start:].as_strided((size, vocab), (padded(vocab), 1))
 
 
-def _padded(vocab: int) -> int:
-    # Rows start on 256-byte boundaries: odd vocabularies keep aligned matrix products.
+def padded(vocab: int) -> int:
+    """Elements from one row of logits to the next, 256 bytes or a multiple: products like that."""
     return -(-vocab // 64) * 64
 
 

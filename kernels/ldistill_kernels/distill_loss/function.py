@@ -6,6 +6,7 @@ So the backward never reads the heads: a head gathered for the forward alone (Ze
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ def _distill_loss(
         grad_dtype=h_s.dtype if triton else compute_dtype(h_s.dtype),
     )
     # Every product below states its precision; autocast would narrow those that have no out=.
-    with torch.autocast(h_s.device.type, enabled=False):
+    device = h_s.device.type
+    narrows = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if narrows else nullcontext():
         solution = chunked.solve(problem, settings, _target_step(triton))
     return (
         solution.loss, *solution.targets[1:], solution.grad_h_s, solution.grad_w_s,

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ldistill_kernels.compile_check import CompileCase
+from ldistill_kernels.distill_loss.chunked import padded
 from ldistill_kernels.distill_loss.targets import (
     DIVERGENCES,
     Chunk,
@@ -84,10 +85,13 @@ def target_step(
     Returns the gradients in `settings.grad_dtype`, in the back half of each row of the same memory
     where that is narrower.
     """
-    grad = _back(logits, settings.grad_dtype)
-    grad_t = None if teacher is None else _back(teacher, settings.grad_dtype)
+    grad, grad_t = logits, teacher
+    if settings.grad_student:
+        grad = _back(logits, settings.grad_dtype)
+    if settings.grad_teacher and teacher is not None:
+        grad_t = _back(teacher, settings.grad_dtype)
     other, other_grad = (logits, grad) if teacher is None else (teacher, grad_t)
-    assert all(x.stride(0) % 64 == 0 for x in (logits, other)), "the kernel says so of the strides"
+    assert all(x.stride(0) == padded(x.shape[1]) for x in (logits, other)), "as the kernel assumes"
     labels, ce_weight, kd_weight, temperature = inputs
     if teacher is None:
         kd_weight = temperature = ce_weight  # not read
@@ -98,9 +102,7 @@ def target_step(
             labels if chunk.targets is None else chunk.targets,
             labels, ce_weight, kd_weight, temperature,
             *outputs[:3], *(_bytes(flag) for flag in outputs[3:6]), outputs.extra_mass,
-            chunk.start, logits.shape[1], settings.vocab,
-            logits.stride(0), other.stride(0), grad.stride(0), other_grad.stride(0),
-            settings.beta, settings.ignore_index,
+            chunk.start, logits.shape[1], settings.vocab, settings.beta, settings.ignore_index,
             HAS_TARGETS=chunk.targets is not None, HAS_TEACHER=teacher is not None,
             KL=DIVERGENCES.index(settings.kl), T_SQUARED=settings.t_squared,
             GRAD_S=settings.grad_student, GRAD_T=settings.grad_teacher and teacher is not None,

@@ -177,9 +177,7 @@ def _share(weight, value):
     return tl.where(weight > 0, weight * value, 0.0)
 
 
-# Strides are multiples of 64 whatever the vocabulary (`chunked._padded`). The kernel says so of
-# each product: a hint on an argument is dropped, and without one no access is a vector.
-UNSPECIALIZED = ["start", "stride_s", "stride_t", "stride_grad", "stride_grad_t", "ignore_index"]
+UNSPECIALIZED = ["start", "ignore_index"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -187,8 +185,8 @@ def distill_targets_kernel(
     logits_ptr, teacher_ptr, grad_ptr, grad_t_ptr,
     targets_ptr, labels_ptr, ce_weight_ptr, kd_weight_ptr, temperature_ptr,
     loss_ptr, ce_ptr, kl_ptr, teacher_student_ptr, teacher_label_ptr, student_label_ptr,
-    extra_mass_ptr, start, vocab_s, vocab, stride_s, stride_t, stride_grad, stride_grad_t, beta,
-    ignore_index, HAS_TARGETS: tl.constexpr, HAS_TEACHER: tl.constexpr, KL: tl.constexpr,
+    extra_mass_ptr, start, vocab_s, vocab, beta, ignore_index,
+    HAS_TARGETS: tl.constexpr, HAS_TEACHER: tl.constexpr, KL: tl.constexpr,
     T_SQUARED: tl.constexpr, GRAD_S: tl.constexpr, GRAD_T: tl.constexpr, NARROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -198,8 +196,11 @@ def distill_targets_kernel(
     if HAS_TARGETS:
         target = tl.load(targets_ptr + at)
     wide = pid.to(tl.int64)  # a chunk of logits may exceed 2^31 elements
-    s_row = logits_ptr + tl.multiple_of(wide * stride_s, 64)
-    t_row = teacher_ptr + tl.multiple_of(wide * stride_t, 64)
+    # Rows are as far apart as `chunked.padded` says. That the compiler sees it is a multiple of 64
+    # makes its accesses vectors.
+    s_offset = wide * ((vocab_s + 63) // 64 * 64)
+    t_offset = wide * ((vocab + 63) // 64 * 64)
+    s_row, t_row = logits_ptr + s_offset, teacher_ptr + t_offset
     label = tl.load(labels_ptr + target)  # int64: compared before it is narrowed
     heeded = label != ignore_index
     labelled = (label >= 0) & (label < vocab_s)
@@ -255,8 +256,9 @@ def distill_targets_kernel(
     if GRAD_S or GRAD_T:
         tl.debug_barrier()  # every warp has read the logits that the loops below overwrite
         lanes = tl.arange(0, BLOCK)
-        g_row = grad_ptr + tl.multiple_of(wide * stride_grad, 64)
-        g_t_row = grad_t_ptr + tl.multiple_of(wide * stride_grad_t, 64)
+        g_row, g_t_row = grad_ptr + s_offset, grad_t_ptr + t_offset
+        if NARROW:  # twice as many to a row
+            g_row, g_t_row = g_row + s_offset, g_t_row + t_offset
         if GRAD_S:
             last = vocab + (vocab_s - vocab - 1) // BLOCK * BLOCK
             for back in range(0, vocab_s - vocab, BLOCK):
