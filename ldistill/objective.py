@@ -119,7 +119,7 @@ class Objective:
                 ce_weight=weights.ce / total_rows,
                 kd_weight=None if h_t is None else weights.kd / total_rows,
                 temperature=rows.temperature,
-                kd_rows=None if h_t is None else rows.kd_rows,
+                kd_targets=None if h_t is None else rows.kd_rows,
                 kl=self.kl,
                 t_squared=self.t_squared,
                 kernels=self.kernels,

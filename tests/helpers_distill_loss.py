@@ -30,6 +30,9 @@ def random_case(
         "t_squared": draw.random() < 0.7,
         "vocab": draw.choice([shared, draw.randint(1, shared)]),
     }
+    for head in "st":
+        options[f"logit_scale_{head}"] = draw.choice([1.0, 1.0, draw.uniform(0.05, 2.0)])
+        options[f"softcap_{head}"] = draw.choice([None, None, draw.uniform(1.0, 40.0)])
     taught = draw.choice([0, targets, draw.randint(0, targets)])
     inputs = make_inputs(
         targets, taught, vocab_s, vocab_t, device=device,

@@ -66,6 +66,31 @@ def test_t_squared_scales_loss_and_gradient_alike(t_squared):
     assert_matches_fp64(inputs, 2e-5, t_squared=t_squared)
 
 
+SCALINGS = [
+    {"logit_scale_s": 0.0625, "logit_scale_t": 0.125},
+    {"softcap_s": 3.0, "softcap_t": 5.0},
+    {"logit_scale_s": 0.5, "softcap_s": 2.0, "softcap_t": 30.0},
+    {"logit_scale_t": 0.3},
+]
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_scaled_and_capped_logits(scaling, kl):
+    assert_matches_fp64(make_inputs(9, 6, 300, 290), 2e-5, kl=kl, **scaling)
+
+
+def test_gradcheck_of_capped_logits():
+    inputs = make_inputs(7, 4, 23, 19, hidden_s=6, hidden_t=5, dtype=torch.float64)
+    scaling = {"logit_scale_s": 0.7, "softcap_s": 2.0, "logit_scale_t": 1.3, "softcap_t": 3.0}
+
+    def loss(h_s, w_s, h_t):
+        changed = inputs | {"h_s": h_s, "w_s": w_s, "h_t": h_t}
+        return distill_loss(**changed, **scaling, chunk_targets=3).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs).values()))
+
+
 def test_shorter_vocab_cuts_both_softmaxes():
     assert_matches_fp64(make_inputs(8, 6, 300, 290), 2e-5, vocab=120)
     assert_matches_fp64(make_inputs(8, 6, 300, 320), 2e-5, vocab=300)
@@ -103,6 +128,7 @@ def test_equal_student_and_teacher_give_exactly_nothing():
     inputs = make_inputs(40, 40, 1000, 1000, hidden_t=32)
     for kl in KLS:
         assert_equals_teach_nothing(inputs, kl=kl)
+        assert_equals_teach_nothing(inputs, kl=kl, softcap_s=7.0, softcap_t=7.0)
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -365,6 +391,8 @@ BAD = {
     ),
     "kl": ({"kl": "sideways"}, "kl must be one of forward, reverse, jsd, got 'sideways'"),
     "beta": ({"kl": "jsd", "beta": 1.0}, "beta must lie between 0 and 1"),
+    "logit_scale_s": ({"logit_scale_s": 0.0}, "logit_scale_s must be positive and finite, got 0"),
+    "softcap_t": ({"softcap_t": -30.0}, "softcap_t must be positive and finite, got -30.0"),
     "chunk_targets": ({"chunk_targets": 0}, "chunk_targets must be at least 1, got 0"),
     "kernels": ({"kernels": "cuda"}, "kernels must be one of auto, triton, reference"),
 }

@@ -20,7 +20,7 @@ def op_arguments(taught: int, grads: tuple[bool, bool, bool], dtype: torch.dtype
     if not taught:
         weights[1:] = [None] * 3
     heads = (inputs[name] for name in ("h_s", "w_s", "h_t", "w_t", "labels"))
-    settings = (80 if taught else 90, "forward", 0.5, True, -100, 3, 4, False)
+    settings = (80 if taught else 90, "forward", 0.5, True, 0.5, 30.0, 1.0, 0.0, -100, 3, 4, False)
     return *heads, *weights, *settings, *grads
 
 
@@ -67,7 +67,7 @@ def test_fullgraph_compile_rounds_narrow_gradients_once():
         assert relative(grad, want[name]) < 2**-10
 
 
-def test_another_number_of_rows_does_not_recompile():
+def test_another_number_of_targets_does_not_recompile():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(distill_loss, fullgraph=True, backend=counter, dynamic=True)

@@ -110,6 +110,51 @@ def test_equal_student_and_teacher_give_exactly_nothing(kl):
 
 
 @pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"logit_scale_s": 0.0625, "logit_scale_t": 0.3},
+        {"softcap_s": 3.0, "softcap_t": 5.0},
+        {"logit_scale_s": 0.5, "softcap_s": 2.0},
+    ],
+    ids=str,
+)
+def test_scaled_and_capped_logits(scaling, kl):
+    inputs = make(5, 3, 218, 152)
+    assert_matches_fp64(inputs, 2e-5, TRITON | {"chunk_targets": 2}, kl=kl, **scaling)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("cap", [None, 7.0])
+def test_equal_student_and_teacher_give_nothing_when_scaled(cap, kl):
+    """Nothing is fused there: the difference of two equal products must be 0."""
+    inputs = make(5, 5, 200, 200, hidden_t=32)
+    scaling = {"logit_scale_s": 0.3, "softcap_s": cap, "logit_scale_t": 0.3, "softcap_t": cap}
+    assert_equals_teach_nothing(inputs, kl=kl, **scaling, **TRITON)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_best_tokens_are_found_before_the_cap(kernels):
+    """Of logits far beyond the cap many are equal to it."""
+    inputs = make(12, 12, 200, 130, ignored=0, scale=400.0)
+    capped = distill_loss(**inputs, softcap_s=1.0, softcap_t=1.0, kernels=kernels)
+    free = distill_loss(**inputs, kernels=kernels)
+    for name in ("teacher_student", "teacher_label", "student_label"):
+        assert torch.equal(getattr(capped, name), getattr(free, name))
+    labels = (inputs["h_s"] @ inputs["w_s"].t()).argmax(-1)
+    assert distill_loss(
+        **inputs | {"labels": labels}, softcap_s=1.0, kernels=kernels
+    ).student_label.all()
+
+
+def test_only_logits_that_are_products_are_computed_without_fusing():
+    cases = {case.name: case.fp_fusion for case in step.compile_cases()}
+    assert cases["loss targets bf16 forward vocab 49152"]
+    assert not cases["loss targets bf16 forward vocab 49152 scaled"]
+    assert not cases["loss targets bf16 forward vocab 49152 capped"]
+
+
+@pytest.mark.parametrize("kl", KLS)
 def test_gradient_of_a_student_close_to_its_teacher(kl):
     inputs = make(8, 8, 200, 200, hidden_t=32, ignored=0)
     noise = 1e-2 * torch.randn(200, 32).to(DEVICE) * inputs["w_s"].std()

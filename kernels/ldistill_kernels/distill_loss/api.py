@@ -49,6 +49,10 @@ def distill_loss(
     kl: str = "forward",
     beta: float = 0.5,
     t_squared: bool = True,
+    logit_scale_s: float = 1.0,
+    softcap_s: float | None = None,
+    logit_scale_t: float = 1.0,
+    softcap_t: float | None = None,
     ignore_index: int = -100,
     chunk_targets: int | None = None,
     kernels: str = "auto",
@@ -78,6 +82,9 @@ def distill_loss(
         kl: "forward" KL(teacher | student), "reverse" KL(student | teacher), or "jsd":
             beta KL(teacher | m) + (1 - beta) KL(student | m) with the mixture
             m = beta teacher + (1 - beta) student.
+        logit_scale_s, softcap_s, logit_scale_t, softcap_t: what the student's and the teacher's
+            models do to the product x of state and head: logits are logit_scale x, with a softcap
+            softcap tanh(logit_scale x / softcap). Whether best tokens agree is judged by x.
         chunk_targets: targets per chunk; default: as many as fit the device's budget for logits.
         kernels: "auto" (Triton on CUDA, PyTorch elsewhere), "triton" or "reference".
 
@@ -87,6 +94,8 @@ def distill_loss(
     """
     values = checks.checks_values(h_s.device)
     checks.check_options(kl, beta, chunk_targets, kernels)
+    checks.check_scaling("s", logit_scale_s, softcap_s)
+    checks.check_scaling("t", logit_scale_t, softcap_t)
     checks.check_tensors(h_s, w_s, labels)
     checks.check_teacher(h_s, h_t, w_t)
     checks.check_kd_targets(h_s, h_t, kd_targets, values)
@@ -112,7 +121,8 @@ def distill_loss(
     grad = torch.is_grad_enabled()
     arguments = (
         h_s, w_s, h_t, w_t, labels, ce_weights, kd_weights, temperatures, kd_targets, vocab, kl,
-        beta, t_squared, ignore_index, *chunks, checks.use_triton(kernels, h_s),
+        beta, t_squared, logit_scale_s, softcap_s or 0.0, logit_scale_t, softcap_t or 0.0,
+        ignore_index, *chunks, checks.use_triton(kernels, h_s),
         grad and h_s.requires_grad, grad and w_s.requires_grad,
         grad and h_t is not None and h_t.requires_grad,
     )  # fmt: skip

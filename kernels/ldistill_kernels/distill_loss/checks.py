@@ -181,6 +181,13 @@ def check_options(kl: str, beta: float, chunk_targets: int | None, kernels: str)
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
 
 
+def check_scaling(head: str, scale: float, cap: float | None) -> None:
+    """What is done to the logits of a head."""
+    for name, value in (("logit_scale", scale), ("softcap", 1.0 if cap is None else cap)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}_{head} must be positive and finite, got {value}")
+
+
 def use_triton(kernels: str, h_s: Tensor) -> bool:
     """Whether the target step runs in Triton; CPU tensors can only under Triton's interpreter."""
     if kernels == "auto":

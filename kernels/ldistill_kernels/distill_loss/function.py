@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ldistill_kernels.distill_loss import chunked, reference
 from ldistill_kernels.distill_loss.matmul import compute_dtype
-from ldistill_kernels.distill_loss.targets import Settings, TargetInputs
+from ldistill_kernels.distill_loss.targets import Scaling, Settings, TargetInputs
 
 OP = "ldistill::distill_loss"
 
@@ -23,7 +23,8 @@ torch.library.define(
     OP,
     "(Tensor h_s, Tensor w_s, Tensor? h_t, Tensor? w_t, Tensor labels, Tensor ce_weight, "
     "Tensor? kd_weight, Tensor? temperature, Tensor? kd_targets, int vocab, str kl, float beta, "
-    "bool t_squared, int ignore_index, int taught_chunk, int untaught_chunk, bool triton, "
+    "bool t_squared, float logit_scale_s, float softcap_s, float logit_scale_t, float softcap_t, "
+    "int ignore_index, int taught_chunk, int untaught_chunk, bool triton, "
     "bool grad_h_s, bool grad_w_s, bool grad_h_t) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -45,6 +46,10 @@ def _distill_loss(
     kl: str,
     beta: float,
     t_squared: bool,
+    logit_scale_s: float,
+    softcap_s: float,
+    logit_scale_t: float,
+    softcap_t: float,
     ignore_index: int,
     taught_chunk: int,
     untaught_chunk: int,
@@ -67,6 +72,8 @@ def _distill_loss(
         grad_student=grad_h_s or grad_w_s,
         grad_teacher=grad_h_t,
         grad_dtype=h_s.dtype if triton else compute_dtype(h_s.dtype),
+        scaling_s=Scaling(logit_scale_s, softcap_s),
+        scaling_t=Scaling(logit_scale_t, softcap_t),
     )
     # Every product below states its precision; autocast would narrow those that have no out=.
     device = h_s.device.type
@@ -102,6 +109,10 @@ def _fake(
     kl: str,
     beta: float,
     t_squared: bool,
+    logit_scale_s: float,
+    softcap_s: float,
+    logit_scale_t: float,
+    softcap_t: float,
     ignore_index: int,
     taught_chunk: int,
     untaught_chunk: int,

@@ -19,7 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ldistill_kernels.distill_loss.targets import Chunk, Settings, TargetInputs, TargetOutputs
+from ldistill_kernels.distill_loss.targets import (
+    Chunk,
+    Scaling,
+    Settings,
+    TargetInputs,
+    TargetOutputs,
+)
 
 TILE_ELEMENTS = 1 << 18  # 1 MiB of fp32: a handful of such tiles stays in the cache
 
@@ -39,17 +45,41 @@ def target_step(
     tile = max(1, TILE_ELEMENTS // logits.shape[1])
     for lo in range(0, logits.shape[0], tile):
         hi = min(lo + tile, logits.shape[0])
-        index = chunk.index(lo, hi)
+        index, span = chunk.index(lo, hi), chunk.span(lo, hi)
         target = _heeded(inputs, index, settings)
-        student, kl_grad = _student(logits[lo:hi], target, index, outputs, settings), None
-        if teacher is not None:
-            place = index, chunk.span(lo, hi)
-            kl_grad = _divergence(
-                logits[lo:hi], teacher[lo:hi], student, target, place, outputs, settings
-            )
+        student, taught = logits[lo:hi], None if teacher is None else teacher[lo:hi]
+        best = _best(student, taught, settings.vocab)
+        _write_hits(student, best, target, index, span, outputs)
+        slope_s, slope_t = _scale(student, settings.scaling_s), None
+        if taught is not None:
+            slope_t = _scale(taught, settings.scaling_t)
+        if slope_s is not None or slope_t is not None:
+            best = _best(student, taught, settings.vocab)
+        softmax = _cross_entropy(student, best, target, index, outputs, settings)
+        kl_grad = None
+        if taught is not None:
+            place = index, span
+            kl_grad = _divergence(student, taught, best, target, place, outputs, settings)
+            if settings.grad_teacher and slope_t is not None:
+                taught.mul_(slope_t)
         if settings.grad_student:
-            _write_grad(logits[lo:hi], student, target, kl_grad)
+            _write_grad(student, softmax, target, kl_grad)
+            if slope_s is not None:
+                student.mul_(slope_s)
     return logits, teacher
+
+
+def _scale(logits: Tensor, scaling: Scaling) -> Tensor | float | None:
+    """Make logits of products in place; returns the derivative, None where that is 1."""
+    scale, cap = scaling
+    if scale != 1.0:
+        logits.mul_(scale)
+    if cap:
+        logits.div_(cap).tanh_()
+        slope = (1.0 - logits.square()).mul_(scale)
+        logits.mul_(cap)
+        return slope
+    return None if scale == 1.0 else scale
 
 
 def _heeded(inputs: TargetInputs, index: slice | Tensor, settings: Settings) -> TargetInputs:
@@ -65,36 +95,53 @@ def _share(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight > 0, weight * value, 0.0)
 
 
-class _Student(NamedTuple):
-    """Of a tile's student: softmax at temperature 1, largest of the first `vocab` logits."""
+class _Best(NamedTuple):
+    """Largest logits of a tile's targets, and the teacher's best token."""
 
-    softmax: Tensor
-    best: Tensor
+    compared: Tensor  # the student's among the first `vocab`
+    student: Tensor
+    teacher: Tensor | None
+    token: Tensor | None
 
 
-def _student(
+def _best(student: Tensor, teacher: Tensor | None, vocab: int) -> _Best:
+    compared = top = student[:, :vocab].amax(-1)
+    if vocab < student.shape[1]:
+        top = torch.maximum(compared, student[:, vocab:].amax(-1))
+    best_t, token = (None, None) if teacher is None else teacher.max(-1)
+    return _Best(compared, top, best_t, token)
+
+
+def _write_hits(
+    student: Tensor,
+    best: _Best,
+    target: TargetInputs,
+    index: slice | Tensor,
+    span: slice,
+    out: TargetOutputs,
+) -> None:
+    """Whether best tokens agree, before scale and cap: those keep the order until they saturate."""
+    out.student_label[index] = _labelled(student, target.labels) == best.student
+    if best.token is not None:
+        out.teacher_student[span] = _at(student, best.token) == best.compared
+        out.teacher_label[span] = best.token == target.labels
+
+
+def _cross_entropy(
     logits: Tensor,
+    best: _Best,
     target: TargetInputs,
     index: slice | Tensor,
     out: TargetOutputs,
     settings: Settings,
-) -> _Student:
-    """Cross-entropy and the student's diagnostics of one tile."""
-    vocab = settings.vocab
-    best = logits[:, :vocab].amax(-1)
-    top = best
-    if vocab < logits.shape[1]:
-        top = torch.maximum(best, logits[:, vocab:].amax(-1))
+) -> Tensor:
+    """Cross-entropy of one tile and the mass of further tokens; returns the student's softmax."""
     softmax = torch.softmax(logits, -1)
-    column = _column(target.labels, logits)
-    labelled = _at(logits, column).masked_fill(column != target.labels, torch.nan)
-    ignored = target.labels == settings.ignore_index
-    ce = _log_sum_exp(top, softmax) - labelled
+    ce = _log_sum_exp(best.student, softmax) - _labelled(logits, target.labels)
     out.loss[index] = _share(target.ce_weight, ce)
-    out.ce[index] = ce.masked_fill_(ignored, 0.0)
-    out.student_label[index] = labelled == top
-    out.extra_mass[index] = softmax[:, vocab:].sum(-1)
-    return _Student(softmax, best)
+    out.ce[index] = ce.masked_fill_(target.labels == settings.ignore_index, 0.0)
+    out.extra_mass[index] = softmax[:, settings.vocab :].sum(-1)
+    return softmax
 
 
 def _log_sum_exp(top: Tensor, softmax: Tensor) -> Tensor:
@@ -105,7 +152,7 @@ def _log_sum_exp(top: Tensor, softmax: Tensor) -> Tensor:
 def _divergence(
     logits: Tensor,
     teacher: Tensor,
-    student: _Student,
+    best: _Best,
     target: TargetInputs,
     place: tuple[slice | Tensor, slice],
     out: TargetOutputs,
@@ -116,14 +163,11 @@ def _divergence(
     `place` is where the tile's targets are among all targets and among the taught ones.
     """
     index, span = place
-    best_t, best_token = teacher.max(-1)
-    out.teacher_student[span] = _at(logits, best_token) == student.best
-    out.teacher_label[span] = best_token == target.labels
     tau = target.temperature
     x_s, x_t = logits[:, : settings.vocab] / tau.unsqueeze(1), teacher.div_(tau.unsqueeze(1))
     q, p = torch.softmax(x_s, -1), torch.softmax(x_t, -1)
-    lse_s = _log_sum_exp(student.best / tau, q)
-    lse_t = _log_sum_exp(best_t / tau, p)
+    lse_s = _log_sum_exp(best.compared / tau, q)
+    lse_t = _log_sum_exp(best.teacher / tau, p)
     log_ratio = x_s.sub_(x_t).sub_((lse_s - lse_t).unsqueeze(1))
     kl, grad_s, grad_t = _GRADIENTS[settings.kl](p, q, log_ratio, settings)
     kl = kl.clamp(min=0)
@@ -139,6 +183,12 @@ def _divergence(
 def _column(labels: Tensor, logits: Tensor) -> Tensor:
     """A column that exists; another than the label where that is no token, ignored or wrong."""
     return labels.clamp(0, logits.shape[1] - 1)
+
+
+def _labelled(logits: Tensor, labels: Tensor) -> Tensor:
+    """The label's logit, NaN where the label is no token."""
+    column = _column(labels, logits)
+    return _at(logits, column).masked_fill_(column != labels, torch.nan)
 
 
 def _at(values: Tensor, columns: Tensor) -> Tensor:
@@ -173,10 +223,10 @@ _GRADIENTS = {"forward": _forward_kl, "reverse": _reverse_kl, "jsd": _jsd}
 
 
 def _write_grad(
-    logits: Tensor, student: _Student, target: TargetInputs, kl_grad: Tensor | None
+    logits: Tensor, softmax: Tensor, target: TargetInputs, kl_grad: Tensor | None
 ) -> None:
     """logits <- ce_weight (softmax - onehot), plus `kl_grad` in the first columns."""
-    torch.mul(student.softmax, target.ce_weight.unsqueeze(1), out=logits)
+    torch.mul(softmax, target.ce_weight.unsqueeze(1), out=logits)
     column = _column(target.labels, logits).unsqueeze(1)
     logits.scatter_add_(1, column, -target.ce_weight.unsqueeze(1))
     if kl_grad is not None:

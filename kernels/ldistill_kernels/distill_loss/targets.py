@@ -37,6 +37,13 @@ class TargetOutputs(NamedTuple):
     extra_mass: Tensor
 
 
+class Scaling(NamedTuple):
+    """What makes logits of a product x: cap tanh(scale x / cap), or scale x where cap is 0."""
+
+    scale: float = 1.0
+    cap: float = 0.0
+
+
 class Settings(NamedTuple):
     """What is the same for every target of a call."""
 
@@ -48,6 +55,8 @@ class Settings(NamedTuple):
     grad_student: bool
     grad_teacher: bool
     grad_dtype: torch.dtype
+    scaling_s: Scaling = Scaling()
+    scaling_t: Scaling = Scaling()
 
 
 class Chunk(NamedTuple):

@@ -29,12 +29,16 @@ def plain_distill_loss(
     kl: str = "forward",
     beta: float = 0.5,
     t_squared: bool = True,
+    logit_scale_s: float = 1.0,
+    softcap_s: float | None = None,
+    logit_scale_t: float = 1.0,
+    softcap_t: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, ce [targets], kl [taught]) with materialised logits; arguments as `distill_loss`."""
     wide = torch.promote_types(h_s.dtype, torch.float32)
     ones = torch.ones(h_s.shape[0], dtype=wide, device=h_s.device)
-    student = F.linear(h_s, w_s).to(wide)
+    student = _scaled(F.linear(h_s, w_s).to(wide), logit_scale_s, softcap_s)
     ce = F.cross_entropy(student, labels, reduction="none", ignore_index=ignore_index)
     loss = (ones * ce_weight * ce).sum()
     if h_t is None:
@@ -43,11 +47,18 @@ def plain_distill_loss(
     vocab = w_t.shape[0] if vocab is None else vocab
     tau = (ones * temperature)[pairs, None]
     log_q = F.log_softmax(student[pairs, :vocab] / tau, -1)
-    log_p = F.log_softmax(F.linear(h_t, w_t[:vocab]).to(wide) / tau, -1)
+    scaling_t = logit_scale_t, softcap_t
+    log_p = F.log_softmax(_scaled(F.linear(h_t, w_t[:vocab]).to(wide), *scaling_t) / tau, -1)
     divergence = _divergence(log_p, log_q, kl, beta)
     divergence = divergence.masked_fill(labels[pairs] == ignore_index, 0.0)
     weight = (ones * kd_weight)[pairs] * (tau.squeeze(1) ** 2 if t_squared else 1.0)
     return loss + (weight * divergence).sum(), ce, divergence
+
+
+def _scaled(product: Tensor, scale: float, cap: float | None) -> Tensor:
+    if cap is not None:
+        return cap * torch.tanh(scale / cap * product)
+    return product if scale == 1.0 else scale * product
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, kl: str, beta: float) -> Tensor:

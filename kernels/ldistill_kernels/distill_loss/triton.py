@@ -13,6 +13,7 @@ from ldistill_kernels.distill_loss.chunked import padded
 from ldistill_kernels.distill_loss.targets import (
     DIVERGENCES,
     Chunk,
+    Scaling,
     Settings,
     TargetInputs,
     TargetOutputs,
@@ -46,17 +47,24 @@ def compile_cases() -> list[CompileCase]:
     variants += [("bf16", kl, 49152) for kl in DIVERGENCES]
     variants += [("bf16", f"{kl} through", 49152) for kl in DIVERGENCES]
     variants += [("fp16", "forward", 49152), ("fp32", "forward", 49152)]
-    return [_compile_case(*variant) for variant in variants]
+    cases = [_compile_case(*variant) for variant in variants]
+    scaled, capped = Scaling(0.0625), Scaling(1.0, 30.0)
+    cases += [_compile_case("bf16", kl, 49152, scaled) for kl in ("ce", "forward")]
+    cases += [_compile_case("bf16", kl, 49152, capped) for kl in ("ce", *DIVERGENCES)]
+    return cases + [_compile_case("bf16", f"{kl} through", 49152, capped) for kl in DIVERGENCES]
 
 
-def _compile_case(grad: str, variant: str, vocab: int | None) -> CompileCase:
+def _compile_case(
+    grad: str, variant: str, vocab: int | None, scaling: Scaling = Scaling()
+) -> CompileCase:
     """`vocab` None stands for one that is no multiple of 16, where loads are not vectors."""
     kl = variant.split()[0]
     block, warps, registers = launch_config(49152)
     constants = {
         "HAS_TARGETS": True, "HAS_TEACHER": kl != "ce", "GRAD_S": True, "GRAD_T": kl != variant,
         "KL": 0 if kl == "ce" else DIVERGENCES.index(kl), "NARROW": grad != "fp32", "BLOCK": block,
-        "T_SQUARED": True,
+        "T_SQUARED": True, "SCALE_S": scaling.scale, "CAP_S": scaling.cap,
+        "SCALE_T": scaling.scale, "CAP_T": scaling.cap,
     } | ({"vocab": vocab} if vocab else {})  # fmt: skip
     types = {name: "*fp32" for name in distill_targets_kernel.arg_names if name.endswith("_ptr")}
     types |= dict.fromkeys(("targets_ptr", "labels_ptr"), "*i64")
@@ -66,9 +74,11 @@ def _compile_case(grad: str, variant: str, vocab: int | None) -> CompileCase:
     types |= {"vocab_s": "i32", "vocab": "i32", "beta": "fp32"}
     types = {name: kind for name, kind in types.items() if name not in constants}
     name = f"loss targets {grad} {variant} vocab {vocab or 'any'}"
+    if scaling != Scaling():
+        name += " capped" if scaling.cap else " scaled"
     return CompileCase(
         name, __name__, "distill_targets_kernel", types, constants, num_warps=warps,
-        max_registers=registers, core=True,
+        max_registers=registers, fp_fusion=scaling == Scaling(), core=True,
     )  # fmt: skip
 
 
@@ -107,9 +117,19 @@ def target_step(
             KL=DIVERGENCES.index(settings.kl), T_SQUARED=settings.t_squared,
             GRAD_S=settings.grad_student, GRAD_T=settings.grad_teacher and teacher is not None,
             NARROW=settings.grad_dtype.itemsize < logits.dtype.itemsize,
-            BLOCK=block, num_warps=warps, maxnreg=registers,
+            BLOCK=block, SCALE_S=settings.scaling_s.scale, CAP_S=settings.scaling_s.cap,
+            SCALE_T=settings.scaling_t.scale, CAP_T=settings.scaling_t.cap,
+            num_warps=warps, maxnreg=registers, enable_fp_fusion=fuses(settings),
         )  # fmt: skip
     return grad, grad_t
+
+
+def fuses(settings: Settings) -> bool:
+    """Whether products and sums may become one instruction.
+
+    Not where a logit is itself a product: its difference from an equal one would not be 0.
+    """
+    return settings.scaling_s == settings.scaling_t == Scaling()
 
 
 def _back(logits: Tensor, dtype: torch.dtype) -> Tensor:
