@@ -12,13 +12,13 @@ import re
 from functools import cache
 from pathlib import Path
 
-from ldistill.pair_shapes import PairShape, pair_shape
-from ldistill.scale_hardware import GIB, ZEROS, Cluster, Strategy
-from ldistill.scale_layouts import Request
-from ldistill.scale_memory import memory
-from ldistill.scale_network import HOST, NODE, WORLD, network_seconds, transfers
-from ldistill.scale_plan import Plan, make_plan
-from ldistill.scale_report import Block
+from ldistill.models.shapes import PairShape, pair_shape
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Strategy
+from ldistill.tools.plan.layouts import Request
+from ldistill.tools.plan.memory import memory
+from ldistill.tools.plan.network import HOST, NODE, WORLD, network_seconds, transfers
+from ldistill.tools.plan.plan import Plan, make_plan
+from ldistill.tools.plan.report import Block
 
 HERE = Path(__file__).resolve().parent
 # GB/s into a node and what people call it.

@@ -14,14 +14,14 @@ from typing import Annotated
 import typer
 
 from ldistill import __version__
-from ldistill.bench_commands import app as bench_app
-from ldistill.data.commands import app as shards_app
+from ldistill.data.build.commands import app as shards_app
 from ldistill.evaluation.commands import evaluate_command
-from ldistill.evaluation.compare_command import compare
-from ldistill.scale_commands import plan
-from ldistill.study.commands import app as study_app
+from ldistill.evaluation.compare.command import compare
 from ldistill.tiny.commands import app as tiny_app
-from ldistill.torture.commands import torture
+from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.plan.commands import plan
+from ldistill.tools.study.commands import app as study_app
+from ldistill.tools.torture.commands import torture
 
 app = typer.Typer(
     help="Give a vision-language model its language back.",
@@ -69,7 +69,7 @@ def export(
     tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
 ) -> None:
     """Write the student of a run as the checkpoint it came from."""
-    from ldistill.export import export_decoder, export_student
+    from ldistill.training.export import export_decoder, export_student
 
     decoder = out / "decoder"
     source = export_student(run, out, also=(decoder.name,) if decoder_only else ())
@@ -81,7 +81,7 @@ def export(
 
 @app.command()
 def generate(
-    student: Annotated[str, typer.Option(help="Student folder or hub id.")],
+    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="Picture; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
@@ -90,7 +90,7 @@ def generate(
     tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
 ) -> None:
     """Ask a student something about a picture, or just something."""
-    from ldistill.generate import answer
+    from ldistill.evaluation.generate import answer
 
     text = answer(
         student,
@@ -107,7 +107,7 @@ def generate(
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, GPU, compilers, disk; one line of advice per problem."""
-    from ldistill.doctor import run
+    from ldistill.tools.doctor.doctor import run
 
     raise typer.Exit(run())
 

@@ -13,7 +13,6 @@ import difflib
 import importlib.resources
 import os
 import sys
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,9 +22,14 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from ldistill.gating import GATES
-from ldistill.objective import DIVERGENCES, MIXES
-from ldistill.recipe_values import check_deepspeed, settle_values
+from ldistill.distill.gating import GATES
+from ldistill.distill.objective import DIVERGENCES, MIXES
+from ldistill.recipe_values import (
+    check_deepspeed,
+    check_trainer_flags,
+    settle_batch,
+    settle_values,
+)
 
 DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
@@ -53,7 +57,9 @@ class PairArguments:
         "Student attention: auto | sdpa | flash_attention_2 | flex_attention | eager.", "sdpa"
     )
     kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
-    compile_blocks: bool = _doc("torch.compile every decoder block of the student.", False)
+    compile_blocks: bool = _doc(
+        "torch.compile every decoder block of the student; --torch_compile does the same.", False
+    )
     lora_rank: int = _doc(
         "Rank of LoRA adapters on a frozen decoder, merged at export; 0: none.", 0
     )
@@ -65,7 +71,9 @@ class DataArguments:
     """Shards, order and packing."""
 
     shards: str | None = _doc("Folder or URL of shards made by `ldistill shards build`.")
-    sources: str = _doc("full (17 sources), lang (the 8) or names separated by commas.", "full")
+    sources: str = _doc(
+        "full (17 sources), lang (the 8), all (those of the shards) or names by commas.", "full"
+    )
     extra_sources: list[str] = field(
         default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
     )
@@ -114,7 +122,9 @@ class RunArguments:
     eval_suite: str | None = _doc(
         "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
     )
-    eval_limit: int | None = _doc("Documents of every task of --eval_suite; default all.")
+    eval_limit: int | None = _doc(
+        "Items of every task, of --eval_items and of --eval_suite; default all."
+    )
     log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
     overwrite: bool = _doc("Replace a run that lies in the output folder.", False)
     stop_file: str | None = _doc(
@@ -135,6 +145,10 @@ class Recipe:
     run: RunArguments
     training: TrainingArguments
     given: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What was settled otherwise than the recipe says, a line each."""
+    compile_options: dict[str, Any] = field(default_factory=dict)
+    """Of ``torch.compile``, for ``--compile_blocks``."""
 
     def as_dict(self) -> dict[str, Any]:
         """Every own field, and the training flags that the recipe or the command line set."""
@@ -227,19 +241,26 @@ def parse(argv: list[str]) -> Recipe:
     values["recipe"] = name
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
+    notes: list[str] = []
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
     _check_flags(given)
+    if values.get("bf16") and "bf16" not in given and not has_fast_bf16():
+        values["bf16"] = False
+        notes.append("fp32 instead of the recipe's bf16, which is slow on this CPU (--bf16 true).")
     if "num_train_epochs" in given and "max_steps" not in given:
         values["max_steps"] = -1  # the recipe's, which the Trainer would heed instead
     parser = _Parser([*OWN, TrainingArguments], add_help=False, allow_abbrev=False)
+    defaults = parser.parse_known_args([])[0]
     parser.set_defaults(**values)
     asked = parser.parse_known_args(argv)[0]
     check_deepspeed(asked.deepspeed)
-    batch, steps = _settle_batch(asked, given)
+    check_trainer_flags(asked, defaults)
     # Before the arguments exist, for in making them they fill DeepSpeed's configuration.
-    argv = [*argv, f"--global_batch_size={batch}", f"--gradient_accumulation_steps={steps}"]
+    sizes = settle_batch(asked, given, world_size(), notes)
+    argv = [*argv, *(f"--{name}={size}" for name, size in sizes.items())]
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
-    recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)))
+    recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)), notes)
+    _compile_by_blocks(recipe)
     _check(recipe)
     return recipe
 
@@ -271,9 +292,9 @@ def _check_flags(given: set[str]) -> None:
 
 def _check(recipe: Recipe) -> None:
     from ldistill.data.store import READS
-    from ldistill.memory import BACKENDS
-    from ldistill.rows import SCOPES
-    from ldistill.teacher import ENGINES
+    from ldistill.distill.attention import BACKENDS
+    from ldistill.distill.targets import SCOPES
+    from ldistill.distill.teacher import ENGINES
 
     choices = {
         "attention": (recipe.pair.attention, BACKENDS),
@@ -302,12 +323,6 @@ def _check(recipe: Recipe) -> None:
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training
-    if args.save_strategy not in ("steps", "no"):
-        raise ValueError(
-            f"save_strategy must be steps or no, got {args.save_strategy.value!r}: packs come in a "
-            "stream that has no epochs, and a run goes on from its newest checkpoint. Choose "
-            "--save_steps."
-        )
     if args.save_only_model:
         raise ValueError(
             "save_only_model leaves out the optimizer, without which no run can go on: leave the "
@@ -321,22 +336,10 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
-    _check_unused(args)
+    _check_trackers(args)
 
 
-def _check_unused(args: TrainingArguments) -> None:
-    """Refuse flags of the stock Trainer that have no place in this one."""
-    unused = {
-        "label_smoothing_factor": (args.label_smoothing_factor, "the loss is the recipe's own"),
-        "neftune_noise_alpha": (
-            args.neftune_noise_alpha is not None,
-            "the teacher reads what the student's embeddings give",
-        ),
-        "use_liger_kernel": (args.use_liger_kernel, "kernels are chosen with --kernels"),
-    }
-    for name, (value, why) in unused.items():
-        if value:
-            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
+def _check_trackers(args: TrainingArguments) -> None:
     available = get_available_reporting_integrations()
     for name in args.report_to:
         if name not in available:
@@ -346,32 +349,27 @@ def _check_unused(args: TrainingArguments) -> None:
             )
 
 
-def _settle_batch(asked: Namespace, given: set[str]) -> tuple[int, int]:
-    """Global batch and gradient accumulation: what one of them says about the other.
+def _compile_by_blocks(recipe: Recipe) -> None:
+    """``--torch_compile`` compiles the student's decoder blocks.
 
-    The global batch decides, unless accumulation was given on the command line and it was not.
-
-    Raises:
-        ValueError: no rows in a pass, or the global batch is no multiple of them.
+    The whole module would be compiled again and again: its rows differ in number at every step.
     """
-    if asked.per_device_train_batch_size < 1:
-        raise ValueError(
-            "per_device_train_batch_size must be at least 1, got "
-            f"{asked.per_device_train_batch_size}."
-        )
-    per_pass = asked.per_device_train_batch_size * world_size()
-    batch = asked.global_batch_size
-    by_steps = "gradient_accumulation_steps" in given and "global_batch_size" not in given
-    if by_steps or batch is None:
-        batch = per_pass * asked.gradient_accumulation_steps
-    steps, rest = divmod(batch, per_pass)
-    if rest or not steps:
-        raise ValueError(
-            f"global_batch_size {batch} is no multiple of "
-            f"{asked.per_device_train_batch_size} rows × {world_size()} ranks: change "
-            "--per_device_train_batch_size or --global_batch_size."
-        )
-    return batch, steps
+    args = recipe.training
+    if args.torch_compile:
+        recipe.pair.compile_blocks = True
+        recipe.compile_options = {
+            "backend": args.torch_compile_backend,
+            "mode": args.torch_compile_mode,
+        }
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    for name in ("BACKEND", "MODE"):  # by which accelerate is told as well
+        os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() or cpu
 
 
 def world_size() -> int:

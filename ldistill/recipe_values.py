@@ -7,9 +7,13 @@ cannot read.
 from __future__ import annotations
 
 import json
+import math
+from argparse import Namespace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+from transformers import TrainingArguments
 
 LISTS = ("sources", "distil")
 """Fields that a YAML list may say as well: names, which the command line has between commas."""
@@ -56,6 +60,140 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}.")
     return value
+
+
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
+"""Sizes of a step: rows of a pass on a rank, passes, rows over all ranks."""
+
+
+def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]) -> dict[str, int]:
+    """The sizes of a step on so many ranks: what was typed stays, what a recipe says gives way.
+
+    The global batch decides, unless accumulation was typed and it was not. Rows of a pass shrink
+    to the largest divisor of a rank's share of it; a global batch that the ranks do not divide
+    becomes the next best.
+
+    Args:
+        asked: the recipe with the command line over it, `BATCH` among its values.
+        given: flags that were typed.
+        ranks: of the run.
+        notes: gets a line where the recipe gave way.
+
+    Raises:
+        ValueError: no rows in a pass, or typed sizes that contradict each other.
+    """
+    sizes = {name: getattr(asked, name) for name in BATCH}
+    rows, steps, total = sizes.values()
+    if rows < 1:
+        raise ValueError(f"per_device_train_batch_size must be at least 1, got {rows}.")
+    typed = [name in given for name in BATCH]
+    if total is None or (typed[1] and not typed[2]):
+        total = rows * steps * ranks
+        return dict(zip(BATCH, (rows, steps, total), strict=True))
+    share = total / ranks
+    if typed[0]:
+        steps = max(1, round(share / rows))
+    elif typed[1]:
+        rows = max(1, round(share / steps))
+    elif total >= ranks and total % ranks == 0:
+        rows = next(n for n in range(min(rows, total // ranks), 0, -1) if share % n == 0)
+        steps = int(share) // rows
+    else:
+        steps = math.ceil(share / rows)
+        rows = max(1, round(share / steps))
+    settled = dict(zip(BATCH, (rows, steps, rows * steps * ranks), strict=True))
+    if any(settled[name] != sizes[name] for name in given.intersection(BATCH)):
+        units = ("rows", "accumulation steps")
+        parts = [f"{sizes[n]} {unit}" for n, unit in zip(BATCH, units) if n in given]
+        raise ValueError(
+            f"global_batch_size {total} is {'not' if all(typed) else 'no multiple of'} "
+            f"{' × '.join([*parts, f'{ranks} ranks'])}: change "
+            f"{' or '.join('--' + name for name in BATCH if name in given)}."
+        )
+    if settled["global_batch_size"] != total:
+        notes.append(
+            f"a step has {rows * steps * ranks} rows instead of the recipe's {total}: {rows} a "
+            f"pass × {steps} passes × {ranks} ranks."
+        )
+    elif rows != sizes[BATCH[0]]:
+        notes.append(
+            f"{rows} rows a pass instead of the recipe's {sizes[BATCH[0]]}: with {ranks} ranks "
+            f"and {steps} passes a step keeps its {total} rows."
+        )
+    return settled
+
+
+_HEEDED = """
+output_dir resume_from_checkpoint seed data_seed full_determinism use_cpu local_rank deepspeed
+per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps do_train
+learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay
+adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 tf32 torch_empty_cache_steps
+gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing
+activation_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode
+logging_steps logging_first_step logging_strategy log_level log_level_replica log_on_each_node
+disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id
+skip_memory_metrics debug eval_steps eval_delay eval_strategy eval_on_start
+per_device_eval_batch_size save_strategy save_steps save_total_limit save_only_model
+restore_callback_states_from_checkpoint dataloader_num_workers dataloader_pin_memory
+dataloader_prefetch_factor accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+ddp_find_unused_parameters ddp_static_graph ddp_timeout
+"""
+HEEDED = frozenset(_HEEDED.split())
+"""Flags of transformers' ``TrainingArguments`` that a run does something with."""
+_UNUSED = {
+    "label_smoothing_factor": "the loss is the recipe's own",
+    "neftune_noise_alpha": "the teacher reads what the student's embeddings give",
+    "use_liger_kernel": "kernels are chosen with --kernels",
+    "liger_kernel_config": "kernels are chosen with --kernels",
+    "auto_find_batch_size": "a step's rows are the recipe's; `ldistill plan` says what fits",
+    "train_sampling_strategy": "rows are packed, in the order of --seed or --data_seed",
+    "optim_target_modules": "projector and decoder are trained, each at its own rate",
+    "average_tokens_across_devices": "the loss always counts the rows of all ranks",
+    "enable_jit_checkpoint": "a run that is told to stop always saves a checkpoint",
+    "ignore_data_skip": "a resumed run reads on exactly where it stopped",
+    "save_on_each_node": "all nodes share the run's folder",
+    "dataloader_drop_last": "the stream of rows has no end",
+    "dataloader_persistent_workers": "the stream of rows has no end",
+    "dataloader_in_order": "a run can be repeated",
+    "load_best_model_at_end": "a run's result is its last state",
+}
+_UNUSED_GROUPS = {
+    "push_to_hub hub_": "upload what `ldistill export` wrote, with `hf upload`",
+    "fsdp": "sharding is DeepSpeed's: --deepspeed",
+    "eval_ do_eval do_predict prediction_loss_only include_for_metrics batch_eval_metrics "
+    "bf16_full_eval fp16_full_eval": "evaluation is --eval_items and --eval_suite",
+    "metric_for_best_model greater_is_better": "a run's result is its last state",
+}
+
+
+def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
+    """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed.
+
+    Args:
+        asked: the recipe with the command line over it.
+        defaults: of the same parser.
+
+    Raises:
+        ValueError: such a field is not what it is by default; it is named, with the reason.
+    """
+    if asked.save_strategy not in ("steps", "no"):
+        raise ValueError(
+            f"save_strategy must be steps or no, got {asked.save_strategy!r}: packs come in a "
+            "stream that has no epochs, and a run goes on from its newest checkpoint. Choose "
+            "--save_steps."
+        )
+    for name in sorted(vars(asked)):
+        trainers = name in TrainingArguments.__dataclass_fields__ and name not in HEEDED
+        if trainers and getattr(asked, name) != getattr(defaults, name):
+            groups = [w for g, w in _UNUSED_GROUPS.items() if name.startswith(tuple(g.split()))]
+            why = _UNUSED.get(name, groups[0] if groups else "nothing here reads it")
+            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
+    for name in ("eval_strategy", "logging_strategy"):
+        if getattr(asked, name) not in ("steps", "no"):
+            raise ValueError(
+                f"{name} must be steps or no, got {getattr(asked, name)!r}: the stream of rows "
+                "has no epochs."
+            )
 
 
 def check_deepspeed(config: str | dict[str, Any] | None) -> None:

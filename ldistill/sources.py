@@ -34,6 +34,8 @@ DOCUMENT: tuple[str, ...] = (
     "visualmrc",
 )
 CATEGORIES: tuple[str, ...] = ("language", "document")
+ALL = "all"
+"""As a run's sources: whatever its shards hold."""
 SUBSETS: dict[str, tuple[str, ...]] = {"full": LANGUAGE + DOCUMENT, "lang": LANGUAGE}
 
 
@@ -81,7 +83,9 @@ def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[s
         return list(SUBSETS[spec]) + [n for n, c in (extra or {}).items() if c in wanted]
     names = [normalise(part) for part in split_names(spec)]
     if not names:
-        raise ValueError(f"no source in {spec!r}: give full, lang or names separated by commas.")
+        raise ValueError(
+            f"no source in {spec!r}: give full, lang, all or names separated by commas."
+        )
     for name in names:
         category_of(name, extra)
     return names

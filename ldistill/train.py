@@ -27,12 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     0 done, 2 an error to put right, 75 a failure that may pass by itself, 85 stopped on request.
     """
     argv = sys.argv[1:] if argv is None else argv
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not {"--help", "-h", "--help_all"} & set(argv):
+        print("loading PyTorch, transformers and DeepSpeed ...", flush=True)
     _quieten()
-    from ldistill.cluster import check_launch, tell
-    from ldistill.errors import exit_code, ignore_dead_workers, worker_died
+    from ldistill.common.errors import exit_code, ignore_dead_workers, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
-    from ldistill.run import run
-    from ldistill.stopping import STOPPED_EXIT_CODE, Stopped
+    from ldistill.training.launch import check_launch, tell
+    from ldistill.training.run import run
+    from ldistill.training.stopping import STOPPED_EXIT_CODE, Stopped
 
     if {"--help", "-h"} & set(argv):
         print_help()
@@ -42,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
 
         print_all_flags()
         return 0
-    first = os.environ.get("RANK", "0") == "0"
     try:
         check_launch()
         recipe = parse(argv)
@@ -64,15 +66,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _quieten() -> None:
     """Keep the libraries from talking over what a user should read."""
+    import warnings
+
     import torch
     from transformers.utils import logging
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it must guess
     logging.disable_progress_bar()
+    # Of names that DeepSpeed calls in PyTorch: at every step, from every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 if __name__ == "__main__":
-    from ldistill.ranks import end_process
+    from ldistill.common.ranks import end_process
 
     end_process(main())

@@ -4,7 +4,11 @@
 #   sbatch slurm/selective.sh --learning_rate 5e-5            arguments go to train.py
 #   RECIPE=my.yaml OUTPUT_DIR=/scratch/me/run sbatch --account=lab --time=12:00:00 slurm/uniform.sh
 #   sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/selective.sh     one rank a GPU
-#   sbatch --nodes=2 --gpus-per-node=0 slurm/selective.sh     CPU nodes, one rank each
+#   RECIPE=tiny sbatch --nodes=2 --gpus-per-node=0 slurm/selective.sh     CPU nodes, one rank each
+#
+# Cores come with the GPUs: --cpus-per-gpu, 8 in the scripts (not --cpus-per-task). A job without GPUs
+# has one core a rank, or all of its nodes with --exclusive; on nodes of fewer than 8 cores SLURM wants
+# --cpus-per-gpu=1 as well.
 #
 # Submit from the repository's root, or with --chdir=ROOT. Account, partition, QOS, time, memory,
 # nodes and GPUs are sbatch flags (or SBATCH_ACCOUNT, SBATCH_PARTITION, ...); all else is a variable:
@@ -15,7 +19,8 @@
 #   SRUN_FLAGS   more flags for srun: "--container-image=ldistill.sqsh --network=..."
 #   RECIPE       name or file, instead of the script's own         OUTPUT_DIR  default runs/RECIPE
 #   ZERO         DeepSpeed configuration, instead of the script's own
-#   SHARDS       folder of shards, on every node; default shards; empty: the recipe makes its own
+#   SHARDS       folder of shards, on every node; default shards, unless the recipe says where they
+#                lie or makes its own, as tiny does
 #   MASTER_ADDR, MASTER_PORT    where rank 0 listens; default the first node, another port each start
 #   MAX_CRASHES  how often a crash without a new checkpoint in between is tried again, in the same
 #                allocation (default 3), after BACKOFF seconds (default 30), then twice that, ...
@@ -25,12 +30,14 @@
 # and goes on in the same run folder, from its newest checkpoint: a --resume_from_checkpoint or
 # --overwrite of the command counts until the job has saved one. More: docs/operations.md.
 
-STOPPED=85   # ldistill.stopping.STOPPED_EXIT_CODE
+STOPPED=85   # ldistill.training.stopping.STOPPED_EXIT_CODE
 MISTAKE=2    # train.py has said what to change; trying again would not help
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: submit this script with sbatch." >&2; exit $MISTAKE; }
 [[ -f ldistill/train.py ]] || { echo "error: submit from the repository's root, or with --chdir." >&2; exit $MISTAKE; }
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}   # srun no longer inherits it
+# srun no longer inherits it; cores given by GPU are shared out over the tasks of a node.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))}
+unset SLURM_CPUS_PER_GPU   # srun takes one of the two
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 eval "${SETUP-[[ ! -f .venv/bin/activate ]] || source .venv/bin/activate}"
 asked_port=${MASTER_PORT:-}
@@ -38,7 +45,8 @@ starts=$((100 * ${SLURM_RESTART_COUNT:-0}))   # of this job's ranks; numbered, n
 
 # train RECIPE ZERO [arguments of train.py]: a run, from its newest checkpoint if it has one.
 train() {
-  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards=${SHARDS-shards} crashes=0 told='' before again code
+  local recipe=${RECIPE:-$1} zero=${ZERO:-$2} shards crashes=0 told='' before again code
+  shards=${SHARDS-$(has_shards "$recipe" || echo shards)}
   shift 2
   set -- --deepspeed "ds_configs/$zero.json" --recipe "$recipe" \
     --output_dir "${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}" \
@@ -70,6 +78,9 @@ train() {
     [[ -z $told ]] || requeue   # there may be no time for another start
   done
 }
+
+# Whether a recipe names its shards or makes them.
+has_shards() { grep -qsE '^(shards|prepare):' "$1" "ldistill/recipes/$1.yaml"; }
 
 # The last one counts, as with every flag of train.py.
 output_dir() {

@@ -8,7 +8,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=12:00:00
 #SBATCH --output=slurm/logs/%x-%j.log
 #SBATCH --requeue --open-mode=append

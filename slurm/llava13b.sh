@@ -7,7 +7,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=48:00:00
 #SBATCH --output=slurm/logs/%x-%j.log
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300

@@ -5,7 +5,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
-#SBATCH --cpus-per-task=8
+#SBATCH --cpus-per-gpu=8
 #SBATCH --time=24:00:00
 #SBATCH --output=slurm/logs/%x-%j.log
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300

@@ -69,12 +69,11 @@ grid=(--hidden 960 2048 --vocab 49152 --targets 256 2048 8192 32768)
 # --seconds ends a benchmark before its limit does: what was begun last needs the difference.
 measure() {
     local test=("$python" -m pytest -q -m gpu -p no:cacheprovider)
-    local tests
-    tests=$(find tests -name test_shared_kv_attention_triton.py)
-    step tests-attention-plain 140 "${test[@]}" "$tests" -k "table and plain" &
-    step tests-attention-second 140 "${test[@]}" "$tests" -k "table and second" &
-    step tests-attention 140 "${test[@]}" "$tests" -k "not table" &
-    step tests-loss 140 "${test[@]}" "$(find tests -name test_distill_loss_triton.py)" &
+    local tests=tests/unit/kernels/test_shared_kv_attention_triton.py
+    step tests-attention-plain 140 "${test[@]}" $tests -k "table and plain" &
+    step tests-attention-second 140 "${test[@]}" $tests -k "table and second" &
+    step tests-attention 140 "${test[@]}" $tests -k "not table" &
+    step tests-loss 140 "${test[@]}" tests/unit/kernels/test_distill_loss_triton.py &
     step warm-attention 140 "${attention[@]}" --warm --workers 8 --seconds 110 &
     step warm-loss 140 "${loss[@]}" "${grid[@]}" --warm --workers 3 --seconds 110 &
     wait
@@ -96,8 +95,8 @@ sweep() {
 }
 
 profile() {
-    local ncu=(ncu --clock-control none --set full --kernel-name "regex:^(forward|backward|distill_targets)_kernel")
-    ncu+=(--launch-skip 3 --launch-count 3)
+    local ncu=(ncu --clock-control none --set full --launch-skip 3 --launch-count 3)
+    ncu+=(--kernel-name "regex:^(forward|backward|distill_targets)_kernel")
     step ncu-attention 70 "${ncu[@]}" -o "$out/attention" "${attention[@]}" --providers ours \
         --shapes packed-b8-5tokens --repeats 2
     pack

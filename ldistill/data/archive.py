@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ldistill.data.samples import Sample, Turn
+from ldistill.common.samples import Sample, Turn
 
 T = TypeVar("T")
 BLOCK = tarfile.BLOCKSIZE

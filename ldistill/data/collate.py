@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ldistill.data.archive import BadSample
-from ldistill.data.processor import IGNORE, Document
+from ldistill.models.processor import IGNORE, Document
 
 Batch = dict[str, Any]
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ldistill.common.images import ImageSettings
+from ldistill.common.samples import Sample
 from ldistill.data.archive import SAMPLE_DTYPE, BadSample, ShardFile, check_sample, sample_key
-from ldistill.data.images import ImageSettings
-from ldistill.data.processor import Processor
-from ldistill.data.samples import Sample
 from ldistill.data.store import INDEX_NAME, SAMPLES_NAME, LocalStore, Reading, open_store
+from ldistill.models.processor import Processor
 
 if TYPE_CHECKING:
-    from ldistill.data.remote_store import RemoteStore
+    from ldistill.data.remote.store import RemoteStore
 
 FORMAT = 1
 

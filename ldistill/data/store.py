@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from ldistill.data.archive import read_range
-from ldistill.data.remote import Retry, is_remote
-from ldistill.data.shard_cache import ShardCache
+from ldistill.data.remote.cache import ShardCache
+from ldistill.data.remote.reader import Retry, is_remote
 
 if TYPE_CHECKING:
     from ldistill.data.index import Shard
-    from ldistill.data.remote_store import RemoteStore
+    from ldistill.data.remote.store import RemoteStore
 
 INDEX_NAME = "index.json"
 SAMPLES_NAME = "samples.npy"
@@ -55,7 +55,7 @@ class Reading:
 def open_store(root: str | Path, reading: Reading | None = None) -> LocalStore | RemoteStore:
     """The store at a path or URL; nothing is read yet, but a remote one makes its cache folder."""
     if is_remote(root):
-        from ldistill.data.remote_store import RemoteStore
+        from ldistill.data.remote.store import RemoteStore
 
         return RemoteStore(str(root).rstrip("/"), reading or Reading())
     return LocalStore(str(root).removeprefix("file://"))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from ldistill.checkpoints import resolve
+from ldistill.common.locate import resolve
+from ldistill.common.run_files import RECIPE
 from ldistill.evaluation.answerers import Answerer, LMAnswerer, StudentAnswerer, VLMAnswerer
-from ldistill.run_folder import RECIPE
-from ldistill.weights import read_model, refuse_misfit
+from ldistill.models.weights import read_model, refuse_misfit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,7 @@ def load_answerer(
     kind = kind_of(folder)
     tiling = tiled_in_training(name) if tiling is None else tiling
     if kind == "nanovlm":
-        from ldistill.students.nanovlm_format import load_nanovlm, load_processor
+        from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 
         processor = load_processor(folder, tokenizer, tiling=tiling)
         return StudentAnswerer(load_nanovlm(folder).to(device, torch_type), processor)

@@ -95,8 +95,8 @@ def show(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from ldistill.evaluation.compare.tables import OTHER, group_title
     from ldistill.evaluation.suites import GROUPS, ROWS
-    from ldistill.evaluation.tables import OTHER, group_title
 
     table = Table(title=f"{result['student']}", title_justify="left")
     for column in ("task", "score", "documents"):

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ldistill import ranks
+from ldistill.common import ranks
+from ldistill.common.telling import telling
 from ldistill.evaluation.lmms_run import Evaluation, check, evaluate
-from ldistill.students.formats import export_like
+from ldistill.models.formats import export_like
 
 if TYPE_CHECKING:
-    from ldistill.lora import WeightUpdates
-    from ldistill.pair import Pair
+    from ldistill.models.lora import WeightUpdates
+    from ldistill.models.pair import Pair
     from ldistill.recipe import Recipe
-    from ldistill.stopping import StopRequest
+    from ldistill.training.stopping import StopRequest
 
 FOLDER = "eval"
 FAILED = "failed"
@@ -70,7 +71,7 @@ class SuiteEvaluator:
             step: of the training.
             updates: what training made of the student; only the first rank's are read.
         """
-        return ranks.from_first_patiently(lambda: self._evaluate(step, updates))
+        return ranks.from_first(lambda: self._evaluate(step, updates))
 
     def _asked(self, step: int) -> Evaluation:
         out = self.folder / f"step-{step}"
@@ -88,12 +89,12 @@ class SuiteEvaluator:
     def _evaluate(self, step: int, updates: WeightUpdates) -> dict[str, float]:
         asked = self._asked(step)
         shutil.rmtree(asked.out, ignore_errors=True)  # of a run that was resumed before this step
-        print(f"evaluating step {step} on suite {self.suite} ...", flush=True)
         try:
             export_like(self.base, updates, Path(asked.student))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the allocator only keeps, the other process can use
-            result = evaluate(asked, self.give_up)
+            with telling(f"evaluating step {step} on suite {self.suite}"):
+                result = evaluate(asked, self.give_up)
         except InterruptedError:
             print(f"the evaluation of step {step} was given up: the run is to stop", flush=True)
             return {FAILED: 1.0}

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldistill.data.processor import Processor
+from ldistill.models.processor import Processor
 
 STYLES = ("chat", "text")
 _DATA_URI = "data:image/png;base64,"
@@ -88,6 +88,17 @@ def load_items(path: str | Path) -> list[Item]:
     if not items:
         raise ValueError(f"{path} holds no items.")
     return items
+
+
+def first_of_each(items: Sequence[Item], count: int | None) -> list[Item]:
+    """The first `count` items of every task, in the items' order; None: all of them."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        seen[item.task] += 1
+        if count is None or seen[item.task] <= count:
+            kept.append(item)
+    return kept
 
 
 def _parse(line: str, where: str, folder: Path) -> Item:

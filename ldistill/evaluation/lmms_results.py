@@ -8,10 +8,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from ldistill.evaluation.result_files import load_results, results_files, tasks_of
-from ldistill.evaluation.results import TaskResult, task_result
+from ldistill.evaluation.compare.result_files import load_results, results_files, tasks_of
+from ldistill.evaluation.compare.results import TaskResult, task_result
+from ldistill.evaluation.compare.task_scores import other_row, row_score
 from ldistill.evaluation.suites import GROUPS, Row, rows_of_tasks
-from ldistill.evaluation.task_scores import other_row, row_score
 
 EVALUATION = "eval.json"
 

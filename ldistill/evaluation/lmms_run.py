@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 import ldistill
-from ldistill.checkpoints import resolve
+from ldistill.common.locate import resolve
 from ldistill.evaluation.answerer_loading import kind_of, model_folder
 from ldistill.evaluation.lmms_faults import check_before, explain
 from ldistill.evaluation.lmms_results import (
@@ -185,7 +185,7 @@ def _include_paths(asked: Evaluation, folder: Path, kind: str) -> list[str]:
 def _chat_owner(folder: Path, kind: str, tokenizer: str | None) -> Any:
     """The tokenizer or processor that holds the model's chat template."""
     if kind == "nanovlm":
-        from ldistill.students.nanovlm_format import load_processor
+        from ldistill.models.nanovlm_format import load_processor
 
         return load_processor(folder, tokenizer).tokenizer
     from transformers import AutoProcessor, AutoTokenizer

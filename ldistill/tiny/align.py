@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from ldistill.data.processor import Processor
-from ldistill.students.nanovlm import NanoVLM
-from ldistill.students.nanovlm_config import NanoVLMConfig
+from ldistill.models.nanovlm import NanoVLM
+from ldistill.models.nanovlm_config import NanoVLMConfig
+from ldistill.models.processor import Processor
 from ldistill.tiny.pictures import SIZE
 from ldistill.tiny.scenes import SOURCES, captioned
 from ldistill.tiny.tokenizer import MAX_LENGTH

@@ -22,8 +22,8 @@ import torch
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ldistill.students.nanovlm import NanoVLM
-from ldistill.students.nanovlm_format import load_processor, save_nanovlm
+from ldistill.models.nanovlm import NanoVLM
+from ldistill.models.nanovlm_format import load_processor, save_nanovlm
 from ldistill.tiny.align import ALIGNMENT, align, new_student
 from ldistill.tiny.corpus import tokenizer_texts
 from ldistill.tiny.pretrain import PRETRAINING, pretrain

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from ldistill.data.samples import Turn
+from ldistill.common.samples import Turn
 from ldistill.tiny.scenes import SOURCES, look, told
 from ldistill.tiny.text import ask, lettered, say, spell
 from ldistill.tiny.world import (

@@ -13,18 +13,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from rich.progress import Progress
-
-from ldistill.data.processor import Processor
-from ldistill.data.samples import Sample
-from ldistill.data.shards import build_shards
+from ldistill.common.samples import Sample
+from ldistill.common.telling import telling
+from ldistill.data.build.builder import build_shards
 from ldistill.evaluation.items import save_items
-from ldistill.students.nanovlm_format import load_processor
+from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.processor import Processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
 from ldistill.tiny.scenes import SOURCES, samples
 from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
@@ -93,8 +93,9 @@ def _build(folder: Path, recipe: dict, processor: Processor, show_progress: bool
     making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         world, count = World(recipe["seed"]), recipe["samples_per_source"]
-        with _progress(count * len(SOURCES), show_progress) as advance:
-            rendered = {source: _counted(world, source, count, advance) for source in SOURCES}
+        shown = telling("making the tiny shards", count * len(SOURCES))
+        with shown if show_progress else nullcontext() as told:
+            rendered = {source: _counted(world, source, count, told) for source in SOURCES}
             build_shards(rendered, making / "shards", processor)
         save_items(benchmark(world, recipe["items_per_task"]), making / "items.jsonl")
         (making / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
@@ -112,17 +113,8 @@ def _publish(making: Path, folder: Path) -> None:
             raise
 
 
-def _counted(
-    world: World, source: str, count: int, advance: Callable[[], None]
-) -> Iterator[Sample]:
+def _counted(world: World, source: str, count: int, told: Any) -> Iterator[Sample]:
     for sample in samples(world, source, count):
-        advance()
+        if told is not None:
+            told.advance()
         yield sample
-
-
-@contextmanager
-def _progress(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar, or nothing at all; yields a function that counts one sample."""
-    with Progress(disable=not show) as bar:
-        task = bar.add_task("making the tiny shards", total=total)
-        yield lambda: bar.advance(task)

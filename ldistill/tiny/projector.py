@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from ldistill.students.nanovlm import NanoVLM
+from ldistill.models.nanovlm import NanoVLM
 from ldistill.tiny.pictures import Canvas
 from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.sight import KINDS, slot_labels

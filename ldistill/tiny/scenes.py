@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ldistill.data.samples import Sample, Turn
+from ldistill.common.samples import Sample, Turn
 from ldistill.tiny.pictures import CELL, FOOT, Canvas
 from ldistill.tiny.text import lettered, question
 from ldistill.tiny.world import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldistill.students.nanovlm import NanoVLM
+from ldistill.models.nanovlm import NanoVLM
 from ldistill.tiny.pictures import COLUMNS, LINES, Placed
 from ldistill.tiny.scenes import SOURCES
 from ldistill.tiny.training import Phase, optimise, pixels

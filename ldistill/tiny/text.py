@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from ldistill.data.samples import Turn
+from ldistill.common.samples import Turn
 from ldistill.tiny.world import (
     ATTRIBUTES,
     WAYS_TO_ASK,

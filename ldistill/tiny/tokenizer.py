@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ldistill.students.nanovlm_config import CHAT_TEMPLATE
+from ldistill.models.nanovlm_config import CHAT_TEMPLATE
 from ldistill.tiny.corpus import Text
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase
 
-from ldistill.data.samples import Turn
+from ldistill.common.samples import Turn
 
 IGNORE = -100
 T = TypeVar("T")

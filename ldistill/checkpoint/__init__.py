@@ -1,0 +1,1 @@
+"""Checkpoints: complete or invisible, saved and resumed by all ranks together."""

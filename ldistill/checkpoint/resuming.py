@@ -1,0 +1,218 @@
+"""Which checkpoint a run goes on from.
+
+``--resume_from_checkpoint auto`` takes the newest complete one, says which it skipped and why, and
+begins at step 0 where none was ever made; ``true`` is the same but wants one; a path is that one or
+nothing. Before anything is loaded the bytes are compared with the manifest's hashes (the ranks
+share that work) and every pickle is searched for anything that is not plain data.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldistill.checkpoint import folder as checkpoint_folder
+from ldistill.checkpoint import identity, universal
+from ldistill.common import ranks
+from ldistill.common.errors import TransientError, disk_failed
+from ldistill.common.telling import telling
+from ldistill.data.archive import patiently
+from ldistill.training import run_folder
+
+AUTO = ("true", "auto")
+# Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
+_HARMLESS = frozenset(
+    {
+        "collections.OrderedDict",
+        "collections.defaultdict",
+        "builtins.dict",
+        "builtins.list",
+        "builtins.int",
+        "torch.Size",
+        "torch.device",
+        "torch.dtype",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray.scalar",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "numpy.dtypes.UInt32DType",
+        "_codecs.encode",
+    }
+)
+
+
+def wants_newest(asked: str | None) -> bool:
+    """Whether the newest checkpoint of the run folder is asked for."""
+    return asked is not None and str(asked).lower() in AUTO
+
+
+def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None to begin at step 0. Every rank must call it.
+
+    Args:
+        asked: ``--resume_from_checkpoint``: a path, ``auto``, ``true``, ``false`` or None.
+        folder: the run's.
+
+    Raises:
+        FileNotFoundError: asked for one, and there is none.
+        ValueError: there are some, and none of them can be used.
+        TransientError: the disk does not let one be read, which may be whole.
+    """
+    if asked is None or str(asked).lower() == "false":
+        return None
+    if not wants_newest(asked):
+        return _check_named(Path(asked))
+    found = ranks.from_first(lambda: checkpoint_folder.survey(folder))
+    skipped: list[str] = []
+    for candidate in found:
+        reason = candidate.problem or _bytes_problem(candidate.path)
+        if reason is None:
+            _tell(candidate.path, skipped)
+            return candidate.path
+        skipped.append(f"{candidate.path.name} skipped: {reason}")
+    if skipped:
+        raise ValueError(
+            f"none of the checkpoints in {folder} can be used:\n  " + "\n  ".join(skipped) + "\n"
+            "Restore one from a copy, or begin anew with --overwrite or another --output_dir."
+        )
+    if str(asked).lower() == "true":
+        raise FileNotFoundError(f"nothing to resume: {folder} holds no checkpoint-N folder.")
+    ranks.say(f"no checkpoint in {folder} yet: beginning at step 0.")
+    return None
+
+
+def _tell(chosen: Path, skipped: list[str]) -> None:
+    for line in skipped:
+        ranks.say(line)
+    ranks.say(f"going on from {chosen}.")
+
+
+def _check_named(path: Path) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist.")
+    reason = ranks.from_first(lambda: checkpoint_folder.problem(path)) or _bytes_problem(path)
+    if reason:
+        raise ValueError(f"{path} cannot be used: {reason}.")
+    return path
+
+
+def _bytes_problem(path: Path) -> str | None:
+    """What is wrong inside the files; the ranks read a share each and all get the answer.
+
+    Raises:
+        TransientError: on every rank, when one of them could not read its share.
+    """
+    own, unread = None, None
+    try:
+        broken = checkpoint_folder.damaged(path, ranks.index(), ranks.count())
+        own = f"{broken[0]} is not what was written (SHA-256 differs)" if broken else None
+    except (FileNotFoundError, ValueError) as error:
+        own = str(error)
+    except OSError as error:
+        unread = str(error)
+    found = ranks.gather((own, unread))
+    if texts := [text for _, text in found if text]:
+        raise ranks.shared(_unreadable(path, texts[0]))
+    if texts := [text for text, _ in found if text]:
+        return texts[0]
+    return ranks.from_first(lambda: foreign_code(path))
+
+
+def _unreadable(path: Path, why: str) -> TransientError:
+    """Not a reason to skip a checkpoint: what is later than the one taken is given up."""
+    return TransientError(
+        f"{path} cannot be read now, and may be whole ({why}): mend the disk and start again, or "
+        "name another checkpoint with --resume_from_checkpoint PATH."
+    )
+
+
+def foreign_code(checkpoint: Path) -> str | None:
+    """Name what a checkpoint's pickles would import beyond plain data; None when nothing.
+
+    Reads the opcodes alone: nothing is unpickled. DeepSpeed itself loads without torch's
+    ``weights_only``, so this check is what stands between a downloaded checkpoint and its code.
+
+    Raises:
+        TransientError: the disk does not let a file be read.
+    """
+    for path in sorted(checkpoint.rglob("*")):
+        if path.suffix not in (".pt", ".pth", ".bin", ".pkl"):
+            continue
+        name = path.relative_to(checkpoint).as_posix()
+        try:
+            named = patiently(
+                lambda path=path: torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            )
+        except Exception as error:  # whatever cannot even be parsed is not ours
+            if disk_failed(error):
+                raise _unreadable(checkpoint, str(error)) from error
+            return f"{name} is not a plain torch file ({type(error).__name__})"
+        if odd := sorted(set(named) - _HARMLESS):
+            return f"{name} would run code of its own ({', '.join(odd[:3])}): refused"
+    return None
+
+
+def fit(
+    checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any
+) -> tuple[Path | None, bool]:
+    """The checkpoint as this run can load it, and whether it had to be converted.
+
+    Args:
+        checkpoint: found by :func:`find_checkpoint`.
+        about: what this run is (see `identity.describe`).
+        run: this run's folder.
+        plugin: accelerate's DeepSpeed plugin; told to load the universal format where needed.
+
+    Raises:
+        ValueError: it belongs to another run, pair or data set, or cannot be converted.
+    """
+    if checkpoint is None:
+        return None, False
+    found = checkpoint_folder.read_manifest(checkpoint).about
+    own = {"run": run_folder.run_id(checkpoint.parent)}
+    identity.check_belongs(checkpoint, found, about | own)
+    if found["layout"] == about["layout"]:
+        return checkpoint, False
+    universal.check_convertible(checkpoint, found["layout"], about["layout"])
+
+    def convert() -> str:
+        told = f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"
+        with telling(told):
+            return str(universal.convert(checkpoint, run))
+
+    target = ranks.from_first(convert)
+    config = plugin.deepspeed_config
+    config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
+    return Path(target), True
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The step a checkpoint's name tells; 0 without one."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+
+
+def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
+    """Rename a run's good checkpoints after the one it goes on from: ``given-up-checkpoint-N``.
+
+    A run that goes back to an earlier checkpoint takes another way from there; ``auto`` must not
+    return to the one it left. Call it on one rank.
+    """
+    step = checkpoint_folder.read_manifest(checkpoint).step
+    moved = []
+    for found in checkpoint_folder.survey(folder):
+        if found.step > step and found.problem is None:
+            target = folder / f"given-up-{found.path.name}"
+            if target.exists():
+                shutil.rmtree(target)
+            moved.append(found.path.rename(target))
+            ranks.say(f"{found.path.name} is later than {checkpoint.name}: now {target.name}.")
+    return moved

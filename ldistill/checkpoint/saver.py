@@ -1,0 +1,174 @@
+"""How the ranks of a run write a checkpoint together, and fail together.
+
+    saver = Saver(folder, about, keep=2)
+    saver.save(step, write)      # every rank; write() puts this rank's files into saver.root
+
+A rank whose disk is full does not raise in the middle of a collective, where the others would wait
+for it: what fails is noted, all go on to the end, tell one another, and raise the same sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldistill.checkpoint import folder as checkpoint_folder
+from ldistill.checkpoint.resuming import foreign_code
+from ldistill.common import ranks
+from ldistill.common.errors import TransientError
+from ldistill.training.metrics import StepLog
+
+LATEST = "latest"
+
+
+class CheckpointError(TransientError):
+    """A checkpoint could not be written; the ones before it are untouched."""
+
+
+class Saver:
+    """Writes the checkpoints of a run folder.
+
+    Args:
+        folder: the run's.
+        about: what the manifest says of the run: its id, pair, data, layout.
+        keep: complete checkpoints to keep; None for all.
+        logs: this rank's, which a checkpoint is cut back to: durable before it is.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], keep: int | None, logs: Sequence[StepLog] = ()
+    ) -> None:
+        self.folder, self.about, self.keep, self.logs = folder, about, keep, logs
+        self._failures: list[str] = []
+        self._checked = False
+
+    @property
+    def root(self) -> Path:
+        """Where the Trainer puts ``checkpoint-N`` while it is written."""
+        return self.folder / checkpoint_folder.WRITING
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Note what the disk refuses instead of raising it, so that collectives stay in step."""
+        try:
+            yield
+        except FloatingPointError:  # agreed upon already
+            raise
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
+            first = (str(error).splitlines() or [""])[0]
+            self._failures.append(f"{type(error).__name__}: {first}")
+
+    def save(self, step: int, write: Callable[[], None]) -> Path:
+        """Write, seal and publish the checkpoint of a step. Every rank must call it.
+
+        Raises:
+            CheckpointError: on every rank, when any of them could not write.
+        """
+        self._failures.clear()
+        target = self.root / f"checkpoint-{step}"
+        if ranks.is_first():
+            with self.attempt():
+                checkpoint_folder.begin(self.folder, step)
+        self._agree(step)
+        with self.attempt():
+            write()
+        with self.attempt():
+            self.sync_logs()
+        self._agree(step)
+        files: dict[str, Any] = {}
+        with self.attempt():
+            files = checkpoint_folder.seal(target, ranks.index(), ranks.count())
+        parts = ranks.gather(files)
+        self._agree(step)
+        if ranks.is_first():
+            with self.attempt():
+                merged = {name: entry for part in parts for name, entry in part.items()}
+                checkpoint_folder.publish(target, step, merged, self.about)
+        self._agree(step)
+        path = self.folder / target.name
+        if ranks.is_first():
+            self._tidy(path)
+        ranks.wait_for_first()
+        return path
+
+    def sync_logs(self) -> None:
+        """Make this rank's logs durable.
+
+        Raises:
+            TransientError: one of them could not be written.
+        """
+        for log in self.logs:
+            log.sync()
+
+    @property
+    def log_problem(self) -> TransientError | None:
+        """Why one of this rank's logs lacks what was given to it."""
+        return next((log.problem for log in self.logs if log.problem), None)
+
+    def _tidy(self, path: Path) -> None:
+        """What may fail without harm to the checkpoint that was just published."""
+        try:
+            checkpoint_folder.retire(self.folder, self.keep)
+            self._check_loadable(path)
+        except OSError as error:
+            ranks.say(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
+
+    def _check_loadable(self, path: Path) -> None:
+        """Say at the first checkpoint, not after days, that this run will refuse its own."""
+        if not self._checked and (reason := foreign_code(path)):
+            ranks.say(f"warning: {path.name} cannot be resumed from: {reason}")
+        self._checked = True
+
+    def _agree(self, step: int) -> None:
+        found = [(r, text) for r, part in enumerate(ranks.gather(self._failures)) for text in part]
+        if not found:
+            return
+        if ranks.is_first():
+            with suppress(OSError):  # of the same disk: what is told is why nothing was saved
+                checkpoint_folder.clear(self.folder)  # make room
+        rank, text = found[0]
+        last = "earlier ones are untouched"
+        with suppress(OSError):
+            good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+            last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
+        error = CheckpointError(
+            f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
+            f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint auto."
+        )
+        raise ranks.shared(error)
+
+    def guard(self, engine: Any) -> None:
+        """Let a DeepSpeed engine write through :meth:`attempt`, without its scripts."""
+        from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+        if type(engine.checkpoint_engine) is not TorchCheckpointEngine:
+            return
+        engine.checkpoint_engine = _guarded_engine(self)
+        # It drops executables that unpickle the folder into it; the student lies beside them.
+        engine._copy_recovery_script = lambda path: None
+        # `latest` is written by rank 0 while the others wait in a barrier: we write it ourselves.
+        engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
+
+
+def _guarded_engine(saver: Saver) -> Any:
+    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+
+    class GuardedEngine(TorchCheckpointEngine):
+        """DeepSpeed's own, with failures noted and files synced by the rank that wrote them."""
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            with saver.attempt():
+                os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
+
+        def save(self, state_dict: Any, path: str) -> None:
+            with saver.attempt():
+                torch.save(state_dict, path)
+                checkpoint_folder.sync(Path(path))
+
+    return GuardedEngine()

@@ -1,0 +1,1 @@
+"""What every room may use: errors, ranks, samples, pictures, where a checkpoint lies."""

@@ -1,0 +1,184 @@
+"""Pictures: safe decoding, and the tiles the vision encoder sees.
+
+Pixel values are RGB in [0, 1] with no mean or standard deviation, as nanoVLM feeds them. A picture
+becomes one square tile, or (with tiling) a whole view followed by tiles row by row. Nothing is
+decoded before its header has been checked, so that a decompression bomb costs no memory.
+
+    image = open_image(data); pixels, grid = cut_tiles(image, ImageSettings())
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageFile
+
+from ldistill.common.samples import BadImage
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 128 * 1024 * 1024
+STORED_FORMATS = {"JPEG": "jpg", "PNG": "png"}
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How pictures become tiles and tokens. The defaults are nanoVLM's with one tile."""
+
+    tile_size: int = 512
+    """Side of a tile in pixels: the input size of the vision encoder."""
+    tokens_per_tile: int = 64
+    """Image tokens that one tile takes in the sequence."""
+    max_side: int = 2048
+    """Longest side of a tiled picture in pixels."""
+    resize_to_max_side: bool = True
+    """With tiling: enlarge every picture to `max_side`; otherwise only to the next whole tile."""
+    tiling: bool = False
+    """Cut pictures into tiles. False gives one tile per picture, as in the paper."""
+    max_images: int = 1
+    """Most pictures a sample may have."""
+
+    def __post_init__(self) -> None:
+        for name in ("tile_size", "tokens_per_tile", "max_side", "max_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"image setting {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.max_side % self.tile_size:
+            raise ValueError(
+                f"image setting max_side ({self.max_side}) must be a multiple of tile_size "
+                f"({self.tile_size})"
+            )
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a tiled picture: whole tiles, never smaller than asked."""
+        side, long, short = self.tile_size, max(width, height), min(width, height)
+        whole = math.ceil(long / side) * side
+        new_long = self.max_side if self.resize_to_max_side else min(self.max_side, whole)
+        new_short = max(side, math.ceil(short * (new_long / long) / side) * side)
+        return (new_long, new_short) if width >= height else (new_short, new_long)
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, cols) of the tiles of a picture; (1, 1) without tiling."""
+        if not self.tiling:
+            return 1, 1
+        new_width, new_height = self.resized(width, height)
+        return new_height // self.tile_size, new_width // self.tile_size
+
+    @staticmethod
+    def tiles(grid: tuple[int, int]) -> int:
+        """Tiles that a grid takes: a single one stands for the whole view as well."""
+        rows, cols = grid
+        return 1 if rows * cols == 1 else rows * cols + 1
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Open encoded bytes without decoding pixels.
+
+    Raises BadImage("decompression bomb") above `MAX_PIXELS` and BadImage("undecodable image").
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadImage("decompression bomb", str(error)) from error
+    except Exception as error:  # PIL plug-ins raise what they like on broken headers
+        raise BadImage("undecodable image", str(error)) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage("decompression bomb", f"{width} x {height} pixels, at most {MAX_PIXELS}")
+    if not width or not height:
+        raise BadImage("undecodable image", f"{width} x {height} pixels")
+    return image
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Decode nothing that is cut off, though a library loaded beside us told PIL to let it pass."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode to RGB, as stored: EXIF orientation is left alone, as in nanoVLM. Raises BadImage."""
+    image = open_header(data)
+    try:
+        with _whole():
+            image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
+    except Exception as error:  # truncated or damaged pixel data, again in many exception types
+        raise BadImage("undecodable image", str(error)) from error
+
+
+def check_image(data: bytes) -> tuple[int, int, str]:
+    """(width, height, format) of a picture whose pixels really decode.
+
+    JPEG is decoded at reduced size: every byte of the file is still read, at a fraction of the
+    time. Raises BadImage.
+    """
+    image = open_header(data)
+    width, height = image.size
+    try:
+        image.draft("RGB", (64, 64))
+        with _whole():
+            image.load()
+    except Exception as error:
+        raise BadImage("undecodable image", str(error)) from error
+    return width, height, str(image.format)
+
+
+def storable(data: bytes) -> tuple[bytes, dict[str, int | str]]:
+    """The bytes to store and {width, height, format}: JPEG and PNG as they are, the rest as PNG."""
+    width, height, kind = check_image(data)
+    if kind not in STORED_FORMATS:
+        buffer = io.BytesIO()
+        open_image(data).save(buffer, "PNG")
+        data, kind = buffer.getvalue(), "PNG"
+    return data, {"width": width, "height": height, "format": STORED_FORMATS[kind]}
+
+
+def cut_tiles(image: Image.Image, settings: ImageSettings) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Tiles of an RGB picture: (float32 [tiles, 3, S, S] in [0, 1], (rows, cols)).
+
+    Without tiling, and for a picture of one tile, that tile is the whole view. Otherwise tile 0 is
+    the whole view and the others follow row by row.
+    """
+    side = settings.tile_size
+    if not settings.tiling:
+        whole = image.resize((side, side), Image.Resampling.BILINEAR)
+        return _pixels(whole)[None], (1, 1)
+    rows, cols = settings.grid(*image.size)
+    resized = image.resize((cols * side, rows * side), Image.Resampling.BICUBIC)
+    pixels = _pixels(resized)  # [3, rows * S, cols * S]
+    if rows * cols == 1:
+        return pixels[None], (1, 1)
+    return _whole_and_tiles(pixels, rows, cols, side), (rows, cols)
+
+
+def _whole_and_tiles(pixels: torch.Tensor, rows: int, cols: int, side: int) -> torch.Tensor:
+    import torch
+
+    whole = torch.nn.functional.interpolate(
+        pixels[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
+    )
+    tiles = pixels.reshape(3, rows, side, cols, side).permute(1, 3, 0, 2, 4)  # [r, c, 3, S, S]
+    return torch.cat([whole, tiles.reshape(rows * cols, 3, side, side)])
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)

@@ -1,0 +1,155 @@
+"""What the ranks of a run say to one another; on one rank without a launcher, nothing."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ldistill.common.errors import TransientError, may_pass
+from ldistill.common.partition import partitioned_by
+
+T = TypeVar("T")
+_rounds = itertools.count()
+
+
+def distributed() -> bool:
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def count() -> int:
+    """Ranks of the run."""
+    return dist.get_world_size() if distributed() else 1
+
+
+def index() -> int:
+    """This rank's number."""
+    return dist.get_rank() if distributed() else 0
+
+
+def is_first() -> bool:
+    """Whether this is rank 0."""
+    return not distributed() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print on rank 0."""
+    if is_first():
+        print(text, flush=True)
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if distributed():
+        dist.barrier()
+
+
+def sum_over(tensor: Tensor) -> Tensor:
+    """The tensor, summed in place over all ranks."""
+    if distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with its own exit code, after what others have registered for its end.
+
+    Python's own end would tear itself down under the C++ threads of torch and its communication;
+    one that calls back just then aborts the process, and a run that is done counts as a crash.
+    """
+    atexit._run_exitfuncs()  # wandb sends what it has, data workers end
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value (picklable), on every rank."""
+    if not distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_first() -> None:
+    """Until rank 0 is here too, however long it works alone (minutes to hours).
+
+    A collective gives up after the group's timeout; a key in the group's store has none.
+    """
+    if not distributed():
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"ldistill/round-{next(_rounds)}"
+    if dist.get_rank() == 0:
+        store.set(key, "here")
+    else:
+        store.wait([key], timedelta(days=7))
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """``make()`` on rank 0, its result on every rank; an error there is an error everywhere.
+
+    ``make`` must not wait for other ranks. They wait as long as it takes, and what it loads is
+    whole: while the configuration of a ZeRO-3 run is alive, transformers would partition it, and
+    let every ``generate`` ask all ranks whether they are done.
+    """
+    if not distributed():
+        return make()
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            with partitioned_by(None):
+                box = [(make(), None)]
+        except (ValueError, OSError) as error:
+            box = [(None, error)]
+    wait_for_first()
+    dist.broadcast_object_list(box)
+    result, error = box[0]
+    if error is not None:
+        raise shared(error)
+    return result
+
+
+def everywhere(make: Callable[[], T]) -> T:
+    """``make()`` on every rank, each its own result; an error on one is an error everywhere.
+
+    For what may differ between machines, such as the files on their disks. ``make`` must not
+    wait for other ranks.
+
+    Raises:
+        ValueError, OSError: the error, with the names of its machines where others have it not;
+            a TransientError where all that failed may pass by itself.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        result = make()
+    except (ValueError, OSError) as caught:
+        error = caught
+    own = None if error is None else (str(error), may_pass(error))
+    found = gather((socket.gethostname(), own))
+    told = [said for _, said in found if said is not None]
+    if not told:
+        return result
+    text, passing = min(told, key=lambda said: said[1])
+    if len(told) < len(found):
+        hosts = ", ".join(sorted({host for host, said in found if said is not None}))
+        failed = ", ".join(str(rank) for rank, (_, said) in enumerate(found) if said is not None)
+        kind = TransientError if passing else ValueError
+        error = kind(f"on {hosts} (rank {failed}), but not elsewhere: {text}")
+    assert error is not None
+    raise shared(error)
+
+
+def shared(error: T) -> T:
+    """Mark an error as one that every rank raises, so that only rank 0 need tell it."""
+    error.of_all_ranks = True  # type: ignore[attr-defined]
+    return error

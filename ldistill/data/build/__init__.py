@@ -1,0 +1,1 @@
+"""From people's data to shards: inputs, readers, workers, slices, verification, statistics."""

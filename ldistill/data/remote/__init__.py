@@ -1,0 +1,1 @@
+"""Shards behind a URL: reading, caching, and what to read ahead."""

@@ -1,0 +1,1 @@
+"""Comparing variants by what lmms-eval wrote of them."""

@@ -1,0 +1,1 @@
+"""Students and their LMs: models, checkpoints, processors, fit, shapes and FLOPs."""

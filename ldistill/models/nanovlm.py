@@ -1,0 +1,125 @@
+"""nanoVLM student: SigLIP vision tower → pixel shuffle and one Linear → Llama decoder.
+
+Built from transformers' own SigLIP and Llama modules, so that attention interfaces, generation and
+gradient checkpointing come for free. `nanovlm_format` reads and writes the nanoVLM checkpoint.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from ldistill.models.head import LMHead
+from ldistill.models.nanovlm_config import NanoVLMConfig
+from ldistill.models.rotary import keep_float32
+from ldistill.models.student import Student
+
+
+class Projector(nn.Module):
+    """Pixel shuffle and one Linear: s×s neighbouring patches become one image token."""
+
+    def __init__(self, vision_size: int, hidden_size: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.proj = nn.Linear(vision_size * factor**2, hidden_size, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[tiles, side², vision] → [tiles, (side/s)², hidden]."""
+        tiles, count, width = patches.shape
+        side, s = int(count**0.5), self.factor
+        x = patches.view(tiles, side // s, s, side // s, s, width)
+        x = x.permute(0, 1, 3, 2, 4, 5).reshape(tiles, (side // s) ** 2, s * s * width)
+        return self.proj(x)
+
+
+class NanoVLM(Student):
+    """nanoVLM out of transformers' modules; everything it can do is :class:`Student`'s."""
+
+    def __init__(self, config: NanoVLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = SiglipVisionModel(vision_config(config))
+        self.projector = Projector(
+            config.vit_hidden_dim, config.lm_hidden_dim, config.mp_pixel_shuffle_factor
+        )
+        self.decoder = build_decoder(config)
+        self.image_token_id = config.image_token_id
+        self.tokens_per_tile = config.mp_image_token_length
+        self.tile_size = config.vit_img_size
+        self.base_vocab_size = config.lm_base_vocab_size
+
+    @property
+    def backbone(self) -> LlamaModel:
+        """The decoder without its head."""
+        return self.decoder.model
+
+    @property
+    def lm_head(self) -> LMHead:
+        """Head of the decoder."""
+        return self.decoder.lm_head
+
+    def project(self, pixel_values: Tensor) -> Tensor:
+        """[tiles, 3, H, W] in [0, 1] → [tiles × tokens per tile, hidden]; vision is frozen."""
+        with torch.no_grad():
+            patches = self.vision(
+                pixel_values.to(self.vision.embeddings.patch_embedding.weight.dtype)
+            ).last_hidden_state
+        return self.projector(patches).flatten(0, 1)
+
+    def causal_lm(self) -> LlamaForCausalLM:
+        """The decoder: a Llama as it is."""
+        return self.decoder
+
+
+def vision_config(config: NanoVLMConfig) -> SiglipVisionConfig:
+    """transformers' configuration of the vision tower."""
+    if config.vit_cls_flag:
+        raise ValueError("vit_cls_flag is true: vision towers with a class token don't fit SigLIP.")
+    return SiglipVisionConfig(
+        hidden_size=config.vit_hidden_dim,
+        intermediate_size=config.vit_inter_dim,
+        num_hidden_layers=config.vit_n_blocks,
+        num_attention_heads=config.vit_n_heads,
+        image_size=config.vit_img_size,
+        patch_size=config.vit_patch_size,
+        layer_norm_eps=config.vit_ln_eps,
+        attention_dropout=config.vit_dropout,
+        hidden_act="gelu_pytorch_tanh",
+        vision_use_head=False,
+    )
+
+
+def decoder_config(config: NanoVLMConfig) -> LlamaConfig:
+    """transformers' configuration of the decoder."""
+    return LlamaConfig(
+        vocab_size=config.lm_vocab_size,
+        hidden_size=config.lm_hidden_dim,
+        intermediate_size=config.lm_inter_dim,
+        num_hidden_layers=config.lm_n_blocks,
+        num_attention_heads=config.lm_n_heads,
+        num_key_value_heads=config.lm_n_kv_heads,
+        rms_norm_eps=config.lm_rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config.lm_re_base)},
+        max_position_embeddings=config.lm_max_position_embeddings,
+        attention_dropout=config.lm_dropout,
+        tie_word_embeddings=config.lm_tie_weights,
+        hidden_act="silu",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def build_decoder(config: NanoVLMConfig) -> LlamaForCausalLM:
+    """Llama decoder with a callable head and frequencies that survive a cast."""
+    decoder = LlamaForCausalLM(decoder_config(config))
+    decoder.lm_head = LMHead.wrap(decoder.lm_head)
+    rotary = keep_float32(decoder.model.rotary_emb)
+    rotary.attention_scaling = config.lm_attn_scaling
+    return decoder

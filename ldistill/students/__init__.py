@@ -1,1 +1,0 @@
-"""Students: the VLMs that train, each with its own checkpoint format."""

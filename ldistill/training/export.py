@@ -1,0 +1,75 @@
+"""From a run to what others load: the student's own checkpoint, and its decoder as a plain LM."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ldistill.checkpoint.folder import survey
+from ldistill.common import run_files
+from ldistill.models.formats import is_complete, load_processor, load_student, weight_dtype
+from ldistill.training.trainer import STUDENT
+
+
+def find_student(run: Path) -> Path:
+    """Folder of the newest student of a run: its result, else its newest checkpoint's.
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing trained in it.
+    """
+    if not run.is_dir():
+        raise FileNotFoundError(f"run folder {run} does not exist.")
+    candidates = [run / run_files.STUDENT, run / STUDENT]
+    # Newest first, but what is known to be whole before what is not.
+    checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
+    candidates += [found.path / STUDENT for found in checkpoints]
+    for candidate in candidates:
+        if is_complete(candidate):
+            return candidate
+    raise FileNotFoundError(
+        f"{run} holds no trained student yet: neither a result nor checkpoints."
+    )
+
+
+def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
+    """Copy the newest student of a run to ``out``; returns where it came from.
+
+    Args:
+        run: the run's folder.
+        out: where to; an earlier export there is replaced.
+        also: names in ``out`` that the caller writes anew.
+
+    Raises:
+        ValueError: ``out`` holds other files.
+    """
+    source = find_student(run)
+    names = sorted(path.name for path in source.iterdir())
+    ours = {*names, *also}
+    others = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, out / name)
+    return source
+
+
+def export_decoder(student: Path, out: Path, tokenizer: str | None = None) -> None:
+    """Write a student's decoder and tokenizer as a folder ``AutoModelForCausalLM`` loads.
+
+    Weights keep the type that the student's have on disk.
+
+    The image tokens stay in the vocabulary: the embedding keeps its shape.
+    """
+    lm = load_student(student, dtype=weight_dtype(student)).causal_lm()
+    tokenizer_ = load_processor(student, tokenizer).tokenizer
+    for config in (lm.config, lm.generation_config):
+        config.bos_token_id = tokenizer_.bos_token_id
+        config.eos_token_id = tokenizer_.eos_token_id
+        config.pad_token_id = tokenizer_.pad_token_id
+    lm.config.architectures = [type(lm).__name__]
+    lm.config._attn_implementation = "sdpa"
+    lm.save_pretrained(out)
+    tokenizer_.save_pretrained(out)

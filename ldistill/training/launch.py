@@ -1,0 +1,161 @@
+"""What a launcher may have got wrong, found before anything is loaded; and who tells an error.
+
+Ranks are started by DeepSpeed's launcher, torchrun or SLURM (`slurm/common.sh`); all of them say
+through the environment which rank this is and where rank 0 listens.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldistill.common import ranks
+from ldistill.common.errors import exit_code
+from ldistill.common.telling import telling
+
+GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
+"""GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
+EXIT_FILE_VARIABLE = "LDISTILL_EXIT_FILE"
+"""File for the exit code of a run that ends early; set by `slurm/common.sh`."""
+CLOCK_TOLERANCE = 60.0
+"""Seconds that the clocks of two machines may differ: the newest checkpoint is found by name and
+time, logs are put in order, and munge refuses what is older than some minutes."""
+PATIENCE = 10.0
+"""Seconds that another rank leaves to rank 0 to tell an error that both have."""
+
+
+def check_launch() -> None:
+    """Refuse a launch that cannot work.
+
+    Raises:
+        ValueError: GPUs asked for and not there, or not as many as ranks.
+        OSError: rank 0's port is taken.
+    """
+    check_gpus(int(os.environ.get(GPUS_VARIABLE) or 0), torch.cuda.device_count())
+    if os.environ.get("RANK") == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
+        check_port(int(os.environ.get("MASTER_PORT", "29500")))
+
+
+def check_gpus(asked: int, seen: int) -> None:
+    """Compare GPUs of the job on this node with those that torch sees and with the ranks here."""
+    host, here = socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if not asked:
+        return
+    if not seen:
+        raise ValueError(
+            f"the job asked for {asked} GPUs a node, but PyTorch finds none on {host}: check the "
+            "driver there with nvidia-smi (inside the container, if there is one) and leave the "
+            f"node out with sbatch --exclude={host}; for a run on CPUs submit with "
+            "--gpus-per-node=0."
+        )
+    if not here == asked <= seen:
+        raise ValueError(
+            f"{here} ranks on {host} for {asked} GPUs asked for and {seen} that PyTorch finds: "
+            "submit with --ntasks-per-node and --gpus-per-node the same, and let every rank see "
+            "all GPUs of its node (no --gpus-per-task, no --gpu-bind)."
+        )
+
+
+def check_launcher(driven: int) -> None:
+    """Refuse one process that drives several GPUs: transformers would split batches by threads.
+
+    Args:
+        driven: ``TrainingArguments.n_gpu``: 1 under a launcher, else all that are visible.
+
+    Raises:
+        ValueError: more than one.
+    """
+    if driven > 1:
+        raise ValueError(
+            f"no launcher started this, and PyTorch sees {driven} GPUs: start it with `deepspeed "
+            f"ldistill/train.py ...` or `torchrun --nproc_per_node {driven} ldistill/train.py "
+            "...` for one rank a GPU, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_port(port: int) -> None:
+    """Raise OSError when another process of this machine listens on ``port``."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise OSError(
+                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
+                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
+                "before sbatch, or deepspeed --master_port N."
+            ) from error
+
+
+def check_clocks() -> None:
+    """Compare the machines' clocks; every rank calls it once, after the process group is there.
+
+    Raises:
+        ValueError: on every rank, when two clocks are further apart than `CLOCK_TOLERANCE`.
+    """
+    ranks.wait()
+    clocks = dict(ranks.gather((socket.gethostname(), time.time())))
+    behind, ahead = min(clocks, key=clocks.__getitem__), max(clocks, key=clocks.__getitem__)
+    apart = clocks[ahead] - clocks[behind]
+    if apart > CLOCK_TOLERANCE:
+        raise ranks.shared(
+            ValueError(
+                f"the clock of {ahead} is {apart:.0f} s ahead of {behind}'s: have both follow a "
+                "time server (timedatectl, chronyc tracking), or leave one out with sbatch "
+                "--exclude."
+            )
+        )
+
+
+def announce_compiling() -> None:
+    """Say, before DeepSpeed compiles an op for this machine, that it does; one rank a machine."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    load = OpBuilder.jit_load
+
+    def told(self: Any, verbose: bool = True) -> Any:
+        built = Path(_get_build_directory(self.name, verbose=False), f"{self.name}.so").exists()
+        if built or os.environ.get("LOCAL_RANK", "0") != "0":
+            return load(self, verbose)
+        note = "once on this machine; one to three minutes"
+        with telling(f"compiling DeepSpeed's {self.name}", note=note):
+            return load(self, verbose)
+
+    OpBuilder.jit_load = told
+
+
+def leave_code(code: int) -> None:
+    """Write the run's exit code where the job's script asked for it.
+
+    Whoever starts many ranks learns the highest of their codes, and ranks that it kills because
+    another one has left count as 128 and more: the code that says why is lost.
+    """
+    if file := os.environ.get(EXIT_FILE_VARIABLE):
+        Path(file).write_text(f"{code}\n", encoding="utf-8")
+
+
+def tell(error: BaseException) -> None:
+    """Print an error once, whatever number of ranks has it; call it last, on each of them.
+
+    A launcher kills every rank when the first one leaves. So ranks that share an error leave
+    together, after rank 0 has told it; and a rank with an error that may be its own waits a moment
+    before it tells: if rank 0 has the same, there is nothing left to tell.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    shared = getattr(error, "of_all_ranks", False)
+    place = ""
+    if rank != 0 and not shared:
+        time.sleep(PATIENCE)
+        place = f" on rank {rank} ({socket.gethostname()})"
+    if rank == 0 or not shared:
+        print(f"\nerror{place}: {error}", file=sys.stderr, flush=True)
+        leave_code(exit_code(error))
+    if shared:
+        ranks.wait()

@@ -1,0 +1,72 @@
+"""The optimizer's groups, and what holds of them when a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+if TYPE_CHECKING:
+    from ldistill.models.student import Student
+
+
+def parameter_groups(
+    student: Student, projector_lr: float, decoder_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW groups: projector and decoder with rates of their own; no decay on norms."""
+    groups = []
+    projector = [p for p in student.projector.parameters() if p.requires_grad]
+    known = {id(p) for p in projector}
+    decoder = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
+    for trained, rate in ((projector, projector_lr), (decoder, decoder_lr)):
+        for params, decay in (
+            ([p for p in trained if _shape(p).numel() and len(_shape(p)) > 1], weight_decay),
+            ([p for p in trained if len(_shape(p)) <= 1], 0.0),
+        ):
+            if params:
+                groups.append({"params": params, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, also while ZeRO-3 holds only a part of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def hold_options(
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    groups: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> None:
+    """Let this start's rates and options hold, which a checkpoint's have just replaced.
+
+    Unchanged ones are the same to the bit. DeepSpeed's ZeRO-3, which gives all groups the options
+    of the first when it loads the universal format, is put right by the same.
+
+    Args:
+        optimizer: with the checkpoint's state.
+        schedule: of its rates; those that are no function of the step keep the checkpoint's.
+        groups: of :func:`parameter_groups`, as this start asks for them.
+        options: that all groups share, such as ``betas``.
+    """
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = [group["lr"] for group in groups]
+        shares = [share(schedule.last_epoch) for share in schedule.lr_lambdas]
+        schedule._last_lr = [r * s for r, s in zip(schedule.base_lrs, shares, strict=True)]
+    rates = schedule.get_last_lr()
+    for group, wanted, rate in zip(optimizer.param_groups, groups, rates, strict=True):
+        group |= {name: value for name, value in options.items() if name in group}
+        group["weight_decay"] = wanted["weight_decay"]
+        group["initial_lr"], group["lr"] = wanted["lr"], rate
+
+
+def part_step_counters(optimizer: torch.optim.Optimizer) -> None:
+    """Give each state its own step: DeepSpeed's universal format makes them one tensor, which each
+    would then count up."""
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()

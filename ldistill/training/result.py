@@ -1,0 +1,117 @@
+"""The end of a run: the result, its scores, and what the user sees of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ldistill.checkpoint.folder import sync
+from ldistill.common import run_files
+from ldistill.common.errors import writing
+from ldistill.common.ranks import everywhere, from_first
+from ldistill.common.telling import telling
+from ldistill.recipe import Recipe
+from ldistill.training.callbacks import plot_curves
+from ldistill.training.trainer import DistillTrainer
+
+
+def export_result(trainer: DistillTrainer, folder: Path) -> None:
+    """The last state of the student, in the format it came in."""
+    everywhere(trainer.sync_logs)
+    last = folder / f"checkpoint-{trainer.state.global_step}"
+    if not last.is_dir():
+        last = folder / "final"
+        trainer.save_model(str(last))
+    take_result(last, folder)
+
+
+def take_result(last: Path, folder: Path) -> None:
+    """The student of a checkpoint as the result of the run; every rank must call it."""
+    source, result = last / run_files.STUDENT, folder / run_files.STUDENT
+    from_first(lambda: copy_student(source, result))
+
+
+def copy_student(source: Path, target: Path) -> None:
+    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
+
+    An earlier result stays until the new one is on the disk.
+
+    Raises:
+        TransientError: there is no room for it.
+    """
+    part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
+    with writing(target):
+        for leftover in (part, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        part.mkdir()
+        for path in sorted(source.rglob("*")):  # copytree hides which error it was
+            copy = part / path.relative_to(source)
+            if path.is_dir():
+                copy.mkdir()
+            else:
+                shutil.copyfile(path, copy)
+                sync(copy)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
+    """Scores of a student folder on the recipe's items, by rank 0 alone."""
+    if recipe.run.eval_items is None or not recipe.run.evaluate:
+        return None
+    return from_first(lambda: _evaluate_here(recipe, student, when))
+
+
+def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
+    from ldistill.evaluation.items import evaluate, first_of_each, load_items
+    from ldistill.models.formats import load_processor, load_student
+    from ldistill.training.run import compute_dtype
+
+    items = first_of_each(load_items(recipe.run.eval_items), recipe.run.eval_limit)
+    device = recipe.training.device
+    dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
+    model = load_student(student, dtype=dtype).to(device)
+    processor = load_processor(student, recipe.pair.tokenizer, tiling=recipe.data.tiling)
+    with telling(f"evaluating {when} on {len(items)} held-out items", len(items)) as told:
+        return evaluate(model, processor, items, progress=told.advance)
+
+
+def report(
+    recipe: Recipe,
+    folder: Path,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+) -> None:
+    drawn = plot_curves(folder / run_files.METRICS, folder / run_files.CURVES)
+    console = Console()
+    if before and after:
+        result = json.dumps({"before": before, "after": after}, indent=2)
+        (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
+        console.print(_table(recipe, before, after))
+    console.print(f"student   {folder / run_files.STUDENT}", highlight=False)
+    console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
+    if drawn:
+        console.print(f"curves    {folder / run_files.CURVES}", highlight=False)
+
+
+def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:
+    from ldistill.evaluation.items import load_items
+
+    table = Table(title="held-out items, accuracy", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    group_of = {item.task: item.group for item in load_items(recipe.run.eval_items)}
+    for group in dict.fromkeys(group_of.values()):
+        table.add_row(group, f"{before[group]:.3f}", f"{after[group]:.3f}", style="bold")
+        for task in (task for task, of in group_of.items() if of == group):
+            table.add_row(f"  {task}", f"{before[task]:.3f}", f"{after[task]:.3f}")
+    return table

@@ -1,0 +1,411 @@
+"""One run, from a resolved recipe to an exported, evaluated student.
+
+Everything that can be wrong is found before the first step; rank 0 prepares, evaluates and writes,
+the others wait for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldistill.checkpoint import identity, resuming, universal
+from ldistill.checkpoint.saver import Saver
+from ldistill.common import run_files
+from ldistill.common.partition import whole_numel
+from ldistill.common.ranks import (
+    everywhere,
+    from_first,
+    is_first,
+    say,
+)
+from ldistill.data.index import ShardIndex
+from ldistill.data.loader import make_loader
+from ldistill.data.order import Plan
+from ldistill.data.remote.read_ahead import settle_reads
+from ldistill.data.store import Reading
+from ldistill.distill.distiller import Distiller
+from ldistill.distill.objective import Objective
+from ldistill.distill.teacher import choose_engine, shard, zero3_config
+from ldistill.evaluation.during import evaluator_of
+from ldistill.models.flops import peak_flops
+from ldistill.models.lora import add_lora
+from ldistill.models.pair import Pair, freeze_vision, load_pair
+from ldistill.recipe import DistilArguments, Recipe
+from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.training import run_folder
+from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
+from ldistill.training.metrics import Meter
+from ldistill.training.result import evaluate_student, export_result, report, take_result
+from ldistill.training.sample_log import SampleLog
+from ldistill.training.stopping import StopRequest
+from ldistill.training.trainer import DistillTrainer
+from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
+
+
+@dataclasses.dataclass
+class Data:
+    """What a run reads: shards, their plan, and the weights of their sources."""
+
+    index: ShardIndex
+    plan: Plan
+    weights: SourceWeights
+
+
+def run(recipe: Recipe) -> Path:
+    """Train, export and evaluate; returns the run's folder.
+
+    Raises:
+        Stopped: asked to stop before the last step; the run can go on from its checkpoint.
+        ValueError, OSError: something to put right, found before the first step where it can be.
+        FloatingPointError: the loss or the weights are not finite.
+    """
+    torch.manual_seed(recipe.training.seed)
+    if recipe.training.deepspeed:
+        announce_compiling()
+    device = recipe.training.device  # also starts torch.distributed
+    check_launcher(recipe.training.n_gpu)
+    check_clocks()
+    for note in recipe.notes:
+        say(note)
+    folder, resume, begun = _claim_folder(recipe)
+    with _released_on_failure(folder, begun):
+        trainer, before = _set_up(recipe, folder, resume, device)
+        if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
+            with trainer.stop.listening(folder), closing(trainer.progress):
+                trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
+                trainer.stop.raise_if_stopped(trainer.state, folder)
+    if left:
+        export_result(trainer, folder)
+    else:
+        say(f"{resume} is the last step: nothing is left to train.")
+        from_first(lambda: run_folder.discard_replaced(folder))
+        take_result(resume, folder)
+    after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
+    from_first(lambda: report(recipe, folder, before, after))
+    return folder
+
+
+# ---- before the first step ----
+
+
+@contextmanager
+def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
+    """Leave the folder of a run that begins as it was, for the corrected command, if it fails."""
+    try:
+        yield
+    except BaseException:
+        if begun and is_first():
+            run_folder.release(folder, begun)
+        raise
+
+
+def _set_up(
+    recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
+) -> tuple[DistillTrainer, dict[str, float] | None]:
+    """The trainer of a claimed folder, and the student's scores before training."""
+    _prepare(recipe)
+    data = everywhere(lambda: _open_whole_data(recipe))
+    pair = open_pair(recipe, data.weights)
+    data.index.check(pair.processor)
+    if data.index.store.remote:
+        say(settle_reads(data.index, data.plan, recipe.training.world_size))
+    _settle_steps(recipe, data.plan)
+    _check_disk(recipe, pair, folder)
+    _tell_plan(data.plan, folder)
+    before = evaluate_student(recipe, pair.student_folder, "before training")
+    return build_trainer(recipe, pair, data, folder, resume, device), before
+
+
+def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
+    """Settle and claim the output folder; every rank gets the same one.
+
+    Returns:
+        The folder, the checkpoint to go on from, and the id of the run if one begins here.
+    """
+    args = recipe.training
+    asked = args.resume_from_checkpoint
+    if "output_dir" not in recipe.given:
+        is_path = asked and str(asked).lower() not in ("true", "auto", "false")
+        chosen = Path(asked).parent if is_path else None
+        args.output_dir = from_first(lambda: str(chosen or _own_folder(recipe)))
+    folder = Path(args.output_dir)
+    if recipe.run.overwrite and resuming.wants_newest(asked):
+        asked = None  # the run whose checkpoint it would be goes
+    resume = resuming.find_checkpoint(asked, folder)
+    restart = resume is None and resuming.wants_newest(asked)
+    begins = from_first(
+        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
+    )
+    run_id = from_first(lambda: run_folder.run_id(folder))
+    begun = run_id if begins else None
+    with _released_on_failure(folder, begun):
+        everywhere(lambda: run_folder.check_shared(folder, run_id))
+        if resume is not None and resume.parent.resolve() == folder.resolve():
+            from_first(lambda: resuming.give_up_later(folder, resume))
+        if is_first():
+            keep_wandb_run(folder, args.report_to)
+    return folder, resume, begun
+
+
+def _own_folder(recipe: Recipe) -> Path:
+    """The folder where none was given: a new one, or the recipe's newest to go on with its run."""
+    name = recipe.run.recipe or "run"
+    asked = recipe.training.resume_from_checkpoint
+    goes_on = resuming.wants_newest(asked) and not recipe.run.overwrite
+    newest = run_folder.newest_folder(name) if goes_on else None
+    if newest is not None:
+        say(f"no --output_dir was given: {newest} holds the newest run of {name}.")
+    return newest or run_folder.default_folder(name)
+
+
+def _prepare(recipe: Recipe) -> None:
+    """Call the recipe's ``prepare`` function on rank 0; its result has ``shards`` and ``items``."""
+    ready = recipe.data.shards and (recipe.run.eval_items or not recipe.run.evaluate)
+    if recipe.data.prepare is None or ready:
+        return
+    module_name, _, function = recipe.data.prepare.partition(":")
+    try:
+        prepare = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"prepare must be package.module:function, got {recipe.data.prepare!r} ({error})."
+        ) from error
+    say("preparing the recipe's data (made once, then found in the cache)")
+    made = from_first(prepare)
+    recipe.data.shards = recipe.data.shards or str(made.shards)
+    recipe.run.eval_items = recipe.run.eval_items or str(made.items)
+
+
+def _open_whole_data(recipe: Recipe) -> Data:
+    data = open_data(recipe)
+    data.index.check_files()
+    return data
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Shards, plan and source weights of a recipe.
+
+    Raises:
+        ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
+    """
+    options = recipe.data
+    if options.shards is None:
+        raise ValueError(
+            "no shards: make some with `ldistill shards build` and name them with --shards."
+        )
+    reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
+    declared_here = parse_extra(options.extra_sources)
+    everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
+    declared = dict(zip(everything.sources, everything.categories, strict=True))
+    extra = {n: c for n, c in declared.items() if n not in known_sources()}
+    extra |= declared_here
+    names = everything.sources
+    if options.sources != ALL:
+        names = resolve_sources(options.sources, extra)
+        _check_there(options.shards, options.sources, names, everything.sources)
+    index = ShardIndex.load(options.shards, names, reading)
+    args = recipe.training
+    plan = Plan(
+        index,
+        limit=options.max_length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        over_long=options.on_long,
+        packing=options.packing,
+        shuffle_window=options.shuffle_window,
+    )
+    weights = SourceWeights.build(
+        index.sources,
+        distil=recipe.distil.distil,
+        alpha=recipe.distil.alpha,
+        temperature=recipe.distil.temperature,
+        extra=extra,
+    )
+    return Data(index, plan, weights)
+
+
+def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"{shards} has no finished shards of {', '.join(missing)} (--sources {asked}); it has "
+            f"{', '.join(found)}. Train on what is there with --sources {ALL}, or build the others "
+            "with `ldistill shards build`."
+        )
+
+
+def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
+    """Student, processor and, where the recipe distils, its teacher on the recipe's engine."""
+    options, args = recipe.pair, recipe.training
+    engine = choose_engine(options.teacher_engine, zero_stage(recipe))
+    dtype = compute_dtype(recipe)
+    zero_init = zero3_config(dtype, options.teacher_offload) if engine == "zero3" else None
+    pair = load_pair(
+        options.student,
+        options.teacher if weights.distils else None,
+        tokenizer=options.tokenizer,
+        kernels=options.kernels,
+        zero_init=zero_init,
+        partition=True,
+        dtype=dtype if zero_stage(recipe) >= 0 else torch.float32,  # autocast wants float32
+        max_length=recipe.data.max_length,
+        tiling=recipe.data.tiling,
+    )
+    freeze_vision(pair.student)
+    if options.lora_rank:
+        add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
+    if pair.teacher is not None:
+        if engine == "replicated":
+            pair.teacher.place(args.device, dtype)
+        else:
+            shard(pair.teacher, engine, dtype, options.teacher_offload)
+    return pair
+
+
+def build_trainer(
+    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None, device: torch.device
+) -> DistillTrainer:
+    """Distiller and trainer of a recipe."""
+    args, distil = recipe.training, recipe.distil
+    distiller = Distiller(
+        pair.student,
+        pair.teacher,
+        data.weights,
+        Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
+        kv_scope=distil.kv_scope,
+        kv_grad=distil.kv_grad,
+        attention=recipe.pair.attention,
+    )
+    if recipe.pair.compile_blocks:
+        distiller.compile_blocks(**recipe.compile_options)
+    loader = partial(
+        _loader,
+        data=data,
+        pair=pair,
+        options=recipe.data,
+        args=args,
+    )
+    about = identity.describe(
+        run_folder.run_id(folder),
+        pair,
+        data.index,
+        data.plan,
+        universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
+    )
+    resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
+    step = resuming.step_of(resume)
+    say(f"attention of the student: {distiller.attention}.")
+    rate, source = peak_flops(device, compute_dtype(recipe))
+    say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
+    stop = StopRequest(recipe.run.stop_file)
+    metrics = WriteMetrics(folder / run_files.METRICS, step)
+    samples = SampleLog(folder, data.index, step) if recipe.run.log_samples else None
+    logs = [writer.file for writer in (metrics, samples) if writer is not None]
+    trainer = DistillTrainer(
+        distiller,
+        args,
+        pair=pair,
+        loader=loader,
+        meter=Meter(data.weights, device, rate),
+        rates=_rates(recipe),
+        saver=Saver(folder, about, args.save_total_limit, logs),
+        health_steps=recipe.run.health_steps,
+        resume=resume,
+        evaluator=evaluator_of(recipe, pair, folder, stop),
+        stop=stop,
+        converted=converted,
+        sample_log=samples,
+    )
+    _use_own_progress(trainer, metrics, distil)
+    use_patient_wandb(trainer)
+    return trainer
+
+
+def _rates(recipe: Recipe) -> tuple[float, float]:
+    """Learning rates of projector and decoder; at 0, one stays as it is."""
+    default, own = recipe.training.learning_rate, recipe.run
+    projector = default if own.projector_lr is None else own.projector_lr
+    return projector, default if own.decoder_lr is None else own.decoder_lr
+
+
+def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
+    return make_loader(
+        data.index,
+        pair.processor,
+        limit=options.max_length,
+        batch_size=args.per_device_train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        start_pack=start_pack,
+        packing=options.packing,
+        on_bad_sample=options.on_bad_sample,
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
+        plan=data.plan,
+    )
+
+
+def _use_own_progress(
+    trainer: DistillTrainer, metrics: WriteMetrics, distil: DistilArguments
+) -> None:
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.progress = ShortProgress(distil.temperature**2 if distil.t_squared else 1.0)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(trainer.progress)
+    trainer.add_callback(metrics)
+
+
+def _tell_plan(plan: Plan, folder: Path) -> None:
+    """What an epoch reads and what it leaves out, on screen and in the run's folder."""
+    if is_first():
+        summary = plan.summary()
+        say(f"data: {summary}")
+        text = json.dumps(dataclasses.asdict(summary), indent=2)
+        (folder / run_files.PLAN).write_text(text, encoding="utf-8")
+
+
+def _settle_steps(recipe: Recipe, plan: Plan) -> None:
+    """The Trainer counts steps, since the stream of packs has no end; epochs become steps."""
+    args = recipe.training
+    if args.max_steps <= 0:
+        packs = len(plan.epoch(0)) * args.num_train_epochs
+        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
+        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
+
+
+def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
+    args = recipe.training
+    total = sum(whole_numel(p) for p in pair.student.parameters())
+    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
+    kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
+    from_first(lambda: run_folder.check_disk(folder, trained, total, kept))
+
+
+# ---- what the flags mean for the engines ----
+
+
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the student's DeepSpeed configuration; -1 without DeepSpeed."""
+    plugin = recipe.training.deepspeed_plugin
+    return -1 if plugin is None else int(plugin.zero_stage)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What the student's forward computes in."""
+    if recipe.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.training.fp16 else torch.float32

@@ -1,0 +1,340 @@
+"""The folder of a run: what it holds, and when it may be written to.
+
+recipe.yaml        the resolved recipe        environment.json   versions and git state
+run.json           the run's id, which its checkpoints carry
+samples/           what each step trained on, with --log_samples
+plan.json          documents, packs, drops of an epoch
+metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
+checkpoint-N/      to resume from             student/           the exported student
+evaluation.json    before and after           logs of --report_to, if any
+stopped.json       stopped on request at ...  wandb_run_id       of every start of this run
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import subprocess
+import uuid
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, survey, write_durably
+from ldistill.common.run_files import (
+    ENVIRONMENT,
+    JOB,
+    METRICS,
+    PLAN,
+    RECIPE,
+    REPLACED,
+    RUN,
+    SAMPLES,
+    STUDENT,
+)
+from ldistill.training.wandb_run import RUN_ID
+
+# A run is resumed only with the recipe it began with; how long, how fast and how often may change.
+IDENTITY = (
+    "student",
+    "teacher",
+    "sources",
+    "max_length",
+    "packing",
+    "on_long",
+    "shuffle_window",
+    "tiling",
+    "distil",
+    "alpha",
+    "temperature",
+    "mix",
+    "t_squared",
+    "kl",
+    "gate",
+    "kv_scope",
+    "kv_grad",
+    "lora_rank",
+    "lora_alpha",
+    "seed",
+    "data_seed",
+    "optim",
+)
+_PACKAGES = (
+    "ldistill",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "triton",
+    "accelerate",
+    "datasets",
+    "webdataset",
+)
+
+
+def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
+    """``runs/<recipe>``, or with a number behind it when that is taken."""
+    name = Path(recipe).stem
+    candidate, number = root / name, 1
+    while candidate.exists():
+        number += 1
+        candidate = root / f"{name}-{number}"
+    return candidate
+
+
+def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:
+    """The folder among those of :func:`default_folder` whose run was started last."""
+    name = Path(recipe).stem
+    named = re.compile(re.escape(name) + r"(-\d+)?")
+    runs = [path for path in root.glob(f"*/{RECIPE}") if named.fullmatch(path.parent.name)]
+    own = [path for path in runs if Path(_recipe_of(path)).stem == name]  # not one named like it
+    newest = max(own, key=lambda path: path.stat().st_mtime, default=None)
+    return newest and newest.parent
+
+
+def _recipe_of(path: Path) -> str:
+    return yaml.safe_load(path.read_text(encoding="utf-8")).get("recipe") or "run"
+
+
+def claim(
+    folder: Path,
+    recipe: dict[str, Any],
+    resume: Path | None,
+    overwrite: bool,
+    restart: bool = False,
+) -> bool:
+    """Make the folder this run's, or say why it cannot be.
+
+    Args:
+        folder: the run's.
+        recipe: resolved.
+        resume: checkpoint to go on from.
+        overwrite: replace another run; what lies in its folder is kept aside until
+            :func:`discard_replaced`, or until :func:`release` puts it back.
+        restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
+
+    Returns:
+        Whether a run begins here, rather than goes on or begins again.
+
+    Raises:
+        ValueError: it holds another run, or the run to resume began with another recipe.
+    """
+    old = folder / RECIPE
+    begins = overwrite or not old.exists()
+    if resume is not None:
+        _check_same_run(resume.parent / RECIPE, recipe)
+        if overwrite and folder.resolve() in resume.resolve().parents:
+            raise ValueError(
+                f"--overwrite would delete {resume}, from which the run is to go on: leave one of "
+                "the two flags out."
+            )
+        if old.exists() and not overwrite and not folder.samefile(resume.parent):
+            _check_room_for(folder, resume, recipe)
+    elif old.exists() and restart and not overwrite:
+        _check_same_run(old, recipe)
+    elif old.exists() and not overwrite:
+        raise ValueError(
+            f"{folder} already holds a run: continue it with --resume_from_checkpoint auto, "
+            "replace it with --overwrite, or choose another --output_dir."
+        )
+    if old.exists() and overwrite:
+        _set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if run_id(folder) is None:
+            write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex}))
+        write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
+        write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+    except OSError:
+        _put_back(folder)
+        raise
+    return begins
+
+
+def _check_room_for(folder: Path, resume: Path, recipe: dict[str, Any]) -> None:
+    """Refuse to mix the run that a folder holds with one from another folder's checkpoint.
+
+    One that has no checkpoint yet may be the same, started again.
+    """
+    if survey(folder) or (folder / STUDENT).exists():
+        raise ValueError(
+            f"{folder} already holds a run, which is not the one of {resume}: continue it with "
+            "--resume_from_checkpoint true, replace it with --overwrite, or choose another "
+            "--output_dir."
+        )
+    _check_same_run(folder / RECIPE, recipe)
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what lies in a folder, which may itself be a link to another disk, out of sight."""
+    aside = folder / REPLACED
+    if aside.exists() and _trained(folder):
+        shutil.rmtree(aside)  # of a start that came further, but could not delete it
+    kept = aside.exists()  # of a start killed in its set-up: the rest is its claim
+    aside.mkdir(exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == RECIPE):  # it says: taken
+        if path.name in (REPLACED, JOB):
+            continue
+        if kept:
+            _delete(path)
+        else:
+            path.rename(aside / path.name)
+
+
+def _put_back(folder: Path) -> None:
+    """Undo :func:`_set_aside`."""
+    aside = folder / REPLACED
+    if not aside.exists():
+        return
+    for path in list(aside.iterdir()):
+        target = folder / path.name
+        if target.exists() or target.is_symlink():
+            _delete(target)
+        path.rename(target)
+    aside.rmdir()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def discard_replaced(folder: Path) -> None:
+    """Delete the run that this one replaces; call it when nothing but training is left to do."""
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def _trained(folder: Path) -> bool:
+    metrics = folder / METRICS
+    return (metrics.exists() and metrics.stat().st_size > 0) or bool(survey(folder))
+
+
+def release(folder: Path, run: str) -> None:
+    """Undo :func:`claim` for a run that began and failed before anything came of it.
+
+    The run that it was to replace is there again. A folder in which anything was trained, or that
+    is another run's by now, stays as it is. Raises nothing: there is an error to tell already.
+
+    Args:
+        folder: the run's.
+        run: its id.
+    """
+    with suppress(OSError, ValueError):
+        if run_id(folder) != run or _trained(folder):
+            return
+        for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, METRICS, RUN):
+            (folder / name).unlink(missing_ok=True)
+        for name in (SAMPLES, WRITING):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        _put_back(folder)
+        folder.rmdir()  # unless there was something in it before
+
+
+def run_id(folder: Path) -> str | None:
+    """Id of the run that a folder holds; None when none was begun there."""
+    path = folder / RUN
+    return json.loads(path.read_text(encoding="utf-8"))["id"] if path.is_file() else None
+
+
+def check_shared(folder: Path, expected: str | None) -> None:
+    """Refuse a run folder that this rank's node does not share with rank 0's.
+
+    Raises:
+        OSError: another run, or none, lies there on this node.
+    """
+    if run_id(folder) != expected:
+        raise OSError(
+            f"{folder} is not the folder that rank 0 sees: --output_dir must lie on a file system "
+            "that all nodes share."
+        )
+
+
+def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")
+    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), plain(recipe)
+    differing = [
+        f"{k}: then {old[k]!r}, now {new.get(k)!r}"
+        for k in IDENTITY
+        if k in old and old[k] != new.get(k)
+    ]
+    if differing:
+        raise ValueError(
+            f"{path.parent} is a run of another recipe; it can only go on as it began:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def plain(values: Any) -> Any:
+    """The same values in types that YAML and JSON have."""
+    if isinstance(values, dict):
+        return {str(k): plain(v) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(v) for v in values]
+    if isinstance(values, (str, int, float, bool)) or values is None:
+        return getattr(values, "value", values)
+    return str(getattr(values, "value", values))
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, and the state of the source tree."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"python": platform.python_version(), "packages": versions, "git": _git_state()}
+
+
+def _git_state() -> dict[str, Any] | None:
+    folder = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None:
+    """Refuse a run whose checkpoints and export will not fit beside what it has written already.
+
+    Args:
+        folder: the run's folder, made already.
+        trained: parameters that have an optimizer state.
+        total: parameters of the student.
+        checkpoints: how many are kept, one more while the next is written.
+
+    Raises:
+        OSError: not enough room.
+    """
+    # fp32 student, fp32 master weight and two moments, 16-bit weights
+    each = 4 * total + 14 * trained
+    needed = (checkpoints + 1) * each + 4 * total
+    kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
+    there = sum(min(_bytes(path), each) for path in kept)
+    there += min(_bytes(folder / STUDENT), 4 * total)
+    # What a killed run left half done, or this one replaces, goes before the next checkpoint.
+    there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED, REPLACED))
+    free = shutil.disk_usage(folder).free
+    if free + there < needed:
+        raise OSError(
+            f"{folder} has {free / 2**30:.1f} GiB free; {checkpoints} checkpoints, the next one "
+            f"and the exported student need about {(needed - there) / 2**30:.1f} GiB besides what "
+            "the run has written. Make room, lower --save_total_limit, or choose another "
+            "--output_dir."
+        )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

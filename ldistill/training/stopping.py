@@ -1,0 +1,138 @@
+"""Stopping a run on request so that it can go on later as if it had never stopped.
+
+A run is asked by SIGTERM or SIGUSR1 to any of its ranks, or by a file that appears
+(`--stop_file`, `$LDISTILL_STOP_FILE`). The request travels in the one reduction that every step
+begins with, so all ranks learn of it at the same step and at no cost; after that step a checkpoint
+is saved, `stopped.json` in the run's folder says so, and `train.py` exits with
+`STOPPED_EXIT_CODE`: a scheduler can tell it from success and from failure. SIGINT and SIGKILL end
+a run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ldistill.common import ranks
+from ldistill.data.worker_signals import STOP_SIGNALS
+from ldistill.training.launch import leave_code
+from ldistill.training.wandb_run import close_wandb
+
+STOPPED_EXIT_CODE = 85
+STOP_FILE_VARIABLE = "LDISTILL_STOP_FILE"
+STOPPED = "stopped.json"
+
+
+class Stopped(Exception):
+    """The run was asked to stop and its checkpoint is saved."""
+
+    def __init__(self, why: str, checkpoint: Path) -> None:
+        self.why = why
+        super().__init__(
+            f"stopped on request ({why}); {checkpoint} is saved. Go on with the same command and "
+            "--resume_from_checkpoint auto."
+        )
+
+
+class StopRequest:
+    """Whether the ranks of a run were asked to stop, and whether they all know.
+
+    Args:
+        stop_file: its appearance is a request; default the environment's, if any. Rank 0 looks.
+    """
+
+    def __init__(self, stop_file: str | Path | None = None) -> None:
+        named = stop_file or os.environ.get(STOP_FILE_VARIABLE)
+        self.stop_file = Path(named) if named else None
+        self.agreed = False
+        self._signal: str | None = None
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank knows of a request."""
+        return self._signal is not None or self._file_is_there()
+
+    @property
+    def why(self) -> str:
+        """What asked, in words, as far as this rank knows."""
+        file = f"the file {self.stop_file}" if self._file_is_there() else "another rank"
+        return self._signal or file
+
+    def _file_is_there(self) -> bool:
+        return self.stop_file is not None and ranks.is_first() and self.stop_file.exists()
+
+    @contextmanager
+    def listening(self, folder: Path) -> Iterator[None]:
+        """While training runs, signals are requests; before and after they do what they always do.
+
+        Args:
+            folder: the run's, whose `stopped.json` of an earlier stop goes.
+        """
+        if ranks.is_first():
+            (folder / STOPPED).unlink(missing_ok=True)
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may handle signals; the file still works
+            return
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is None and ranks.is_first():
+            # To stderr past its buffer, which a handler must not touch.
+            os.write(2, b"\nasked to stop: a checkpoint is saved after this step\n")
+        self._signal = signal.Signals(number).name
+
+    def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
+        """End a run that was stopped before its last step; every rank calls it.
+
+        Raises:
+            Stopped: on every rank, after rank 0 has closed everything that a killed process loses.
+        """
+        if not self.agreed or state.global_step >= state.max_steps:
+            return
+        why = ranks.gather(self.why)
+        stopped = Stopped(
+            next((w for w in why if w != "another rank"), why[0]),
+            folder / f"checkpoint-{state.global_step}",
+        )
+        if ranks.is_first():
+            record = {"step": state.global_step, "of": state.max_steps, "why": stopped.why}
+            (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            if self.stop_file is not None:
+                self.stop_file.unlink(missing_ok=True)  # answered; the next start is a new one
+            close_wandb()
+            leave_code(STOPPED_EXIT_CODE)
+            print(f"\n{stopped}", flush=True)
+        ranks.wait()  # a launcher may kill the other ranks as soon as one has left
+        raise stopped
+
+
+class StopAtStep(TrainerCallback):
+    """Ends the Trainer's loop after the step in which the ranks agreed, with a checkpoint."""
+
+    def __init__(self, request: StopRequest) -> None:
+        self.request = request
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.request.agreed:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take longer than there is

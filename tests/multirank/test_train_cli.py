@@ -1,0 +1,151 @@
+"""What a user sees when something is wrong: a sentence, a non-zero exit, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import yaml
+from pairs import write_pair
+from runs import launch, write_recipe, write_shards
+
+from ldistill.checkpoint.folder import begin, publish, seal
+from ldistill.train import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("cli")
+    write_pair(root / "pair")
+    write_shards(root / "shards", root / "pair", count=12)
+    write_recipe(root / "recipe.yaml", root / "pair", root / "shards")
+    return root
+
+
+def fails(capsys, world, *args: str, out: Path | None = None) -> str:
+    """Message of a command line that must fail before the first step."""
+    folder = out or world / "never"
+    argv = ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(folder), *args]
+    assert main(argv) == 2
+    message = capsys.readouterr().err
+    assert "error: " in message
+    assert "Traceback" not in message
+    assert not list(folder.glob("checkpoint-*"))
+    if out is None:
+        assert not folder.exists(), "the corrected command may take the same folder"
+    return message
+
+
+def test_no_shards(capsys, world, tmp_path):
+    assert "shards" in fails(capsys, world, "--shards", str(tmp_path / "none"))
+
+
+def test_unknown_source(capsys, world):
+    assert "Did you mean 'docvqa'" in fails(capsys, world, "--sources", "docvqua")
+
+
+def test_source_without_shards(capsys, world):
+    assert "textvqa" in fails(capsys, world, "--sources", "docvqa,textvqa")
+
+
+def test_shards_of_another_tokenizer(capsys, world, tmp_path):
+    write_pair(tmp_path, mp_pixel_shuffle_factor=1, mp_image_token_length=16)
+    args = ("--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"))
+    assert "another student" in fails(capsys, world, *args)
+
+
+def test_limit_below_every_document(capsys, world):
+    assert "limit" in fails(capsys, world, "--max_length", "8")
+
+
+def test_long_document_where_the_recipe_forbids_it(capsys, world):
+    assert "longer than" in fails(capsys, world, "--max_length", "40", "--on_long", "error")
+
+
+def test_pair_that_does_not_fit(capsys, world, tmp_path):
+    write_pair(tmp_path, lm_n_blocks=2)
+    message = fails(capsys, world, "--teacher", str(tmp_path / "teacher"))
+    assert "num_hidden_layers: student 3, teacher 2" in message
+
+
+def test_truncated_shard(capsys, world, tmp_path):
+    shutil.copytree(world / "shards", tmp_path / "shards")
+    tar = next((tmp_path / "shards").glob("docvqa/*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert tar.name in fails(capsys, world, "--shards", str(tmp_path / "shards"))
+
+
+def test_corrupt_sample_is_named(capsys, world, tmp_path):
+    shutil.copytree(world / "shards", tmp_path / "shards")
+    for tar in (tmp_path / "shards").glob("*/*.tar"):
+        data = bytearray(tar.read_bytes())
+        for place in range(600, len(data), 700):
+            data[place] ^= 0xFF
+        tar.write_bytes(bytes(data))
+    out = tmp_path / "out"
+    message = fails(capsys, world, "--shards", str(tmp_path / "shards"), out=out)
+    assert ".tar" in message
+
+
+def test_output_folder_that_holds_a_run(capsys, world, tmp_path):
+    out = tmp_path / "taken"
+    out.mkdir()
+    (out / "recipe.yaml").write_text("alpha: 0.1\n")
+    message = fails(capsys, world, out=out)
+    assert "already holds a run" in message
+    assert (out / "recipe.yaml").read_text() == "alpha: 0.1\n"
+
+
+def test_resuming_another_recipes_run(capsys, world, tmp_path):
+    out = tmp_path / "other"
+    folder = begin(out, 2)
+    (folder / "data.json").write_text("{}")
+    publish(folder, 2, seal(folder), {})
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text()) | {"alpha": 0.1}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    args = ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(out)]
+    assert main([*args, "--resume_from_checkpoint", "true"]) == 2
+    assert "alpha: then 0.1, now 0.7" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(capsys, world, tmp_path):
+    out = tmp_path / "empty"
+    message = fails(capsys, world, "--resume_from_checkpoint", "true", out=out)
+    assert "nothing to resume" in message
+
+
+def test_full_disk(capsys, world, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(
+        "ldistill.training.run_folder.shutil.disk_usage", lambda path: usage(1, 1, 1000)
+    )
+    assert "GiB free" in fails(capsys, world)
+
+
+def test_unknown_flag(capsys, world):
+    assert "Did you mean --alpha" in fails(capsys, world, "--alhpa", "1")
+
+
+def test_deepspeed_config_that_contradicts_the_flags(world, tmp_path):
+    config = json.loads((Path(__file__).parents[2] / "ds_configs" / "zero2.json").read_text())
+    config["train_micro_batch_size_per_gpu"] = 64
+    path = tmp_path / "contradicts.json"
+    path.write_text(json.dumps(config))
+    result = launch(
+        "--recipe", str(world / "recipe.yaml"), "--output_dir", str(tmp_path / "out"),
+        "--deepspeed", str(path), check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "train_micro_batch_size_per_gpu" in result.stderr
+    assert not (tmp_path / "out").exists(), "the corrected command may take the same folder"
+
+
+def test_help_is_readable(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--alpha" in text
+    assert "lingudistill" in text
+    assert len(text.splitlines()) < 90

@@ -1,0 +1,258 @@
+"""Every kind of model against a direct computation, and no answer changed by its batch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ldistill.evaluation.answerer_loading import kind_of, load_answerer
+from ldistill.evaluation.answerers import Question, cut
+from ldistill.evaluation.commands import model_options
+from ldistill.models import formats
+from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+
+KINDS = ("nanovlm", "lm", "llava", "idefics3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pair_root):
+    from vlms import write_idefics3, write_llava
+
+    root = tmp_path_factory.mktemp("vlms")
+    return {
+        "nanovlm": pair_root / "student",
+        "lm": pair_root / "teacher",
+        "llava": write_llava(root / "a"),
+        "idefics3": write_idefics3(root / "b"),
+    }
+
+
+@pytest.fixture(scope="module")
+def models(folders):
+    return {kind: load_answerer(str(folder)) for kind, folder in folders.items()}
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def questions(kind: str, seen: bool) -> list[Question]:
+    """Prompts of many lengths; with pictures one, two or three of them."""
+    asked = []
+    for number in range(7):
+        count = 1 + number % 3 if seen and kind != "lm" else 0
+        pictures = tuple(picture(10 * number + i) for i in range(count))
+        asked.append(Question("what is the total " * (number % 4) + f"red {number}", pictures))
+    return asked
+
+
+ANSWERS = ["yes", "the lazy dog", "no 1 2 3", "red", "green blue jumps over", "fox", "4"]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_changes_no_answer(models, kind, seen):
+    model, asked = models[kind], questions(kind, seen)
+    alone = [model.generate([question], 8)[0] for question in asked]
+    assert model.generate(asked, 8) == alone
+    assert len(set(alone)) > 3
+    pairs = list(zip(asked, ANSWERS, strict=True))
+    one = [model.log_likelihoods([pair])[0] for pair in pairs]
+    many = model.log_likelihoods(pairs)
+    assert [total for total, _ in many] == pytest.approx([total for total, _ in one], abs=1e-3)
+    assert [greedy for _, greedy in many] == [greedy for _, greedy in one]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_greedy_answer_is_greedy(models, kind):
+    """What was generated is what log-likelihood calls greedy; something else is not."""
+    model, checked = models[kind], 0
+    for question in questions(kind, True):
+        text = model.generate([question], 2)[0]
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text.startswith(" ") or len(ids) != 2:
+            continue  # other tokens spell the same text
+        assert model.log_likelihoods([(question, text)])[0][1]
+        assert not model.log_likelihoods([(question, text + "q z")])[0][1]
+        checked += 1
+    assert checked
+
+
+@torch.no_grad()
+def test_nanovlm_log_likelihood_is_the_sum_over_its_tokens(models, folders):
+    student = load_nanovlm(folders["nanovlm"]).eval()
+    processor = load_processor(folders["nanovlm"])
+    question = Question("what is it?", (picture(1), picture(2)))
+    tiles, grids = zip(*(processor.tiles(p) for p in question.pictures))
+    prompt = processor.prompt((), question.text, grids).tolist()
+    answer = processor.tokenizer("lazy dog", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([prompt + answer])
+    logp = student.lm_head(student(ids, pixel_values=torch.cat(tiles)))[0].log_softmax(-1)
+    expected = sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(answer))
+    # In a chat the answer has no blank before it, whether the task puts one there or not.
+    for text in ("lazy dog", " lazy dog"):
+        total, greedy = models["nanovlm"].log_likelihoods([(question, text)])[0]
+        assert total == pytest.approx(expected, abs=1e-4)
+        assert not greedy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["Question: the fox\nAnswer:", "the fox jumps ", ""])
+def test_plain_text_is_split_as_in_the_harness(models, folders, context):
+    """Context and continuation together; the context's blanks go with the continuation."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["lm"])
+    lm = AutoModelForCausalLM.from_pretrained(folders["lm"], dtype=torch.float32).eval()
+    continuation = " over the dog"
+    whole = tokenizer(context + continuation)["input_ids"]
+    start = len(tokenizer(context.rstrip())["input_ids"])
+    if not start:
+        whole, start = [tokenizer.bos_token_id, *whole], 1
+    logp = lm(torch.tensor([whole])).logits[0].log_softmax(-1)
+    expected = sum(logp[i - 1, whole[i]].item() for i in range(start, len(whole)))
+    pair = (Question(context, chat=False), continuation)
+    assert models["lm"].log_likelihoods([pair])[0][0] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_strings_cut_the_answer(models, kind):
+    model, asked = models[kind], questions(kind, True)
+    full = model.generate(asked, 12)
+    stops = [text[5:7] for text in full if len(text) > 8][:3]
+    assert stops
+    assert model.generate(asked, 12, stops) == [cut(text, stops) for text in full]
+    assert cut("a\n\nb. c", [".", "\n\n"]) == "a"
+    assert cut("abc", []) == "abc"
+
+
+def test_a_generation_stops_as_soon_as_all_rows_have(models):
+    """The stop criterion ends the loop: the model is not run to the limit."""
+    model = models["nanovlm"]
+    question = questions("nanovlm", True)[0]
+    text = model.generate([question], 6)[0]
+    calls = []
+    handle = model.model.decoder.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        model.generate([question], 300, [text[0]])
+    finally:
+        handle.remove()
+    assert len(calls) < 30
+
+
+def test_a_language_model_refuses_pictures_or_drops_them(folders):
+    question = Question("what is it?", (picture(0),))
+    with pytest.raises(ValueError, match="cannot see"):
+        load_answerer(str(folders["lm"])).generate([question], 4)
+    dropping = load_answerer(str(folders["lm"]), pictures="drop")
+    assert dropping.generate([question], 4) == dropping.generate([Question("what is it?")], 4)
+    with pytest.raises(ValueError, match="error or drop"):
+        load_answerer(str(folders["lm"]), pictures="maybe")
+
+
+def test_literal_image_tokens_are_no_pictures(models):
+    for kind, token in (("nanovlm", "<|image|>"), ("llava", "<image>"), ("idefics3", "<image>")):
+        for chat in (True, False):
+            clean, dirty = (Question(text, chat=chat) for text in ("red fox", f"red {token}fox"))
+            model = models[kind]
+            assert model.generate([dirty], 4) == model.generate([clean], 4)
+            assert model.log_likelihoods([(dirty, " dog")]) == model.log_likelihoods(
+                [(clean, " dog")]
+            )
+
+
+def test_kinds_are_told_apart(folders, tmp_path):
+    kinds = [kind_of(folders[kind]) for kind in KINDS]
+    assert kinds == ["nanovlm", "lm", "vlm", "vlm"]
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        kind_of(tmp_path)
+    for config, message in (({}, "model_type"), ({"model_type": "vit"}, "neither a VLM nor an LM")):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            kind_of(tmp_path)
+
+
+def test_what_cannot_be_answered_is_an_error(models, folders):
+    with pytest.raises(ValueError, match="no tokens"):
+        models["lm"].log_likelihoods([(Question("red", chat=False), "")])
+    with pytest.raises(ValueError, match="dtype"):
+        load_answerer(str(folders["lm"]), dtype="float33")
+
+
+@pytest.mark.parametrize("kind", ["lm", "llava"])
+def test_a_model_without_all_its_weights_is_not_scored(folders, tmp_path, kind):
+    shutil.copytree(folders[kind], tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({name: w for name, w in weights.items() if name != lost}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing .*layers\.0\.mlp\.up_proj\.weight"):
+        load_answerer(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("kind", ["nanovlm", "idefics3"])
+@pytest.mark.parametrize("trained", [None, False, True])
+def test_pictures_are_cut_as_the_run_cut_them(folders, tmp_path, kind, trained):
+    """The same tiles and the same ids as in training, whatever the checkpoint's own default is."""
+    folder = tmp_path / "run" / "student"
+    shutil.copytree(folders[kind], folder)
+    if trained is not None:
+        (tmp_path / "run" / "recipe.yaml").write_text(f"tiling: {str(trained).lower()}\n")
+    seen, question = picture(1).resize((90, 60)), "what is red?"
+    for asked, expected in ((None, bool(trained)), (False, False), (True, True)):
+        for name in (folder, tmp_path / "run"):
+            inputs = load_answerer(str(name), tiling=asked)._prompts([Question(question, (seen,))])
+            processor = formats.load_processor(folder, tiling=expected)
+            tiles, grid = processor.tiles(seen)
+            assert (len(tiles) > 1) == expected
+            pixels = inputs["pixel_values"]
+            assert torch.allclose(pixels.reshape(-1, *pixels.shape[-3:]), tiles)
+            ids = processor.prompt([], question, [grid])
+            assert inputs["input_ids"][0].tolist() == ids.tolist()
+
+
+def test_the_command_takes_tiling_from_the_run(folders, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folders["idefics3"], run / "student")
+    assert model_options(str(run), None, False, "auto", None) == {"dtype": "auto"}
+    (run / "recipe.yaml").write_text("tiling: true\n")
+    for asked, expected in ((None, True), (True, True), (False, False)):
+        assert model_options(str(run), asked, False, "auto", None)["tiling"] is expected
+    shutil.copytree(run / "student", run / "checkpoint-5" / "student")
+    assert model_options(str(run / "checkpoint-5"), None, False, "auto", None)["tiling"] is True
+    with pytest.raises(ValueError, match="is a bare LM"):
+        model_options(str(folders["lm"]), True, False, "auto", None)
+    with pytest.raises(ValueError, match="no image splitting"):
+        load_answerer(str(folders["llava"]), tiling=True)
+
+
+def test_a_vlm_takes_another_tokenizer(folders, tmp_path):
+    other = AutoTokenizer.from_pretrained(folders["idefics3"])
+    other.add_tokens(["lazy dog"])
+    other.save_pretrained(tmp_path / "same")
+    model = load_answerer(str(folders["idefics3"]), tokenizer=str(tmp_path / "same"))
+    assert len(model.tokenizer) == len(other)
+    assert model.generate([Question("red", (picture(1),))], 2)
+    with pytest.raises(ValueError, match="gives <image> another id"):
+        load_answerer(str(folders["idefics3"]), tokenizer=str(folders["lm"]))
+
+
+def test_an_answer_begins_as_the_template_writes_it(folders, tmp_path):
+    """``Assistant: yes``: what a SmolVLM was trained on, not ``Assistant:yes``."""
+    from hf_pairs import SMOLVLM_TEMPLATE
+
+    template = tmp_path / "template.jinja"
+    template.write_text(SMOLVLM_TEMPLATE, encoding="utf-8")
+    assert load_answerer(str(folders["idefics3"])).answer_prefix == ""
+    model = load_answerer(str(folders["idefics3"]), chat_template=str(template))
+    assert model.answer_prefix == " "
+    question = Question("what is red?", (picture(1),))
+    for continuation in ("the dog", " the dog"):
+        _, ids = model._split(question, continuation)
+        assert model.tokenizer.decode(ids) == " the dog"

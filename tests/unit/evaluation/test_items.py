@@ -1,0 +1,219 @@
+"""The item scorer against a direct computation, one sequence at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pairs import write_pair
+from PIL import Image
+
+import ldistill.evaluation.items as items_module
+from ldistill.distill.teacher import load_lm
+from ldistill.evaluation.items import (
+    Answer,
+    Item,
+    answers,
+    evaluate,
+    load_items,
+    save_items,
+    score,
+)
+from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.training.result import evaluate_student
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    write_pair(root)
+    return (
+        load_nanovlm(root / "student"),
+        load_processor(root / "student"),
+        load_lm(root / "teacher"),
+    )
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def some_items(images: bool) -> list[Item]:
+    rng = random.Random(0)
+    words = ["fox", "lazy dog", "quick brown", "the total", "red", "yes, no"]
+    items = []
+    for number in range(12):
+        prompt = "what is it? " * rng.randint(1, 4) + str(number)
+        image = picture(number) if images and number % 3 else None
+        choices = tuple(rng.sample(words, 3)) if number % 2 else ()
+        style = "text" if number == 9 else "chat"
+        answer = choices[0] if choices else "fox"
+        items.append(Item("t", "language", prompt, answer, choices, image, style))
+    return items
+
+
+def sequence(
+    processor, item: Item, answer: str | None
+) -> tuple[list[int], int, torch.Tensor | None]:
+    """Ids of prompt and answer, length of the prompt, tiles: straight from the processor."""
+    tiles, grids = None, []
+    if item.image is not None:
+        tiles, grid = processor.tiles(processor.load_image(item.image))
+        grids = [grid]
+    tokenizer = processor.tokenizer
+    if item.style == "text":
+        prompt = tokenizer(item.prompt)["input_ids"]
+        answer = answer and " " + answer
+    else:
+        prompt = processor.prompt((), item.prompt, grids).tolist()
+    rest = tokenizer(answer)["input_ids"] if answer else []
+    return prompt + rest, len(prompt), tiles
+
+
+@torch.no_grad()
+def direct_logits(student, ids: list[int], tiles) -> torch.Tensor:
+    return student.lm_head(student(torch.tensor([ids]), pixel_values=tiles))[0].log_softmax(-1)
+
+
+def direct_answer(student, processor, item: Item, longest: int) -> str:
+    if item.choices:
+        scores = []
+        for choice in item.choices:
+            ids, start, tiles = sequence(processor, item, choice)
+            logp = direct_logits(student, ids, tiles)
+            scores.append(sum(logp[i - 1, ids[i]].item() for i in range(start, len(ids))))
+        return item.choices[int(np.argmax(scores))]
+    ids, start, tiles = sequence(processor, item, None)
+    for _ in range(longest):
+        token = direct_logits(student, ids, tiles)[-1].argmax().item()
+        if token == processor.tokenizer.eos_token_id:
+            break
+        ids.append(token)
+    return processor.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_answers_are_those_of_a_direct_computation(pair, batch_size):
+    student, processor, _ = pair
+    items = some_items(images=True)
+    expected = [direct_answer(student.eval(), processor, item, 6) for item in items]
+    got = answers(student, processor, items, batch_size, max_new_tokens=6)
+    assert [answer.text for answer in got] == expected
+    assert len(set(expected)) > 6  # a model that says one thing would pass by accident
+
+
+def test_a_bare_language_model_answers_text_items(pair):
+    _, processor, lm = pair
+    items = some_items(images=False)
+    one = [a.text for a in answers(lm, processor, items, 1, max_new_tokens=6)]
+    many = [a.text for a in answers(lm, processor, items, 64, max_new_tokens=6)]
+    assert one == many
+    with pytest.raises(ValueError, match="need a student"):
+        evaluate(lm, processor, some_items(images=True))
+
+
+def test_scores_are_means_of_tasks():
+    def answered(task: str, group: str, right: int, wrong: int) -> list[Answer]:
+        item = Item(task, group, "q", "a")
+        return [Answer(item, " a\n")] * right + [Answer(item, "b")] * wrong
+
+    scores = score(answered("x", "language", 3, 1) + answered("y", "language", 1, 3))
+    assert scores == {"x": 0.75, "y": 0.25, "language": 0.5}
+    assert score(answered("z", "reading", 1, 0))["reading"] == 1.0
+    with pytest.raises(ValueError, match="no items"):
+        score([])
+
+
+def test_modes_and_random_state_are_given_back(pair):
+    student, processor, _ = pair
+    student.train()
+    student.vision.eval()
+    before = [module.training for module in student.modules()]
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    evaluate(student, processor, some_items(images=True)[:4], max_new_tokens=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in student.modules()] == before
+
+
+def test_progress_counts_every_item(pair):
+    student, processor, _ = pair
+    counted: list[int] = []
+    items = some_items(images=True)
+    evaluate(student, processor, items, 4, max_new_tokens=2, progress=counted.append)
+    assert sum(counted) == len(items)
+
+
+def test_a_run_scores_its_items_as_it_trains(pair_root, monkeypatch):
+    """With its tiles, and beside its models on a GPU in the type they compute in."""
+    loaded = []
+    monkeypatch.setattr(items_module, "load_items", lambda path: [])
+    monkeypatch.setattr(items_module, "evaluate", lambda _, processor, items: processor.images)
+
+    def load(folder, dtype):
+        loaded.append(dtype)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr("ldistill.models.formats.load_student", load)
+    for device, tiling in (("cpu", True), ("cuda", False)):
+        recipe = SimpleNamespace(
+            run=SimpleNamespace(eval_items="items.jsonl", evaluate=True),
+            training=SimpleNamespace(device=torch.device(device), bf16=True, fp16=False),
+            pair=SimpleNamespace(tokenizer=None),
+            data=SimpleNamespace(tiling=tiling),
+        )
+        assert evaluate_student(recipe, pair_root / "student", "now").tiling is tiling
+    assert loaded == [torch.float32, torch.bfloat16]
+
+
+def test_files_give_items_back(tmp_path):
+    items = some_items(images=True)
+    save_items(items, tmp_path / "items.jsonl")
+    assert load_items(tmp_path / "items.jsonl") == items
+
+
+def test_pictures_may_lie_beside_the_file(tmp_path):
+    (tmp_path / "one.png").write_bytes(picture(1))
+    line = {"task": "t", "group": "reading", "prompt": "q", "answer": "a", "image": "one.png"}
+    (tmp_path / "items.jsonl").write_text(json.dumps(line) + "\n\n")
+    (item,) = load_items(tmp_path / "items.jsonl")
+    assert item.image == picture(1)
+    line["image"] = "two.png"
+    (tmp_path / "items.jsonl").write_text(json.dumps(line))
+    with pytest.raises(FileNotFoundError, match=r"two\.png"):
+        load_items(tmp_path / "items.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "1 is not an evaluation item"),
+        ('{"task": "t"}', "missing"),
+        ('{"task": "t", "group": "g", "prompt": "p", "answer": "a", "colour": 1}', "colour"),
+        ('{"task": "t", "group": "g", "prompt": "p", "answer": "a", "choices": ["b"]}', "among"),
+        ('{"task": "t", "group": "g", "prompt": "p", "answer": "a", "style": "x"}', "style"),
+        ("", "holds no items"),
+    ],
+)
+def test_a_line_that_is_no_item_is_named(tmp_path, line, message):
+    (tmp_path / "items.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        load_items(tmp_path / "items.jsonl")
+
+
+def test_items_refuse_what_cannot_be_scored():
+    item = Item("t", "g", "p", "a")
+    with pytest.raises(ValueError, match="style chat"):
+        replace(item, style="text", image=b"png")
+    with pytest.raises(FileNotFoundError, match="no evaluation items"):
+        load_items("nowhere.jsonl")

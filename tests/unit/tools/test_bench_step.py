@@ -1,0 +1,290 @@
+"""`ldistill bench step`: an honest batch, an honest baseline, and what it reports."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+from pairs import spread
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from ldistill.distill.naive import naive_counts
+from ldistill.distill.targets import plan_rows
+from ldistill.models.flops import count_step, step_flops, vision_flops
+from ldistill.models.named_pairs import student_config
+from ldistill.models.nanovlm import decoder_config, vision_config
+from ldistill.models.shapes import shape_of
+from ldistill.tools.bench import step as bench_step
+from ldistill.tools.bench.batch import mix_weights, paper_batch
+from ldistill.tools.bench.commands import app
+from ldistill.tools.bench.models import batch_shape
+from ldistill.tools.bench.options import StepOptions
+from ldistill.tools.bench.profile import PARTS, profile_step
+from ldistill.tools.bench.report import append_csv
+from ldistill.tools.bench.step import StepBench, measure_step
+
+COLUMNS = {
+    "pair", "mode", "device", "dtype", "rows", "ms", "ms_min", "ms_max", "tokens_per_s", "mfu",
+    "peak_memory_mib", "time_vs_ce", "memory_vs_ce", "teacher_mib", "torch", "transformers",
+}  # fmt: skip
+
+
+def tiny(**changes) -> StepOptions:
+    return StepOptions.resolve(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes)
+
+
+@pytest.fixture(scope="module")
+def bench() -> StepBench:
+    """Weights large enough that wrong attention would show in the loss."""
+    made = StepBench(tiny())
+    torch.manual_seed(1)
+    spread(made.distiller.student)
+    spread(made.distiller.teacher.lm)
+    return made
+
+
+def gradients(bench: StepBench, mode: str) -> tuple[float, dict[str, torch.Tensor]]:
+    bench.distiller.zero_grad()
+    loss = bench.loss(mode)
+    loss.backward()
+    student = bench.distiller.student
+    return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def test_naive_and_ours_are_the_same_loss_and_gradient(bench):
+    ours, our_grads = gradients(bench, "ours")
+    naive, naive_grads = gradients(bench, "naive")
+    assert naive == pytest.approx(ours, rel=1e-5)
+    assert our_grads.keys() == naive_grads.keys()
+    for name, grad in our_grads.items():
+        error = (grad - naive_grads[name]).abs().max()
+        assert error <= 1e-4 * grad.abs().max() + 1e-7, name
+    assert ours != pytest.approx(gradients(bench, "ce")[0], rel=1e-3)
+
+
+def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
+    batch = bench.host_batch
+    student = bench.distiller.student
+    hidden = student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+    expected = F.cross_entropy(student.lm_head(hidden).flatten(0, 1), batch["labels"].flatten())
+    assert gradients(bench, "ce")[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["paper", "uniform"])
+def test_the_batch_keeps_the_papers_mix(mix):
+    config = student_config("nanovlm-460m")
+    batch = paper_batch(batch_shape(config), 8, 1024)
+    plan = plan_rows(batch, mix_weights(mix, 0.7, 4.0), "full", config.lm_base_vocab_size)
+    tokens = int(batch["doc_length"].sum())
+    assert tokens > 0.95 * batch["input_ids"].numel()
+    assert len(plan.supervised) / tokens == pytest.approx(0.2, abs=0.01)
+    share = len(plan.teacher) / len(plan.supervised)
+    assert share == (1 if mix == "uniform" else pytest.approx(0.5, abs=0.05))
+
+
+def test_the_batch_is_one_the_collator_could_have_made():
+    config = student_config("tiny")
+    batch = paper_batch(batch_shape(config), 3, 200)
+    images = (batch["input_ids"] == config.image_token_id).sum()
+    assert images == len(batch["pixel_values"]) * config.mp_image_token_length
+    labelled = batch["labels"] >= 0
+    following = torch.roll(batch["input_ids"], -1, dims=1)
+    assert torch.equal(batch["labels"][labelled], following[labelled])
+    assert not (batch["labels"] == config.image_token_id).any()
+    for row, start, length in zip(batch["doc_batch"], batch["doc_start"], batch["doc_length"]):
+        inside = slice(int(start), int(start + length))
+        assert torch.equal(batch["position_ids"][row, inside], torch.arange(int(length)))
+        assert batch["document_ids"][row, inside].unique().numel() == 1
+        assert not labelled[row, inside][-1]
+    assert (batch["labels"][batch["document_ids"] < 0] == -100).all()
+    again = paper_batch(batch_shape(config), 3, 200)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_a_row_too_short_for_a_document_is_refused():
+    with pytest.raises(ValueError, match="at least 1 row of 30 tokens"):
+        paper_batch(batch_shape(student_config("tiny")), 1, 29)
+
+
+@pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
+def test_the_arithmetic_leaves_room_below_a_tenth(pair):
+    """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
+    config = student_config(pair)
+    batch = paper_batch(batch_shape(config), 16, 256 if pair == "tiny" else 1024)
+    vocab = config.lm_base_vocab_size
+
+    def flops(alpha: float, *, naive: bool = False) -> float:
+        plan = plan_rows(batch, mix_weights("paper", alpha, 4.0), "full", vocab)
+        counts = count_step(batch, plan)
+        return step_flops(
+            decoder_config(config),
+            naive_counts(counts) if naive else counts,
+            vision_flops_per_tile=vision_flops(vision_config(config)),
+            projector_weights=config.mp_pixel_shuffle_factor**2
+            * config.vit_hidden_dim
+            * config.lm_hidden_dim,
+            tokens_per_tile=config.mp_image_token_length,
+            kv_scope="visual" if naive else "full",
+        )
+
+    assert 1.0 < flops(0.7) / flops(0.0) < 1.05
+    assert flops(0.7, naive=True) / flops(0.0) > 1.2
+
+
+def test_memory_of_each_mode_is_measured_alone():
+    results = measure_step(tiny(rows=8, steps=1, warmup=0, modes=("ours", "ce")))
+    ce, ours = results
+    assert (ce.mode, ours.mode) == ("ce", "ours")
+    assert ce.teacher_rows == ce.teacher_mib == 0
+    assert ours.teacher_rows > 0
+    assert ours.teacher_mib == pytest.approx(1.78, abs=0.02)
+    assert ce.memory_vs_ce == 1
+    assert ours.memory_less_teacher_vs_ce < 1.1
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_memory_that_runs_out_is_a_sentence(memory, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    monkeypatch.setattr(bench_step, "peak_memory", full)
+    monkeypatch.setattr(StepBench, "step", full)
+    what = "the step of ce" if memory else "timing all modes in one process"
+    with pytest.raises(ValueError, match=rf"^{what}: out of memory; try fewer --rows, [^\n]*$"):
+        measure_step(tiny(steps=1, warmup=0, memory=memory))
+
+
+def test_a_killed_measurement_of_memory_is_a_sentence(monkeypatch):
+    def killed(*_):
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(bench_step, "peak_memory", killed)
+    with pytest.raises(ValueError, match="the step of ce: killed, probably for memory"):
+        measure_step(tiny(steps=1, warmup=0))
+
+
+def test_the_command_prints_a_row_per_mode_and_appends_csv(tmp_path):
+    file = tmp_path / "new" / "step.csv"
+    arguments = ["step", "--rows", "1", "--steps", "2", "--warmup", "0", "--no-memory"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--csv", str(file)])
+    assert result.exit_code == 0, result.output
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert [row["mode"] for row in rows] == ["ce", "naive", "ours"]
+    assert rows[0].keys() >= COLUMNS
+    for row in rows:
+        assert row["mode"] in result.output
+        assert float(row["ms_min"]) <= float(row["ms"]) <= float(row["ms_max"])
+        assert float(row["tokens_per_s"]) > 0
+        assert float(row["mfu"]) > 0
+    assert float(rows[0]["time_vs_ce"]) == 1
+    assert int(rows[1]["teacher_rows"]) > int(rows[2]["teacher_rows"]) > 0
+
+
+def test_parts_of_a_step_are_told_and_drawn(tmp_path):
+    picture = tmp_path / "new" / "step.png"
+    arguments = ["step", "--rows", "1", "--steps", "1", "--warmup", "0", "--no-memory"]
+    result = CliRunner().invoke(app, [*arguments, "--device", "cpu", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert "where the time goes, ms (share)" in result.output
+    assert "attention: sdpa (nothing else runs here)." in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_parts_sum_to_the_step_and_labels_alone_have_no_teacher(bench):
+    now = [0.0]
+
+    def clock() -> float:
+        """Every look at it is a second: parts are then exact."""
+        now[0] += 1
+        return now[0]
+
+    start = now[0]
+    ours = profile_step(bench, "ours", clock)
+    looks = now[0] - start
+    assert sum(ours.values()) == pytest.approx(1e3 * (looks - 5), abs=1)  # four gaps between parts
+    assert all(ours[part] > 0 for part in PARTS)
+    ce = profile_step(bench, "ce", clock)
+    assert ce["teacher"] == 0
+    assert profile_step(bench, "naive", clock)["teacher"] > 0
+    assert "hidden" not in vars(bench.distiller.teacher)
+    assert not bench.distiller.student._forward_hooks
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_timed_beside_eager_ones():
+    options = tiny(steps=1, warmup=1, modes=("ce", "ours"), memory=False, compile=True)
+    results = {result.mode: result for result in measure_step(options)}
+    assert list(results) == ["ce", "ours", "ce compiled", "ours compiled"]
+    assert results["ce"].compile_gain is None
+    assert results["ours compiled"].compile_gain > 0
+    assert results["ours compiled"].teacher_rows == results["ours"].teacher_rows > 0
+    bench = StepBench(options)
+    assert bench.loss("ours compiled").item() == pytest.approx(bench.loss("ours").item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_other_families_run_through_the_same_bench(family, monkeypatch):
+    """Small models of the very classes: naive and ours still agree."""
+    made = small_hf_config(family)
+    monkeypatch.setattr(bench_step, "student_config", lambda name: made)
+    monkeypatch.setattr(bench_step, "pair_shape", lambda name: shape_of(name, made, {}))
+    bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=96))
+    torch.manual_seed(1)
+    spread(bench.distiller.student)
+    spread(bench.distiller.teacher.lm)
+    ours, naive = bench.loss("ours").item(), bench.loss("naive").item()
+    assert naive == pytest.approx(ours, rel=1e-5)
+    assert ours != pytest.approx(bench.loss("ce").item(), rel=1e-3)
+    assert bench.flops("naive") > bench.flops("ours") > bench.flops("ce") > 0
+
+
+def small_hf_config(family: str):
+    """The public configuration of a family with everything made small."""
+    config = student_config("llava-7b" if family == "llava" else "smolvlm-256m")
+    small = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    for part, heads, kv_heads in ((config.text_config, 6, 6 if family == "llava" else 2),):
+        for name, value in small.items():
+            setattr(part, name, value)
+        part.num_attention_heads, part.num_key_value_heads, part.head_dim = heads, kv_heads, 8
+    for name, value in (small | {"num_attention_heads": 6, "image_size": 56}).items():
+        setattr(config.vision_config, name, value)
+    config.vision_config.patch_size = 14 if family == "llava" else 7
+    return config
+
+
+def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
+    options = tiny(steps=1, warmup=0, modes=("ce",), memory=False)
+    results = measure_step(options)
+    file = tmp_path / "step.csv"
+    append_csv(file, results)
+    append_csv(file, [dataclasses.replace(results[0], ms=1.0)])
+    rows = list(csv.DictReader(file.open(encoding="utf-8")))
+    assert [float(row["ms"]) == 1.0 for row in rows] == [False, True]
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="other columns"):
+        append_csv(other, results)
+    assert other.read_text(encoding="utf-8") == "a,b\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair": "huge"}, "pair must be one of tiny, nanovlm-460m, .*, got 'huge'"),
+        ({"modes": ("ours", "best")}, "among ce, naive, ours, got 'best'"),
+        ({"modes": ()}, "no mode"),
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"mix": "half"}, "mix must be one of paper, uniform"),
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"device": "tpu"}, "device must be cpu or cuda"),
+        ({"attention": "fast"}, "attention must be one of auto, sdpa"),
+        ({"attention": "flex_attention"}, "no backward for flex_attention on a CPU"),
+    ],
+)
+def test_wrong_options_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
