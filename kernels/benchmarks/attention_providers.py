@@ -7,15 +7,17 @@ k and v where the student left them: every gather, pad and scatter is inside and
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from common import Registry
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldistill_kernels import shared_kv_attention
 from ldistill_kernels.testing import AttentionCase
@@ -196,6 +198,18 @@ def sdpa_repeat(problem: Problem) -> Attention:
     return lambda q, k, v: attend(q, *(x.repeat_interleave(group, dim=1) for x in (k, v)))
 
 
+@PROVIDERS.add("sdpa cudnn", on_gpu=True)
+def sdpa_cudnn(problem: Problem) -> Attention:
+    """The same, heads repeated, with cuDNN's kernel and no other."""
+    attend = sdpa_repeat(problem)
+
+    def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attend(q, k, v)
+
+    return forced
+
+
 @PROVIDERS.add("gather+sdpa")
 def gather_sdpa(problem: Problem, repeat: int = 1) -> Attention:
     """Documents gathered into a padded batch of their own, then SDPA with a mask."""
@@ -226,7 +240,7 @@ def gather_sdpa_repeat(problem: Problem) -> Attention:
     return gather_sdpa(problem, problem.group)
 
 
-@PROVIDERS.add("flex")
+@PROVIDERS.add("flex", on_gpu=True)  # its CPU path needs a C++ compiler and knows no gradient
 def flex(problem: Problem) -> Attention:
     """FlexAttention, compiled, its block mask ready."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -248,11 +262,27 @@ def flex(problem: Problem) -> Attention:
     return attend
 
 
-@PROVIDERS.add("flash-attn", package="flash_attn")
+@PROVIDERS.add("varlen", on_gpu=True)
+def varlen(problem: Problem) -> Attention:
+    """PyTorch's own variable-length attention over contiguous copies of the documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Older signatures take fewer key heads without being told.
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} | ({"enable_gqa": True} if told else {})
+    return over_documents(problem, lambda *arguments: varlen_attn(*arguments, **options))
+
+
+@PROVIDERS.add("flash-attn", package="flash_attn", on_gpu=True)
 def flash_attn(problem: Problem) -> Attention:
     """FlashAttention's variable-length function over contiguous copies of the documents."""
     from flash_attn import flash_attn_varlen_func
 
+    return over_documents(problem, partial(flash_attn_varlen_func, causal=True))
+
+
+def over_documents(problem: Problem, function: Callable[..., Tensor]) -> Attention:
+    """A function of packed (q, k, v, bounds of q, k, longest of q, k), causal from the end."""
     documents, device = problem.documents, problem.case.q.device
     lengths = torch.tensor([[d[4] - d[3], d[2] - d[1]] for d in documents])
     bounds = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
@@ -263,6 +293,6 @@ def flash_attn(problem: Problem) -> Attention:
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = (Move.apply(x.transpose(1, 2), memory, None, memory) for x in (k, v))
-        return flash_attn_varlen_func(q, keys, values, cu_q, cu_k, *longest, causal=True)
+        return function(q, keys, values, cu_q, cu_k, *longest)
 
     return attend

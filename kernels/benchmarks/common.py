@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +39,60 @@ class Registry(dict[str, Callable[..., Any]]):
     def __init__(self) -> None:
         super().__init__()
         self.missing: dict[str, str] = {}
+        self.on_gpu: set[str] = set()
 
-    def add(self, name: str, package: str | None = None) -> Callable[[Any], Any]:
-        """Decorator that registers a provider; one whose package is not installed is missing."""
+    def add(
+        self, name: str, package: str | None = None, on_gpu: bool = False
+    ) -> Callable[[Any], Any]:
+        """Decorator that registers a provider; one whose package is not installed is missing.
+
+        `on_gpu`: it runs nowhere else.
+        """
 
         def register(provider: Any) -> Any:
             if package and importlib.util.find_spec(package) is None:
                 self.missing[name] = f"{package} is not installed"
             else:
                 self[name] = provider
+            if on_gpu:
+                self.on_gpu.add(name)
             return provider
 
         return register
 
+    def here(self, device: str) -> list[str]:
+        """Names of those that run on a device."""
+        return [name for name in self if device != "cpu" or name not in self.on_gpu]
+
     def print_missing(self) -> None:
         for name, reason in self.missing.items():
             print(f"{name}: left out, {reason}")
+
+
+def ahead(
+    function: Callable[..., str], jobs: list[tuple], seconds: float | None, workers: int | None
+) -> dict[tuple, str]:
+    """function(*job) of every job in processes of their own, so that what it compiles is on disk.
+
+    Returns what it returned, "" or what is wrong with the job, of those that ended in time.
+    """
+    ends, done = time.monotonic() + (seconds or 1e9), {}
+    workers = min(workers or os.cpu_count() or 1, max(len(jobs), 1))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for job, future in zip(jobs, futures):
+            try:
+                done[job] = future.result(timeout=max(ends - time.monotonic(), 0))
+            except TimeoutError:
+                future.cancel()
+            except BrokenProcessPool as error:  # a compiler that crashed takes the others with it
+                done[job] = reason(error)
+    return done
+
+
+def reason(error: Exception) -> str:
+    """An error in a cell of a table."""
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:80]
 
 
 @dataclass(frozen=True)

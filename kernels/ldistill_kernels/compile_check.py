@@ -56,6 +56,7 @@ class CompileCase:
         kernel: name of the `@triton.jit` function in `module`.
         types: argument name -> Triton type, for every argument that is not a constexpr.
         constants: argument name -> value, for constexpr arguments and absent tensors.
+        fp_fusion: whether products and sums may become one instruction.
         archs: the compute capabilities this configuration is shipped for.
         core: whether `--core` compiles it too.
     """
@@ -68,6 +69,7 @@ class CompileCase:
     num_warps: int = 4
     num_stages: int = 1
     max_registers: int | None = None
+    fp_fusion: bool = True
     archs: tuple[int, ...] = field(default=tuple(SHARED_MEMORY))
     core: bool = False
 
@@ -75,7 +77,7 @@ class CompileCase:
     def binary(self) -> str:
         """What decides the binary: two cases that agree in this are compiled once."""
         what = (self.module, self.kernel, sorted(self.types.items()))
-        how = (self.num_warps, self.num_stages, self.max_registers)
+        how = (self.num_warps, self.num_stages, self.max_registers, self.fp_fusion)
         return repr((*what, sorted(self.constants.items()), *how))
 
 
@@ -155,7 +157,7 @@ def build(case: CompileCase, arch: int) -> Any:
             "num_warps": case.num_warps,
             "num_stages": case.num_stages,
             "maxnreg": case.max_registers,
-            "enable_fp_fusion": True,
+            "enable_fp_fusion": case.fp_fusion,
         },
     )
 

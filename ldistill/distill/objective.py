@@ -109,7 +109,7 @@ class Objective:
             ce_weight=weights.ce / total,
             kd_weight=None if h_t is None else weights.kd / total,
             temperature=targets.temperature,
-            kd_rows=None if h_t is None else targets.taught,
+            kd_targets=None if h_t is None else targets.taught,
             kl=self.kl,
             t_squared=self.t_squared,
             kernels=self.kernels,

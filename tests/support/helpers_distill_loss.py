@@ -16,10 +16,12 @@ LEAVES = ("h_s", "w_s", "h_t")
 KLS = ("forward", "reverse", "jsd")
 
 
-def random_case(seed: int, rows: int, vocab: int, device: str = "cpu") -> tuple[dict, dict, dict]:
+def random_case(
+    seed: int, targets: int, vocab: int, device: str = "cpu"
+) -> tuple[dict, dict, dict]:
     """(inputs, options, options of ours alone) with everything drawn up to the given sizes."""
     draw = random.Random(seed)
-    rows, vocab_s = draw.randint(1, rows), draw.randint(2, vocab)
+    targets, vocab_s = draw.randint(1, targets), draw.randint(2, vocab)
     vocab_t = draw.choice([vocab_s, draw.randint(1, vocab_s), draw.randint(vocab_s, 2 * vocab_s)])
     shared = min(vocab_s, vocab_t)
     options = {
@@ -28,12 +30,16 @@ def random_case(seed: int, rows: int, vocab: int, device: str = "cpu") -> tuple[
         "t_squared": draw.random() < 0.7,
         "vocab": draw.choice([shared, draw.randint(1, shared)]),
     }
+    for head in "st":
+        options[f"logit_scale_{head}"] = draw.choice([1.0, 1.0, draw.uniform(0.05, 2.0)])
+        options[f"softcap_{head}"] = draw.choice([None, None, draw.uniform(1.0, 40.0)])
+    taught = draw.choice([0, targets, draw.randint(0, targets)])
     inputs = make_inputs(
-        rows, draw.choice([0, rows, draw.randint(0, rows)]), vocab_s, vocab_t, device=device,
+        targets, taught, vocab_s, vocab_t, device=device,
         hidden_s=draw.randint(1, 40), hidden_t=draw.randint(1, 40), seed=seed,
         ignored=draw.choice([0.0, 0.3, 1.0]), scale=draw.choice([0.1, 2.0, 20.0]),
     )  # fmt: skip
-    return inputs, options, {"chunk_rows": draw.randint(1, rows + 1)}
+    return inputs, options, {"chunk_targets": draw.randint(1, targets + 1)}
 
 
 def as_double(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def gradients(inputs: dict[str, Any], **options: Any) -> tuple[DistillLoss, dict
 def assert_matches_fp64(
     inputs: dict[str, Any], tolerance: float, run: dict[str, Any] | None = None, **options: Any
 ) -> None:
-    """Loss, per-row values and every gradient within `tolerance`; `run` reaches only our op."""
+    """Loss, per-target values and every gradient within `tolerance`; `run` reaches only our op."""
     (loss, ce, kl), want = fp64_gradients(inputs, **options)
     out, got = gradients(inputs, **options, **(run or {}))
     assert relative(out.loss, loss) < tolerance

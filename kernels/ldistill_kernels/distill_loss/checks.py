@@ -12,7 +12,7 @@ import os
 import torch
 from torch import Tensor
 
-from ldistill_kernels.distill_loss.rows import DIVERGENCES
+from ldistill_kernels.distill_loss.targets import DIVERGENCES
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNELS = ("auto", "triton", "reference")
@@ -30,8 +30,7 @@ def check_tensors(h_s: Tensor, w_s: Tensor, labels: Tensor) -> None:
     _check_pair("h_s", h_s, "w_s", w_s)
     if labels.dtype != torch.int64 or labels.shape != h_s.shape[:1]:
         raise ValueError(
-            f"labels must be int64 [rows] with rows = {h_s.shape[0]} as in h_s, "
-            f"got {_describe(labels)}"
+            f"labels must be int64 [targets], {h_s.shape[0]} as in h_s, got {_describe(labels)}"
         )
     _check_device("labels", labels, h_s)
 
@@ -68,111 +67,129 @@ def resolve_vocab(w_s: Tensor, w_t: Tensor | None, vocab: int | None) -> int:
     return vocab
 
 
-def check_kd_rows(h_s: Tensor, h_t: Tensor | None, kd_rows: Tensor | None) -> None:
-    """kd_rows: the student row of each teacher row, sorted and unique."""
+def check_kd_targets(
+    h_s: Tensor, h_t: Tensor | None, kd_targets: Tensor | None, values: bool
+) -> None:
+    """kd_targets: the targets that have a teacher, sorted and unique."""
     if h_t is None:
-        if kd_rows is not None and kd_rows.numel():
-            raise ValueError(f"kd_rows names {kd_rows.numel()} rows but h_t is None")
+        if kd_targets is not None and kd_targets.numel():
+            raise ValueError(f"kd_targets names {kd_targets.numel()} targets but h_t is None")
         return
-    rows, paired = h_s.shape[0], h_t.shape[0]
-    if kd_rows is None:
-        if rows != paired:
+    targets, taught = h_s.shape[0], h_t.shape[0]
+    if kd_targets is None:
+        if targets != taught:
             raise ValueError(
-                f"h_t has {paired} rows and h_s {rows}: pass kd_rows, the student row of each"
+                f"h_t has {taught} targets and h_s {targets}: pass kd_targets, which ones they are"
             )
         return
-    if kd_rows.dtype != torch.int64 or kd_rows.shape != (paired,):
+    if kd_targets.dtype != torch.int64 or kd_targets.shape != (taught,):
         raise ValueError(
-            f"kd_rows must be int64 [{paired}], one per row of h_t, got {_describe(kd_rows)}"
+            f"kd_targets must be int64 [{taught}], one per state in h_t, "
+            f"got {_describe(kd_targets)}"
         )
-    _check_device("kd_rows", kd_rows, h_s)
-    if paired > rows:
-        raise ValueError(f"kd_rows must be unique rows of h_s: {paired} given for {rows} rows")
-    if checks_values(h_s.device) and paired:
-        if int(kd_rows[0]) < 0 or int(kd_rows[-1]) >= rows:
-            raise ValueError(
-                f"kd_rows must lie in [0, {rows}), got {int(kd_rows[0])} to {int(kd_rows[-1])}"
-            )
-        if bool((kd_rows[1:] <= kd_rows[:-1]).any()):
-            raise ValueError("kd_rows must be sorted and unique")
+    _check_device("kd_targets", kd_targets, h_s)
+    if taught > targets:
+        raise ValueError(
+            f"kd_targets must be unique targets of h_s: {taught} given for {targets} targets"
+        )
+    if values and taught:
+        low, high = int(kd_targets[0]), int(kd_targets[-1])
+        if low < 0 or high >= targets:
+            raise ValueError(f"kd_targets must lie in [0, {targets}), got {low} to {high}")
+        if bool((kd_targets[1:] <= kd_targets[:-1]).any()):
+            raise ValueError("kd_targets must be sorted and unique")
 
 
-def check_labels(labels: Tensor, vocab_s: int, ignore_index: int) -> None:
+def check_labels(labels: Tensor, vocab_s: int, ignore_index: int, values: bool) -> None:
     """Every label lies in the student's vocabulary or is ignore_index."""
-    if not checks_values(labels.device):
+    if not values:
         return
     wrong = ((labels < 0) | (labels >= vocab_s)) & (labels != ignore_index)
     if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+        target = int(wrong.nonzero()[0])
         raise ValueError(
             f"labels must lie in [0, {vocab_s}) or be ignore_index {ignore_index}, "
-            f"got {int(labels[row])} in row {row}"
+            f"got {int(labels[target])} at target {target}"
         )
 
 
-def check_kd_weight(kd_weight: Tensor | float | None, paired: int, h_t: Tensor | None) -> None:
+def check_kd_weight(kd_weight: Tensor | float | None, taught: int, h_t: Tensor | None) -> None:
     """A positive weight needs a teacher to compare with."""
     if h_t is None and isinstance(kd_weight, (int, float)) and kd_weight > 0:
         raise ValueError(f"kd_weight is {kd_weight} but h_t is None: no teacher to compare with")
-    if h_t is not None and paired and kd_weight is None:
+    if h_t is not None and taught and kd_weight is None:
         raise ValueError("kd_weight is None but h_t is given: pass the weight of the divergence")
 
 
 def check_kd_coverage(
-    kd_weight: Tensor, labels: Tensor, kd_rows: Tensor | None, ignore_index: int
+    kd_weight: Tensor,
+    labels: Tensor,
+    kd_targets: Tensor | None,
+    ignore_index: int,
+    values: bool,
 ) -> None:
-    """Every row with a positive kd_weight and a label has a teacher row."""
-    if not checks_values(labels.device):
+    """Every target with a positive kd_weight and a label has a teacher."""
+    if not values:
         return
     lost = (kd_weight > 0) & (labels != ignore_index)
-    if kd_rows is not None:
-        lost[kd_rows] = False
+    if kd_targets is not None:
+        lost[kd_targets] = False
     if bool(lost.any()):
-        row = int(lost.nonzero()[0])
+        target = int(lost.nonzero()[0])
         raise ValueError(
-            f"kd_weight is {float(kd_weight[row]):g} in row {row}, which has no row in h_t: "
-            "add it to kd_rows or set its weight to 0"
+            f"kd_weight is {float(kd_weight[target]):g} at target {target}, which has no state in "
+            "h_t: add it to kd_targets or set its weight to 0"
         )
 
 
-def per_row(name: str, value: Tensor | float, like: Tensor, positive: bool) -> Tensor:
-    """`value` as one number per row of `like`, checked for sign."""
-    rows, device = like.shape[0], like.device
+def per_target(
+    name: str, value: Tensor | float, like: Tensor, values: bool, positive: bool = False
+) -> Tensor:
+    """`value` as one number per target of `like`, checked for sign."""
+    targets, device = like.shape[0], like.device
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         low = value <= 0 if positive else value < 0
         if low or not math.isfinite(value):
             raise ValueError(f"{name} must be {_sign(positive)} and finite, got {value}")
-        return torch.full((rows,), float(value), dtype=dtype, device=device)
-    if value.shape != (rows,) or not value.is_floating_point():
+        return torch.full((targets,), float(value), dtype=dtype, device=device)
+    if value.shape != (targets,) or not value.is_floating_point():
         raise ValueError(
-            f"{name} must be a number or a float tensor [{rows}], got {_describe(value)}"
+            f"{name} must be a number or a float tensor [{targets}], got {_describe(value)}"
         )
     _check_device(name, value, like)
-    if checks_values(device):
+    if values:
         good = (value > 0 if positive else value >= 0) & value.isfinite()
         if not bool(good.all()):
-            row = int((~good).nonzero()[0])
+            target = int((~good).nonzero()[0])
             raise ValueError(
-                f"{name} must be {_sign(positive)} and finite, got {float(value[row])} in row {row}"
+                f"{name} must be {_sign(positive)} and finite, "
+                f"got {float(value[target])} at target {target}"
             )
     return value.detach().to(dtype)
 
 
-def check_options(kl: str, beta: float, chunk_rows: int | None, kernels: str) -> None:
+def check_options(kl: str, beta: float, chunk_targets: int | None, kernels: str) -> None:
     """Options that are not tensors."""
     if kl not in DIVERGENCES:
         raise ValueError(f"kl must be one of {', '.join(DIVERGENCES)}, got {kl!r}")
     if kl == "jsd" and not 0.0 < beta < 1.0:
         raise ValueError(f"beta must lie between 0 and 1 (its limits are the two KLs), got {beta}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_targets is not None and chunk_targets < 1:
+        raise ValueError(f"chunk_targets must be at least 1, got {chunk_targets}")
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
 
 
+def check_scaling(head: str, scale: float, cap: float | None) -> None:
+    """What is done to the logits of a head."""
+    for name, value in (("logit_scale", scale), ("softcap", 1.0 if cap is None else cap)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}_{head} must be positive and finite, got {value}")
+
+
 def use_triton(kernels: str, h_s: Tensor) -> bool:
-    """Whether the row step runs in Triton; CPU tensors can only under Triton's interpreter."""
+    """Whether the target step runs in Triton; CPU tensors can only under Triton's interpreter."""
     if kernels == "auto":
         return h_s.is_cuda and h_s.dtype != torch.float64
     if kernels == "triton":

@@ -1,8 +1,8 @@
-"""The chunk loop: logits of a bounded number of rows at a time, gradients formed on the spot.
+"""The chunk loop: logits of a bounded number of targets at a time, gradients formed on the spot.
 
-Rows with a teacher and rows without form chunks of their own, so a row without one never touches
+Targets with a teacher and targets without form chunks of their own, so one without never touches
 the teacher's head, and the number of chunks follows from shapes alone: nothing is read back from
-the device. The logits buffers are reused by every chunk.
+the device. The memory of the logits is reused by every chunk.
 """
 
 from __future__ import annotations
@@ -19,201 +19,201 @@ from ldistill_kernels.distill_loss.matmul import (
     input_gradient,
     project,
 )
-from ldistill_kernels.distill_loss.rows import Chunk, RowInputs, RowOutputs, RowSettings
+from ldistill_kernels.distill_loss.targets import Chunk, Settings, TargetInputs, TargetOutputs
 
 LOGITS_BYTES = {"cuda": 384 << 20, "cpu": 128 << 20}
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 64, 4096
-FP16_PEAK = 1024.0  # largest gradient weight in fp16: far from both ends of its range
+TILE = 128  # rows of a tile of a large product; a chunk that fills its last one wastes nothing
+MAX_CHUNK = 4096
+FP16_PEAK = 1024.0  # about the largest gradient weight in fp16: far from both ends of its range
 
-RowStep = Callable[..., tuple[Tensor, Tensor | None]]
+TargetStep = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 class Problem(NamedTuple):
-    """One call, checked and with every per-row argument as an fp32 `[rows]` tensor."""
+    """One call, checked."""
 
     h_s: Tensor
     w_s: Tensor
     h_t: Tensor | None
     w_t: Tensor | None  # already cut to the compared vocabulary
-    labels: Tensor
-    ce_weight: Tensor
-    kd_weight: Tensor
-    temperature: Tensor
-    kd_rows: Tensor | None
-    t_squared: bool
-    ignore_index: int
-    chunk_rows: int
+    inputs: TargetInputs
+    kd_targets: Tensor | None
+    taught_chunk: int  # targets of a chunk with a teacher
+    untaught_chunk: int
     grad_h: bool
     grad_w: bool
 
+    @property
+    def targets(self) -> int:
+        return self.h_s.shape[0]
+
+    @property
+    def taught(self) -> int:
+        return 0 if self.h_t is None else self.h_t.shape[0]
+
 
 class Solution(NamedTuple):
-    """Loss, per-row results, and the gradients of the loss (empty where not wanted)."""
+    """Loss, per-target results, and the gradients of the loss (empty where not wanted)."""
 
     loss: Tensor
-    rows: RowOutputs
+    targets: TargetOutputs
     grad_h_s: Tensor
     grad_w_s: Tensor
     grad_h_t: Tensor
 
 
-def default_chunk_rows(device: str, vocab_s: int, vocab_t: int) -> int:
-    """Rows whose fp32 logits fill the device's budget, in steps of 64."""
-    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
-    rows = budget // (4 * max(vocab_s + vocab_t, 1)) // 64 * 64
-    return min(max(rows, MIN_CHUNK_ROWS), MAX_CHUNK_ROWS)
+def chunk_targets(device: str, vocab: int) -> int:
+    """Targets whose fp32 logits, `vocab` in all heads, come closest to the device's budget.
 
-
-def other_rows(kd_rows: Tensor, rows: int) -> Tensor:
-    """The rows of `range(rows)` that sorted `kd_rows` leaves out, without a host synchronisation.
-
-    `kd_rows[k] - k` rows are missing before the k-th one, so the j-th missing row is j plus the
-    number of teacher rows that have at most j missing rows before them.
+    Whole tiles, at least one; at most a quarter more than the budget where there are more.
     """
-    missing = torch.arange(rows - kd_rows.numel(), device=kd_rows.device)
-    gaps = kd_rows - torch.arange(kd_rows.numel(), device=kd_rows.device)
+    budget = LOGITS_BYTES.get(device, LOGITS_BYTES["cuda"])
+    tiles = budget / (4 * vocab * TILE)
+    return min(max(int(min(tiles + 0.5, 1.25 * tiles)), 1) * TILE, MAX_CHUNK)
+
+
+def other_targets(kd_targets: Tensor, targets: int) -> Tensor:
+    """What sorted `kd_targets` leaves out of `range(targets)`, without a host synchronisation.
+
+    `kd_targets[k] - k` targets are missing before the k-th one, so the j-th missing one is j plus
+    the number of taught targets that have at most j missing ones before them.
+    """
+    missing = torch.arange(targets - kd_targets.numel(), device=kd_targets.device)
+    gaps = kd_targets - torch.arange(kd_targets.numel(), device=kd_targets.device)
     return missing + torch.searchsorted(gaps, missing, right=True)
 
 
 def plan(problem: Problem) -> Iterator[Chunk]:
-    """Chunks that cover every row once: first those with a teacher, then the others."""
-    rows, step = problem.h_s.shape[0], problem.chunk_rows
-    paired = 0 if problem.h_t is None else problem.h_t.shape[0]
+    """Chunks that cover every target once: first those with a teacher, then the others."""
+    targets, taught = problem.targets, problem.taught
     others = None
-    if 0 < paired < rows:
-        others = other_rows(problem.kd_rows, rows)
-    for lo in range(0, paired, step):
-        index = None if paired == rows else problem.kd_rows
-        yield Chunk(lo, min(lo + step, paired), index, teacher=True)
-    for lo in range(0, rows - paired, step):
-        yield Chunk(lo, min(lo + step, rows - paired), others, teacher=False)
+    if 0 < taught < targets:
+        others = other_targets(problem.kd_targets, targets)
+    for lo in range(0, taught, problem.taught_chunk):
+        index = None if taught == targets else problem.kd_targets
+        yield Chunk(lo, min(lo + problem.taught_chunk, taught), index, teacher=True)
+    for lo in range(0, targets - taught, problem.untaught_chunk):
+        hi = min(lo + problem.untaught_chunk, targets - taught)
+        yield Chunk(lo, hi, others, teacher=False)
 
 
-def solve(problem: Problem, settings: RowSettings, step: RowStep) -> Solution:
-    """Loss, diagnostics and gradients of one call; `step` does the rows of a chunk."""
-    ignored = problem.labels == problem.ignore_index
-    inputs, peak = _row_inputs(problem, ignored, settings)
+def solve(problem: Problem, settings: Settings, step: TargetStep) -> Solution:
+    """Loss, diagnostics and gradients of one call; `step` does the targets of a chunk."""
+    scale = _fp16_scale(problem, settings)
+    inputs = problem.inputs if scale is None else _divided(problem.inputs, scale)
     result = _allocate(problem, settings)
     buffers = _Buffers(problem)
-    for chunk in plan(problem):
-        _solve_chunk(problem, settings, chunk, inputs, result, buffers, step)
-    _finish_rows(problem, ignored, result.rows)
-    if peak is not None:
+    for number, chunk in enumerate(plan(problem)):
+        _solve_chunk(problem, settings, chunk, number == 0, inputs, result, buffers, step)
+    loss = result.targets.loss.sum()
+    if scale is not None:
+        loss *= scale
         for grad in (result.grad_h_s, result.grad_w_s, result.grad_h_t):
-            grad.mul_(peak)
-    return result._replace(loss=_total(problem, ignored, result.rows))
+            grad.mul_(scale)
+    return result._replace(loss=loss)
 
 
-def _row_inputs(
-    problem: Problem, ignored: Tensor, settings: RowSettings
-) -> tuple[RowInputs, Tensor | None]:
-    """Gradient weights per row; for fp16 gradients, divided by the returned scale."""
-    tau = problem.temperature
-    kl_weight = problem.kd_weight * (tau if problem.t_squared else 1.0 / tau)
-    ce_grad = problem.ce_weight.masked_fill(ignored, 0.0)
-    kl_grad = kl_weight.masked_fill(ignored, 0.0)
-    peak = None
-    if settings.grad_dtype == torch.float16 and ce_grad.numel():
-        peak = (ce_grad + kl_grad).max() / FP16_PEAK
-        peak = torch.where(peak > 0, peak, 1.0)
-        ce_grad, kl_grad = ce_grad / peak, kl_grad / peak
-    return RowInputs(problem.labels, ce_grad, kl_grad, 1.0 / tau), peak
+def _fp16_scale(problem: Problem, settings: Settings) -> Tensor | None:
+    """What weights are divided by for gradients in fp16: a power of two, so nothing is rounded."""
+    if settings.grad_dtype != torch.float16 or not problem.targets:
+        return None
+    _, ce, kd, tau = problem.inputs
+    top = ce.max() if kd is None else (ce + kd * (tau if settings.t_squared else 1 / tau)).max()
+    return torch.where(top > 0, top / torch.frexp(top).mantissa / FP16_PEAK, 1.0)
 
 
-def _allocate(problem: Problem, settings: RowSettings) -> Solution:
-    h_s, h_t, w_s = problem.h_s, problem.h_t, problem.w_s
-    rows, paired = h_s.shape[0], 0 if h_t is None else h_t.shape[0]
-    wide, device = compute_dtype(h_s.dtype), h_s.device
-    per_row = RowOutputs(
-        ce=torch.zeros(rows, dtype=wide, device=device),
-        kl=torch.zeros(paired, dtype=wide, device=device),
-        teacher_student=torch.zeros(paired, dtype=torch.bool, device=device),
-        teacher_label=torch.zeros(paired, dtype=torch.bool, device=device),
-        student_label=torch.zeros(rows, dtype=torch.bool, device=device),
-        extra_mass=torch.zeros(rows, dtype=wide, device=device),
+def _divided(inputs: TargetInputs, scale: Tensor) -> TargetInputs:
+    kd_weight = None if inputs.kd_weight is None else inputs.kd_weight / scale
+    return inputs._replace(ce_weight=inputs.ce_weight / scale, kd_weight=kd_weight)
+
+
+def _allocate(problem: Problem, settings: Settings) -> Solution:
+    """Room for all results: chunks write every one, and the head's gradient if there are any."""
+    h_s, h_t, w_s, targets, taught = (
+        problem.h_s, problem.h_t, problem.w_s, problem.targets, problem.taught
+    )  # fmt: skip
+    wide, flag = (
+        h_s.new_empty(0, dtype=compute_dtype(h_s.dtype)),
+        h_s.new_empty(0, dtype=torch.bool),
     )
+    outputs = TargetOutputs(
+        loss=wide.new_empty(targets),
+        ce=wide.new_empty(targets),
+        kl=wide.new_empty(taught),
+        teacher_student=flag.new_empty(taught),
+        teacher_label=flag.new_empty(taught),
+        student_label=flag.new_empty(targets),
+        extra_mass=wide.new_empty(targets),
+    )
+    make = torch.empty if targets else torch.zeros
     return Solution(
-        loss=torch.zeros((), dtype=wide, device=device),
-        rows=per_row,
+        loss=outputs.loss,
+        targets=outputs,
         grad_h_s=grad_buffer(h_s, problem.grad_h),
-        grad_w_s=torch.zeros(w_s.shape if problem.grad_w else (0,), dtype=wide, device=device),
-        grad_h_t=grad_buffer(h_t if h_t is not None else h_s, settings.grad_teacher),
+        grad_w_s=make(w_s.shape if problem.grad_w else (0,), dtype=wide.dtype, device=w_s.device),
+        grad_h_t=grad_buffer(h_s if h_t is None else h_t, settings.grad_teacher),
     )
 
 
 def grad_buffer(hidden: Tensor, wanted: bool) -> Tensor:
-    """Room for the gradient of hidden rows; fp16 could underflow before a loss scale applies."""
+    """Room for the gradient of hidden states; fp16 could underflow before a loss scale applies."""
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-    return torch.zeros(hidden.shape if wanted else (0,), dtype=dtype, device=hidden.device)
+    return torch.empty(hidden.shape if wanted else (0,), dtype=dtype, device=hidden.device)
 
 
 class _Buffers:
-    """Logits of one chunk, allocated once per call."""
+    """Memory for the logits of one chunk, allocated once per call."""
 
     def __init__(self, problem: Problem) -> None:
-        wide = compute_dtype(problem.h_s.dtype)
-        rows = min(problem.chunk_rows, problem.h_s.shape[0])
-        self.student = _padded(rows, problem.w_s.shape[0], wide, problem.h_s.device)
-        self.teacher = None
-        if problem.h_t is not None and problem.h_t.shape[0]:
-            rows = min(problem.chunk_rows, problem.h_t.shape[0])
-            self.teacher = _padded(rows, problem.w_t.shape[0], wide, problem.h_s.device)
+        self.vocab_s = problem.w_s.shape[0]
+        self.vocab_t = 0 if problem.w_t is None else problem.w_t.shape[0]
+        taught = min(problem.taught_chunk, problem.taught)
+        untaught = min(problem.untaught_chunk, problem.targets - problem.taught)
+        wide_s, wide_t = padded(self.vocab_s), padded(self.vocab_t)
+        size = max(taught * (wide_s + wide_t), untaught * wide_s)
+        dtype = compute_dtype(problem.h_s.dtype)
+        self.memory = torch.empty(size, dtype=dtype, device=problem.h_s.device)
+
+    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+        """The student's `[c, vocab_s]` and, if the chunk has one, the teacher's `[c, vocab_t]`."""
+        size = chunk.stop - chunk.start
+        student = self._part(0, size, self.vocab_s)
+        if not chunk.teacher:
+            return student, None
+        return student, self._part(size * padded(self.vocab_s), size, self.vocab_t)
+
+    def _part(self, start: int, size: int, vocab: int) -> Tensor:
+        return self.memory[start:].as_strided((size, vocab), (padded(vocab), 1))
 
 
-def _padded(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Rows start on 256-byte boundaries: odd vocabularies keep aligned matrix products.
-    width = -(-vocab // 64) * 64
-    return torch.empty(rows, width, dtype=dtype, device=device)[:, :vocab]
+def padded(vocab: int) -> int:
+    """Elements from one row of logits to the next, 256 bytes or a multiple: products like that."""
+    return -(-vocab // 64) * 64
 
 
 def _solve_chunk(
     problem: Problem,
-    settings: RowSettings,
+    settings: Settings,
     chunk: Chunk,
-    inputs: RowInputs,
+    first: bool,
+    inputs: TargetInputs,
     result: Solution,
     buffers: _Buffers,
-    step: RowStep,
+    step: TargetStep,
 ) -> None:
-    size, span, index = chunk.stop - chunk.start, chunk.span(), chunk.index()
-    hidden, logits = problem.h_s[index], buffers.student[:size]
+    span, index = chunk.span(), chunk.index()
+    hidden = problem.h_s[index]
+    logits, teacher = buffers.logits(chunk)
     project(hidden, problem.w_s, logits)
-    teacher = None
     if chunk.teacher:
-        teacher = buffers.teacher[:size]
         project(problem.h_t[span], problem.w_t, teacher)
-    grad, grad_t = step(logits, teacher, chunk, inputs, result.rows, settings)
+    grad, grad_t = step(logits, teacher, chunk, inputs, result.targets, settings)
     if problem.grad_h:
-        dtype = result.grad_h_s.dtype
-        result.grad_h_s[index] = input_gradient(grad, problem.w_s, dtype)
+        value = input_gradient(grad, problem.w_s)
+        # A slice converts as it copies; an index does not.
+        narrow = value if chunk.targets is None else value.to(result.grad_h_s.dtype)
+        result.grad_h_s[index] = narrow
     if problem.grad_w:
-        add_weight_gradient(result.grad_w_s, grad, hidden)
+        add_weight_gradient(result.grad_w_s, grad, hidden, first)
     if settings.grad_teacher and chunk.teacher:
-        result.grad_h_t[span] = input_gradient(grad_t, problem.w_t, result.grad_h_t.dtype)
-
-
-def _finish_rows(problem: Problem, ignored: Tensor, rows: RowOutputs) -> None:
-    """An ignored row reports no loss and no hit."""
-    rows.ce.masked_fill_(ignored, 0.0)
-    rows.student_label.masked_fill_(ignored, False)
-    if rows.kl.numel():
-        rows.kl.masked_fill_(_paired(problem, ignored), 0.0)
-
-
-def _paired(problem: Problem, values: Tensor) -> Tensor:
-    """The entries of a `[rows]` array that belong to the teacher's rows."""
-    return values if problem.h_t.shape[0] == values.shape[0] else values[problem.kd_rows]
-
-
-def _total(problem: Problem, ignored: Tensor, rows: RowOutputs) -> Tensor:
-    loss = _weighted_sum(problem.ce_weight.masked_fill(ignored, 0.0), rows.ce)
-    if rows.kl.numel():
-        weight = problem.kd_weight
-        weight = weight * problem.temperature.square() if problem.t_squared else weight
-        loss = loss + _weighted_sum(_paired(problem, weight.masked_fill(ignored, 0.0)), rows.kl)
-    return loss
-
-
-def _weighted_sum(weight: Tensor, value: Tensor) -> Tensor:
-    # A weight of zero removes the row even when its value is not finite.
-    return torch.where(weight > 0, weight * value, 0.0).sum()
+        result.grad_h_t[span] = input_gradient(grad_t, problem.w_t)

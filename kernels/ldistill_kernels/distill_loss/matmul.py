@@ -43,22 +43,29 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(hidden, block.t(), out=out[:, span])
 
 
-def input_gradient(grad: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad `[c, vocab]` @ weight `[vocab, width]`, summed in fp32 and rounded once to `dtype`."""
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad `[c, vocab]` @ weight `[vocab, width]`, a sum in fp32: whoever keeps it rounds it."""
     if _on_tensor_cores(grad, weight):
         # A 16-bit result may be summed in 16 bits between the parts of a long inner dimension.
-        return torch.mm(grad, weight, out_dtype=torch.float32).to(dtype)
-    wide = compute_dtype(dtype)
+        return torch.mm(grad, weight, out_dtype=torch.float32)
+    wide = compute_dtype(grad.dtype)
     grad = grad.to(wide)
     out = grad.new_zeros(grad.shape[0], weight.shape[1])
     for span, block in _blocks(weight, wide):
         out.addmm_(grad[:, span], block)
-    return out.to(dtype)
+    return out
 
 
-def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total `[vocab, width]` += grad `[c, vocab]`^T @ hidden `[c, width]`, summed in fp32."""
-    if _on_tensor_cores(grad, hidden):
-        torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor, first: bool) -> None:
+    """total `[vocab, width]` += grad `[c, vocab]`^T @ hidden `[c, width]`, summed in fp32.
+
+    The `first` product is written over whatever `total` holds: a head is too large to be read, and
+    zeroed before that, for nothing.
+    """
+    if not _on_tensor_cores(grad, hidden):
+        wide = grad.to(total.dtype).t(), hidden.to(total.dtype)
+        torch.mm(*wide, out=total) if first else total.addmm_(*wide)
+    elif first:
+        torch.mm(grad.t(), hidden, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(grad.to(total.dtype).t(), hidden.to(total.dtype))
+        torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)

@@ -24,30 +24,41 @@ def plain_distill_loss(
     ce_weight: Tensor | float,
     kd_weight: Tensor | float | None = None,
     temperature: Tensor | float = 1.0,
-    kd_rows: Tensor | None = None,
+    kd_targets: Tensor | None = None,
     vocab: int | None = None,
     kl: str = "forward",
     beta: float = 0.5,
     t_squared: bool = True,
+    logit_scale_s: float = 1.0,
+    softcap_s: float | None = None,
+    logit_scale_t: float = 1.0,
+    softcap_t: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce [rows], kl [rows_t]) with materialised logits; arguments as `distill_loss`."""
+    """(loss, ce [targets], kl [taught]) with materialised logits; arguments as `distill_loss`."""
     wide = torch.promote_types(h_s.dtype, torch.float32)
-    rows = torch.ones(h_s.shape[0], dtype=wide, device=h_s.device)
-    student = F.linear(h_s, w_s).to(wide)
+    ones = torch.ones(h_s.shape[0], dtype=wide, device=h_s.device)
+    student = _scaled(F.linear(h_s, w_s).to(wide), logit_scale_s, softcap_s)
     ce = F.cross_entropy(student, labels, reduction="none", ignore_index=ignore_index)
-    loss = (rows * ce_weight * ce).sum()
+    loss = (ones * ce_weight * ce).sum()
     if h_t is None:
         return loss, ce, ce[:0]
-    pairs = slice(None) if kd_rows is None else kd_rows  # a view, where every row has a teacher
+    pairs = slice(None) if kd_targets is None else kd_targets  # a view, where all are taught
     vocab = w_t.shape[0] if vocab is None else vocab
-    tau = (rows * temperature)[pairs, None]
+    tau = (ones * temperature)[pairs, None]
     log_q = F.log_softmax(student[pairs, :vocab] / tau, -1)
-    log_p = F.log_softmax(F.linear(h_t, w_t[:vocab]).to(wide) / tau, -1)
+    scaling_t = logit_scale_t, softcap_t
+    log_p = F.log_softmax(_scaled(F.linear(h_t, w_t[:vocab]).to(wide), *scaling_t) / tau, -1)
     divergence = _divergence(log_p, log_q, kl, beta)
     divergence = divergence.masked_fill(labels[pairs] == ignore_index, 0.0)
-    weight = (rows * kd_weight)[pairs] * (tau.squeeze(1) ** 2 if t_squared else 1.0)
+    weight = (ones * kd_weight)[pairs] * (tau.squeeze(1) ** 2 if t_squared else 1.0)
     return loss + (weight * divergence).sum(), ce, divergence
+
+
+def _scaled(product: Tensor, scale: float, cap: float | None) -> Tensor:
+    if cap is not None:
+        return cap * torch.tanh(scale / cap * product)
+    return product if scale == 1.0 else scale * product
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, kl: str, beta: float) -> Tensor:
@@ -63,8 +74,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, kl: str, beta: float) -> Tensor:
 
 
 def make_inputs(
-    rows: int,
-    paired: int,
+    targets: int,
+    taught: int,
     vocab_s: int,
     vocab_t: int,
     *,
@@ -76,7 +87,7 @@ def make_inputs(
     ignored: float = 0.1,
     scale: float = 2.0,
 ) -> dict[str, Any]:
-    """Random arguments of `distill_loss`: `paired` of the rows have a teacher, some are ignored.
+    """Random arguments of `distill_loss`: `taught` of the targets have a teacher, some are ignored.
 
     `scale` is about the standard deviation of the logits.
     """
@@ -86,19 +97,19 @@ def make_inputs(
         return (torch.randn(*shape, generator=gen, dtype=torch.float64) * std).to(device, dtype)
 
     wide = torch.promote_types(dtype, torch.float32)
-    labels = torch.randint(vocab_s, (rows,), generator=gen)
-    labels[torch.rand(rows, generator=gen) < ignored] = -100
-    chosen = torch.randperm(rows, generator=gen)[:paired].sort().values
-    kd_weight = torch.zeros(rows, dtype=wide)
-    kd_weight[chosen] = torch.rand(paired, generator=gen, dtype=wide)
+    labels = torch.randint(vocab_s, (targets,), generator=gen)
+    labels[torch.rand(targets, generator=gen) < ignored] = -100
+    chosen = torch.randperm(targets, generator=gen)[:taught].sort().values
+    kd_weight = torch.zeros(targets, dtype=wide)
+    kd_weight[chosen] = torch.rand(taught, generator=gen, dtype=wide)
     return {
-        "h_s": normal(rows, hidden_s),
+        "h_s": normal(targets, hidden_s),
         "w_s": normal(vocab_s, hidden_s, std=scale * hidden_s**-0.5),
-        "h_t": normal(paired, hidden_t) if paired else None,
-        "w_t": normal(vocab_t, hidden_t, std=scale * hidden_t**-0.5) if paired else None,
+        "h_t": normal(taught, hidden_t) if taught else None,
+        "w_t": normal(vocab_t, hidden_t, std=scale * hidden_t**-0.5) if taught else None,
         "labels": labels.to(device),
-        "ce_weight": torch.rand(rows, generator=gen, dtype=wide).to(device),
+        "ce_weight": torch.rand(targets, generator=gen, dtype=wide).to(device),
         "kd_weight": kd_weight.to(device),
-        "temperature": (1.0 + 3.0 * torch.rand(rows, generator=gen, dtype=wide)).to(device),
-        "kd_rows": chosen.to(device) if paired else None,
+        "temperature": (1.0 + 3.0 * torch.rand(targets, generator=gen, dtype=wide)).to(device),
+        "kd_targets": chosen.to(device) if taught else None,
     }

@@ -1,7 +1,10 @@
 """The attention benchmark on a CPU: it runs, its gate holds, its files can be read."""
 
 import csv
+import os
 import sys
+import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +28,23 @@ def quick_ceilings(monkeypatch):
 
 
 SMALL = {
-    "packed": attention.Shape(2, 64, (6, 2), 16, lengths=(10, 25), rows=(0, 1, 6)),
+    "packed": attention.Shape(2, 64, (6, 2), 16, lengths=(10, 25), queries=(0, 1, 6)),
     "dense": attention.Shape(2, 40, (4, 2), 16),
 }
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    monkeypatch.setattr(attention, "CPU_SHAPES", SMALL)
+    attention.drawn.cache_clear()
+
+
+def test_answers_have_as_many_queries_as_their_shape_says():
+    lengths, five = attention.LENGTHS, attention.GPU_SHAPES["packed-b8-5tokens"]
+    assert {d[4] - d[3] for d in five.problem("cpu", torch.float32).documents} <= set(range(1, 6))
+    fifth = attention.Shape(2, 1024, lengths=lengths, queries=0.2).problem("cpu", torch.float32)
+    for _, start, end, first, last in fifth.documents:
+        assert last - first == max(1, round(0.2 * (end - start)))
 
 
 @pytest.mark.parametrize("shape", SMALL)
@@ -53,15 +70,26 @@ def varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, causal):
     return torch.cat(outs)
 
 
+def torch_varlen(*arguments, window_size, enable_gqa):
+    assert (window_size, enable_gqa) == ((-1, 0), True)
+    return varlen(*arguments, causal=True)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("shape", SMALL)
 def test_what_surrounds_the_peers_that_need_a_gpu_is_right(shape, monkeypatch):
-    """flash-attn by a stand-in, FlexAttention without its compiler, which has no CPU backward."""
+    """Kernels by stand-ins, FlexAttention without its compiler, which has no CPU backward."""
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    stand_in = SimpleNamespace(varlen_attn=torch_varlen)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", stand_in)
+    forced = []
+    monkeypatch.setattr(providers, "sdpa_kernel", lambda kind: forced.append(kind) or nullcontext())
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     problem = SMALL[shape].problem("cpu", torch.float32)
     truth = attention.exact(problem)
-    assert attention.gate(providers.flash_attn(problem), problem, truth) < 1e-5
+    for make in (providers.flash_attn, providers.varlen, providers.sdpa_cudnn):
+        assert attention.gate(make(problem), problem, truth) < 1e-5
+    assert forced == [providers.SDPBackend.CUDNN_ATTENTION]
     problem.case = problem.case.cast(torch.float32)
     with torch.no_grad():
         out = providers.flex(problem)(*problem.case.positional[:3])
@@ -98,25 +126,25 @@ def test_baselines_neither_wait_for_the_gpu_nor_add_where_they_can_copy(name):
     assert ("index_put_", (torch.int64,)) in calls.seen
 
 
-def test_a_wrong_provider_is_not_timed(monkeypatch):
+def test_a_wrong_provider_is_not_timed(small_shapes, monkeypatch):
     def halved(problem):
         attend = providers.ours(problem)
         return lambda q, k, v: attend(q, k, v) * 0.5
 
     monkeypatch.setitem(providers.PROVIDERS, "ours", halved)
     options = attention.parse(["--device", "cpu", "--providers", "ours", "--repeats", "2"])
-    for record in attention.records("packed", SMALL["packed"], options):
+    for record in attention.records("packed", options):
         assert "not timed" in record["note"]
         assert "ms" not in record
 
 
-def test_the_backward_of_a_compiled_provider_can_be_repeated(monkeypatch):
+def test_the_backward_of_a_compiled_provider_can_be_repeated(small_shapes, monkeypatch):
     def compiled(problem):
         return torch.compile(providers.plain(problem), backend="aot_eager_decomp_partition")
 
     monkeypatch.setitem(providers.PROVIDERS, "flex", compiled)
     options = attention.parse(["--device", "cpu", "--providers", "flex", "--repeats", "2"])
-    found = list(attention.records("packed", SMALL["packed"], options))
+    found = list(attention.records("packed", options))
     assert [record["pass"] for record in found] == ["forward", "backward"]
 
 
@@ -128,6 +156,7 @@ def test_work_counts_visible_pairs():
 
 def test_command_writes_table_csv_and_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(attention, "CPU_SHAPES", {"dense-small": SMALL["dense"]})
+    attention.drawn.cache_clear()
     table, picture = tmp_path / "a" / "out.csv", tmp_path / "out.png"
     arguments = ["--device", "cpu", "--repeats", "2", "--csv", str(table), "--plot", str(picture)]
     attention.main(arguments)
@@ -168,21 +197,63 @@ def test_dense_baselines_gather_nothing():
     torch.testing.assert_close(problem.pack(problem.unpack(q)), q, rtol=0, atol=0)
 
 
-def test_sweep_stops_in_time_and_orders_what_it_has(monkeypatch):
+def test_sweep_stops_in_time_and_orders_what_it_has(small_shapes, monkeypatch, capsys):
     monkeypatch.setattr(attention, "ours", providers.plain)
     options = attention.parse(["--device", "cpu", "--repeats", "2", "--passes", "forward"])
     now = attention.time.monotonic()
-    assert not list(attention.sweep("dense", SMALL["dense"], options, ends=now - 1))
-    found = list(attention.sweep("dense", SMALL["dense"], options, ends=now + 600))
-    assert len(found) == 2 * 3 * 2 * 3
-    assert found[0]["config"] == "64x64x4x3"
-    assert all(record["ms"] > 0 for record in found)
+    assert list(attention.sweep(options, ends=now - 1)) == [("packed", []), ("dense", [])]
+    assert "packed: time is up" in capsys.readouterr().out
+    for name, found in attention.sweep(options, ends=now + 600):
+        times = {record["config"]: record["ms"] for record in found}
+        assert len(times) == len(attention.SWEEP["forward"]) + 1
+        assert {"shipped", "64x64x4x3", "64x64x4x3x168"} <= set(times)
+        assert list(times.values()) == sorted(times.values())
+        (line,) = attention.winners(name, found)
+        best = next(iter(times))
+        assert line.startswith(f"{name} forward: {best} takes {times[best] / times['shipped']:.2f}")
+
+
+def test_a_tile_that_does_not_compile_is_noted_not_timed(small_shapes, monkeypatch):
+    """On a GPU tiles are compiled ahead; here the verdicts are made up."""
+
+    def verdicts(function, jobs, seconds, workers):
+        assert function is attention.try_tile
+        return {job: "" if job[2] is None else "OutOfResources: too large" for job in jobs[:-1]}
+
+    monkeypatch.setattr(attention, "ahead", verdicts)
+    options = attention.parse(["--device", "pretended"])
+    options.shapes = ["dense"]
+    monkeypatch.setattr(attention, "drawn", lambda *_: SMALL["dense"].problem("cpu", torch.float32))
+    monkeypatch.setattr(attention, "time_tile", lambda *_: {"ms": 1.0})
+    ((_, found),) = attention.sweep(options, ends=attention.time.monotonic() + 60)
+    assert [r["config"] for r in found if "ms" in r] == ["shipped", "shipped"]
+    notes = [r["note"] for r in found if "note" in r]
+    assert set(notes) == {"OutOfResources: too large", "not compiled in time"}
+    assert notes.count("not compiled in time") == 1
+
+
+def test_compiling_ahead_survives_what_crashes_and_what_takes_too_long():
+    assert common.ahead(len, [("",), ("ab",)], None, 1) == {("",): 0, ("ab",): 2}
+    assert common.ahead(time.sleep, [(2,)], 0.01, 1) == {}
+    (said,) = common.ahead(os._exit, [(1,)], None, 1).values()
+    assert said.startswith("BrokenProcessPool")
+
+
+def test_warming_up_runs_what_compiles_and_times_nothing(capsys):
+    small = ["--device", "cpu", "--shapes", "dense-128", "--workers", "1"]
+    attention.main([*small, "--warm", "--passes", "forward"])
+    assert capsys.readouterr().out.splitlines() == [
+        "dense-128 ours: compiled", "dense-128 ours two segments: compiled"
+    ]  # fmt: skip
+    wrong = attention.warm("no such shape", "ours", ("forward",), "cpu", torch.float32)
+    assert wrong == "KeyError: 'no such shape'"
 
 
 def test_a_shape_without_time_adds_nothing_to_the_csv(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "CPU_SHAPES", SMALL)
-    found = {"packed": [{"shape": "packed", "ms": 1.0}], "dense": []}
-    monkeypatch.setattr(attention, "sweep", lambda name, *_: iter(found[name]))
+    record = {"shape": "packed", "pass": "forward", "config": "shipped", "ms": 1.0}
+    found = {"packed": [record], "dense": []}
+    monkeypatch.setattr(attention, "sweep", lambda *_: iter(found.items()))
     table = tmp_path / "out.csv"
     attention.main(["--device", "cpu", "--sweep", "--csv", str(table)])
     with table.open() as lines:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 FOLDER = Path(__file__).parents[3] / "kernels" / "benchmarks"
-SMALL = ["--device", "cpu", "--hidden", "16", "--vocab", "300", "--rows", "24", "--repeats", "2"]
+SMALL = ["--device", "cpu", "--hidden", "16", "--vocab", "300", "--targets", "24", "--repeats", "2"]
 
 
 @pytest.fixture
@@ -31,13 +31,15 @@ def test_writes_table_csv_and_picture(loss, tmp_path, capsys):
     assert loss.main([*SMALL, "--csv", str(table), "--plot", str(picture)]) == 0
     with table.open() as file:
         lines = list(csv.DictReader(file))
-    names = [line["provider"] for line in lines]
-    assert names[:4] == ["floor", "ours", "plain", "chunked-autograd"]
-    assert float(lines[0]["x floor"]) == 1.0
+    for kind in ("distill", "ce"):
+        here = [line for line in lines if line["kind"] == kind]
+        names = [line["provider"] for line in here]
+        assert names[:4] == ["floor", "ours", "plain", "chunked-autograd"]
+        assert float(here[0]["x floor"]) == 1.0
+        assert all(float(line["error"]) < 1e-5 for line in here[1:])
     for line in lines:
         assert float(line["ms"]) > 0
         assert line["torch"] == torch.__version__
-    assert all(float(line["error"]) < 1e-5 for line in lines[1:])
     assert "chunked-autograd" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
 
@@ -55,6 +57,67 @@ def test_unknown_provider_is_named(loss):
         loss.main([*SMALL, "--providers", "ours", "thin-air"])
 
 
-def test_flops_are_those_of_four_products(loss):
-    shape = loss.Shape(hidden=960, vocab=49152, rows=8192)
+def test_flops_are_those_of_four_products_or_of_three_without_a_teacher(loss):
+    shape = loss.Shape(hidden=960, vocab=49152, targets=8192)
     assert shape.flops == 4 * 2 * 960 * 49152 * 8192
+    alone = loss.Shape(hidden=960, vocab=49152, targets=8192, kind="ce")
+    assert alone.flops == 3 * 2 * 960 * 49152 * 8192
+
+
+@pytest.mark.parametrize("kind", ["distill", "ce"])
+def test_the_gate_reaches_a_second_chunk(loss, monkeypatch, kind):
+    """What is wrong from the second chunk on must not be timed."""
+    chunked = sys.modules["ldistill_kernels.distill_loss.chunked"]
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 300 * 128)
+    first = chunked.chunk_targets("cpu", 600 if kind == "distill" else 300)
+    monkeypatch.setattr(chunked, "add_weight_gradient", lambda total, *_: total.zero_())
+    heads = loss.Heads.draw(loss.Shape(16, 300, 1000, kind), "cpu", torch.float32)
+    assert loss.gate_targets(heads) == first + 64
+    right, add = loss.PROVIDERS["ours"], chunked.add_weight_gradient
+    assert loss.gate(right, heads) > 0.03
+    monkeypatch.undo()
+    assert loss.gate(right, heads) < 1e-5
+    assert add is not chunked.add_weight_gradient
+
+
+def test_providers_that_know_no_teacher_are_asked_for_cross_entropy_alone(loss, monkeypatch):
+    for name in ("liger", "cce ce"):
+        monkeypatch.setitem(loss.PROVIDERS, name, loss.plain)
+    names = ["ours", "liger", "cce ce"]
+    assert list(loss.suited(names, "distill")) == ["ours", "liger"]
+    assert list(loss.suited(names, "ce")) == ["ours", "cce ce"]
+
+
+def test_cross_entropies_of_others_are_called_as_they_want(loss, monkeypatch):
+    """By stand-ins that have their signatures: both run on a GPU alone."""
+
+    def cross_entropy(h_s, w_s, labels):
+        return torch.nn.functional.cross_entropy(h_s @ w_s.t(), labels)
+
+    class Liger:
+        def __init__(self, accum_dtype):
+            assert accum_dtype == torch.float32
+
+        def __call__(self, lin_weight, _input, target):
+            return cross_entropy(_input, lin_weight, target)
+
+    here = {"cut_cross_entropy": {"linear_cross_entropy": cross_entropy},
+            "liger_kernel": {},
+            "liger_kernel.transformers": {"LigerFusedLinearCrossEntropyLoss": Liger}}  # fmt: skip
+    for name, members in here.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**members))
+    heads = loss.Heads.draw(loss.Shape(16, 300, 24, "ce"), "cpu", torch.float32)
+    providers = sys.modules["loss_providers"]
+    for other in (providers.liger_ce, providers.cut_cross_entropy):
+        assert loss.gate(other, heads) < 1e-5
+
+
+def test_sweep_and_warming_up(loss, tmp_path, capsys):
+    table = tmp_path / "sweep.csv"
+    assert loss.main([*SMALL, "--kinds", "ce", "--sweep", "--csv", str(table)]) == 0
+    with table.open() as file:
+        names = [line["provider"] for line in csv.DictReader(file)]
+    assert {"floor", "shipped", "block 2048x8x64", "chunks of 256"} <= set(names)
+    capsys.readouterr()
+    assert loss.main([*SMALL, "--kinds", "ce", "--warm", "--workers", "1"]) == 0
+    assert "ours: compiled" in capsys.readouterr().out

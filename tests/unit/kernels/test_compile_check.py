@@ -64,7 +64,7 @@ def test_spills_large_tiles_and_compiler_errors_are_problems():
 
 def test_the_row_kernel_of_the_loss_loads_and_stores_vectors():
     """Bound by memory: without a hint that the compiler heeds, every access is a single element."""
-    done = run("-c", PTX, "loss rows bf16 forward vocab 49152")
+    done = run("-c", PTX, "loss targets bf16 forward vocab 49152")
     assert done.returncode == 0, done.stderr
     # Per thread and block eight columns: two loads of logits and two of the teacher's in each pass.
     assert done.stdout.count("ld.global.v4.b32") >= 8

@@ -18,10 +18,10 @@ from helpers_distill_loss import (
     relative,
 )
 
-from ldistill_kernels.distill_loss import distill_loss
+from ldistill_kernels.distill_loss import chunked, distill_loss
 from ldistill_kernels.distill_loss.testing import make_inputs
 
-CASES = [  # rows, rows with a teacher, vocab_s, vocab_t, chunk_rows
+CASES = [  # targets, targets with a teacher, vocab_s, vocab_t, chunk_targets
     (13, 13, 1000, 1000, None),
     (13, 5, 1000, 937, 4),
     (9, 9, 257, 200, 2),
@@ -37,15 +37,15 @@ CASES = [  # rows, rows with a teacher, vocab_s, vocab_t, chunk_rows
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_fp64_autograd(case, kl):
-    rows, paired, vocab_s, vocab_t, chunk_rows = case
-    inputs = make_inputs(rows, paired, vocab_s, vocab_t, seed=rows)
-    run = {"chunk_rows": chunk_rows}
+    targets, taught, vocab_s, vocab_t, chunk_targets = case
+    inputs = make_inputs(targets, taught, vocab_s, vocab_t, seed=targets)
+    run = {"chunk_targets": chunk_targets}
     assert_matches_fp64(inputs, 2e-5, run, kl=kl, beta=0.3)
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_random_cases_match_fp64_autograd(seed):
-    inputs, options, run = random_case(seed, rows=40, vocab=600)
+    inputs, options, run = random_case(seed, targets=40, vocab=600)
     assert_matches_fp64(inputs, 5e-4, run, **options)
 
 
@@ -55,7 +55,7 @@ def test_gradcheck(kl):
 
     def loss(h_s, w_s, h_t):
         changed = inputs | {"h_s": h_s, "w_s": w_s, "h_t": h_t}
-        return distill_loss(**changed, kl=kl, beta=0.2, chunk_rows=3).loss
+        return distill_loss(**changed, kl=kl, beta=0.2, chunk_targets=3).loss
 
     assert torch.autograd.gradcheck(loss, tuple(leaves(inputs).values()))
 
@@ -64,6 +64,31 @@ def test_gradcheck(kl):
 def test_t_squared_scales_loss_and_gradient_alike(t_squared):
     inputs = make_inputs(8, 6, 300, 300)
     assert_matches_fp64(inputs, 2e-5, t_squared=t_squared)
+
+
+SCALINGS = [
+    {"logit_scale_s": 0.0625, "logit_scale_t": 0.125},
+    {"softcap_s": 3.0, "softcap_t": 5.0},
+    {"logit_scale_s": 0.5, "softcap_s": 2.0, "softcap_t": 30.0},
+    {"logit_scale_t": 0.3},
+]
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_scaled_and_capped_logits(scaling, kl):
+    assert_matches_fp64(make_inputs(9, 6, 300, 290), 2e-5, kl=kl, **scaling)
+
+
+def test_gradcheck_of_capped_logits():
+    inputs = make_inputs(7, 4, 23, 19, hidden_s=6, hidden_t=5, dtype=torch.float64)
+    scaling = {"logit_scale_s": 0.7, "softcap_s": 2.0, "logit_scale_t": 1.3, "softcap_t": 3.0}
+
+    def loss(h_s, w_s, h_t):
+        changed = inputs | {"h_s": h_s, "w_s": w_s, "h_t": h_t}
+        return distill_loss(**changed, **scaling, chunk_targets=3).loss
+
+    assert torch.autograd.gradcheck(loss, tuple(leaves(inputs).values()))
 
 
 def test_shorter_vocab_cuts_both_softmaxes():
@@ -75,7 +100,7 @@ def test_shorter_vocab_cuts_both_softmaxes():
 def test_narrow_inputs_keep_fp32_logits(dtype):
     """The only rounding left is that of the returned gradients."""
     inputs = make_inputs(300, 120, 1000, 990, dtype=dtype)
-    assert_matches_fp64(inputs, 1.01 * torch.finfo(dtype).eps, {"chunk_rows": 64})
+    assert_matches_fp64(inputs, 1.01 * torch.finfo(dtype).eps, {"chunk_targets": 64})
 
 
 def test_narrow_heads_are_widened_block_by_block(monkeypatch):
@@ -103,6 +128,7 @@ def test_equal_student_and_teacher_give_exactly_nothing():
     inputs = make_inputs(40, 40, 1000, 1000, hidden_t=32)
     for kl in KLS:
         assert_equals_teach_nothing(inputs, kl=kl)
+        assert_equals_teach_nothing(inputs, kl=kl, softcap_s=7.0, softcap_t=7.0)
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -150,15 +176,15 @@ def test_all_weights_zero():
     assert all(torch.count_nonzero(grad) == 0 for grad in grads.values())
 
 
-@pytest.mark.parametrize("paired", ["none", "empty"])
-def test_no_rows(paired):
+@pytest.mark.parametrize("taught", ["none", "empty"])
+def test_no_targets(taught):
     inputs = make_inputs(5, 3, 90, 80)
     inputs |= {name: inputs[name][:0] for name in ("h_s", "labels")}
     inputs |= {"ce_weight": 1.0, "kd_weight": 0.0, "temperature": 2.0}
-    if paired == "none":
-        inputs |= {"h_t": None, "w_t": None, "kd_rows": None}
+    if taught == "none":
+        inputs |= {"h_t": None, "w_t": None, "kd_targets": None}
     else:
-        inputs |= {"h_t": inputs["h_t"][:0], "kd_rows": inputs["kd_rows"][:0]}
+        inputs |= {"h_t": inputs["h_t"][:0], "kd_targets": inputs["kd_targets"][:0]}
     inputs["h_s"].requires_grad_()
     inputs["w_s"].requires_grad_()
     out = distill_loss(**inputs)
@@ -170,9 +196,9 @@ def test_no_rows(paired):
 
 
 def test_empty_teacher_rows_stay_in_the_graph():
-    """A rank without distilling rows still runs the teacher's backward, as the others do."""
+    """A rank without distilling targets still runs the teacher's backward, as the others do."""
     inputs = make_inputs(5, 3, 90, 80) | {"kd_weight": 0.0}
-    inputs |= {"h_t": inputs["h_t"][:0], "kd_rows": inputs["kd_rows"][:0]}
+    inputs |= {"h_t": inputs["h_t"][:0], "kd_targets": inputs["kd_targets"][:0]}
     out, grads = gradients(inputs)
     assert grads["h_t"].shape == (0, 24)
     assert out.kl.shape == out.teacher_student.shape == (0,)
@@ -184,7 +210,7 @@ def test_rows_without_a_teacher_never_touch_its_head():
     alone = {k: inputs[k] for k in ("h_s", "w_s", "labels", "ce_weight")}
     want = distill_loss(**alone, h_t=None, w_t=None)
     out = distill_loss(**inputs)
-    others = [row for row in range(9) if row not in inputs["kd_rows"].tolist()]
+    others = [target for target in range(9) if target not in inputs["kd_targets"].tolist()]
     torch.testing.assert_close(out.ce[others], want.ce[others])
     broken = inputs | {"h_t": torch.full_like(inputs["h_t"], float("nan"))}
     _, grads = gradients(broken | {"ce_weight": 1.0})
@@ -196,7 +222,7 @@ def test_diagnostics():
     out = distill_loss(**inputs)
     student = inputs["h_s"] @ inputs["w_s"].t()
     teacher = inputs["h_t"] @ inputs["w_t"].t()
-    pairs, labels = inputs["kd_rows"], inputs["labels"]
+    pairs, labels = inputs["kd_targets"], inputs["labels"]
     assert torch.equal(out.student_label, student.argmax(-1) == labels)
     agree = student[pairs, :50].argmax(-1) == teacher.argmax(-1)
     assert torch.equal(out.teacher_student, agree)
@@ -276,17 +302,47 @@ def test_fp16_gradients_survive_a_small_weight():
 
 def test_loss_does_not_depend_on_the_chunks():
     inputs = make_inputs(100, 61, 300, 290, dtype=torch.float64)
-    (a, grads), (b, other) = (gradients(inputs, chunk_rows=size) for size in (7, 1000))
+    (a, grads), (b, other) = (gradients(inputs, chunk_targets=size) for size in (7, 1000))
     torch.testing.assert_close(a.loss, b.loss)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, other[name])
+
+
+@pytest.mark.parametrize(
+    ("device", "vocab", "targets"),
+    [
+        ("cuda", 49218 + 49152, 1024),  # 1023 would fill the budget
+        ("cuda", 49218, 2048),  # twice as many where there is no teacher
+        ("cuda", 2 * 128256, 384),
+        ("cuda", 2 * 151936, 384),  # 331 would
+        ("cuda", 2 * 262144, 128),  # 256 would be a third more than the budget
+        ("cuda", 2 * 1000, 4096),
+        ("cpu", 49218 + 49152, 384),
+    ],
+)
+def test_chunks_are_whole_tiles_near_the_budget(device, vocab, targets):
+    assert chunked.chunk_targets(device, vocab) == targets
+
+
+def test_chunks_without_a_teacher_are_sized_as_such(monkeypatch):
+    monkeypatch.setitem(chunked.LOGITS_BYTES, "cpu", 4 * 90 * 128)  # 128 targets with one head
+    sizes, project = [], chunked.project
+
+    def watched(hidden, weight, out):
+        sizes.append(tuple(out.shape))
+        project(hidden, weight, out)
+
+    monkeypatch.setattr(chunked, "project", watched)
+    monkeypatch.setattr(chunked, "TILE", 16)
+    distill_loss(**make_inputs(300, 150, 90, 90))
+    assert sizes == [(64, 90)] * 4 + [(22, 90)] * 2 + [(128, 90), (22, 90)]
 
 
 def test_numbers_for_weights_and_temperature():
     inputs = make_inputs(10, 6, 90, 80)
     scalars = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 4.0}
     tensors = {name: torch.full((10,), value) for name, value in scalars.items()}
-    tensors["kd_weight"] = torch.zeros(10).index_fill(0, inputs["kd_rows"], 0.7)
+    tensors["kd_weight"] = torch.zeros(10).index_fill(0, inputs["kd_targets"], 0.7)
     a, b = distill_loss(**inputs | scalars), distill_loss(**inputs | tensors)
     assert a.loss == b.loss
     assert math.isfinite(a.loss)
@@ -302,31 +358,42 @@ BAD = {
     "w_t shape": ({"w_t": torch.zeros(80, 3)}, "w_t must be \\[vocab, 24\\]"),
     "teacher too large": ({"w_t": torch.zeros(91, 24)}, "w_t has a vocabulary of 91, larger"),
     "vocab": ({"vocab": 81}, "vocab must be between 1 and 80, the shorter head, got 81"),
-    "labels dtype": ({"labels": torch.zeros(6).int()}, "labels must be int64 \\[rows\\]"),
-    "labels shape": ({"labels": torch.zeros(5).long()}, "labels must be int64 \\[rows\\]"),
-    "labels range": ({"labels": torch.tensor([1, 2, 90, 0, 0, 0])}, "got 90 in row 2"),
-    "labels negative": ({"labels": torch.tensor([1, -1, 9, 0, 0, 0])}, "got -1 in row 1"),
+    "labels dtype": ({"labels": torch.zeros(6).int()}, "labels must be int64 \\[targets\\]"),
+    "labels shape": ({"labels": torch.zeros(5).long()}, "labels must be int64 \\[targets\\]"),
+    "labels range": ({"labels": torch.tensor([1, 2, 90, 0, 0, 0])}, "got 90 at target 2"),
+    "labels negative": ({"labels": torch.tensor([1, -1, 9, 0, 0, 0])}, "got -1 at target 1"),
     "ce_weight": ({"ce_weight": -0.1}, "ce_weight must be at least 0 and finite, got -0.1"),
-    "ce_weight row": ({"ce_weight": torch.tensor([0, 0, 1, -2, 0, 0.0])}, "got -2.0 in row 3"),
+    "ce_weight target": (
+        {"ce_weight": torch.tensor([0, 0, 1, -2, 0, 0.0])},
+        "got -2.0 at target 3",
+    ),
     "ce_weight shape": ({"ce_weight": torch.ones(5)}, "ce_weight must be a number or a float"),
     "ce_weight int": ({"ce_weight": torch.ones(6).long()}, "ce_weight must be a number or a fl"),
     "kd_weight nan": ({"kd_weight": float("nan")}, "kd_weight must be at least 0 and finite"),
     "kd_weight missing": ({"kd_weight": None}, "kd_weight is None but h_t is given"),
-    "kd_weight uncovered": ({"kd_weight": torch.ones(6)}, "has no row in h_t"),
+    "kd_weight uncovered": ({"kd_weight": torch.ones(6)}, "has no state in h_t"),
     "no teacher": (
-        {"h_t": None, "w_t": None, "kd_rows": None, "kd_weight": 0.5},
+        {"h_t": None, "w_t": None, "kd_targets": None, "kd_weight": 0.5},
         "kd_weight is 0.5 but h_t is None",
     ),
     "temperature": ({"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
-    "temperature row": ({"temperature": torch.tensor([1, 1, 1, 1, 0.0, 1])}, "0.0 in row 4"),
-    "kd_rows missing": ({"kd_rows": None}, "h_t has 4 rows and h_s 6: pass kd_rows"),
-    "kd_rows dtype": ({"kd_rows": torch.arange(4).int()}, "kd_rows must be int64 \\[4\\]"),
-    "kd_rows order": ({"kd_rows": torch.tensor([0, 2, 1, 3])}, "kd_rows must be sorted"),
-    "kd_rows twice": ({"kd_rows": torch.tensor([0, 1, 1, 3])}, "kd_rows must be sorted and uni"),
-    "kd_rows range": ({"kd_rows": torch.tensor([0, 1, 2, 6])}, "kd_rows must lie in \\[0, 6\\)"),
+    "temperature target": ({"temperature": torch.tensor([1, 1, 1, 1, 0.0, 1])}, "0.0 at target 4"),
+    "kd_targets missing": ({"kd_targets": None}, "h_t has 4 targets and h_s 6: pass kd_targets"),
+    "kd_targets dtype": ({"kd_targets": torch.arange(4).int()}, "kd_targets must be int64 \\[4\\]"),
+    "kd_targets order": ({"kd_targets": torch.tensor([0, 2, 1, 3])}, "kd_targets must be sorted"),
+    "kd_targets twice": (
+        {"kd_targets": torch.tensor([0, 1, 1, 3])},
+        "kd_targets must be sorted and uni",
+    ),
+    "kd_targets range": (
+        {"kd_targets": torch.tensor([0, 1, 2, 6])},
+        "kd_targets must lie in \\[0, 6\\)",
+    ),
     "kl": ({"kl": "sideways"}, "kl must be one of forward, reverse, jsd, got 'sideways'"),
     "beta": ({"kl": "jsd", "beta": 1.0}, "beta must lie between 0 and 1"),
-    "chunk_rows": ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
+    "logit_scale_s": ({"logit_scale_s": 0.0}, "logit_scale_s must be positive and finite, got 0"),
+    "softcap_t": ({"softcap_t": -30.0}, "softcap_t must be positive and finite, got -30.0"),
+    "chunk_targets": ({"chunk_targets": 0}, "chunk_targets must be at least 1, got 0"),
     "kernels": ({"kernels": "cuda"}, "kernels must be one of auto, triton, reference"),
 }
 
@@ -342,8 +409,8 @@ def test_bad_input_is_named(bad):
 def test_teacher_without_student_rows_is_refused():
     inputs = make_inputs(4, 4, 90, 80)
     inputs["h_t"] = torch.cat((inputs["h_t"], inputs["h_t"]))
-    inputs["kd_rows"] = torch.arange(8)
-    with pytest.raises(ValueError, match="kd_rows must be unique rows of h_s"):
+    inputs["kd_targets"] = torch.arange(8)
+    with pytest.raises(ValueError, match="kd_targets must be unique targets of h_s"):
         distill_loss(**inputs)
 
 

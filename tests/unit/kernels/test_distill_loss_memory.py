@@ -1,4 +1,4 @@
-"""Memory of distill_loss: bounded for any number of rows, a fraction of materialised logits."""
+"""Memory of distill_loss: bounded for any number of targets, a fraction of materialised logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldistill_kernels.distill_loss import chunked, reference
-from ldistill_kernels.distill_loss.rows import RowSettings
+from ldistill_kernels.distill_loss.targets import Settings, TargetInputs
 from ldistill_kernels.distill_loss.testing import make_inputs, plain_distill_loss
 
 VOCAB_S, VOCAB_T = 49218, 49152
@@ -64,33 +64,39 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "TILE_ELEMENTS", 4 * reference.TILE_ELEMENTS)
 
 
-def meta_inputs(rows: int, paired: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
+def meta_inputs(targets: int, taught: int, hidden: int, dtype: torch.dtype) -> dict[str, Any]:
     small = make_inputs(2, 1, 3, 3, hidden_s=hidden, hidden_t=hidden, dtype=dtype)
-    shapes = {"h_s": (rows, hidden), "w_s": (VOCAB_S, hidden), "h_t": (paired, hidden),
-              "w_t": (VOCAB_T, hidden), "kd_rows": (paired,)}  # fmt: skip
+    shapes = {"h_s": (targets, hidden), "w_s": (VOCAB_S, hidden), "h_t": (taught, hidden),
+              "w_t": (VOCAB_T, hidden), "kd_targets": (taught,)}  # fmt: skip
     return {
-        name: torch.empty(shapes.get(name, (rows,)), dtype=value.dtype, device="meta")
+        name: torch.empty(shapes.get(name, (targets,)), dtype=value.dtype, device="meta")
         for name, value in small.items()
     }
 
 
-def our_peak(rows: int, paired: int, hidden: int, dtype: torch.dtype) -> tuple[int, int]:
+def our_peak(targets: int, taught: int, hidden: int, dtype: torch.dtype) -> tuple[int, int]:
     """(peak bytes, bytes of the results) of the whole computation, gradients formed."""
-    inputs = meta_inputs(rows, paired, hidden, dtype)
+    inputs = meta_inputs(targets, taught, hidden, dtype)
+    heads = (inputs[name] for name in ("h_s", "w_s", "h_t", "w_t"))
+    names = ("labels", "ce_weight", "kd_weight", "temperature")
     problem = chunked.Problem(
-        **inputs, t_squared=True, ignore_index=-100, grad_h=True, grad_w=True,
-        chunk_rows=chunked.default_chunk_rows("cpu", VOCAB_S, VOCAB_T),
+        *heads, TargetInputs(*(inputs[name] for name in names)), inputs["kd_targets"],
+        taught_chunk=chunked.chunk_targets("cpu", VOCAB_S + VOCAB_T),
+        untaught_chunk=chunked.chunk_targets("cpu", VOCAB_S), grad_h=True, grad_w=True,
     )  # fmt: skip
-    settings = RowSettings(VOCAB_T, "forward", 0.5, True, False, torch.float32)
+    settings = Settings(
+        VOCAB_T, "forward", 0.5, t_squared=True, ignore_index=-100,
+        grad_student=True, grad_teacher=False, grad_dtype=torch.float32,
+    )  # fmt: skip
     with PeakMemory() as memory:
         memory.exclude(*inputs.values())
-        solution = chunked.solve(problem, settings, reference.row_step)
-    results = (solution.loss, *solution.rows, solution.grad_h_s, solution.grad_w_s)
+        solution = chunked.solve(problem, settings, reference.target_step)
+    results = (solution.loss, *solution.targets, solution.grad_h_s, solution.grad_w_s)
     return memory.peak, sum(result.nbytes for result in results)
 
 
-def plain_peak(rows: int, paired: int, hidden: int, dtype: torch.dtype) -> int:
-    inputs = meta_inputs(rows, paired, hidden, dtype)
+def plain_peak(targets: int, taught: int, hidden: int, dtype: torch.dtype) -> int:
+    inputs = meta_inputs(targets, taught, hidden, dtype)
     wanted = [inputs[name].requires_grad_() for name in ("h_s", "w_s")]
     with PeakMemory() as memory:
         memory.exclude(*inputs.values())
@@ -109,19 +115,19 @@ def test_the_account_is_right():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_tenth_of_plain_pytorch_at_8k_rows(large_tiles, dtype):
+def test_a_tenth_of_plain_pytorch_at_8k_targets(large_tiles, dtype):
     """The goal, with every byte of ours counted: gradients and their fp32 sum as well."""
     ours, _ = our_peak(8192, 8192, 960, dtype)
     assert ours <= 0.1 * plain_peak(8192, 8192, 960, dtype)
 
 
-@pytest.mark.parametrize("paired_share", [0.3, 1.0])
-def test_extra_memory_does_not_grow_with_the_rows(large_tiles, paired_share):
-    """Beyond results and a few numbers a row, 4k rows need what 2k rows need."""
+@pytest.mark.parametrize("taught_share", [0.3, 1.0])
+def test_extra_memory_does_not_grow_with_the_targets(large_tiles, taught_share):
+    """Beyond results and a few numbers a target, 4k targets need what 2k targets need."""
     extra = {}
-    for rows in (2048, 4096):
-        peak, results = our_peak(rows, int(rows * paired_share), 576, torch.bfloat16)
-        extra[rows] = peak - results - 100 * rows
+    for targets in (2048, 4096):
+        peak, results = our_peak(targets, int(targets * taught_share), 576, torch.bfloat16)
+        extra[targets] = peak - results - 100 * targets
     assert extra[4096] <= extra[2048] <= 256 * MIB
 
 
@@ -133,8 +139,8 @@ from ldistill_kernels.distill_loss.testing import make_inputs, plain_distill_los
 
 torch.set_num_threads(1)
 loss = distill_loss if sys.argv[1] == "ours" else lambda **x: plain_distill_loss(**x)
-rows = int(sys.argv[2])
-inputs = make_inputs(rows, rows, 49218, 49152, hidden_s=32, hidden_t=32)
+targets = int(sys.argv[2])
+inputs = make_inputs(targets, targets, 49218, 49152, hidden_s=32, hidden_t=32)
 inputs["h_s"].requires_grad_(), inputs["w_s"].requires_grad_()
 
 def status(name):
@@ -148,9 +154,9 @@ print(status("VmHWM") - before)
 """
 
 
-def resident_peak(provider: str, rows: int) -> int:
+def resident_peak(provider: str, targets: int) -> int:
     """Bytes by which the resident memory of a process of its own rises at most."""
-    command = [sys.executable, "-c", _CHILD, provider, str(rows)]
+    command = [sys.executable, "-c", _CHILD, provider, str(targets)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout)
 
@@ -158,9 +164,10 @@ def resident_peak(provider: str, rows: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_resident_memory_of_a_real_process():
-    few, many = resident_peak("ours", 320), resident_peak("ours", 1280)
-    one_row_of_logits = 4 * (VOCAB_S + VOCAB_T)
-    assert many - few < 0.05 * 960 * one_row_of_logits
+    chunk = chunked.chunk_targets("cpu", VOCAB_S + VOCAB_T)
+    few, many = resident_peak("ours", chunk), resident_peak("ours", 4 * chunk)
+    logits_of_one = 4 * (VOCAB_S + VOCAB_T)
+    assert many - few < 0.05 * 3 * chunk * logits_of_one
     assert many < 256 * MIB
-    # Plain PyTorch grows with the rows: a quarter of them already needs far more.
-    assert resident_peak("plain", 320) > 2 * many
+    # Plain PyTorch grows with the targets: a quarter of them already needs far more.
+    assert resident_peak("plain", chunk) > 2 * many

@@ -1,4 +1,4 @@
-"""The Triton row step of distill_loss: under the interpreter without a GPU, compiled with one.
+"""The Triton target step of distill_loss: under the interpreter without a GPU, compiled with one.
 
 The interpreter is exact in fp32 and fp16 and wrong in bf16, which only the `gpu` tests use.
 """
@@ -36,7 +36,7 @@ TRITON = {"kernels": "triton"}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks a row with a ragged last one, at sizes the interpreter can bear."""
-    monkeypatch.setattr(step, "launch_config", lambda vocab: (64, 1))
+    monkeypatch.setattr(step, "launch_config", lambda vocab: step.Launch(64, 1, 128))
 
 
 def make(*args, **options):
@@ -45,26 +45,26 @@ def make(*args, **options):
 
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize(
-    ("rows", "paired", "vocab_s", "vocab_t"),
+    ("targets", "taught", "vocab_s", "vocab_t"),
     [(5, 5, 256, 256), (5, 2, 300, 290), (4, 4, 218, 152), (3, 1, 40, 33), (1, 0, 70, 70)],
 )
-def test_matches_fp64_autograd(rows, paired, vocab_s, vocab_t, kl):
-    inputs = make(rows, paired, vocab_s, vocab_t, seed=rows)
-    assert_matches_fp64(inputs, 2e-5, TRITON | {"chunk_rows": 3}, kl=kl, beta=0.3)
+def test_matches_fp64_autograd(targets, taught, vocab_s, vocab_t, kl):
+    inputs = make(targets, taught, vocab_s, vocab_t, seed=targets)
+    assert_matches_fp64(inputs, 2e-5, TRITON | {"chunk_targets": 3}, kl=kl, beta=0.3)
 
 
 @pytest.mark.parametrize("seed", range(100, 112))
 def test_random_cases_match_fp64_autograd(seed):
-    inputs, options, run = random_case(seed, rows=6, vocab=300, device=DEVICE)
+    inputs, options, run = random_case(seed, targets=6, vocab=300, device=DEVICE)
     assert_matches_fp64(inputs, 5e-4, TRITON | run, **options)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("kl", KLS)
-def test_narrow_gradients_lie_at_the_front_of_their_rows(kl, dtype):
+def test_narrow_gradients_lie_at_the_back_of_their_rows(kl, dtype):
     inputs = make(5, 3, 300, 290, dtype=dtype)
     tolerance = 2.5 * torch.finfo(dtype).eps
-    assert_matches_fp64(inputs, tolerance, TRITON | {"chunk_rows": 2}, kl=kl)
+    assert_matches_fp64(inputs, tolerance, TRITON | {"chunk_targets": 2}, kl=kl)
 
 
 def test_same_values_as_the_reference():
@@ -91,10 +91,67 @@ def test_best_token_is_found_anywhere(place):
     assert not out.teacher_student.all()
 
 
+@pytest.mark.parametrize("places", [(3, 4), (2, 70), (63, 64, 129), (0, 128)])
+def test_of_equal_logits_the_first_token_is_the_best(places):
+    """In one load, in one block, in several."""
+    inputs = make(len(places), len(places), 130, 130, ignored=0)
+    inputs["labels"] = torch.tensor(places, device=DEVICE)
+    inputs["h_t"] = torch.ones_like(inputs["h_t"])
+    inputs["w_t"] = torch.zeros_like(inputs["w_t"])
+    inputs["w_t"][list(places)] = 1.0
+    out = distill_loss(**inputs, **TRITON)
+    assert out.teacher_label.tolist() == [True] + [False] * (len(places) - 1)
+
+
 @pytest.mark.parametrize("kl", KLS)
 def test_equal_student_and_teacher_give_exactly_nothing(kl):
     inputs = make(5, 5, 200, 200, hidden_t=32)
     assert_equals_teach_nothing(inputs, kl=kl, **TRITON)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"logit_scale_s": 0.0625, "logit_scale_t": 0.3},
+        {"softcap_s": 3.0, "softcap_t": 5.0},
+        {"logit_scale_s": 0.5, "softcap_s": 2.0},
+    ],
+    ids=str,
+)
+def test_scaled_and_capped_logits(scaling, kl):
+    inputs = make(5, 3, 218, 152)
+    assert_matches_fp64(inputs, 2e-5, TRITON | {"chunk_targets": 2}, kl=kl, **scaling)
+
+
+@pytest.mark.parametrize("kl", KLS)
+@pytest.mark.parametrize("cap", [None, 7.0])
+def test_equal_student_and_teacher_give_nothing_when_scaled(cap, kl):
+    """Nothing is fused there: the difference of two equal products must be 0."""
+    inputs = make(5, 5, 200, 200, hidden_t=32)
+    scaling = {"logit_scale_s": 0.3, "softcap_s": cap, "logit_scale_t": 0.3, "softcap_t": cap}
+    assert_equals_teach_nothing(inputs, kl=kl, **scaling, **TRITON)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "reference"])
+def test_best_tokens_are_found_before_the_cap(kernels):
+    """Of logits far beyond the cap many are equal to it."""
+    inputs = make(12, 12, 200, 130, ignored=0, scale=400.0)
+    capped = distill_loss(**inputs, softcap_s=1.0, softcap_t=1.0, kernels=kernels)
+    free = distill_loss(**inputs, kernels=kernels)
+    for name in ("teacher_student", "teacher_label", "student_label"):
+        assert torch.equal(getattr(capped, name), getattr(free, name))
+    labels = (inputs["h_s"] @ inputs["w_s"].t()).argmax(-1)
+    assert distill_loss(
+        **inputs | {"labels": labels}, softcap_s=1.0, kernels=kernels
+    ).student_label.all()
+
+
+def test_only_logits_that_are_products_are_computed_without_fusing():
+    cases = {case.name: case.fp_fusion for case in step.compile_cases()}
+    assert cases["loss targets bf16 forward vocab 49152"]
+    assert not cases["loss targets bf16 forward vocab 49152 scaled"]
+    assert not cases["loss targets bf16 forward vocab 49152 capped"]
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -115,7 +172,7 @@ def test_extreme_logits_stay_finite(kl):
 @pytest.mark.parametrize("kl", KLS)
 @pytest.mark.parametrize("broken", ["h_s", "h_t", "w_s", "w_t"])
 def test_nan_is_left_where_the_reference_leaves_it(broken, kl):
-    """In one row of states, or in the last row of a head: the student's is not compared."""
+    """In one target's states, or in the last row of a head: the student's is not compared."""
     inputs = make(3, 3, 70, 66, ignored=0)
     inputs[broken][-1, 0] = float("nan")
     (ours, grads), (theirs, want) = (
@@ -130,7 +187,7 @@ def test_nan_is_left_where_the_reference_leaves_it(broken, kl):
 
 @pytest.mark.parametrize("kernels", ["triton", "reference"])
 def test_unchecked_labels_that_are_no_token_give_nan(kernels, monkeypatch):
-    """As on a GPU, where looking at them would wait; an ignored row still gives nothing."""
+    """As on a GPU, where looking at them would wait; an ignored target still gives nothing."""
     monkeypatch.setattr(checks, "checks_values", lambda device: False)
     inputs = make(6, 3, 70, 66, ignored=0)
     inputs["labels"] = torch.tensor([-1, 70, 2**32 + 3, 69, 0, -100], device=DEVICE)
@@ -152,7 +209,7 @@ def test_padding_and_other_rows_are_neither_read_nor_written(monkeypatch):
     inputs = make(5, 3, 218, 152)
     _, want = gradients(inputs, **TRITON)
     monkeypatch.setattr(torch, "empty", poisoned)
-    _, got = gradients(inputs, **TRITON, chunk_rows=2)
+    _, got = gradients(inputs, **TRITON, chunk_targets=2)
     for name, grad in got.items():
         torch.testing.assert_close(grad, want[name])
 
@@ -167,9 +224,9 @@ def test_silent_rows_contribute_exactly_nothing():
     assert_matches_fp64(inputs, 2e-5, TRITON)
 
 
-def test_no_rows():
+def test_no_targets():
     inputs = make(5, 3, 90, 80)
-    inputs |= {name: inputs[name][:0] for name in ("h_s", "labels", "h_t", "kd_rows")}
+    inputs |= {name: inputs[name][:0] for name in ("h_s", "labels", "h_t", "kd_targets")}
     inputs |= {"ce_weight": 1.0, "kd_weight": 0.0, "temperature": 2.0}
     out, grads = gradients(inputs, **TRITON)
     assert out.loss == 0
@@ -193,14 +250,14 @@ def test_launch_table_keeps_rows_in_registers():
 
     table = reload(step).launch_config
     assert [table(v) for v in (33, 1000, 2048, 49152, 151936)] == [
-        (128, 1), (1024, 4), (2048, 8), (2048, 8), (2048, 8)
+        (128, 1, 128), (1024, 4, 128), *[(2048, 8, 128)] * 3
     ]  # fmt: skip
 
 
 def test_compile_cases_fit_the_kernel():
     for case in step.compile_cases():
         names = set(case.types) | set(case.constants)
-        assert names == set(step.distill_rows_kernel.arg_names), case.name
+        assert names == set(step.distill_targets_kernel.arg_names), case.name
 
 
 @pytest.mark.gpu
@@ -218,13 +275,13 @@ class TestOnDevice:
     def test_matches_fp64_autograd(self, dtype, vocabs, kl):
         inputs = make(300, 130, *vocabs, hidden_s=64, hidden_t=96, dtype=dtype)
         tolerance = max(2e-5, 2.5 * torch.finfo(dtype).eps)
-        assert_matches_fp64(inputs, tolerance, TRITON | {"chunk_rows": 128}, kl=kl)
+        assert_matches_fp64(inputs, tolerance, TRITON | {"chunk_targets": 128}, kl=kl)
 
     def test_a_thousand_runs_are_equal(self):
         inputs = make(512, 300, 49218, 49152, hidden_s=64, hidden_t=64, dtype=torch.bfloat16)
-        first, first_grads = gradients(inputs, chunk_rows=256)
+        first, first_grads = gradients(inputs, chunk_targets=256)
         for _ in range(1000):
-            out, grads = gradients(inputs, chunk_rows=256)
+            out, grads = gradients(inputs, chunk_targets=256)
             assert all(torch.equal(a, b) for a, b in zip(out, first, strict=True))
             assert all(torch.equal(grads[name], first_grads[name]) for name in grads)
 
@@ -247,8 +304,8 @@ class TestOnDevice:
 
     def test_more_than_2_31_logits_in_a_chunk(self):
         inputs = make(70000, 0, 32064, 32064, hidden_s=16, dtype=torch.bfloat16)
-        whole = distill_loss(**inputs, chunk_rows=70000)
-        parts = distill_loss(**inputs, chunk_rows=1000)
+        whole = distill_loss(**inputs, chunk_targets=70000)
+        parts = distill_loss(**inputs, chunk_targets=1000)
         torch.testing.assert_close(whole.ce, parts.ce)
 
     def test_captured_in_a_graph(self):
