@@ -84,8 +84,8 @@ class ShardIndex:
         if missing or not wanted:
             raise ValueError(
                 f"no finished shards of {', '.join(missing) or 'any source'} in {store.root}; it "
-                f"has {', '.join(found)}. Build them with `ldistill shards build`, or leave them "
-                "out"
+                f"has {', '.join(found)}. Train on what is there with --sources "
+                f"{','.join(found)}, or build the others with `ldistill shards build`"
             )
         index = cls(store, {name: _read_meta(store, name) for name in wanted})
         for number in range(len(wanted)):

@@ -58,10 +58,6 @@ class BuildOptions:
     workers: int = 0
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.split.replace("_", "").isalnum():
-            raise ValueError(f"the split {self.split!r} must be letters, digits and underscores")
-
 
 @dataclass(frozen=True)
 class SourceReport:

@@ -90,8 +90,7 @@ def build(
     SourcesFailed is raised. OSError at once when the disk is full.
     """
     out, inputs = Path(out), list(inputs)
-    for entry in inputs:
-        _check_source_name(entry.source)
+    _check_names([entry.source for entry in inputs], options.split)
     whole = 0 if options.max_samples else sum(_still_needed(entry, out) for entry in inputs)
     check_room(out, max(whole, min(options.shard_bytes, LEAST_ROOM)))
     reports: list[SourceReport] = []
@@ -313,11 +312,18 @@ def _still_needed(entry: SourceInput, out: Path) -> int:
     return max(0, entry.bytes - sum(path.stat().st_size for path in folder.glob("*.tar")))
 
 
-def _check_source_name(name: str) -> None:
-    size, good = len(name.encode()), name == known_sources.normalise(name)
-    if not good or name.startswith("__") or not 0 < size <= 80:
-        raise ValueError(
-            f"bad source id {name!r} of {size} bytes: lower case without dots, blanks or slashes, "
-            "at most 80 bytes, not starting with __. Rename the file or folder that it comes from, "
-            "or the `source` of its records"
-        )
+def _check_names(sources: Iterable[str], split: str) -> None:
+    """What shards are called after, and the keys of their samples (100 bytes in a tar)."""
+    problem = ""
+    for name in sources:
+        size, good = len(name.encode()), name == known_sources.normalise(name)
+        if not good or name.startswith("__") or not 0 < size <= 80:
+            problem = (
+                f"bad source id {name!r} of {size} bytes: lower case without dots, blanks or "
+                "slashes, at most 80 bytes, not starting with __. Rename the file or folder that "
+                "it comes from, or the `source` of its records"
+            )
+    if not split.replace("_", "").isalnum():
+        problem = f"the split {split!r} must be letters, digits and underscores"
+    if problem:
+        raise ValueError(problem)

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import pyarrow.parquet as parquet
@@ -78,7 +78,7 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
     path = Path(dataset).expanduser()
     hub = not path.exists() and dataset.count("/") == 1 and dataset[0] not in "./~"
     if not path.exists() and (not hub or dataset.endswith((*JSON, ".parquet"))):
-        raise FileNotFoundError(f"no data set at {dataset}: it is neither there nor a hub id")
+        _missing(dataset, "it is neither there nor a hub id")
     if dataset.endswith(JSON):
         return _json_inputs(path, options)
     tables = _tables(dataset, path, options)
@@ -335,9 +335,11 @@ def _hub_revision(name: str) -> str:
     try:
         return str(HfApi().dataset_info(name).sha)
     except Exception as error:  # network libraries raise their own, not all of them OSError
-        raise FileNotFoundError(
-            f"no data set at {name}: it is no local path, and the hub does not give it ({error})"
-        ) from error
+        _missing(name, f"it is no local path, and the hub does not give it ({error})")
+
+
+def _missing(dataset: str, why: str) -> NoReturn:
+    raise FileNotFoundError(f"no data set at {dataset}: {why}")
 
 
 def _file_identity(file: Path) -> list[Any]:

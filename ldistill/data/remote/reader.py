@@ -199,18 +199,19 @@ class RemoteReader:
     # failures --------------------------------------------------------------------------------
 
     def _retried(self, what: str, attempt: Callable[[], T]) -> T:
-        for number in range(self.retry.attempts):
+        number = 0
+        while True:
             try:
                 return attempt()
             except Exception as error:  # each store's library raises its own
                 last = _cause(error)
-                if refusal := _refusal(what, last):
-                    raise refusal from error
-            if number + 1 < self.retry.attempts:
-                time.sleep(self.retry.pause(number))
-        raise Unreachable(
-            f"{what}: failed {self.retry.attempts} times, at last with {_say(last)}. Check that "
-            "the store can be reached from here; a run goes on from its last checkpoint"
+            number += 1
+            if (refusal := _refusal(what, last)) or number == self.retry.attempts:
+                break
+            time.sleep(self.retry.pause(number - 1))
+        raise refusal or Unreachable(
+            f"{what}: failed {number} times, at last with {_say(last)}. Check that the store can "
+            "be reached from here; a run goes on from its last checkpoint"
         ) from last
 
     def _check_length(self, came: int, asked: int, url: str, size: int) -> None:

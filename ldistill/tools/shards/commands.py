@@ -69,6 +69,15 @@ def build(
         Path | None, typer.Option(help="Folder of a JSON file's images. Default: the file's.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace sources built before.")] = False,
+    dry_run: Annotated[
+        int,
+        typer.Option(
+            "--dry-run",
+            "--dry_run",
+            help="Build nothing: show so many samples of each source as the model will see them.",
+            min=0,
+        ),
+    ] = 0,
     part: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +109,11 @@ def build(
         chosen = work.Slice.parse(part) if part else None
         inputs = work.open_inputs(dataset, options)
         processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
+        if dry_run:
+            page = out / "dry_run.html"
+            work.preview(inputs, processor, dry_run, page)
+            typer.echo(f"open {page}: the first {dry_run} samples of each source")
+            return
         try:
             reports = work.build(inputs, out, processor, cutting, chosen)
         except work.SourcesFailed as failed:
@@ -110,6 +124,9 @@ def build(
             typer.echo(work.rated_out(reports, options.min_ratings))
         if chosen is None and (warning := work.over_long(out, reports)):
             typer.echo(warning)
+        if extra:
+            start = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine"
+            typer.echo(f"train on all of them: {start} --shards {out}")
 
 
 @app.command()

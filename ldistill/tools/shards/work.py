@@ -25,6 +25,7 @@ from ldistill.data.build.slices import Slice, build_slice, join_slices
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import Plan
 from ldistill.data.store import Reading
+from ldistill.tools.shards.preview import preview
 from ldistill.tools.shards.stats import plot_lengths, source_stats
 from ldistill.tools.shards.verify import VerifyReport, verify_shards
 
@@ -40,6 +41,7 @@ __all__ = [
     "join_slices",
     "open_inputs",
     "plot_lengths",
+    "preview",
 ]
 
 

@@ -1,5 +1,7 @@
 """`shards build | verify | stats` as a user runs them, on data made in the public formats."""
 
+import base64
+import io
 import json
 import re
 
@@ -10,6 +12,7 @@ from helpers_data import make_processor, make_student, picture, table5_lengths, 
 from PIL import Image
 from typer.testing import CliRunner
 
+from ldistill.common.samples import Turn
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
 from ldistill.models.nanovlm_format import load_processor
@@ -207,6 +210,42 @@ def test_a_report_a_person_can_act_on(student, tmp_path):
     assert "1 documents are longer than 1,024 tokens, the longest mine_v1_5-000000002" in run(
         *command
     )
+
+
+def test_a_dry_run_shows_samples_as_the_model_will_see_them(llava, student, tmp_path):
+    out = tmp_path / "out"
+    extra = ("--extra-sources", "receipts=document", "--dry-run", 2)
+    printed = run("build", "--dataset", llava, "--out", out, "--student", student, *extra)
+    assert f"open {out / 'dry_run.html'}: the first 2 samples of each source" in printed
+    assert [path.name for path in out.iterdir()] == ["dry_run.html"]
+    page = (out / "dry_run.html").read_text()
+    processor = load_processor(student)
+    turns = (Turn("Total?", "1.00"), Turn("Date?", "3 May"))
+    document = processor.encode(turns, [(1, 1)])
+    counts = f"<h3>r1: {len(document.input_ids)} tokens, {document.supervised} of them learnt</h3>"
+    assert counts in page
+    assert "r2" not in page
+    learnt = re.findall(r'<span class="learnt">(.*?)</span>', page.partition(counts)[2], re.S)
+    assert "".join(learnt) == "1.00&lt;|im_end|&gt;\n3 May&lt;|im_end|&gt;\n"
+    assert f"&lt;|image|&gt; × {processor.images.tokens_per_tile} " in page
+    shown = re.findall(r'<img src="data:image/png;base64,([^"]*)">', page)
+    assert len(shown) == 2
+    tile, _ = processor.tiles(processor.load_image(picture(kind="JPEG", seed=1)))
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(shown[1])))) / 255
+    np.testing.assert_allclose(pixels, tile[0].permute(1, 2, 0), atol=0.5 / 255)
+
+
+def test_a_dry_run_says_what_it_drops(llava, student, tmp_path):
+    extra = ("--extra-sources", "receipts=document", "--dry-run", 9)
+    run("build", "--dataset", llava, "--out", tmp_path, "--student", student, *extra)
+    page = (tmp_path / "dry_run.html").read_text()
+    assert "record r5: dropped, missing image. 5.jpg: No such file or directory" in page
+
+
+def test_the_command_that_trains_on_own_sources_is_said(llava, student, tmp_path):
+    extra = ("--extra-sources", "receipts=document", "--workers", 1)
+    printed = run("build", "--dataset", llava, "--out", tmp_path, "--student", student, *extra)
+    assert f"--recipe mine --shards {tmp_path}" in one_line(printed)
 
 
 @pytest.mark.parametrize(

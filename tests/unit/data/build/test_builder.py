@@ -455,9 +455,9 @@ def test_unknown_and_unusable_source_names(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"split": "../x"}, {"split": ""}])
-def test_impossible_options(options):
+def test_impossible_options(options, tmp_path):
     with pytest.raises(ValueError, match="must be"):
-        BuildOptions(**options)
+        build([], tmp_path, make_processor(), BuildOptions(**options))
 
 
 def test_no_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
