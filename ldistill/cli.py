@@ -19,6 +19,7 @@ from ldistill.evaluation.commands import evaluate_command
 from ldistill.evaluation.compare.command import compare
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.launch import scripts, train
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.study.commands import app as study_app
 from ldistill.tools.torture.commands import torture
@@ -33,6 +34,14 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(study_app, name="study")
+app.add_typer(scripts, name="scripts")
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)(train)
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(plan)
