@@ -108,13 +108,13 @@ def tokens(ax: Axes) -> None:
         text(ax, middle, TOKENS_Y - 16, words, 10, color=SOFT)
     for first, last in ((6, 8), (14, 15)):
         middle = (column(first) + column(last) + CELL) / 2
-        text(ax, middle, TOKENS_Y + 46, "supervised rows", 9.5, color=STUDENT)
+        text(ax, middle, TOKENS_Y + 46, "targets", 9.5, color=STUDENT)
     for i, index in enumerate(TEACHER_ROWS):
         x = TEACHER_LEFT + i * TEACHER_STEP
         box(ax, x, TOKENS_Y, 54, 30, FILL[VQA[index][0]], radius=4)
         text(ax, x + 27, TOKENS_Y + 15, VQA[index][1], 9.5)
     middle = TEACHER_LEFT + TEACHER_STEP + 27
-    text(ax, middle, TOKENS_Y - 16, "only these rows are computed", 10, color=SOFT)
+    text(ax, middle, TOKENS_Y - 16, "only these queries are computed", 10, color=SOFT)
 
 
 def layers(ax: Axes) -> None:
@@ -136,7 +136,7 @@ def layers(ax: Axes) -> None:
 
 
 def reading(ax: Axes) -> None:
-    """From the memory of each layer to the teacher's layer beside it."""
+    """From the keys and values of each layer to the teacher's layer beside it."""
     start = column(len(VQA) - 2) + CELL + 3
     for y in LAYERS_Y:
         lane = y - 13
@@ -145,12 +145,12 @@ def reading(ax: Axes) -> None:
         ax.plot(xs, ys, color=TEACHER, lw=1.6, solid_joinstyle="round")
         ax.plot([TEACHER_LEFT - 34] * 2, [lane, y + 20], color=TEACHER, lw=1.6)
         arrow(ax, (TEACHER_LEFT - 34, y + 20), (TEACHER_LEFT - 3, y + 20), TEACHER)
-    words = "each row reads\nthe student's\nK and V in place,\nup to its own\nposition"
+    words = "each query reads\nthe student's\nK and V in place,\nup to its own\nposition"
     text(ax, STUDENT_RIGHT + 66, LAYERS_Y[1] + 39, words, 8.4, color=TEACHER, linespacing=1.35)
 
 
 def rise(ax: Axes) -> None:
-    """Supervised rows carry on to the heads."""
+    """Targets carry on to the heads."""
     for i in SUPERVISED:
         x = column(i) + CELL / 2
         box(ax, column(i) - 2, TOKENS_Y - 2, CELL + 4, 34, "none", edge=STUDENT, width=1.8)
@@ -164,7 +164,7 @@ def rise(ax: Axes) -> None:
 
 
 def losses(ax: Axes) -> None:
-    """Cross-entropy over every supervised row, KL where the source distils."""
+    """Cross-entropy over every target, KL where the source distils."""
     first, last = column(SUPERVISED[0]) - 30, column(SUPERVISED[-1]) + CELL + 30
     box(ax, first, HEADS, last - first, 38, "#e3edfb", edge=STUDENT, width=1.4, radius=9)
     words = "student's logits:  CE with the labels, every source"
@@ -184,8 +184,8 @@ def losses(ax: Axes) -> None:
 def footer(ax: Axes) -> None:
     """What it costs and what remains."""
     words = (
-        "The teacher makes no K or V of its own and runs no row without a label: a few percent of "
-        "a step. After training it is dropped."
+        "The teacher makes no K or V of its own and computes nothing without a label: a few "
+        "percent of a step. After training it is dropped."
     )
     text(ax, 600, 34, words, 11, color=INK)
 

@@ -18,6 +18,7 @@ from ldistill import __version__
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.launch import scripts, train
 from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
@@ -33,6 +34,14 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.add_typer(tiny_app, name="tiny")
+app.add_typer(scripts, name="scripts")
+app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)(train)
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(generate)
