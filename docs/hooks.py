@@ -1,4 +1,4 @@
-"""Pages that are made of the code when the site is built: recipes and flags, the kernels' README."""
+"""Pages made of the code when the site is built: recipes and flags, the kernels' README."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def recipes_page() -> str:
 
     parts = [
         "# Recipes and flags\n",
-        "A recipe is a short YAML file of the fields below; `--recipe NAME` takes a shipped one or a "
+        "A recipe is a short YAML file of the fields below; `--recipe` takes a shipped one or a "
         "path. Values come, each overriding the one before, from the defaults, "
         "`recipes/_shared.yaml`, the recipe and the command line. Every flag of transformers' "
         "`TrainingArguments` works too.\n",

@@ -46,7 +46,7 @@ LAUNCHER = {
 
 
 def train(context: typer.Context) -> None:
-    """Train, from anywhere: `deepspeed ldistill/train.py`, with the launcher's options (--num_gpus).
+    """Train, from anywhere: `deepspeed ldistill/train.py` with the launcher's options (--num_gpus).
 
     Without --deepspeed it takes `zero2`; a bare name, such as zero3, is a shipped configuration.
     --help lists what a run may be told.

@@ -1,4 +1,4 @@
-"""`ldistill train` and `ldistill scripts`: what an installed package offers without a repository."""
+"""`ldistill train` and `ldistill scripts`: what a package offers without a repository."""
 
 from __future__ import annotations
 
