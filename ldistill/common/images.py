@@ -139,8 +139,10 @@ def shown(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:  # most alpha channels say nothing
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
     return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
 
 

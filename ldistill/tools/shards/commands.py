@@ -124,7 +124,7 @@ def build(
             typer.echo(work.rated_out(reports, options.min_ratings))
         if chosen is None and (warning := work.over_long(out, reports)):
             typer.echo(warning)
-        if extra:
+        if extra and chosen is None:
             start = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine"
             typer.echo(f"train on all of them: {start} --shards {out}")
 

@@ -14,10 +14,9 @@ import io
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ldistill.common.documents import IGNORE, Document
@@ -25,6 +24,9 @@ from ldistill.common.samples import Sample
 from ldistill.data.archive import sample_key, unpack_sample
 from ldistill.data.build.build_types import SourceInput
 from ldistill.data.build.workers import prepare
+
+if TYPE_CHECKING:
+    import torch
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }
