@@ -3,7 +3,7 @@
     y = W x + (alpha / rank) B A x        A: [rank, in], B: [out, rank]
 
 peft puts the adapters into the decoder's linear layers, in place; the projector trains as always.
-Keys and values pass through the adapters like everything else, so the memory holds what the
+Keys and values pass through the adapters like everything else, so the shared K/V are what the
 student's attention reads. An export adds (alpha / rank) B A to the weights the run began from: the
 exported student has not one parameter more.
 """
