@@ -365,6 +365,19 @@ def _compile_by_blocks(recipe: Recipe) -> None:
         os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
 
 
+def zero_stage(recipe: Recipe) -> int:
+    """ZeRO stage of the student's DeepSpeed configuration; -1 without DeepSpeed."""
+    plugin = recipe.training.deepspeed_plugin
+    return -1 if plugin is None else int(plugin.zero_stage)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What the student's forward computes in."""
+    if recipe.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if recipe.training.fp16 else torch.float32
+
+
 def has_fast_bf16() -> bool:
     """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -15,7 +15,9 @@ from ldistill.common import run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first
 from ldistill.common.telling import telling
-from ldistill.recipe import Recipe
+from ldistill.evaluation.items import evaluate, first_of_each, load_items
+from ldistill.models.formats import load_processor, load_student
+from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
 from ldistill.training.trainer import DistillTrainer
 
@@ -72,10 +74,6 @@ def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, floa
 
 
 def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
-    from ldistill.evaluation.items import evaluate, first_of_each, load_items
-    from ldistill.models.formats import load_processor, load_student
-    from ldistill.training.run import compute_dtype
-
     items = first_of_each(load_items(recipe.run.eval_items), recipe.run.eval_limit)
     device = recipe.training.device
     dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
@@ -104,8 +102,6 @@ def report(
 
 
 def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:
-    from ldistill.evaluation.items import load_items
-
     table = Table(title="held-out items, accuracy", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="right" if column else "left")

@@ -39,7 +39,7 @@ from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, freeze_vision, load_pair
-from ldistill.recipe import DistilArguments, Recipe
+from ldistill.recipe import DistilArguments, Recipe, compute_dtype, zero_stage
 from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.training import run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
@@ -403,19 +403,3 @@ def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     trained = sum(size(p) for p in pair.student.parameters() if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))
-
-
-# ---- what the flags mean for the engines ----
-
-
-def zero_stage(recipe: Recipe) -> int:
-    """ZeRO stage of the student's DeepSpeed configuration; -1 without DeepSpeed."""
-    plugin = recipe.training.deepspeed_plugin
-    return -1 if plugin is None else int(plugin.zero_stage)
-
-
-def compute_dtype(recipe: Recipe) -> torch.dtype:
-    """What the student's forward computes in."""
-    if recipe.training.bf16:
-        return torch.bfloat16
-    return torch.float16 if recipe.training.fp16 else torch.float32

@@ -15,7 +15,6 @@ import yaml
 from pairs import write_pair
 from PIL import Image
 
-import ldistill.evaluation.items as items_module
 from ldistill.evaluation.items import (
     Answer,
     Item,
@@ -29,6 +28,7 @@ from ldistill.evaluation.items import (
 from ldistill.evaluation.scorer import StudentScorer
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 from ldistill.models.weights import load_lm
+from ldistill.training import result
 from ldistill.training.result import evaluate_student
 
 
@@ -145,14 +145,14 @@ def test_progress_counts_every_item(pair):
 def test_a_run_scores_its_items_as_it_trains(pair_root, monkeypatch):
     """With its tiles, and beside its models on a GPU in the type they compute in."""
     loaded = []
-    monkeypatch.setattr(items_module, "load_items", lambda path: [])
-    monkeypatch.setattr(items_module, "evaluate", lambda _, processor, items: processor.images)
+    monkeypatch.setattr(result, "load_items", lambda path: [])
+    monkeypatch.setattr(result, "evaluate", lambda _, processor, *rest, **told: processor.images)
 
     def load(folder, dtype):
         loaded.append(dtype)
         return torch.nn.Identity()
 
-    monkeypatch.setattr("ldistill.models.formats.load_student", load)
+    monkeypatch.setattr(result, "load_student", load)
     for device, tiling in (("cpu", True), ("cuda", False)):
         recipe = SimpleNamespace(
             run=SimpleNamespace(eval_items="items.jsonl", evaluate=True, eval_limit=None),
