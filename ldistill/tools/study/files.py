@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.evaluation.suites import Row, suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
