@@ -20,7 +20,8 @@ from ldistill.cli import app
 from ldistill.tiny.prepare import STUDENT, TEACHER, prepare
 from ldistill.train import main
 
-PAGES = ("README.md", *sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")))
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/results/index.md")
+PAGES += tuple(sorted(f"docs/{path.name}" for path in (REPO / "docs").glob("*.md")))
 PROGRAMS = "ldistill|deepspeed|torchrun|python|pytest|pip|hf|bash|sbatch|srun|scontrol"
 INLINE = re.compile(rf"(?:\w+=\S+ )*(?:{PROGRAMS}) \S.*")
 
@@ -37,7 +38,27 @@ LISTED = {
     "pip install -e '.[eval]'": CI,
     "pip install -e '.[lora]'": CI,
     "pip install -e '.[s3]'": CI,
+    "pip install -e '.[docs]'": CI,
+    "pip install -e '.[test,eval]'": CI,
+    "ruff check . && ruff format . && lint-imports": CI,
+    "bash .ci/run": CI,
+    "pytest": CI,
+    "ldistill train --recipe tiny": "test_launch_command.py",
     "python -m ldistill_kernels.compile_check": "test_compile_check.py",
+    "python -m ldistill_kernels.compile_check --core": "test_compile_check.py",
+    "ldistill study FILE.yaml --out study/": "test_study.py",
+    "ldistill merge --student nanovlm/ --lm HuggingFaceTB/SmolLM2-360M-Instruct "
+    "--weights 0.1,0.3,0:0.5 --out merged/": "test_merge.py",
+    # the hub, with names of the reader's own
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero3.json --recipe llava-7b "
+    "--shards shards/ --sources mine": "test_runs_hf.py",
+    "ldistill shards build --dataset my.json --image-root pictures/ --sources mine --extra-sources "
+    "mine=language --student llava-hf/llava-1.5-7b-hf --out shards/": "test_shards_commands.py",
+    "ldistill eval --student runs/mine --suite paper": "test_lmms_eval.py",
+    "ldistill export RUN --out DIR": "test_cli.py",
+    "ldistill export RUN --out DIR --decoder-only": "test_cli.py",
+    "ldistill shards build --dataset ...": MESSAGE,
+    "torchrun --nproc_per_node=8 train.py": "another project's command",
     # the hub
     "ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/":
         "test_readers.py",
@@ -68,11 +89,12 @@ LISTED = {
         "test_bench_step.py",
     "ldistill bench kernels attention": "test_benchmarks_attention.py",
     "bash kernels/benchmarks/run_gpu.sh": "test_benchmarks_run_gpu.py",
-    "pytest tests/test_runs.py": SUITE,
-    "pytest tests/test_torture.py": SUITE,
-    "pytest tests/test_packing.py": SUITE,
-    "pytest tests/test_scale_measured.py tests/test_scale_memory.py": SUITE,
-    "pytest tests/test_distill_loss_memory.py": SUITE,
+    "pytest tests/multirank/test_runs.py": SUITE,
+    "pytest tests/multirank/test_torture.py": SUITE,
+    "pytest tests/unit": SUITE,
+    "pytest tests/unit/data/test_packing.py": SUITE,
+    "pytest tests/multirank/test_scale_measured.py tests/unit/tools/test_plan_memory.py": SUITE,
+    "pytest tests/unit/kernels/test_distill_loss_memory.py": SUITE,
     # SLURM
     "sbatch slurm/selective.sh": "test_slurm.py",
     "sbatch slurm/llava7b.sh": "test_slurm.py",
@@ -112,10 +134,9 @@ SHORT += ["--global_batch_size", "4", "--save_steps", "1", "--logging_steps", "1
 TRAIN = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe "
 RESUME = "deepspeed ldistill/train.py ... --resume_from_checkpoint auto"
 SELECTIVE = TRAIN + "lingudistill --shards shards/ --output_dir runs/lingudistill"
-OWN = TRAIN + "lingudistill --shards shards/ --sources all"
+OWN = TRAIN + "mine --shards shards/"
 BUILD = (
-    "ldistill shards build --dataset receipts.json --sources receipts --extra-sources "
-    "receipts=document --out shards/"
+    "ldistill shards build --dataset receipts.json --extra-sources receipts=document --out shards/"
 )
 
 
