@@ -44,8 +44,8 @@ LISTED = {
     "bash .ci/run": CI,
     "pytest": CI,
     "ldistill train --recipe tiny": "test_launch_command.py",
-    "python -m ldistill_kernels.compile_check": "test_compile_check.py",
     "python -m ldistill_kernels.compile_check --core": "test_compile_check.py",
+    "python -m ldistill_kernels.shared_kv_attention.simulate": "test_shared_kv_attention_triton.py",
     "ldistill study FILE.yaml --out study/": "test_study.py",
     "ldistill merge --student nanovlm/ --lm HuggingFaceTB/SmolLM2-360M-Instruct "
     "--weights 0.1,0.3,0:0.5 --out merged/": "test_merge.py",
