@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 import ldistill
+from ldistill.train import main as run_training
 
 PACKAGE = Path(ldistill.__file__).parent
 CONFIGS = PACKAGE / "ds_configs"
@@ -51,6 +52,8 @@ def train(context: typer.Context) -> None:
     Without --deepspeed it takes `zero2`; a bare name, such as zero3, is a shipped configuration.
     --help lists what a run may be told.
     """
+    if {"-h", "--help", "--help_all"} & set(context.args):
+        raise typer.Exit(run_training(context.args))
     command = launch_command(context.args)
     os.execv(command[0], command)
 
@@ -59,8 +62,6 @@ def launch_command(args: list[str]) -> list[str]:
     """DeepSpeed's launcher, its options, the installed `train.py` and what is meant for it."""
     script = str(PACKAGE / "train.py")
     launcher, own = _split(args)
-    if {"-h", "--help", "--help_all"} & set(own):
-        return [sys.executable, script, *own]
     return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, script, *_configured(own)]
 
 
