@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers_data import Evil
 from pairs import write_pair
 from runs import write_recipe, write_shards
 from safetensors.torch import load_file
@@ -211,8 +212,6 @@ def test_a_run_of_another_recipe_is_refused(capsys, world, run, flag, value):
 
 def test_a_checkpoint_that_holds_code_is_refused(capsys, world, run):
     """Even with a manifest that fits it."""
-    from test_resuming import Evil
-
     folder = run / "checkpoint-4"
     torch.save(Evil(), folder / "optimizer.pt")
     manifest = checkpoint_folder.read_manifest(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_data import Evil
 from test_checkpoint_folder import write
 
 from ldistill.checkpoint import folder as checkpoint_folder
@@ -17,13 +18,6 @@ from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.checkpoint.universal import check_convertible
 from ldistill.common.errors import exit_code
 from ldistill.data import archive
-
-
-class Evil:
-    """Runs a command when it is unpickled."""
-
-    def __reduce__(self):
-        return os.system, ("touch /should/never/be/there",)
 
 
 def save(root: Path, step: int, **objects) -> Path:
