@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether the fused kernel may stand in for the plain formula."""
+    """Whether the fused kernel may stand in for the plain formula: it divides by sizes."""
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return tensors[0].is_cpu and not wanted
+    return tensors[0].is_cpu and not wanted and all(x.numel() for x in tensors)
 
 
 def fused_attention(

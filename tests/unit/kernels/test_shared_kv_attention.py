@@ -361,3 +361,13 @@ def test_a_call_like_the_last_launches_the_same_without_asking_triton_again():
         [sys.executable, "-c", LAUNCHES], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_queries_that_have_no_key_at_all_are_nothing():
+    """The fused CPU kernel would divide by the number of keys."""
+    q, k = torch.randn(2, 3, 16), torch.randn(1, 1, 4, 16)
+    batch, start = torch.zeros(2, dtype=torch.long), torch.tensor([1, 1])
+    with torch.no_grad():
+        out, lse = shared_kv_attention(q, k, k, batch, start, start - 1, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
