@@ -13,17 +13,11 @@ ERROR_EXIT_CODE = 2
 """Of a command that says what to change: the same command would fail the same way."""
 TRANSIENT_EXIT_CODE = 75
 """Of a run that may simply be started again (``EX_TEMPFAIL`` of sysexits.h)."""
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_DISK_FAILURES = _DISK_FULL | {errno.EIO, errno.EROFS, errno.ESTALE}
+_DISK_FAILURES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE})
 
 
 class TransientError(OSError):
     """A store out of reach, a disk that is full, a worker that was killed: try again later."""
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether the disk, or what this user may have of it, is full."""
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
 def disk_failed(error: BaseException) -> bool:

@@ -26,8 +26,6 @@ from ldistill.models.student import Student
 from ldistill.sources import SourceWeights
 from ldistill_kernels import plan_tiles
 
-KV_GRADS = ("detached", "through")
-
 
 class Distiller(nn.Module):
     """What is trained.

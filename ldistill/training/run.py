@@ -22,6 +22,7 @@ from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
 from ldistill.common.device import peak_flops
+from ldistill.common.partition import whole_numel
 from ldistill.common.ranks import (
     everywhere,
     from_first,
@@ -395,11 +396,8 @@ def _settle_steps(recipe: Recipe, plan: Plan) -> None:
 
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
-    def size(parameter: torch.nn.Parameter) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())  # whole, partitioned or not
-
     args = recipe.training
-    total = sum(size(p) for p in pair.student.parameters())
-    trained = sum(size(p) for p in pair.student.parameters() if p.requires_grad)
+    total = sum(whole_numel(p) for p in pair.student.parameters())
+    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
 from ldistill.evaluation.compare.recovery import recovery_markdown
