@@ -335,6 +335,8 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     _check_trackers(args)
 
 

@@ -19,6 +19,7 @@ from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
 from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
+from ldistill.training.card import write_card
 from ldistill.training.trainer import DistillTrainer
 
 
@@ -95,7 +96,9 @@ def report(
         result = json.dumps({"before": before, "after": after}, indent=2)
         (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
         console.print(_table(recipe, before, after))
-    console.print(f"student   {folder / run_files.STUDENT}", highlight=False)
+    student = folder / run_files.STUDENT
+    write_card(folder, student, student)
+    console.print(f"student   {student}  (model card: README.md)", highlight=False)
     console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
     if drawn:
         console.print(f"curves    {folder / run_files.CURVES}", highlight=False)

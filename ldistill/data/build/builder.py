@@ -124,7 +124,11 @@ def _build(
         "processor": processor.fingerprint(),
         "max_images": processor.images.max_images,
     }
-    about = {"processor_parts": processor.parts, "image_settings": asdict(processor.images)}
+    about = {
+        "processor_parts": processor.parts,
+        "image_settings": asdict(processor.images),
+        "origin": entry.origin,
+    }
     limit = options.max_samples
 
     def prepared(done: Counts) -> Iterator[Prepared]:
@@ -145,7 +149,7 @@ class SourceWriter:
     """Writes one source's folder: prepared samples cut into shards, and last the index.
 
     `spec` is everything the bytes depend on: two builds with the same one are the same build.
-    `about` is what else the index keeps of the processor, for readable errors and for readers.
+    `about` is what else the index keeps, for readable errors, for readers and for model cards.
     """
 
     def __init__(
