@@ -118,7 +118,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is a sentence and exit status 2 (75: may pass), no traceback."""
+    """Entry point: a user's mistake is a sentence and exit status 2 (75: it may pass)."""
     settle_environment()
     try:
         app()

@@ -8,9 +8,9 @@ import os
 def settle_environment() -> None:
     """Defaults for threads, of which the user's own settings win; call it before torch is loaded.
 
-    Threads of OpenMP that wait for one another spin, for the processor is thought to be theirs: on a
-    machine that others use as well the one that they wait for does not get to run meanwhile, and a
-    training came down to a tenth of its speed. Ranks on one machine share its cores out.
+    Threads of OpenMP that wait for one another spin, as if the cores were theirs: on a machine that
+    others use as well, the one that they wait for does not get to run meanwhile, and a training
+    came down to a tenth of its speed. Ranks on one machine share its cores out.
     """
     settings = {
         "TOKENIZERS_PARALLELISM": "false",

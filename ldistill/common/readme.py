@@ -1,4 +1,4 @@
-"""What a model or a data set says of itself: the head of its README.md, as the hub's cards have it."""
+"""What a model or a data set says of itself: the head of its README.md, as the hub has it."""
 
 from __future__ import annotations
 

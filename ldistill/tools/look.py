@@ -201,7 +201,7 @@ def _shown(tokenizer: Any, token: int) -> str:
 # ---- as HTML ----
 
 _FAINT = 0.05
-"""Nats that are coloured fully where nothing is above: what is equal but for rounding stays white."""
+"""Nats that are coloured fully where nothing is above: rounding stays white."""
 _UNLIKELY = 0.005
 """Guesses below are not shown."""
 

@@ -1,9 +1,9 @@
-"""The model card of an export: where it comes from, how it was trained, what it scores, how to load it.
+"""The model card of an export: where it comes from, how it was trained, its scores, how to load it.
 
     write_card(run, student, out)      # out/README.md
 
-Everything comes from the run's folder, so a card can be made at any later time and place. Nothing is
-asked of the hub, and no path of this machine is told.
+Everything comes from the run's folder, so a card can be made at any later time and place. Nothing
+is asked of the hub, and no path of this machine is told.
 """
 
 from __future__ import annotations
@@ -216,6 +216,5 @@ def _data_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
     for entry in sources:
         licence = entry.get("licence", "not stated in the shards")
         place = entry.get("dataset") or entry.get("homepage") or ""
-        yield (
-            f"| {entry['source']} | {entry['category']} | {entry['samples']} | {licence} | {place} |"
-        )
+        cells = (entry["source"], entry["category"], entry["samples"], licence, place)
+        yield f"| {' | '.join(map(str, cells))} |"

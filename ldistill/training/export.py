@@ -43,8 +43,8 @@ def run_of(student: Path) -> Path:
         if (folder / run_files.RECIPE).is_file():
             return folder
     raise FileNotFoundError(
-        f"{student} lies in no run's folder (no {run_files.RECIPE}): there is nothing to make its "
-        "card of. Upload it with `hf upload`."
+        f"{student} lies in no run's folder (no {run_files.RECIPE}), so there is nothing to make a "
+        "model card of: copy it as it is, or upload it with `hf upload`."
     )
 
 
@@ -61,6 +61,7 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
         FileNotFoundError: ``run`` is not a run's folder, or nothing is trained in it.
     """
     source = find_student(run)
+    home = run_of(source)
     names = sorted(path.name for path in source.iterdir())
     ours = {*names, *also, readme.NAME}
     others = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else []
@@ -71,7 +72,7 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, out / name)
-    write_card(run_of(source), source, out)
+    write_card(home, source, out)
     return source
 
 

@@ -1,4 +1,4 @@
-"""To the hub: a run's student, its card and its curves, when `ldistill push` or a flag asks for it."""
+"""To the hub: a run's student, card and curves, when `ldistill push` or a flag asks for it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def make_repo(name: str, private: bool | None) -> str:
     """
     if not get_token():
         raise ValueError(
-            f"no token for {constants.ENDPOINT}: log in with `hf auth login`, or set HF_TOKEN to one that may "
-            "write."
+            f"no token for {constants.ENDPOINT}: log in with `hf auth login`, or set HF_TOKEN to "
+            "one that may write."
         )
     with _sentences(name):
         return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
@@ -65,6 +65,7 @@ def push(run: Path, name: str, private: bool | None = None) -> str:
 @contextmanager
 def _sentences(name: str) -> Iterator[None]:
     """What the hub's library raises, as what to do."""
+    hub = constants.ENDPOINT
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -76,20 +77,13 @@ def _sentences(name: str) -> Iterator[None]:
         told = str(error.server_message or error).strip().splitlines()[0]
         if code == 401:
             advice = "log in with `hf auth login`, or set HF_TOKEN to one that is valid"
-            raise ValueError(
-                f"{constants.ENDPOINT} refuses the token ({told}): {advice}."
-            ) from error
+            raise ValueError(f"{hub} refuses the token ({told}): {advice}.") from error
         if code < 500 and code != 429:
             advice = "choose a --repo of your own, or a token that may write there"
-            raise ValueError(
-                f"{constants.ENDPOINT} refuses {name} ({code}, {told}): {advice}."
-            ) from error
-        raise TransientError(
-            f"{constants.ENDPOINT} failed ({code}, {told}): try again later."
-        ) from error
+            raise ValueError(f"{hub} refuses {name} ({code}, {told}): {advice}.") from error
+        raise TransientError(f"{hub} failed ({code}, {told}): try again later.") from error
     except (httpx.HTTPError, RuntimeError) as error:  # the latter of an upload's threads
-        reason = error.__cause__ or error
         raise TransientError(
-            f"{constants.ENDPOINT} does not answer ({reason}): check the network, and try again; nothing of "
-            "the run is lost."
+            f"{hub} does not answer ({error.__cause__ or error}): check the network, and try "
+            "again; nothing of the run is lost."
         ) from error

@@ -4,7 +4,7 @@
         ...
     hub.repos["me/mine"]        # path → bytes, as committed
 
-Weights go the way of large files (LFS): their bytes are put before the commit, which names their hash.
+Weights go the way of large files (LFS): their bytes come before the commit that names their hash.
 """
 
 from __future__ import annotations
