@@ -15,7 +15,7 @@ import typer
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
-from ldistill.common.environment import settle_environment
+from ldistill.common.environment import check_versions, settle_environment
 from ldistill.common.errors import exit_code
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
@@ -121,6 +121,8 @@ def main() -> None:
     """Entry point: a user's mistake is a sentence and exit status 2 (75: it may pass)."""
     settle_environment()
     try:
+        if "doctor" not in sys.argv[1:2]:  # which has more to say of it
+            check_versions()
         app()
     except (ValueError, OSError) as error:
         if os.environ.get("LDISTILL_DEBUG") == "1":

@@ -61,13 +61,13 @@ def installed(dist, tmp_path_factory) -> Installed:
     programs = root / "venv" / "bin"
     [wheel] = dist.glob("*.whl")
     pip = (sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-deps")
-    checked(*pip, "--no-index", wheel)
+    env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
+    checked(*pip, "--no-index", wheel, cwd=root, env=env)
     # The requirements. Their own .pth files are not read from there, so that an editable install
     # of the repository stays out.
     [own] = (root / "venv" / "lib").glob("python*/site-packages")
     (own / "requirements.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     (root / "empty").mkdir()
-    env = {k: v for k, v in environment().items() if k != "PYTHONPATH"}
     path = os.pathsep.join([str(programs), env["PATH"]])
     cache = str(root / "cache")
     return Installed(

@@ -176,7 +176,7 @@ def test_a_recipe_that_has_its_shards_is_given_none(tmp_path):
 
 
 def test_outside_the_repository_an_installed_package_runs(tmp_path):
-    """The folder that `ldistill scripts slurm` wrote; without a package anywhere it is a mistake."""
+    """In the folder that `ldistill scripts slurm` wrote; without a package it is a mistake."""
     job = Job(tmp_path, "")
     (tmp_path / "ldistill" / "train.py").unlink()
     code, text = job("--max_steps", "3")
