@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the jobs of this folder share; sourced by them, never submitted itself.
 #
 #   sbatch slurm/selective.sh                                 the paper's run on one GPU

@@ -102,6 +102,23 @@ def report(
     console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
     if drawn:
         console.print(f"curves    {folder / run_files.CURVES}", highlight=False)
+    for place, line in enumerate(_next_steps(recipe, folder)):
+        label = "" if place else "next"
+        console.print(f"{label:10}{line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_steps(recipe: Recipe, folder: Path) -> list[str]:
+    """Commands, to be changed and typed: see inside, measure or train on one's own, share."""
+    look = '--image cat.jpg --prompt "What is this?" --answer "A cat."'
+    steps = [f"ldistill look --student {folder} {look}"]
+    if recipe.data.prepare:  # data for a try
+        steps.append(
+            "ldistill shards build --dataset mine.json --extra-sources mine=language --out shards/"
+        )
+        steps.append("ldistill train --recipe mine --shards shards/")
+    else:
+        steps.append(f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}")
+    return [*steps, f"ldistill push {folder} --repo NAME"]
 
 
 def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:

@@ -58,7 +58,12 @@ def test_what_is_missing_or_old_is_a_sentence_before_anything_is_imported(
         check_versions()
     assert told in str(raised.value)
     code = "import sys; from ldistill.train import main; print(main([]), 'torch' in sys.modules)"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    paths = [str(tmp_path), *(path for path in sys.path if path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    # Not in the repository, whose own metadata may lie in the folder.
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.split() == ["2", "False"], done.stderr
     assert told in done.stderr
