@@ -1,4 +1,4 @@
-"""Dockerfile and Apptainer definition: the same image, of what the project has, doing what is tested."""
+"""Dockerfile and Apptainer definition: the same image, doing what tests do."""
 
 from __future__ import annotations
 
