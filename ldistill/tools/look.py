@@ -226,8 +226,7 @@ def _colour(share: float) -> str:
 def _span(token: Token, most: float) -> str:
     told = "unknown to the teacher" if token.kl is None else f"KL {token.kl:.3f}"
     share = (token.kl or 0) / most
-    said = token.text.replace("\n", "⏎")
-    return f'<span style="background:{_colour(share)}" title="{told}">{escape(said)}</span>'
+    return f'<span style="background:{_colour(share)}" title="{told}">{_text(token.text)}</span>'
 
 
 def _row(token: Token, most: float) -> str:
@@ -242,14 +241,18 @@ def _row(token: Token, most: float) -> str:
         )
     )
     return (
-        f"<tr><td><code>{escape(token.text)}</code></td>"
+        f"<tr><td><code>{_text(token.text)}</code></td>"
         f"<td style='background:{_colour(share)}'>{kl}</td>{cells}</tr>"
     )
 
 
 def _listed(guesses: list[Guess]) -> str:
-    said = [f"<code>{escape(text)}</code> {p:.0%}" for text, p in guesses if p >= _UNLIKELY]
+    said = [f"<code>{_text(text)}</code> {p:.0%}" for text, p in guesses if p >= _UNLIKELY]
     return ", ".join(said) or "–"
+
+
+def _text(text: str) -> str:
+    return escape(text).replace("\n", "⏎")
 
 
 def _data_url(image: bytes) -> str:

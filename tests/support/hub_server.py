@@ -55,7 +55,8 @@ class HubServer:
             self.stored[found[1]] = body
             return (200, {}) if hashlib.sha256(body).hexdigest() == found[1] else (400, {})
         if path == "/api/validate-yaml":
-            whole = json.loads(body)["content"].startswith("---\nbase_model:")
+            head = json.loads(body)["content"].partition("\n---\n")[0]
+            whole = head.startswith("---\n") and "pipeline_tag: image-text-to-text" in head
             return (200, {}) if whole else (400, {"errors": [{"message": "no metadata"}]})
         repo = re.match(r"(?:/api/models)?/(me/[\w-]+?)(?:\.git)?/", path)
         if not repo or repo[1] not in self.repos:
