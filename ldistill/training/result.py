@@ -13,7 +13,7 @@ from rich.table import Table
 from ldistill.checkpoint.folder import sync
 from ldistill.common import run_files
 from ldistill.common.errors import writing
-from ldistill.common.ranks import everywhere, from_first
+from ldistill.common.ranks import everywhere, from_first, say
 from ldistill.common.telling import telling
 from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
@@ -36,6 +36,7 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
     source, result = last / run_files.STUDENT, folder / run_files.STUDENT
+    say(f"exporting the student to {result}")
     from_first(lambda: copy_student(source, result))
 
 

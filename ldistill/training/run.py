@@ -268,9 +268,11 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
     engine = choose_engine(options.teacher_engine, zero_stage(recipe))
     dtype = compute_dtype(recipe)
     zero_init = zero3_config(dtype, options.teacher_offload) if engine == "zero3" else None
+    teacher = options.teacher if weights.distils else None
+    say(f"loading {options.student}" + (f" and its teacher, {teacher}" if teacher else ""))
     pair = load_pair(
         options.student,
-        options.teacher if weights.distils else None,
+        teacher,
         tokenizer=options.tokenizer,
         zero_init=zero_init,
         partition=True,

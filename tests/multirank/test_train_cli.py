@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import HubServer
 from huggingface_hub import constants
 from pairs import write_pair
 from runs import launch, write_recipe, write_shards
+from upload_hub import UploadHub
 
 from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.recipe import parse
@@ -197,8 +197,8 @@ def test_push_to_hub_makes_the_repository_first_and_uploads_at_the_end(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_TOKEN", "")
     assert "hf auth login" in fails(capsys, world, *flags)
-    monkeypatch.setenv("HF_TOKEN", HubServer.TOKEN)
-    with HubServer() as hub:
+    monkeypatch.setenv("HF_TOKEN", UploadHub.TOKEN)
+    with UploadHub() as hub:
         settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
         for name, value in settings.items():
             monkeypatch.setattr(constants, name, value)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from runs import environment
 from typer.testing import CliRunner
+from upload_hub import UploadHub
 
 from ldistill.cli import app
 from ldistill.common.errors import exit_code
@@ -105,8 +105,8 @@ def test_an_export_carries_its_card_which_keeps_the_licence_of_the_bases_own(run
 
 
 @pytest.fixture
-def hub(monkeypatch) -> Iterator[HubServer]:
-    with HubServer() as server:
+def hub(monkeypatch) -> Iterator[UploadHub]:
+    with UploadHub() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

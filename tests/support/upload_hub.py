@@ -1,6 +1,6 @@
 """A hub on loopback that takes uploads: the endpoints that huggingface_hub calls for a commit.
 
-    with HubServer() as hub:    # HF_ENDPOINT=hub.url, HF_TOKEN=hub.TOKEN
+    with UploadHub() as hub:    # HF_ENDPOINT=hub.url, HF_TOKEN=hub.TOKEN
         ...
     hub.repos["me/mine"]        # path → bytes, as committed
 
@@ -17,7 +17,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
-class HubServer:
+class UploadHub:
     """Knows one owner, ``me``, whose token may write to ``me/...`` alone."""
 
     TOKEN = "hf_test"
@@ -33,7 +33,7 @@ class HubServer:
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def __enter__(self) -> HubServer:
+    def __enter__(self) -> UploadHub:
         self._thread.start()
         return self
 
@@ -107,7 +107,7 @@ class HubServer:
         return 200, {"commitUrl": f"{self.url}/{repo}/commit/1", "commitOid": "1"}
 
 
-def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
+def _handler(hub: UploadHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
