@@ -49,6 +49,7 @@ LISTED = {
     "ldistill study FILE.yaml --out study/": "test_study.py",
     "ldistill push runs/lingudistill --repo me/my-vlm": "test_hub.py",
     "hf auth login": "the hub's own",
+    "hf upload": "the hub's own",
     "ldistill scripts slurm --out jobs": "test_wheel.py",
     "ldistill merge --student nanovlm/ --lm HuggingFaceTB/SmolLM2-360M-Instruct "
     "--weights 0.1,0.3,0:0.5 --out merged/": "test_merge.py",
@@ -150,7 +151,8 @@ def documented() -> set[str]:
     found = set()
     for page in PAGES:
         text = (REPO / page).read_text(encoding="utf-8")
-        blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.S | re.M)
+        fenced = re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.S | re.M)
+        blocks = [block for language, block in fenced if language != "python"]
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
