@@ -75,8 +75,11 @@ def origins(pair: Pair, student: str, teacher: str, index: ShardIndex) -> dict[s
 
 def _model(name: str, folder: Path) -> dict[str, str]:
     """A hub id, or what a folder is called; and its licence."""
-    local = name.startswith(PACKAGE_SCHEME) or Path(name).expanduser().exists()
+    shipped = name.startswith(PACKAGE_SCHEME)
+    local = shipped or Path(name).expanduser().exists()
     shown = folder.resolve().name if local else name
+    if shipped:
+        shown = name.removeprefix(PACKAGE_SCHEME)
     return {"name": shown} | ({} if local else {"hub": name}) | readme.origin(readme.head(folder))
 
 
@@ -199,8 +202,10 @@ def _training_lines(
     _, _, step = student.parent.name.partition("checkpoint-")
     records = read_metrics(run / run_files.METRICS) if (run / run_files.METRICS).is_file() else []
     yield f"| steps | {step or (records[-1]['step'] if records else recipe.get('max_steps'))} |"
+    if recipe.get("projector_lr") and recipe.get("decoder_lr"):
+        recipe = recipe | {"learning_rate": None}  # nothing trains at it
     for label, key in _TRAINING:
-        value = recipe.get(key)
+        value = recipe.get(key) or None  # an adapter of rank 0 is none
         if value is not None and (lm or key not in ("distil", "alpha", "temperature", "mix")):
             yield f"| {label} | {value} |"
     git, packages = environment.get("git"), environment.get("packages", {})

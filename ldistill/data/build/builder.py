@@ -62,14 +62,19 @@ def build_shards(
     *,
     extra: Mapping[str, str] | None = None,
     options: BuildOptions | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> list[SourceReport]:
-    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17."""
+    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17.
+
+    `origin` is that of a SourceInput, for all of them.
+    """
     inputs = [
         SourceInput(
             source=source,
             category=known_sources.category_of(source, extra),
             rows=lambda start, samples=samples: islice(enumerate(samples), start, None),
             convert=keep,
+            origin=dict(origin or {}),
         )
         for source, samples in samples_by_source.items()
     ]
