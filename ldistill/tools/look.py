@@ -73,7 +73,7 @@ class Look:
             f"<p class='answer'>{spans}</p><p class='scale'>KL from teacher to student at τ = "
             f"{self.temperature:g}: <i style='background:{_colour(0)}'>0</i> to "
             f"<i style='background:{_colour(1)}'>{most:.2g} nats</i>, mean {self.kl:.3f}</p>"
-            "<table><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over the student's "
+            "<table class='tokens'><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over the student's "
             f"keys and values</th><th>the LM by itself, blind</th></tr>{rows}</table></div>"
         )
 
@@ -211,7 +211,7 @@ _STYLE = """
 .look .answer{font-size:1.25em;line-height:1.9}
 .look .answer span{padding:.15em 0;border-bottom:1px solid #ccc;white-space:pre-wrap}
 .look .scale i{padding:.1em .5em;font-style:normal}
-.look table{border-collapse:collapse;display:table}
+.look .tokens{border-collapse:collapse}
 .look th,.look td{text-align:left;padding:.2em .8em;border-bottom:1px solid #ddd;color:#222}
 .look code{background:#f2f2f2;color:#222;padding:0 .2em;white-space:pre}
 .look small{color:#666}
