@@ -73,8 +73,9 @@ class Look:
             f"<p class='answer'>{spans}</p><p class='scale'>KL from teacher to student at τ = "
             f"{self.temperature:g}: <i style='background:{_colour(0)}'>0</i> to "
             f"<i style='background:{_colour(1)}'>{most:.2g} nats</i>, mean {self.kl:.3f}</p>"
-            "<table class='tokens'><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over the student's "
-            f"keys and values</th><th>the LM by itself, blind</th></tr>{rows}</table></div>"
+            "<table class='tokens'><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over "
+            "the student's keys and values</th><th>the LM by itself, blind</th></tr>"
+            f"{rows}</table></div>"
         )
 
     def page(self, title: str) -> str:
