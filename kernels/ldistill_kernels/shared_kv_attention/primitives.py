@@ -76,7 +76,8 @@ def whole_run(first, low, high, seq, HAS_WINDOW: tl.constexpr):
     end = origin + tl.minimum(end - origin, seq)
     last_low = tl.max(low, 0)
     one_document = last_low < tl.min(high, 0) if HAS_WINDOW else last_low <= first
-    return end, tl.where(one_document, tl.minimum(tl.min(high, 0), end), first)
+    # Where no lane sees anything `first` is NOTHING and the end 0: no part may reach beyond it.
+    return end, tl.minimum(tl.where(one_document, tl.min(high, 0), first), end)
 
 
 @triton.jit
