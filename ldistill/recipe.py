@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
 from ldistill.distill.objective import DIVERGENCES, GATES, MIXES
 from ldistill.recipe_values import (
@@ -52,6 +53,11 @@ class PairArguments:
         "auto",
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
+    teacher_rope: str = _doc(
+        "lm: a student with another rotary base than its LM's is refused; student: the teacher's "
+        "queries are rotated at the student's.",
+        "lm",
+    )
     attention: str = _doc(
         "Student attention: auto | sdpa | flash_attention_2 | varlen | flex_attention | eager.",
         "sdpa",
@@ -294,10 +300,12 @@ def _check(recipe: Recipe) -> None:
     from ldistill.distill.attention import BACKENDS
     from ldistill.distill.targets import SCOPES
     from ldistill.distill.teacher import ENGINES
+    from ldistill.models.fit import ROPES
 
     choices = {
         "attention": (recipe.pair.attention, BACKENDS),
         "teacher_engine": (recipe.pair.teacher_engine, ENGINES),
+        "teacher_rope": (recipe.pair.teacher_rope, ROPES),
         "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
         "kv_scope": (recipe.distil.kv_scope, SCOPES),
         "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
@@ -335,6 +343,8 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     _check_trackers(args)
 
 
@@ -376,12 +386,6 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.training.bf16:
         return torch.bfloat16
     return torch.float16 if recipe.training.fp16 else torch.float32
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() or cpu
 
 
 def world_size() -> int:

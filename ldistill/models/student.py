@@ -88,6 +88,11 @@ class Student(nn.Module):
     base_vocab_size: int | None
     lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
 
+    @property
+    def picture_token_ids(self) -> tuple[int, ...]:
+        """Tokens at whose places stand pictures, or what the student alone has for them."""
+        return (self.image_token_id,)
+
     def forward(
         self,
         input_ids: Tensor,

@@ -83,7 +83,8 @@ def prepare(
                         told.advance()
                     yield sample
 
-            build_shards({s: counted(s) for s in SOURCES}, folder / "shards", processor)
+            made = {source: counted(source) for source in SOURCES}
+            build_shards(made, folder / "shards", processor, origin={"licence": "apache-2.0"})
         save_items(benchmark(world, items_per_task), folder / "items.jsonl")
         (folder / "recipe.json").write_text(
             json.dumps(made_from, indent=2) + "\n", encoding="utf-8"

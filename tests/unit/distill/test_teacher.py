@@ -130,7 +130,7 @@ def test_queries_are_exact(any_pair_root, scope, turns):
     reference = dense_teacher_logits(distiller, batch, scope)
     supervision = distiller.supervise(batch)
     wanted = supervision.targets.flat[supervision.targets.taught]
-    rows = queries_for(batch, wanted, scope, distiller.teacher_vocab)
+    rows = queries_for(batch, wanted, scope, distiller.known)
     with torch.no_grad(), recording(distiller.slots) as recorded:
         distiller.student(**student_inputs(batch))
         hidden = distiller.teacher.hidden(rows, recorded())

@@ -26,9 +26,10 @@ from ldistill.common.samples import Turn
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.evaluation.commands import generate
+from ldistill.models.fit import check_pair
 from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.lora import add_lora, weight_updates
-from ldistill.models.pair import check_pair, check_tokenizers, freeze_vision, load_pair
+from ldistill.models.pair import check_tokenizers, freeze_vision, load_pair
 from ldistill.models.weights import load_lm
 from ldistill.training.export import export_decoder, export_student
 from ldistill.training.optimizer import parameter_groups
@@ -394,11 +395,37 @@ def test_every_differing_field_is_named(roots, tmp_path):
     ):
         assert part in str(error.value)
     assert "hidden_size" not in str(error.value)
-    other = decoder_config("llama", 500)
-    with pytest.raises(ValueError, match="vocabulary: student 384, teacher 500"):
-        check_pair(decoder_config("llama", 384), other, None)
-    with pytest.raises(ValueError, match="model_type: student llama, teacher qwen2"):
-        check_pair(decoder_config("llama"), decoder_config("qwen2"), None)
+    kinds = [decoder_config(kind, num_key_value_heads=2) for kind in ("llama", "qwen2")]
+    with pytest.raises(ValueError, match=r"teacher qwen2; their tensors differ: .*q_proj.bias"):
+        check_pair(*kinds, None)
+
+
+def test_decoders_of_two_kinds_are_run_to_see_whether_they_are_one():
+    """Same tensors: Mistral without windows is a Llama, Gemma, which scales and shifts, is not."""
+    llama, mistral, gemma = (
+        decoder_config(k, num_key_value_heads=2, head_dim=8, sliding_window=None, hidden_act="silu")
+        for k in ("llama", "mistral", "gemma")
+    )
+    check_pair(llama, mistral, None)
+    gemma.hidden_activation = "silu"
+    with pytest.raises(ValueError, match=r"teacher gemma; with equal weights their outputs differ"):
+        check_pair(llama, gemma, None)
+    state = torch.random.get_rng_state()
+    check_pair(llama, mistral, None)
+    assert torch.equal(state, torch.random.get_rng_state())  # a run's own draws are not moved
+
+
+def test_a_raised_rotary_base_is_refused_or_borrowed(roots, tmp_path, caplog):
+    """--teacher_rope student: the teacher's queries are rotated at the student's base."""
+    raised = {"rope_type": "default", "rope_theta": 50000.0}
+    write_llava(tmp_path, rope_parameters=raised, seed=3)
+    pair = (str(tmp_path / "student"), str(roots["llava"] / "teacher"))
+    with pytest.raises(ValueError, match=r"rope_theta: student 50000.0.*--teacher_rope student"):
+        load_pair(*pair)
+    lm = load_pair(*pair, teacher_rope="student").lm
+    assert "rotary base is 50000 instead of its own 10000" in caplog.text
+    expected = 50000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(lm.model.rotary_emb.inv_freq, expected)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(roots, tmp_path):
@@ -441,14 +468,16 @@ def test_a_sentencepiece_teacher_is_compared(tmp_path):
         check_tokenizers(student(pieces), tmp_path, 340)
 
 
-def test_sliding_windows_only_where_rows_outgrow_them(tmp_path):
+def test_a_window_that_no_row_outgrows_is_none(tmp_path):
     write_llava(tmp_path, kind="mistral", sliding_window=64)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(config | {"sliding_window": None}))
     where = (str(tmp_path / "student"), str(tmp_path / "teacher"))
     load_pair(*where, max_length=64)
-    with pytest.raises(ValueError, match=r"window of 64 tokens, but rows have up to 96.*--max_le"):
-        load_pair(*where, max_length=96)
-    with pytest.raises(ValueError, match="sliding window of 64"):
-        load_pair(*where)
+    for longest in (96, None):
+        with pytest.raises(ValueError, match="sliding_window: student 64, teacher None"):
+            load_pair(*where, max_length=longest)
 
 
 @pytest.mark.parametrize(
@@ -476,10 +505,16 @@ def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):
         load_pair(teacher, teacher)
     with pytest.raises(ValueError, match="is a 'llava' model, which sees"):
         load_pair(str(roots["llava"] / "student"), str(roots["llava"] / "student"))
-    gemma = AutoConfig.for_model("gemma", hidden_size=48, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"teacher is a 'gemma' model; supported.*llama, mistral"):
-        check_pair(decoder_config("llama"), gemma, None)
-    with pytest.raises(ValueError, match=r"layers with RoPE: student \[1, 0\], teacher \[1, 1\]"):
+    for kind, layers, reason in (
+        ("qwen3_5_text", ["linear_attention", "full_attention"], "has linear_attention layers"),
+        ("lfm2", ["conv", "full_attention"], "has conv layers"),
+        ("llama4_text", ["chunked_attention"] * 2, "attends in chunks"),
+        ("mllama_text_model", None, "through cross-attention layers"),
+    ):
+        config = AutoConfig.for_model(kind, num_hidden_layers=2, layer_types=layers)
+        with pytest.raises(ValueError, match=f"the student's decoder {reason}"):
+            check_pair(config, decoder_config("llama"), None)
+    with pytest.raises(ValueError, match=r"no_rope_layers: student \[1, 0\], teacher \[1, 1\]"):
         check_pair(
             decoder_config("smollm3"), decoder_config("smollm3", no_rope_layers=[1, 1]), None
         )
@@ -505,7 +540,8 @@ def test_the_image_token_may_lie_within_the_teachers_vocabulary(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     pair = load_pair(str(tmp_path / "student"), str(tmp_path / "teacher"))
     distiller = Distiller(pair.student, Teacher(pair.lm), weights(), kv_scope="visual")
-    assert distiller.teacher_vocab == VOCAB
+    ids = torch.tensor([2, VOCAB - 1, pair.student.image_token_id, VOCAB + 1, 340])
+    assert distiller.known(ids).tolist() == [True, True, False, True, False]
     batch = random_batch(pair.student, [[40]])
     rows = distiller.supervise(batch).queries
     assert pair.student.image_token_id not in rows.token.tolist()
