@@ -141,11 +141,11 @@ class Distiller(nn.Module):
     def _student(self, batch: dict[str, Tensor], record: bool) -> tuple[Tensor, SharedKV | None]:
         """States [batch, seq, hidden], and the K/V of every layer if they are asked for."""
         packed = document_boundaries(batch["position_ids"]) if self.attention in PACKED else {}
-        arguments = (batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        arguments = student_inputs(batch)
         if not record:
-            return self.student(*arguments, **packed), None
+            return self.student(**arguments, **packed), None
         with recording(self.slots) as recorded:
-            hidden = self.student(*arguments, **packed)
+            hidden = self.student(**arguments, **packed)
             shared = recorded()
         return hidden, shared if self.kv_grad == "through" else shared.detach()
 
@@ -233,6 +233,12 @@ class Distiller(nn.Module):
         """`torch.compile` every decoder block, with its options: one graph serves all layers."""
         for layer in self.student.backbone.layers:
             layer.compile(**options)
+
+
+def student_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the student takes of a batch."""
+    names = ("input_ids", "position_ids", "pictures", "rotary", "answers")
+    return {name: batch[name] for name in names if name in batch}
 
 
 def _idle_query(shared: SharedKV, scope: str) -> Queries:

@@ -169,13 +169,14 @@ def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: str, known: Kno
 
 def _gather(batch: dict[str, Tensor], flat: Tensor) -> Queries:
     seq = batch["input_ids"].shape[1]
-    rotary = batch["position_ids"].flatten()[flat]
-    index = flat % seq
+    index, place = flat % seq, batch["position_ids"].flatten()[flat]
+    # Queries stand at text, where all axes of a rotary position are equal.
+    rotary = batch["rotary"][0].flatten()[flat] if "rotary" in batch else place
     return Queries(
         token=batch["input_ids"].flatten()[flat],
         rotary=rotary,
         batch=flat // seq,
-        start=index - rotary,  # rotary positions count from the document's first
+        start=index - place,
         index=index,
     )
 
