@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-LISTS = ("sources", "distil")
+LISTS = ("sources", "distil", "train")
 """Fields that a YAML list may say as well: names, which the command line has between commas."""
 _KINDS: dict[Any, str] = {
     str: "text",
@@ -147,7 +147,7 @@ _UNUSED = {
     "liger_kernel_config": "kernels are chosen with --kernels",
     "auto_find_batch_size": "a step's rows are the recipe's; `ldistill plan` says what fits",
     "train_sampling_strategy": "rows are packed, in the order of --seed or --data_seed",
-    "optim_target_modules": "projector and decoder are trained, each at its own rate",
+    "optim_target_modules": "--train says what trains",
     "average_tokens_across_devices": "the loss always counts the rows of all ranks",
     "enable_jit_checkpoint": "a run that is told to stop always saves a checkpoint",
     "ignore_data_skip": "a resumed run reads on exactly where it stopped",

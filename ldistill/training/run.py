@@ -39,13 +39,15 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
-from ldistill.models.pair import Pair, freeze_vision, load_pair
+from ldistill.models.pair import Pair, load_pair
+from ldistill.models.parts import train_only
 from ldistill.recipe import DistilArguments, Recipe, compute_dtype, zero_stage
 from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.training import run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
+from ldistill.training.optimizer import Rates
 from ldistill.training.result import evaluate_student, export_result, report, take_result
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
@@ -260,7 +262,7 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         max_length=recipe.data.max_length,
         tiling=recipe.data.tiling,
     )
-    freeze_vision(pair.student)
+    train_only(pair.student, recipe.run.train)
     if options.lora_rank:
         add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
     return pair
@@ -339,11 +341,11 @@ def build_trainer(
     return trainer
 
 
-def _rates(recipe: Recipe) -> tuple[float, float]:
-    """Learning rates of projector and decoder; at 0, one stays as it is."""
+def _rates(recipe: Recipe) -> Rates:
+    """Learning rates of what trains; at 0, it stays as it is."""
     default, own = recipe.training.learning_rate, recipe.run
-    projector = default if own.projector_lr is None else own.projector_lr
-    return projector, default if own.decoder_lr is None else own.decoder_lr
+    asked = (own.vision_lr, own.projector_lr, own.decoder_lr)
+    return Rates(*(default if rate is None else rate for rate in asked))
 
 
 def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:

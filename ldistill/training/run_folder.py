@@ -58,6 +58,7 @@ IDENTITY = (
     "gate",
     "kv_scope",
     "kv_grad",
+    "train",
     "lora_rank",
     "lora_alpha",
     "seed",

@@ -221,6 +221,9 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--save_only_model", "true"], "no run can go on"),
     (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
     (["--save_strategy", "best", "--metric_for_best_model", "x"], "got 'best'"),
+    (["--train", "projector,eyes"], "train takes vision, projector, decoder.*got 'projector,eyes'"),
+    (["--vision_lr", "1e-5"], "vision does not train: --train vision,..."),
+    (["--train", "projector", "--lora_rank", "4"], "nothing of the decoder trains"),
 ])  # fmt: skip
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):
