@@ -15,25 +15,25 @@ import json
 import math
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import ldistill
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
 from ldistill.evaluation.lmms_results import read_evaluation
-from ldistill.evaluation.lmms_run import Evaluation, evaluate
+from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
+from ldistill.evaluation.suites import SUITES
 from ldistill.recipe import load_recipe
 from ldistill.tools.study.files import Arm, Run, Study
 from ldistill.tools.study.scores import Scores, best_setting, read_scores
+from ldistill.tools.study.warm import Warm
 
-TRAIN = Path(ldistill.__file__).with_name("train.py")
 PROBE_STEPS = 2
 
 
@@ -45,6 +45,12 @@ class Workplace:
     out: Path
     overrides: Sequence[str] = ()
     """Further flags of ``train.py`` for every run."""
+
+    @cached_property
+    def programs(self) -> Warm:
+        """What runs training, merging and lmms-eval; offline where all tasks are made here."""
+        own = self.study.suite and SUITES[self.study.suite].make_tasks
+        return Warm(offline=bool(own) and not self.study.tasks)
 
     def folder(self, run: Run) -> Path:
         return self.out / f"seed-{run.seed}" / run.name
@@ -99,12 +105,12 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
             attempt(
                 f"{run.name}, seed {run.seed}",
                 (what, lambda: _make(place, run)),
-                ("evaluation", lambda: _evaluate(study, str(folder / run_files.STUDENT), folder)),
+                ("evaluation", lambda: _evaluate(place, str(folder / run_files.STUDENT), folder)),
             )
 
         start = place.out / study.start
         attempt(
-            study.start, ("evaluation", lambda: _evaluate(study, study.shared["student"], start))
+            study.start, ("evaluation", lambda: _evaluate(place, study.shared["student"], start))
         )
         for run in first:
             do(run)
@@ -150,7 +156,7 @@ def _make(place: Workplace, run: Run) -> None:
         words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
         words += ["--layers", asked.layers] if asked.layers else []
         words += ["--out", folder / run_files.STUDENT]
-        _start(folder, "merging", "-m", "ldistill.cli", "merge", *words)
+        _start(place, folder, "merging", "ldistill.cli", "merge", *words)
     else:
         _train(place, run, folder, _budget_flags(place, run))
     note.write_text(made_by, encoding="utf-8")
@@ -160,20 +166,18 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
     words = [*run.arm.flags(place.study.recipe, run.setting), "--seed", run.seed]
     words += ["--output_dir", folder, "--evaluate", "false", "--disable_tqdm", "true"]
     words += ["--overwrite", "true", *place.overrides, *extra]
-    _start(folder, "training", TRAIN, *words)
+    _start(place, folder, "training", "ldistill.train", *words)
 
 
-def _start(folder: Path, what: str, *words: object) -> None:
-    """Run Python with these words; ValueError where it fails, with the sentence it said."""
-    command = [sys.executable, *map(str, words)]
-    with folder.with_name(f"{folder.name}.train.log").open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode:
-        said = Path(log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+def _start(place: Workplace, folder: Path, what: str, module: str, *words: object) -> None:
+    """Run a module with these words; ValueError where it fails, with the sentence it said."""
+    log = folder.with_name(f"{folder.name}.train.log")
+    if status := place.programs.run(module, words, log):
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
         raise ValueError(
-            f"{what} ended with status {status.returncode}{''.join(errors[-1:])}; its output is "
-            f"in {log.name}. The same command tries it again."
+            f"{what} ended with status {status}{''.join(errors[-1:])}; its output is "
+            f"in {log}. The same command tries it again."
         )
 
 
@@ -205,10 +209,15 @@ def cost(folder: Path) -> dict[str, float]:
     }
 
 
-def _evaluate(study: Study, student: str, folder: Path) -> None:
-    out = folder / "eval"
+def _evaluate(place: Workplace, student: str, folder: Path) -> None:
+    def run(asked: Evaluation, config: Path) -> int:
+        words = ("--config", config, "--verbosity", "DEBUG")
+        return place.programs.run("lmms_eval", words, asked.out / LOG)
+
+    study, out = place.study, folder / "eval"
     record = read_evaluation(out)
     if record is None or not record["complete"]:
         include = tuple(Path(path) for path in study.include)
         options = {"include_paths": include, "items_per_task": study.items_per_task}
-        evaluate(Evaluation(student, out, study.suite, study.tasks, **options))
+        asked = Evaluation(student, out, study.suite, study.tasks, **options)
+        evaluate(asked, run=None if torch.cuda.device_count() > 1 else run)

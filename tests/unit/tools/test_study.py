@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -364,31 +363,30 @@ class Shortcut:
     def __init__(self, monkeypatch):
         self.trained: list[dict[str, str]] = []
         self.merged: list[tuple[str, str, str]] = []
-        monkeypatch.setattr(running, "subprocess", self)
+        monkeypatch.setattr(Workplace, "programs", self)
         monkeypatch.setattr(running, "evaluate", self.evaluate)
 
-    STDOUT = subprocess.STDOUT
-
-    def run(self, command, stdout, **options):
-        """`subprocess.run` of a merge, or of a training, which diverges with learning_rate 1."""
-        if command[3] == "merge":
-            flags = dict(zip(command[4::2], command[5::2]))
+    def run(self, module, words, log):
+        """The status of a merge, or of a training, which diverges with learning_rate 1."""
+        words = [*map(str, words)]
+        pairs = words[1:] if words[0] == "merge" else words
+        flags = dict(zip(pairs[::2], pairs[1::2]))
+        if words[0] == "merge":
             self.merged.append((flags["--student"], Path(flags["--lm"]).name, flags["--weight"]))
             self.student(Path(flags["--out"]))
-            return subprocess.CompletedProcess(command, 0)
-        flags = dict(zip(command[2::2], command[3::2]))
+            return 0
         self.trained.append(flags)
         rate = flags.get("--learning_rate")
         if rate == "1":
-            stdout.write("error: the loss of step 3 is nan\n")
-            return subprocess.CompletedProcess(command, 2)
+            log.write_text("error: the loss of step 3 is nan\n")
+            return 2
         folder, steps = Path(flags["--output_dir"]), int(flags.get("--max_steps", 10))
         self.student(folder / "student")
         flops = 3e6 if flags.get("--distil") == "language" else 1e6
         record = {"tokens": 50, "tokens_per_second": 10, "flops": flops, "ce": 1.0}
         lines = [json.dumps({"step": n + 1} | record) for n in range(steps)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     @staticmethod
     def student(folder):
@@ -396,7 +394,7 @@ class Shortcut:
         (folder / "config.json").write_text("{}")
 
     @staticmethod
-    def evaluate(asked):
+    def evaluate(asked, run):
         """Better with a higher alpha or weight in the name."""
         quality = 8 if "0.7" in asked.student or "0.5" in asked.student else 4
         evaluation(asked.out, [float(n % 10 < quality) for n in range(60)])
@@ -470,7 +468,7 @@ def test_another_study_may_not_share_the_folder(tmp_path, monkeypatch):
 def test_a_task_without_data_is_named_and_the_rest_reported(tmp_path, monkeypatch):
     shortcut = Shortcut(monkeypatch)
 
-    def lacking(asked):
+    def lacking(asked, run):
         shortcut.evaluate(asked)
         raise ValueError("tiny_words: no data")
 
