@@ -469,7 +469,7 @@ def test_a_task_without_data_is_named_and_the_rest_reported(tmp_path, monkeypatc
     shortcut = Shortcut(monkeypatch)
 
     def lacking(asked, run):
-        shortcut.evaluate(asked)
+        shortcut.evaluate(asked, run)
         raise ValueError("tiny_words: no data")
 
     monkeypatch.setattr(running, "evaluate", lacking)
