@@ -3,7 +3,7 @@
 recipe.yaml        the resolved recipe        environment.json   versions and git state
 run.json           the run's id, which its checkpoints carry
 samples/           what each step trained on, with --log_samples
-plan.json          documents, packs, drops of an epoch
+order.json         documents, packs, drops of an epoch
 metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
 checkpoint-N/      to resume from             student/           the exported student
 evaluation.json    before and after           logs of --report_to, if any
@@ -30,7 +30,7 @@ from ldistill.common.run_files import (
     ENVIRONMENT,
     JOB,
     METRICS,
-    PLAN,
+    ORDER,
     RECIPE,
     RUN,
     SAMPLES,
@@ -44,6 +44,7 @@ IDENTITY = (
     "student",
     "teacher",
     "sources",
+    "mix",
     "max_length",
     "packing",
     "on_long",
@@ -52,7 +53,7 @@ IDENTITY = (
     "distil",
     "alpha",
     "temperature",
-    "mix",
+    "combine",
     "t_squared",
     "kl",
     "gate",
@@ -208,7 +209,7 @@ def release(folder: Path, run: str) -> None:
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RECIPE, ENVIRONMENT, PLAN, RUN_ID, METRICS, RUN):
+        for name in (RECIPE, ENVIRONMENT, ORDER, RUN_ID, METRICS, RUN):
             (folder / name).unlink(missing_ok=True)
         for name in (SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)

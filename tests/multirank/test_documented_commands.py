@@ -54,6 +54,10 @@ LISTED = {
     "--shards shards/ --sources mine": "test_runs_hf.py",
     "ldistill shards build --dataset my.json --image-root pictures/ --sources mine --extra-sources "
     "mine=language --student llava-hf/llava-1.5-7b-hf --out shards/": "test_shards_commands.py",
+    "ldistill shards stats shards/ --mix vqav2=2,docvqa=0.5,smoltalk=25%":
+        "test_shards_commands.py",
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
+    "--mix vqav2=2,docvqa=0.5,smoltalk=25% --alpha vqav2=0.9": "test_resume_runs.py",
     "ldistill eval --student runs/mine --suite paper": "test_lmms_eval.py",
     "ldistill export RUN --out DIR": "test_cli.py",
     "ldistill export RUN --out DIR --decoder-only": "test_cli.py",

@@ -280,7 +280,7 @@ def reference_loss(distiller, batch, total, mix="convex", t_squared=True, gate="
     ("full", "additive", False, "confidence"),
 ])  # fmt: skip
 def test_loss_and_gradients_match_the_definition(pair_root, scope, mix, t_squared, gate):
-    objective = Objective(mix=mix, t_squared=t_squared, gate=gate)
+    objective = Objective(combine=mix, t_squared=t_squared, gate=gate)
     distiller = load(pair_root, kv_scope=scope, objective=objective)
     batch = random_batch(distiller.student, ROWS)
     total = 77.0

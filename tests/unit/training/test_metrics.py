@@ -180,7 +180,14 @@ def test_curves_are_drawn_by_category(tmp_path):
 
 def test_short_line():
     logs = {"loss": 1.23456, "language/ce": 2.0, "tokens_per_second": 12345.6}
-    assert short_line(7, 9, logs) == "step 7/9: loss 1.235, CE lang 2.000, tok/s 12,346"
-    assert short_line(8, 9, {"loss": 0.2, "kd": 0.000573}) == "step 8/9: loss 0.200, KD 0.00057"
-    scaled = short_line(8, 9, {"loss": 0.2, "kd": 0.000573}, kd_scale=16.0)
-    assert scaled == "step 8/9: loss 0.200, KD 0.0092", "τ² KL, beside a CE of its kind"
+    assert short_line(7, 9, logs, {}) == "step 7/9: loss 1.235, CE lang 2.000, tok/s 12,346"
+    logs = {"loss": 0.2, "kd": 0.000573, "kd_rows": 4.0, "source/vsr/kd_rows": 0.0}
+    logs |= {"source/vqav2/kd": 0.000573, "source/vqav2/kd_rows": 4.0}
+    scales = {"vqav2": 1.0, "vsr": 1.0}
+    assert short_line(8, 9, logs, scales) == "step 8/9: loss 0.200, KD 0.00057"
+    scales = {"vqav2": 16.0, "vsr": 4.0}
+    shown = "step 8/9: loss 0.200, KD 0.0092"
+    assert short_line(8, 9, logs, scales) == shown, "τ² KL, beside a CE of its kind"
+    logs |= {"kd_rows": 16.0, "source/vsr/kd_rows": 12.0, "source/vsr/kd": 0.003}
+    expected = (4 * 16 * 0.000573 + 12 * 4 * 0.003) / 16
+    assert short_line(8, 9, logs, scales) == f"step 8/9: loss 0.200, KD {expected:.2g}"
