@@ -6,13 +6,15 @@
     groups: {language: [tiny_language], reading: [tiny_reading]}    # groups of the suite, or tasks
     seeds: 3
     budget: {tokens: 200000}         # or steps, or flops; or what another arm used: {flops: ARM}
-    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # of every arm that trains
+    fields: {global_batch_size: 8}   # of every arm that trains, over its recipe's
+    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # so too
     validation: 0.3                  # share of the documents that choose among the settings
     baseline: labels
     arms:
       labels: {recipe: nanovlm-full}            # a shipped recipe's differences ...
       selective: {recipe: lingudistill, fields: {kl: reverse}, grid: {alpha: [0.3, 0.7]}}
       merged: {merge: {of: labels}, grid: {weight: [0.1, 0.3, 0.5]}}
+      other: {command: {of: labels, run: "mine --from {student} --rate {rate} --out {out}"}, ...}
 
 Every combination of an arm's grid is a setting. All settings run with seed 1; the one that is best
 on the validation part runs with the other seeds, and is reported on the rest of the documents.
@@ -24,6 +26,7 @@ import dataclasses
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +54,21 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Command:
+    """An arm that another program makes of an arm's student."""
+
+    of: str
+    """The arm, or the study's `start`."""
+    run: str
+    """With {student}, {lm}, {seed}, {out} (where a student's folder shall be) and {FIELD}s of the
+    arm's grid, filled in."""
+
+    def words(self, **values: Any) -> list[str]:
+        """Of the program; KeyError for what is not filled in."""
+        return [word.format(**values) for word in shlex.split(self.run)]
+
+
+@dataclass(frozen=True)
 class Run:
     """One arm with one setting and one seed."""
 
@@ -75,9 +93,16 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the recipe."""
     merge: Merge | None = None
+    command: Command | None = None
     grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
     """Field → values, over the study's grid; None takes a field out of that."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def of(self) -> str | None:
+        """The arm whose student it is made of; None: it trains."""
+        made = self.merge or self.command
+        return made.of if made else None
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -115,6 +140,8 @@ class Study:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Name → groups of the suite or tasks; the picture shows `reading` and `language`."""
     seeds: int = 3
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of every arm that trains, as `budget` and `grid`; an arm's own come over them."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     validation: float = 0.0
@@ -162,10 +189,12 @@ def _read(values: Any) -> Study:
     arms = {name: _known(of or {}, Arm, f"arm {name!r}") for name, of in made["arms"].items()}
     for name, of in arms.items():
         common = {"budget": made.get("budget", {})}
-        if merge := of.get("merge"):
-            of["merge"] = Merge(**_known(merge, Merge, f"arm {name!r}, merge"))
-        else:
-            of["grid"] = {**made.get("grid", {}), **of.get("grid", {})}
+        for kind, cls in (("merge", Merge), ("command", Command)):
+            if kind in of:
+                of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
+        if not {"merge", "command"} & of.keys():
+            for shared in ("fields", "grid"):
+                of[shared] = {**made.get(shared, {}), **of.get(shared, {})}
         arms[name] = Arm(name, **(common | of))
     for name in ("tasks", "include"):
         made[name] = tuple(made.get(name, ()))
@@ -205,8 +234,8 @@ def _problems(study: Study) -> Any:
     for number, arm in enumerate(study.arms):
         if len(arm.settings) > 1 and not study.validation:
             yield f"arm {arm.name!r} has several settings: `validation` must say what chooses."
-        if arm.merge and arm.merge.of not in (study.start, *names[:number]):
-            yield f"arm {arm.name!r} merges {arm.merge.of!r}, which is no arm above it."
+        if arm.of and arm.of not in (study.start, *names[:number]):
+            yield f"arm {arm.name!r} is made of {arm.of!r}, which is no arm above it."
         for unit, amount in arm.budget.items():
             if unit not in BUDGETS or len(arm.budget) > 1:
                 yield f"a budget is one of {', '.join(BUDGETS)}, got {dict(arm.budget)}."
@@ -215,7 +244,16 @@ def _problems(study: Study) -> Any:
         for setting in arm.settings:
             if arm.merge:
                 dataclasses.replace(arm.merge, **setting)
+            elif arm.command:
+                yield from _unfilled(arm, setting)
             else:
                 parse(arm.flags(study.recipe, setting))
             if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
                 yield f"settings name folders, which cannot be called {run!r}."
+
+
+def _unfilled(arm: Arm, setting: Mapping[str, Any]) -> Any:
+    try:
+        arm.command.words(**dict.fromkeys(("student", "lm", "seed", "out"), ""), **setting)
+    except (KeyError, ValueError, IndexError) as error:
+        yield f"arm {arm.name!r}: its command cannot be filled in ({type(error).__name__} {error})."

@@ -1,12 +1,12 @@
-"""On-policy distillation on text, by TRL: a student's decoder learns from the LM what it says itself.
+"""On-policy distillation on text, by TRL: the LM corrects what a student's decoder says itself.
 
     python -m ldistill.tools.study.on_policy --student runs/labels/student \
         --lm HuggingFaceTB/SmolLM2-360M-Instruct --prompts chats.jsonl --out repaired/
 
-The decoder is exported as a plain LM, TRL's GKD trainer lets it answer the prompts and pulls its
-answers' distribution towards the LM's (reverse KL), and the result is put back into the student as
-`ldistill merge --weight 1` does. Needs `pip install trl`. A line of the prompts is a chat,
-{"messages": [...]}; without a file they are the tiny world's.
+The decoder is exported as a plain LM, TRL's trainer lets it answer the prompts and pulls the
+distribution of its answers towards the LM's (reverse KL), and the result is put back into the
+student as `ldistill merge --weight 1` does. Needs `pip install trl`. A line of the prompts is
+{"prompt": "..."}; without a file they are questions of the tiny world.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl import DistillationConfig, DistillationTrainer
 
 from ldistill.common.locate import resolve
+from ldistill.tiny.corpus import replayed
+from ldistill.tiny.world import World
 from ldistill.tools.merge import merge
 from ldistill.training.export import export_decoder
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--prompts")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32, help="most tokens of an answer")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
@@ -42,11 +45,11 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(decoder, dtype="float32")
         # Both must speak of the same tokens; the student's own ones come back in the merge.
         model.resize_token_embeddings(teacher.config.vocab_size)
-        trainer = GKDTrainer(
+        trainer = DistillationTrainer(
             model=model,
             teacher_model=teacher,
             args=_settings(asked, Path(made)),
-            train_dataset=_chats(asked.prompts, asked.seed),
+            train_dataset=_prompts(asked.prompts),
             processing_class=AutoTokenizer.from_pretrained(decoder),
         )
         trainer.train()
@@ -54,14 +57,11 @@ def main() -> None:
         merge(asked.student, str(trained), Path(asked.out), weight="1")
 
 
-def _settings(asked: argparse.Namespace, folder: Path) -> GKDConfig:
-    return GKDConfig(
+def _settings(asked: argparse.Namespace, folder: Path) -> DistillationConfig:
+    return DistillationConfig(
         output_dir=str(folder),
-        lmbda=1.0,  # every answer is the student's own
-        beta=1.0,  # reverse KL
-        temperature=1.0,
-        max_new_tokens=32,
-        max_length=256,
+        beta=1.0,  # reverse KL, over answers that are the student's own
+        max_completion_length=asked.length,
         max_steps=asked.steps,
         per_device_train_batch_size=asked.batch,
         learning_rate=asked.rate,
@@ -69,26 +69,19 @@ def _settings(asked: argparse.Namespace, folder: Path) -> GKDConfig:
         warmup_steps=0.03,
         seed=asked.seed,
         bf16=False,
-        gradient_checkpointing=False,
+        disable_tqdm=True,
         report_to="none",
         save_strategy="no",
         logging_steps=10,
     )
 
 
-def _chats(prompts: str | None, seed: int) -> Dataset:
-    """A turn each, since an answer is generated to the last question alone."""
-    if prompts is not None:
-        return load_dataset("json", data_files=prompts, split="train").shuffle(seed)
-    from ldistill.tiny.corpus import replayed
-    from ldistill.tiny.world import World
-
-    turns = [turn for chat in replayed(World(), 4000) for turn in chat.turns]
-    chats = [
-        [{"role": "user", "content": t.user}, {"role": "assistant", "content": t.assistant}]
-        for t in turns
-    ]
-    return Dataset.from_dict({"messages": chats}).shuffle(seed)
+def _prompts(path: str | None) -> Dataset:
+    if path is not None:
+        texts = load_dataset("json", data_files=path, split="train")["prompt"]
+    else:
+        texts = [turn.user for chat in replayed(World(), 4000) for turn in chat.turns]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
 
 
 if __name__ == "__main__":

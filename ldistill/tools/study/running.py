@@ -101,7 +101,7 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
             progress.advance(bar)
 
         def do(run: Run) -> None:
-            folder, what = place.folder(run), "merging" if run.arm.merge else "training"
+            folder, what = place.folder(run), "making" if run.arm.of else "training"
             attempt(
                 f"{run.name}, seed {run.seed}",
                 (what, lambda: _make(place, run)),
@@ -140,25 +140,29 @@ def _claim(place: Workplace) -> None:
 def _make(place: Workplace, run: Run) -> None:
     """The student of a run, unless it is there."""
     folder, study = place.folder(run), place.study
-    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else None
-    made_by = repr(asked) if asked else shlex.join(run.arm.flags(study.recipe, run.setting))
+    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else run.arm.command
+    made_by = shlex.join(run.arm.flags(study.recipe, run.setting)) if asked is None else repr(asked)
     note = folder.with_name(f"{folder.name}.arm")
     if (folder / run_files.STUDENT / "config.json").is_file():
         if note.is_file() and note.read_text(encoding="utf-8") != made_by:
             raise ValueError(f"it was made otherwise: remove {folder}, or call the arm otherwise.")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if asked:
-        student = study.shared["student"]
+    if asked is None:
+        _train(place, run, folder, _budget_flags(place, run))
+    else:
+        student, out = study.shared["student"], folder / run_files.STUDENT
         if asked.of != study.start:
             source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
             student = str(place.folder(source) / run_files.STUDENT)
-        words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
-        words += ["--layers", asked.layers] if asked.layers else []
-        words += ["--out", folder / run_files.STUDENT]
-        _start(place, folder, "merging", "ldistill.cli", "merge", *words)
-    else:
-        _train(place, run, folder, _budget_flags(place, run))
+        pair = {"student": student, "lm": study.shared["teacher"]}
+        if run.arm.command:
+            words = asked.words(**pair, seed=run.seed, out=out, **run.setting)
+            _checked(folder, words[0], place.programs.call(words, _log(folder)))
+        else:
+            words = ["--student", student, "--lm", pair["lm"], "--weight", asked.weight]
+            words += ["--layers", asked.layers] if asked.layers else []
+            _start(place, folder, "merging", "ldistill.cli", "merge", *words, "--out", out)
     note.write_text(made_by, encoding="utf-8")
 
 
@@ -171,8 +175,16 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
 
 def _start(place: Workplace, folder: Path, what: str, module: str, *words: object) -> None:
     """Run a module with these words; ValueError where it fails, with the sentence it said."""
-    log = folder.with_name(f"{folder.name}.train.log")
-    if status := place.programs.run(module, words, log):
+    _checked(folder, what, place.programs.run(module, words, _log(folder)))
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.train.log")
+
+
+def _checked(folder: Path, what: str, status: int) -> None:
+    log = _log(folder)
+    if status:
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
         raise ValueError(

@@ -39,10 +39,7 @@ class Warm:
         """Exit status of ``python -m module words``; its output goes to `log`."""
         arguments = [*map(str, words)]
         if self._forks is None:
-            with log.open("wb") as file:
-                command = [sys.executable, "-m", module, *arguments]
-                options = {"stdout": file, "stderr": subprocess.STDOUT, "env": self._environment}
-                return subprocess.run(command, check=False, **options).returncode
+            return self.call([sys.executable, "-m", module, *arguments], log)
         self._serve()
         process = self._forks.Process(target=_program, args=(module, arguments, str(log)))
         process.start()
@@ -52,6 +49,15 @@ class Warm:
             process.terminate()
             process.join()
         return process.exitcode
+
+    def call(self, command: Sequence[str], log: Path) -> int:
+        """Exit status of a command, in a process of its own; its output goes to `log`."""
+        with log.open("wb") as file:
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": self._environment}
+            try:
+                return subprocess.run(command, check=False, **options).returncode
+            except OSError as error:
+                raise ValueError(f"{command[0]} cannot be started: {error}.") from error
 
     def _serve(self) -> None:
         """Start the server, if it does not run, in the environment that its children get."""
