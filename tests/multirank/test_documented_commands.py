@@ -82,7 +82,7 @@ LISTED = {
     # studies
     "ldistill compare eval/* runs/* --baseline nanovlm-full --original nanovlm --out report/":
         "test_compare.py",
-    "ldistill study tiny --seeds 3 --out study/": "test_study.py",
+    "ldistill study table3 --seeds 3 --out study/": "test_study.py",
     "ldistill study paper --shards shards --submit": "test_study.py",
     # minutes to hours
     "ldistill torture --steps 12 --kills 3": "test_torture.py",

@@ -25,11 +25,11 @@ from ldistill.tools.study.running import Workplace, run_study
 from ldistill.tools.study.scores import WHOLE, Scores, holm, paired_tests
 
 BASELINE, MAIN, START = "nanovlm-full", "lingudistill", "adapted"
-TINY = load_study("tiny")
+TABLE3 = load_study("table3")
 
 
 def test_every_arm_is_its_recipe_on_the_tiny_pair():
-    for arm in TINY.arms:
+    for arm in TABLE3.arms:
         own = parse(arm.flags(None, {}) if arm.recipe is None else ["--recipe", arm.recipe])
         tiny = parse(arm.flags("tiny", {}))
         gate = arm.fields.get("gate", own.distil.gate)
@@ -43,16 +43,25 @@ def test_all_recipes_of_the_paper_and_both_gates_are_arms():
         "nanovlm-full", "nanovlm-lang", "distill-full", "distill-lang", "lingudistill",
         "lingudistill-highkd", "lingudistill-lowkd",
     ]  # fmt: skip
-    assert [arm.name for arm in TINY.arms] == [
+    assert [arm.name for arm in TABLE3.arms] == [
         *recipes, f"{MAIN}-agreement", f"{MAIN}-confidence",
     ]  # fmt: skip
-    assert [arm.recipe for arm in TINY.arms] == [*recipes, MAIN, MAIN]
-    assert load_study("paper").arms == TINY.arms
+    assert [arm.recipe for arm in TABLE3.arms] == [*recipes, MAIN, MAIN]
+    assert load_study("paper").arms == TABLE3.arms
+
+
+def test_the_tiny_study_gives_every_arm_the_same_budget_and_as_many_settings():
+    study = load_study("tiny")
+    trained = [arm for arm in study.arms if arm.of is None]
+    assert len(trained) == 20
+    assert {len(arm.settings) for arm in trained} == {2}
+    budgets = [arm.budget for arm in trained]
+    assert (budgets.count({"steps": 80}), budgets.count({"flops": "labels"})) == (17, 3)
 
 
 def test_an_unknown_arm_is_refused_by_name():
     with pytest.raises(ValueError, match="no variant 'lingudistil'; there are: nanovlm-full"):
-        TINY.choose(["lingudistil"])
+        TABLE3.choose(["lingudistil"])
 
 
 def study_file(tmp_path: Path, **fields) -> str:
@@ -90,6 +99,10 @@ LABELS = {"recipe": BASELINE}
         ({"budget": {"flops": "labels"}}, "names 'labels', which is no arm above it"),
         ({"arms": {"labels": LABELS, "m": {"merge": {"of": "x"}}}}, "no arm above it"),
         (
+            {"arms": {"labels": LABELS, "c": {"command": {"of": "labels", "run": "mine {rat}"}}}},
+            "arm 'c': its command cannot be filled in .KeyError 'rat'",
+        ),
+        (
             {"arms": {"labels": LABELS, "m": {"merge": {"to": "x"}}}},
             "unknown field 'to' in arm 'm'",
         ),
@@ -101,7 +114,9 @@ def test_what_cannot_be_is_a_sentence(tmp_path, fields, message):
 
 
 def test_no_such_study_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"no study 'tyni'\. Shipped: paper, tiny; or give"):
+    with pytest.raises(
+        ValueError, match=r"no study 'tyni'\. Shipped: paper, table3, tiny; or"
+    ):
         load_study("tyni")
     broken = tmp_path / "broken.yaml"
     broken.write_text("arms: [", encoding="utf-8")
@@ -231,7 +246,7 @@ def finished(tmp_path, monkeypatch):
             folders[tmp_path / f"seed-{seed}" / name / "eval"] = scored
     read = lambda folder, share: folders.get(folder, Scores({}, {}))  # noqa: E731
     monkeypatch.setattr(running, "read_scores", read)
-    return Workplace(TINY, tmp_path), folders
+    return Workplace(TABLE3, tmp_path), folders
 
 
 def test_the_report_holds_means_over_seeds_and_shares(finished, tmp_path):
@@ -277,7 +292,7 @@ def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
     """`--variant` and fewer seeds say what is to be run, not what is reported."""
     place, folders = finished
     del folders[tmp_path / "seed-2" / MAIN / "eval"]
-    few = Workplace(replace(TINY, seeds=1), tmp_path)
+    few = Workplace(replace(TABLE3, seeds=1), tmp_path)
     said = write_report(few, [], tmp_path, "")[0].read_text(encoding="utf-8")
     assert "Seeds: 1 to 2." in said
     folders.clear()
@@ -288,7 +303,7 @@ def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
 def test_the_setting_that_is_best_on_the_validation_part_is_chosen(monkeypatch):
     words, facts = (row for row in rows("tiny") if row.task in ("tiny_words", "tiny_facts"))
     arm = Arm("a", grid={"alpha": [0.1, 0.2]})
-    study = replace(TINY, arms=(arm,), baseline="a", main="", validation=0.5)
+    study = replace(TABLE3, arms=(arm,), baseline="a", main="", validation=0.5)
     best_reported = Scores({words: {0: 1.0}}, {words: {1: 0.2}, facts: {1: 0.5}})
     best_validated = Scores({words: {0: 0.0}}, {words: {1: 0.3}, facts: {1: 0.5}})
     runs = [Run(arm, setting, 1) for setting in arm.settings]
@@ -307,7 +322,7 @@ def test_a_document_counts_once_however_many_seeds():
     base = [Scores({words: dict.fromkeys(range(10), 0.0)}, {}) for _ in range(3)]
     better = [Scores({words: {n: float(n < 8) for n in range(10)} | {WHOLE: 1.0}}, {})] * 3
     arms = {BASELINE: base, MAIN: better, "same": base}
-    (main, group, pair, p), (same, *_, one) = paired_tests(TINY, arms)
+    (main, group, pair, p), (same, *_, one) = paired_tests(TABLE3, arms)
     assert (main, group, same) == (MAIN, "reading", "same")
     assert (pair.samples, pair.won, pair.lost) == (10, 8, 0)
     assert pair.p == pytest.approx(2 / 2**8)
@@ -363,6 +378,7 @@ class Shortcut:
     def __init__(self, monkeypatch):
         self.trained: list[dict[str, str]] = []
         self.merged: list[tuple[str, str, str]] = []
+        self.called: list[list[str]] = []
         monkeypatch.setattr(Workplace, "programs", self)
         monkeypatch.setattr(running, "evaluate", self.evaluate)
 
@@ -388,6 +404,11 @@ class Shortcut:
         (folder / "metrics.jsonl").write_text("\n".join(lines))
         return 0
 
+    def call(self, words, log):
+        self.called.append(words)
+        self.student(Path(words[-1]))
+        return 0
+
     @staticmethod
     def student(folder):
         folder.mkdir(parents=True)
@@ -406,6 +427,10 @@ ARMS = {
     "broken": {"recipe": MAIN, "grid": {"learning_rate": [1]}},
     "merged": {"merge": {"of": "selective"}, "grid": {"weight": [0.1, 0.5]}},
     "lost": {"merge": {"of": "labels", "weight": 0.2}},
+    "other": {
+        "command": {"of": "labels", "run": "mine --from {student} -r {rate} {lm} {seed} {out}"},
+        "grid": {"rate": [0.3]},
+    },
 }
 
 
@@ -433,9 +458,15 @@ def test_a_study_chooses_goes_on_after_failures_and_resumes(tmp_path, monkeypatc
         (str(best), "teacher", "0.1"), (str(best), "teacher", "0.5"), (labels[0], "teacher", "0.2"),
         (other, "teacher", "0.5"), (labels[1], "teacher", "0.2"),
     ]  # fmt: skip
+    others = [place.out / f"seed-{seed}" / "other--rate-0.3" / "student" for seed in (1, 2)]
+    lm = study.shared["teacher"]
+    assert shortcut.called == [
+        ["mine", "--from", source, "-r", "0.3", lm, seed, str(out)]
+        for source, seed, out in zip(labels, "12", others, strict=True)
+    ]
     said = write_report(place, problems, tmp_path / "report", "")[0].read_text(encoding="utf-8")
     results = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == [START, "labels", "selective", "merged", "lost"]
+    assert list(results) == [START, "labels", "selective", "merged", "lost", "other"]
     assert results["selective"]["setting"] == {"alpha": 0.7}
     assert results["selective"]["language"]["seeds"] == 2
     assert "of which 40% chose the settings" in said
@@ -485,7 +516,7 @@ def test_a_task_without_data_is_named_and_the_rest_reported(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_small_study_runs_resumes_and_reports(tmp_path, monkeypatch):
     pytest.importorskip("lmms_eval", reason="evaluates through lmms-eval")
-    arguments = ["study", "tiny", "--out", str(tmp_path), "--seeds", "1", "--items", "4"]
+    arguments = ["study", "table3", "--out", str(tmp_path), "--seeds", "1", "--items", "4"]
     arguments += ["--variant", MAIN, "--max_steps", "2", "--logging_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["ldistill", *arguments])
     done = CliRunner().invoke(app, arguments)
