@@ -27,7 +27,7 @@ import difflib
 import itertools
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -62,10 +62,6 @@ class Command:
     run: str
     """With {student}, {lm}, {seed}, {out} (where a student's folder shall be) and {FIELD}s of the
     arm's grid, filled in."""
-
-    def words(self, **values: Any) -> list[str]:
-        """Of the program; KeyError for what is not filled in."""
-        return [word.format(**values) for word in shlex.split(self.run)]
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,9 @@ class Study:
     tasks: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     items_per_task: int | None = None
+    measure: str = ""
+    """A command for scores that no task has: of {student}, to {out}, a JSON of task → document →
+    score, more being better."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Name → groups of the suite or tasks; the picture shows `reading` and `language`."""
     seeds: int = 3
@@ -161,6 +160,11 @@ class Study:
     def in_group(self, row: Row, name: str) -> bool:
         """Whether a row's score counts in a group of the report."""
         return not {row.group, row.task}.isdisjoint(self.groups[name])
+
+
+def filled(command: str, **values: Any) -> list[str]:
+    """Words of a command with values in it; KeyError for one that is not there."""
+    return [word.format(**values) for word in shlex.split(command)]
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -217,7 +221,7 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _problems(study: Study) -> Any:
+def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
     if study.launch not in get_args(Launch):
@@ -229,6 +233,7 @@ def _problems(study: Study) -> Any:
         yield "nothing to evaluate: give a suite or tasks."
     if study.suite:
         suite(study.suite)
+    yield from _unfilled("measure", study.measure, ("student", "out"))
     if not 0 <= study.validation < 1:
         yield f"validation is a share of the documents below 1, got {study.validation}."
     for number, arm in enumerate(study.arms):
@@ -245,15 +250,16 @@ def _problems(study: Study) -> Any:
             if arm.merge:
                 dataclasses.replace(arm.merge, **setting)
             elif arm.command:
-                yield from _unfilled(arm, setting)
+                known = ("student", "lm", "seed", "out", *setting)
+                yield from _unfilled(f"the command of arm {arm.name!r}", arm.command.run, known)
             else:
                 parse(arm.flags(study.recipe, setting))
             if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
                 yield f"settings name folders, which cannot be called {run!r}."
 
 
-def _unfilled(arm: Arm, setting: Mapping[str, Any]) -> Any:
+def _unfilled(what: str, command: str, known: Iterable[str]) -> Iterator[str]:
     try:
-        arm.command.words(**dict.fromkeys(("student", "lm", "seed", "out"), ""), **setting)
+        filled(command, **dict.fromkeys(known, ""))
     except (KeyError, ValueError, IndexError) as error:
-        yield f"arm {arm.name!r}: its command cannot be filled in ({type(error).__name__} {error})."
+        yield f"{what} cannot be filled in ({type(error).__name__} {error})."

@@ -26,12 +26,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
+from ldistill.common.locate import resolve
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
 from ldistill.evaluation.suites import SUITES
 from ldistill.recipe import load_recipe
-from ldistill.tools.study.files import Arm, Run, Study
-from ldistill.tools.study.scores import Scores, best_setting, read_scores
+from ldistill.tools.study.files import Arm, Run, Study, filled
+from ldistill.tools.study.scores import MEASURED, Scores, best_setting, read_scores
 from ldistill.tools.study.warm import Warm
 
 PROBE_STEPS = 2
@@ -57,11 +58,11 @@ class Workplace:
 
     def scores(self, run: Run) -> Scores:
         """Of its evaluation, as far as there is one."""
-        return read_scores(self.folder(run) / "eval", self.study.validation)
+        return read_scores(self.folder(run), self.study.validation)
 
     @property
     def start_scores(self) -> Scores:
-        return read_scores(self.out / self.study.start / "eval", self.study.validation)
+        return read_scores(self.out / self.study.start, self.study.validation)
 
     def chosen(self, arm: Arm) -> Run:
         """An arm's best setting on the validation part, by the runs of seed 1; the first of one."""
@@ -141,7 +142,13 @@ def _make(place: Workplace, run: Run) -> None:
     """The student of a run, unless it is there."""
     folder, study = place.folder(run), place.study
     asked = replace(run.arm.merge, **run.setting) if run.arm.merge else run.arm.command
-    made_by = shlex.join(run.arm.flags(study.recipe, run.setting)) if asked is None else repr(asked)
+    source = None  # of what is made of another arm's student
+    if asked and asked.of != study.start:
+        source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
+    if asked is None:
+        made_by = shlex.join(run.arm.flags(study.recipe, run.setting))
+    else:
+        made_by = f"{asked} of {source.name if source else study.start}"
     note = folder.with_name(f"{folder.name}.arm")
     if (folder / run_files.STUDENT / "config.json").is_file():
         if note.is_file() and note.read_text(encoding="utf-8") != made_by:
@@ -152,12 +159,11 @@ def _make(place: Workplace, run: Run) -> None:
         _train(place, run, folder, _budget_flags(place, run))
     else:
         student, out = study.shared["student"], folder / run_files.STUDENT
-        if asked.of != study.start:
-            source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
+        if source:
             student = str(place.folder(source) / run_files.STUDENT)
         pair = {"student": student, "lm": study.shared["teacher"]}
         if run.arm.command:
-            words = asked.words(**pair, seed=run.seed, out=out, **run.setting)
+            words = filled(asked.run, **pair, seed=run.seed, out=out, **run.setting)
             _checked(folder, words[0], place.programs.call(words, _log(folder)))
         else:
             words = ["--student", student, "--lm", pair["lm"], "--weight", asked.weight]
@@ -233,3 +239,10 @@ def _evaluate(place: Workplace, student: str, folder: Path) -> None:
         options = {"include_paths": include, "items_per_task": study.items_per_task}
         asked = Evaluation(student, out, study.suite, study.tasks, **options)
         evaluate(asked, run=None if torch.cuda.device_count() > 1 else run)
+    measured, log = folder / MEASURED, folder / "measure.log"
+    if study.measure and not measured.is_file():
+        part = measured.with_suffix(".part")
+        words = filled(study.measure, student=resolve(student), out=part)
+        if status := place.programs.call(words, log):
+            raise ValueError(f"{words[0]} ended with status {status}; its output is in {log}.")
+        part.rename(measured)

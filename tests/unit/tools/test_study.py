@@ -56,7 +56,7 @@ def test_the_tiny_study_gives_every_arm_the_same_budget_and_as_many_settings():
     assert len(trained) == 20
     assert {len(arm.settings) for arm in trained} == {2}
     budgets = [arm.budget for arm in trained]
-    assert (budgets.count({"steps": 80}), budgets.count({"flops": "labels"})) == (17, 3)
+    assert (budgets.count({"steps": 60}), budgets.count({"flops": "labels"})) == (17, 3)
 
 
 def test_an_unknown_arm_is_refused_by_name():
@@ -100,8 +100,9 @@ LABELS = {"recipe": BASELINE}
         ({"arms": {"labels": LABELS, "m": {"merge": {"of": "x"}}}}, "no arm above it"),
         (
             {"arms": {"labels": LABELS, "c": {"command": {"of": "labels", "run": "mine {rat}"}}}},
-            "arm 'c': its command cannot be filled in .KeyError 'rat'",
+            "the command of arm 'c' cannot be filled in .KeyError 'rat'",
         ),
+        ({"measure": "mine {students}"}, "measure cannot be filled in .KeyError 'students'"),
         (
             {"arms": {"labels": LABELS, "m": {"merge": {"to": "x"}}}},
             "unknown field 'to' in arm 'm'",
@@ -114,9 +115,7 @@ def test_what_cannot_be_is_a_sentence(tmp_path, fields, message):
 
 
 def test_no_such_study_is_a_sentence(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"no study 'tyni'\. Shipped: paper, table3, tiny; or"
-    ):
+    with pytest.raises(ValueError, match=r"no study 'tyni'\. Shipped: paper, table3, tiny; or"):
         load_study("tyni")
     broken = tmp_path / "broken.yaml"
     broken.write_text("arms: [", encoding="utf-8")
@@ -239,11 +238,11 @@ SCORES = {
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A workplace in which SCORES were reached; gives a function to replace some of them."""
-    folders = {tmp_path / START / "eval": SCORES[START][0]}
+    folders = {tmp_path / START: SCORES[START][0]}
     for name in (BASELINE, MAIN):
         for seed, scored in enumerate(SCORES[name], 1):
             (tmp_path / f"seed-{seed}" / name).mkdir(parents=True)
-            folders[tmp_path / f"seed-{seed}" / name / "eval"] = scored
+            folders[tmp_path / f"seed-{seed}" / name] = scored
     read = lambda folder, share: folders.get(folder, Scores({}, {}))  # noqa: E731
     monkeypatch.setattr(running, "read_scores", read)
     return Workplace(TABLE3, tmp_path), folders
@@ -291,7 +290,7 @@ def test_without_any_reading_there_is_still_a_report(finished, tmp_path):
 def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
     """`--variant` and fewer seeds say what is to be run, not what is reported."""
     place, folders = finished
-    del folders[tmp_path / "seed-2" / MAIN / "eval"]
+    del folders[tmp_path / "seed-2" / MAIN]
     few = Workplace(replace(TABLE3, seeds=1), tmp_path)
     said = write_report(few, [], tmp_path, "")[0].read_text(encoding="utf-8")
     assert "Seeds: 1 to 2." in said
@@ -354,9 +353,9 @@ def evaluation(folder: Path, values: list[float], complete: bool = True) -> None
 def test_both_parts_together_are_all_documents(tmp_path):
     values = [float(n % 3 == 0) for n in range(100)]
     evaluation(tmp_path / "eval", values)
-    (row,) = scores.read_scores(tmp_path / "eval", 0.0).rows
+    (row,) = scores.read_scores(tmp_path, 0.0).rows
     assert row.task == "tiny_facts"
-    split = scores.read_scores(tmp_path / "eval", 0.3)
+    split = scores.read_scores(tmp_path, 0.3)
     chosen, reported = split.validation[row], split.rows[row]
     assert chosen.keys().isdisjoint(reported)
     assert {**chosen, **reported} == dict(enumerate(values))
@@ -365,11 +364,15 @@ def test_both_parts_together_are_all_documents(tmp_path):
     record = json.loads((tmp_path / "eval" / "eval.json").read_text())
     record["scores"]["tiny_facts"]["value"] = 0.5
     (tmp_path / "eval" / "eval.json").write_text(json.dumps(record))
-    assert scores.read_scores(tmp_path / "eval", 0.3).rows == {row: {WHOLE: 0.5}}
+    assert scores.read_scores(tmp_path, 0.3).rows == {row: {WHOLE: 0.5}}
     assert scores.read_scores(tmp_path / "none", 0.3).rows == {}
+    # What the study measures itself is split by document as well.
+    (tmp_path / "measured.json").write_text('{"nearness": {"0": -0.25, "7": -0.75}}')
+    nearness = [r for r in scores.read_scores(tmp_path, 0.0).rows if r.task == "nearness"]
+    assert scores.read_scores(tmp_path, 0.0).of(*nearness) == -0.5
     (tmp_path / "eval" / "eval.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval/eval.json is damaged"):
-        scores.read_scores(tmp_path / "eval", 0.3)
+        scores.read_scores(tmp_path, 0.3)
 
 
 class Shortcut:
@@ -485,6 +488,28 @@ def test_a_study_chooses_goes_on_after_failures_and_resumes(tmp_path, monkeypatc
     assert [text.split(": remove")[0] for text in again] == [
         f"labels, seed {seed}: it was made otherwise" for seed in (1, 2)
     ]
+
+
+def test_a_study_measures_what_no_task_scores_and_goes_on_where_that_failed(tmp_path, monkeypatch):
+    shortcut = Shortcut(monkeypatch)
+    study = load_study(study_file(tmp_path, seeds=1, measure="mine {student} {out}"))
+    place = Workplace(study, tmp_path / "out")
+    monkeypatch.setattr(shortcut, "call", lambda words, log: 1)
+    problems = run_study(place, study.arms, show=False)
+    assert [p.partition("; ")[0] for p in problems] == [
+        f"{name}: mine ended with status 1" for name in (START, "labels, seed 1")
+    ]
+
+    def mine(words, log):
+        Path(words[-1]).write_text('{"nearness": {"0": -0.25}}')
+        return 0
+
+    monkeypatch.setattr(shortcut, "call", mine)
+    assert run_study(place, study.arms, show=False) == []
+    assert "nearness" in {row.task for row in place.start_scores.rows}
+    write_report(place, [], tmp_path, "")
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["labels"]["nearness"]["mean"] == -0.25
 
 
 def test_another_study_may_not_share_the_folder(tmp_path, monkeypatch):
