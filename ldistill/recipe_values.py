@@ -15,8 +15,14 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-LISTS = ("sources", "distil")
+LISTS = ("sources", "distil", "train")
 """Fields that a YAML list may say as well: names, which the command line has between commas."""
+BY_SOURCE = {
+    "mix": "amounts",
+    "alpha": "a number, or numbers",
+    "temperature": "a number, or numbers",
+}
+"""Fields that a YAML mapping may say as well: source=value, likewise."""
 _KINDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
@@ -50,6 +56,8 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
             return None
         raise ValueError(f"{name} is empty: give it {_KINDS[kind]}, or leave it out.")
     texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if name in BY_SOURCE:
+        return _by_source(name, value)
     if kind == list[str] and isinstance(value, str):
         return [value]
     if name in LISTS and texts:
@@ -60,6 +68,14 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
     if not fits or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{name} must be {_KINDS[kind]}, got {value!r}.")
     return value
+
+
+def _by_source(name: str, value: Any) -> Any:
+    values = list(value.values()) if isinstance(value, dict) else [value]
+    whole = () if isinstance(value, dict) or name != "mix" else (str,)
+    if not all(type(v) in (whole or (int, float, str)) for v in values):
+        raise ValueError(f"{name} must be {BY_SOURCE[name]} by source, got {value!r}.")
+    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
 
 
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
@@ -148,7 +164,7 @@ _UNUSED = {
     "liger_kernel_config": "kernels are chosen with --kernels",
     "auto_find_batch_size": "a step's rows are the recipe's; `ldistill plan` says what fits",
     "train_sampling_strategy": "rows are packed, in the order of --seed or --data_seed",
-    "optim_target_modules": "projector and decoder are trained, each at its own rate",
+    "optim_target_modules": "--train says what trains",
     "average_tokens_across_devices": "the loss always counts the rows of all ranks",
     "enable_jit_checkpoint": "a run that is told to stop always saves a checkpoint",
     "ignore_data_skip": "a resumed run reads on exactly where it stopped",

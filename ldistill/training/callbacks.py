@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ _SHOWN = (
 )
 
 
-def short_line(step: int, steps: int, logs: dict[str, float], kd_scale: float = 1.0) -> str:
+def short_line(
+    step: int, steps: int, logs: dict[str, float], kd_scales: Mapping[str, float]
+) -> str:
     """One line of a logged step: the few numbers one watches.
 
     Args:
-        kd_scale: of the KL, whose mean is logged, in the loss.
+        kd_scales: by source, of the KL, whose mean is logged, in the loss.
     """
-    if "kd" in logs:
-        logs = logs | {"kd": logs["kd"] * kd_scale}
+    if logs.get("kd_rows"):
+        kds = {n: logs.get(f"source/{n}/kd", 0) * logs[f"source/{n}/kd_rows"] for n in kd_scales}
+        total = sum(kd_scales[name] * kd for name, kd in kds.items())
+        logs = logs | {"kd": total / logs["kd_rows"]}
     parts = [f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs]
     return f"step {step}/{steps}: " + ", ".join(parts)
 
@@ -40,9 +45,9 @@ class ShortProgress(ProgressCallback):
     The bar is for terminals: in a job's log it would be a line a step.
     """
 
-    def __init__(self, kd_scale: float = 1.0) -> None:
+    def __init__(self, kd_scales: Mapping[str, float]) -> None:
         super().__init__()
-        self._kd_scale = kd_scale
+        self._kd_scales = kd_scales
         self._log: Telling | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,7 +65,7 @@ class ShortProgress(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or "loss" not in (logs or {}):
             return
-        line = short_line(state.global_step, state.max_steps, logs, self._kd_scale)
+        line = short_line(state.global_step, state.max_steps, logs, self._kd_scales)
         if self.training_bar is not None:
             self.training_bar.write(line)
         elif self._log is not None:

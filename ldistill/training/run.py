@@ -31,7 +31,7 @@ from ldistill.common.ranks import (
 )
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
 from ldistill.data.store import Reading
 from ldistill.distill.attention import choose_attention
@@ -39,7 +39,8 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
-from ldistill.models.pair import Pair, freeze_vision, load_pair
+from ldistill.models.pair import Pair, load_pair
+from ldistill.models.parts import train_only
 from ldistill.recipe import DistilArguments, Recipe, compute_dtype, zero_stage
 from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
 from ldistill.training import hub, run_folder
@@ -47,6 +48,7 @@ from ldistill.training.callbacks import ShortProgress, WriteMetrics
 from ldistill.training.card import origins
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
+from ldistill.training.optimizer import Rates
 from ldistill.training.result import evaluate_student, export_result, report, take_result
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
@@ -57,10 +59,10 @@ from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
 
 @dataclasses.dataclass
 class Data:
-    """What a run reads: shards, their plan, and the weights of their sources."""
+    """What a run reads: shards, their order, and the weights of their sources."""
 
     index: ShardIndex
-    plan: Plan
+    order: Order
     weights: SourceWeights
 
 
@@ -136,10 +138,10 @@ def _set_up(
     pair = open_pair(recipe, data.weights)
     data.index.check(pair.processor)
     if data.index.store.remote:
-        say(settle_reads(data.index, data.plan, recipe.training.world_size))
-    _settle_steps(recipe, data.plan)
+        say(settle_reads(data.index, data.order, recipe.training.world_size))
+    _settle_steps(recipe, data.order)
     _check_disk(recipe, pair, folder)
-    _tell_plan(data.plan, folder)
+    _tell_order(data.order, folder)
     _keep_origins(recipe, pair, data.index, folder)
     before = evaluate_student(recipe, pair.student_folder, "before training")
     return build_trainer(recipe, pair, data, folder, resume, device), before
@@ -212,7 +214,7 @@ def _open_whole_data(recipe: Recipe) -> Data:
 
 
 def open_data(recipe: Recipe) -> Data:
-    """Shards, plan and source weights of a recipe.
+    """Shards, order and source weights of a recipe.
 
     Raises:
         ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
@@ -234,13 +236,14 @@ def open_data(recipe: Recipe) -> Data:
         _check_there(options.shards, options.sources, names, everything.sources)
     index = ShardIndex.load(options.shards, names, reading)
     args = recipe.training
-    plan = Plan(
+    order = Order(
         index,
         limit=options.max_length,
         seed=args.seed if args.data_seed is None else args.data_seed,
         over_long=options.on_long,
         packing=options.packing,
         shuffle_window=options.shuffle_window,
+        mix=options.mix,
     )
     weights = SourceWeights.build(
         index.sources,
@@ -249,7 +252,7 @@ def open_data(recipe: Recipe) -> Data:
         temperature=recipe.distil.temperature,
         extra=extra,
     )
-    return Data(index, plan, weights)
+    return Data(index, order, weights)
 
 
 def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
@@ -280,7 +283,7 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         max_length=recipe.data.max_length,
         tiling=recipe.data.tiling,
     )
-    freeze_vision(pair.student)
+    train_only(pair.student, recipe.run.train)
     if options.lora_rank:
         add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
     return pair
@@ -309,7 +312,7 @@ def build_trainer(
         pair.student,
         make_teacher(recipe, pair),
         data.weights,
-        Objective(distil.mix, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
+        Objective(distil.combine, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
         kv_scope=distil.kv_scope,
         kv_grad=distil.kv_grad,
         attention=choose_attention(recipe.pair.attention, compute_dtype(recipe)),
@@ -327,7 +330,7 @@ def build_trainer(
         run_files.run_id(folder),
         pair,
         data.index,
-        data.plan,
+        data.order,
         universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
     )
     resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
@@ -359,11 +362,11 @@ def build_trainer(
     return trainer
 
 
-def _rates(recipe: Recipe) -> tuple[float, float]:
-    """Learning rates of projector and decoder; at 0, one stays as it is."""
+def _rates(recipe: Recipe) -> Rates:
+    """Learning rates of what trains; at 0, it stays as it is."""
     default, own = recipe.training.learning_rate, recipe.run
-    projector = default if own.projector_lr is None else own.projector_lr
-    return projector, default if own.decoder_lr is None else own.decoder_lr
+    asked = (own.vision_lr, own.projector_lr, own.decoder_lr)
+    return Rates(*(default if rate is None else rate for rate in asked))
 
 
 def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
@@ -380,7 +383,7 @@ def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any)
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        plan=data.plan,
+        order=data.order,
     )
 
 
@@ -391,19 +394,21 @@ def _use_own_progress(
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
-    trainer.progress = ShortProgress(distil.temperature**2 if distil.t_squared else 1.0)
+    weights = trainer.distiller.weights
+    scales = [tau**2 if distil.t_squared else 1.0 for tau in weights.temperature]
+    trainer.progress = ShortProgress(dict(zip(weights.names, scales, strict=True)))
     if not trainer.args.disable_tqdm:
         trainer.add_callback(trainer.progress)
     trainer.add_callback(metrics)
 
 
-def _tell_plan(plan: Plan, folder: Path) -> None:
+def _tell_order(order: Order, folder: Path) -> None:
     """What an epoch reads and what it leaves out, on screen and in the run's folder."""
     if is_first():
-        summary = plan.summary()
+        summary = order.summary()
         say(f"data: {summary}")
         text = json.dumps(dataclasses.asdict(summary), indent=2)
-        (folder / run_files.PLAN).write_text(text, encoding="utf-8")
+        (folder / run_files.ORDER).write_text(text, encoding="utf-8")
 
 
 def _keep_origins(recipe: Recipe, pair: Pair, index: ShardIndex, folder: Path) -> None:
@@ -413,11 +418,11 @@ def _keep_origins(recipe: Recipe, pair: Pair, index: ShardIndex, folder: Path) -
         (folder / run_files.ORIGINS).write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
-def _settle_steps(recipe: Recipe, plan: Plan) -> None:
+def _settle_steps(recipe: Recipe, order: Order) -> None:
     """The Trainer counts steps, since the stream of packs has no end; epochs become steps."""
     args = recipe.training
     if args.max_steps <= 0:
-        packs = len(plan.epoch(0)) * args.num_train_epochs
+        packs = len(order.epoch(0)) * args.num_train_epochs
         args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
         say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
 

@@ -188,8 +188,8 @@ def test_metrics_are_by_source_and_category(reference):
 
 
 def test_run_folder_says_what_was_run(reference):
-    plan = json.loads((reference / "plan.json").read_text())
-    assert plan["documents"] + sum(plan["drops"].values()) == plan["samples"] == 80
+    order = json.loads((reference / "order.json").read_text())
+    assert order["documents"] + sum(order["drops"].values()) == order["samples"] == 80
     recipe = (reference / "recipe.yaml").read_text()
     assert "temperature: 4.0" in recipe
     assert "optim: sgd" in recipe
