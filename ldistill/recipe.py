@@ -21,6 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
 from ldistill.distill.objective import COMBINATIONS, DIVERGENCES, GATES
 from ldistill.models.parts import DEFAULT_TRAIN, parse_train
@@ -359,6 +360,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"lora_rank is given, but nothing of the decoder trains (--train {recipe.run.train})."
         )
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     _check_trackers(args)
 
 
@@ -400,12 +403,6 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.training.bf16:
         return torch.bfloat16
     return torch.float16 if recipe.training.fp16 else torch.float32
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() or cpu
 
 
 def world_size() -> int:

@@ -153,6 +153,7 @@ per_device_eval_batch_size save_strategy save_steps save_total_limit save_only_m
 restore_callback_states_from_checkpoint dataloader_num_workers dataloader_pin_memory
 dataloader_prefetch_factor accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
 ddp_find_unused_parameters ddp_static_graph ddp_timeout
+push_to_hub hub_model_id hub_private_repo
 """
 HEEDED = frozenset(_HEEDED.split())
 """Flags of transformers' ``TrainingArguments`` that a run does something with."""
@@ -174,7 +175,7 @@ _UNUSED = {
     "load_best_model_at_end": "a run's result is its last state",
 }
 _UNUSED_GROUPS = {
-    "push_to_hub hub_": "upload what `ldistill export` wrote, with `hf upload`",
+    "hub_": "--push_to_hub uploads the export once, when the run ends; a token is HF_TOKEN's",
     "fsdp": "sharding is DeepSpeed's: --deepspeed",
     "eval_ do_eval do_predict prediction_loss_only include_for_metrics batch_eval_metrics "
     "bf16_full_eval fp16_full_eval": "evaluation is --eval_items and --eval_suite",

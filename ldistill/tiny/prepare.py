@@ -87,9 +87,10 @@ def prepare(
                         told.advance()
                     yield sample
 
-            sources = {s: counted(s) for s in SOURCES}
-            sources |= {TEXT: replayed(world, texts)} if texts else {}
-            build_shards(sources, folder / "shards", processor, extra={TEXT: "language"})
+            made = {source: counted(source) for source in SOURCES}
+            made |= {TEXT: replayed(world, texts)} if texts else {}
+            about = {"extra": {TEXT: "language"}, "origin": {"licence": "apache-2.0"}}
+            build_shards(made, folder / "shards", processor, **about)
         save_items(benchmark(world, items_per_task), folder / "items.jsonl")
         (folder / "recipe.json").write_text(
             json.dumps(made_from, indent=2) + "\n", encoding="utf-8"

@@ -43,8 +43,9 @@ from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
 from ldistill.recipe import DistilArguments, Recipe, compute_dtype, zero_stage
 from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
-from ldistill.training import run_folder
+from ldistill.training import hub, run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.card import origins
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
@@ -83,6 +84,7 @@ def run(recipe: Recipe) -> Path:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
+        repo = _settle_repo(recipe, folder)
         trainer, before = _set_up(recipe, folder, resume, device)
         if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
             with trainer.stop.listening(folder), closing(trainer.progress):
@@ -95,6 +97,8 @@ def run(recipe: Recipe) -> Path:
         take_result(resume, folder)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
+    if repo is not None:
+        say(f"on the hub: {from_first(lambda: hub.push(folder, repo))}")
     return folder
 
 
@@ -112,6 +116,19 @@ def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
         raise
 
 
+def _settle_repo(recipe: Recipe, folder: Path) -> str | None:
+    """The repository that ``push_to_hub`` asks for, there before the first step; None: not asked.
+
+    Taken from the Trainer, which would upload its own checkpoints.
+    """
+    args = recipe.training
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    asked = args.hub_model_id or folder.resolve().name
+    return from_first(lambda: hub.make_repo(asked, args.hub_private_repo))
+
+
 def _set_up(
     recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
 ) -> tuple[DistillTrainer, dict[str, float] | None]:
@@ -125,6 +142,7 @@ def _set_up(
     _settle_steps(recipe, data.order)
     _check_disk(recipe, pair, folder)
     _tell_order(data.order, folder)
+    _keep_origins(recipe, pair, data.index, folder)
     before = evaluate_student(recipe, pair.student_folder, "before training")
     return build_trainer(recipe, pair, data, folder, resume, device), before
 
@@ -253,9 +271,11 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
     engine = choose_engine(options.teacher_engine, zero_stage(recipe))
     dtype = compute_dtype(recipe)
     zero_init = zero3_config(dtype, options.teacher_offload) if engine == "zero3" else None
+    teacher = options.teacher if weights.distils else None
+    say(f"loading {options.student}" + (f" and its teacher, {teacher}" if teacher else ""))
     pair = load_pair(
         options.student,
-        options.teacher if weights.distils else None,
+        teacher,
         tokenizer=options.tokenizer,
         zero_init=zero_init,
         partition=True,
@@ -389,6 +409,13 @@ def _tell_order(order: Order, folder: Path) -> None:
         say(f"data: {summary}")
         text = json.dumps(dataclasses.asdict(summary), indent=2)
         (folder / run_files.ORDER).write_text(text, encoding="utf-8")
+
+
+def _keep_origins(recipe: Recipe, pair: Pair, index: ShardIndex, folder: Path) -> None:
+    """What the model card will say of pair and data, as long as both are here."""
+    if is_first():
+        found = origins(pair, recipe.pair.student, recipe.pair.teacher, index)
+        (folder / run_files.ORIGINS).write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def _settle_steps(recipe: Recipe, order: Order) -> None:

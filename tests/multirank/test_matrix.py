@@ -128,6 +128,8 @@ def test_a_cell(runs: dict[Cell, Future], cell: Cell):
     folder, printed = runs[cell].result()
     assert "held-out items, accuracy" in printed
     assert str(folder / "student") in printed.replace("\n", "")
+    assert f"ldistill push {folder} --repo" in printed
+    assert "| α | 0.7 |" in (folder / "student" / "README.md").read_text()
     scores = json.loads((folder / "evaluation.json").read_text())
     assert scores["before"].keys() == scores["after"].keys()
     assert {"language", "reading", "vision", "facts"} <= scores["before"].keys()
