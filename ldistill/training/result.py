@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill.checkpoint.folder import sync
+from ldistill.checkpoint.resuming import step_of
 from ldistill.common import run_files
 from ldistill.common.errors import writing
-from ldistill.common.ranks import everywhere, from_first
+from ldistill.common.ranks import everywhere, from_first, say
 from ldistill.common.telling import telling
 from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
 from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
 from ldistill.training.trainer import DistillTrainer
+from ldistill.training.validation import Best
 
 
 def export_result(trainer: DistillTrainer, folder: Path) -> None:
@@ -29,7 +31,27 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
-    take_result(last, folder)
+    take_result(choose_result(last, folder, trainer.best), folder)
+
+
+def choose_result(last: Path, folder: Path, best: Best | None) -> Path:
+    """The checkpoint whose student is the run's result: the last, or the best evaluated.
+
+    Raises:
+        FileNotFoundError: the best is no longer there.
+    """
+    if best is None:
+        return last
+    found = from_first(lambda: best.find(step_of(last)))
+    if found is None:
+        say(f"{best.metric} was never evaluated: the result is the last state.")
+        return last
+    step, value = found
+    say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
+    chosen = folder / f"checkpoint-{step}"
+    if not from_first(chosen.is_dir):
+        raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
+    return chosen
 
 
 def take_result(last: Path, folder: Path) -> None:

@@ -45,6 +45,7 @@ IDENTITY = (
     "teacher",
     "sources",
     "mix",
+    "validation",
     "max_length",
     "packing",
     "on_long",
