@@ -327,7 +327,9 @@ class DistillTrainer(Trainer):
     def _validate(self) -> dict[str, float]:
         sums = torch.zeros_like(self.meter.sums, dtype=torch.float64)
         self.model_wrapped.eval()
-        with torch.random.fork_rng([]), torch.no_grad():  # loaders draw a seed
+        # Alone, without its parts: text alone runs the vision tower too, as all ranks must.
+        self.distiller.student.training = True
+        with torch.no_grad():
             batches = iter(self._validation.batches())
             for _ in range(self._validation.passes):
                 read, problem = _read(batches, 1)
