@@ -21,6 +21,13 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
+def on_post_page(output: str, page, config) -> str:
+    """Leave out the notebook template's script for diagrams, which a reader would have to fetch."""
+    return re.sub(
+        r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", output, flags=re.S
+    )
+
+
 def recipes_page() -> str:
     """Every shipped recipe and every flag, from the YAML files and the dataclasses."""
     from ldistill.recipe import OWN, recipe_differences, shipped_recipes

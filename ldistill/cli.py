@@ -15,10 +15,13 @@ import typer
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
+from ldistill.common.environment import check_versions, settle_environment
+from ldistill.common.errors import exit_code
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.launch import scripts, train
+from ldistill.tools.look import command as look
 from ldistill.tools.merge import merge
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
@@ -45,6 +48,7 @@ app.command(
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(generate)
+app.command(name="look")(look)
 app.command()(merge)
 app.command()(plan)
 app.command()(torture)
@@ -92,6 +96,20 @@ def export(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    repo: Annotated[str, typer.Option(help="On the hub: owner/name, or a name of your own.")],
+    private: Annotated[
+        bool | None, typer.Option(help="A new repository. Default: as the owner's are.")
+    ] = None,
+) -> None:
+    """Upload the student of a run with its model card and curves to the Hugging Face hub."""
+    from ldistill.training import hub
+
+    typer.echo(hub.push(run, repo, private))
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, GPU, compilers, disk; one line of advice per problem."""
     from ldistill.tools.doctor.doctor import run
@@ -100,15 +118,17 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is a sentence and exit status 2, not a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """Entry point: a user's mistake is a sentence and exit status 2 (75: it may pass)."""
+    settle_environment()
     try:
+        if "doctor" not in sys.argv[1:2]:  # which has more to say of it
+            check_versions()
         app()
     except (ValueError, OSError) as error:
         if os.environ.get("LDISTILL_DEBUG") == "1":
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

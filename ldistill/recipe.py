@@ -21,8 +21,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
 from ldistill.distill.objective import COMBINATIONS, DIVERGENCES, GATES
+from ldistill.models.parts import DEFAULT_TRAIN, parse_train
 from ldistill.recipe_values import (
     check_deepspeed,
     check_trainer_flags,
@@ -115,7 +117,7 @@ class DistilArguments:
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
     kl: str = _doc("forward | reverse | jsd.", "forward")
     gate: str = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
-    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual.", "full")
+    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual | own.", "full")
     kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
 
 
@@ -129,6 +131,12 @@ class RunArguments:
     )
     projector_lr: float | None = _doc("Learning rate of the projector; default --learning_rate.")
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
+    vision_lr: float | None = _doc("Learning rate of the vision tower; default --learning_rate.")
+    train: str = _doc(
+        "What trains, by commas: vision, projector, decoder or parts of it (attention, mlp, "
+        "gate_up).",
+        DEFAULT_TRAIN,
+    )
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     evaluate: bool = _doc("Evaluate on the items before and after training.", True)
@@ -354,6 +362,15 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
+    trained = parse_train(recipe.run.train)
+    if recipe.run.vision_lr is not None and "vision" not in trained:
+        raise ValueError("vision_lr is given, but vision does not train: --train vision,...")
+    if recipe.pair.lora_rank and not trained - {"vision", "projector"}:
+        raise ValueError(
+            f"lora_rank is given, but nothing of the decoder trains (--train {recipe.run.train})."
+        )
     _check_trackers(args)
 
 
@@ -395,12 +412,6 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.training.bf16:
         return torch.bfloat16
     return torch.float16 if recipe.training.fp16 else torch.float32
-
-
-def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() or cpu
 
 
 def world_size() -> int:

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 from transformers import TrainingArguments
 
-LISTS = ("sources", "distil")
+LISTS = ("sources", "distil", "train")
 """Fields that a YAML list may say as well: names, which the command line has between commas."""
 BY_SOURCE = {
     "mix": "amounts",
@@ -155,6 +155,7 @@ restore_callback_states_from_checkpoint dataloader_num_workers dataloader_pin_me
 dataloader_prefetch_factor accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
 ddp_find_unused_parameters ddp_static_graph ddp_timeout
 load_best_model_at_end metric_for_best_model greater_is_better
+push_to_hub hub_model_id hub_private_repo
 """
 HEEDED = frozenset(_HEEDED.split())
 """Flags of transformers' ``TrainingArguments`` that a run does something with."""
@@ -165,7 +166,7 @@ _UNUSED = {
     "liger_kernel_config": "kernels are chosen with --kernels",
     "auto_find_batch_size": "a step's rows are the recipe's; `ldistill plan` says what fits",
     "train_sampling_strategy": "rows are packed, in the order of --seed or --data_seed",
-    "optim_target_modules": "projector and decoder are trained, each at its own rate",
+    "optim_target_modules": "--train says what trains",
     "average_tokens_across_devices": "the loss always counts the rows of all ranks",
     "enable_jit_checkpoint": "a run that is told to stop always saves a checkpoint",
     "ignore_data_skip": "a resumed run reads on exactly where it stopped",
@@ -175,7 +176,7 @@ _UNUSED = {
     "dataloader_in_order": "a run can be repeated",
 }
 _UNUSED_GROUPS = {
-    "push_to_hub hub_": "upload what `ldistill export` wrote, with `hf upload`",
+    "hub_": "--push_to_hub uploads the export once, when the run ends; a token is HF_TOKEN's",
     "fsdp": "sharding is DeepSpeed's: --deepspeed",
     "eval_ do_eval do_predict prediction_loss_only include_for_metrics batch_eval_metrics "
     "bf16_full_eval fp16_full_eval": "evaluation is --validation, --eval_items and --eval_suite",

@@ -18,7 +18,6 @@ from pathlib import Path
 # installed ones.
 _HERE = str(Path(__file__).resolve().parent)
 sys.path[:] = [entry for entry in sys.path if entry != _HERE]
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +25,15 @@ def main(argv: list[str] | None = None) -> int:
 
     0 done, 2 an error to put right, 75 a failure that may pass by itself, 85 stopped on request.
     """
+    from ldistill.common.environment import check_versions, settle_environment
+
     argv = sys.argv[1:] if argv is None else argv
+    settle_environment()
+    try:
+        check_versions()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     first = os.environ.get("RANK", "0") == "0"
     if first and not {"--help", "-h", "--help_all"} & set(argv):
         print("loading PyTorch, transformers and DeepSpeed ...", flush=True)

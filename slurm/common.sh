@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the jobs of this folder share; sourced by them, never submitted itself.
 #
 #   sbatch slurm/selective.sh                                 the paper's run on one GPU
@@ -10,7 +11,8 @@
 # has one core a rank, or all of its nodes with --exclusive; on nodes of fewer than 8 cores SLURM wants
 # --cpus-per-gpu=1 as well.
 #
-# Submit from the repository's root, or with --chdir=ROOT. Account, partition, QOS, time, memory,
+# Submit from the folder that holds slurm/ (the repository's root, or OUT of `ldistill scripts slurm
+# --out OUT`), or with --chdir. Account, partition, QOS, time, memory,
 # nodes and GPUs are sbatch flags (or SBATCH_ACCOUNT, SBATCH_PARTITION, ...); all else is a variable:
 #
 #   SETUP        shell code that makes `python` the right one: "module load cuda; source env/bin/activate"
@@ -34,12 +36,14 @@ STOPPED=85   # ldistill.training.stopping.STOPPED_EXIT_CODE
 MISTAKE=2    # train.py has said what to change; trying again would not help
 
 [[ -n ${SLURM_JOB_ID:-} ]] || { echo "error: submit this script with sbatch." >&2; exit $MISTAKE; }
-[[ -f ldistill/train.py ]] || { echo "error: submit from the repository's root, or with --chdir." >&2; exit $MISTAKE; }
 # srun no longer inherits it; cores given by GPU are shared out over the tasks of a node.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-$((${SLURM_CPUS_ON_NODE:-1} / ${SLURM_NTASKS_PER_NODE:-1}))}
 unset SLURM_CPUS_PER_GPU   # srun takes one of the two
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
 eval "${SETUP-[[ ! -f .venv/bin/activate ]] || source .venv/bin/activate}"
+# The repository's ldistill, or an installed one; that of a container is its own business.
+[[ -n ${CONTAINER:-}${SRUN_FLAGS:-} || -f ldistill/train.py ]] || python -c 'import ldistill' 2>/dev/null ||
+  { echo "error: no ldistill here: submit from the repository's root, or name an environment that has it in SETUP." >&2; exit $MISTAKE; }
 asked_port=${MASTER_PORT:-}
 starts=$((100 * ${SLURM_RESTART_COUNT:-0}))   # of this job's ranks; numbered, not counted
 
@@ -64,7 +68,7 @@ train() {
     before=$(newest) again=()
     # From here, a checkpoint named in the command or --overwrite would undo what the job has done.
     ! has_saved || again=(--resume_from_checkpoint auto --overwrite false)
-    run_ranks python -u ldistill/train.py "$@" "${again[@]}"
+    run_ranks python -u -m ldistill.train "$@" "${again[@]}"
     code=$?
     # srun's status may be that of ranks it killed because the first one had left.
     [[ ! -s $LDISTILL_EXIT_FILE ]] || code=$(<"$LDISTILL_EXIT_FILE")
@@ -79,8 +83,8 @@ train() {
   done
 }
 
-# Whether a recipe names its shards or makes them.
-has_shards() { grep -qsE '^(shards|prepare):' "$1" "ldistill/recipes/$1.yaml"; }
+# Whether a recipe names its shards or makes them; of the shipped ones tiny alone does.
+has_shards() { [[ $1 == tiny ]] || grep -qsE '^(shards|prepare):' "$1"; }
 
 # The last one counts, as with every flag of train.py.
 output_dir() {

@@ -12,6 +12,7 @@
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300
 #SBATCH --array=0-6
 source slurm/common.sh
+# shellcheck disable=SC2206  # several, between blanks
 recipes=(${RECIPE:-nanovlm-full nanovlm-lang distill-full distill-lang lingudistill
   lingudistill-highkd lingudistill-lowkd})
 RECIPE=${recipes[SLURM_ARRAY_TASK_ID]:?"there are ${#recipes[@]} recipes: --array=0-$((${#recipes[@]} - 1))"}

@@ -19,7 +19,7 @@ from common import Registry
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldistill_kernels import shared_kv_attention
+from ldistill_kernels import plan_tiles, shared_kv_attention
 from ldistill_kernels.testing import AttentionCase
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,6 +50,13 @@ class Problem:
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.case.q.shape[1] // self.case.k.shape[1]
+
+    @cached_property
+    def tiles(self) -> Tensor | None:
+        """The table of tiles, which training makes where it plans its queries."""
+        index, memory = self.case.positional[3:], self.case.k.shape[::2]  # (batch, seq)
+        tiles = plan_tiles(*(x.cpu() for x in index), group=self.group, memory=memory)
+        return tiles if tiles is None else tiles.to(self.case.q.device)
 
     @cached_property
     def pairs(self) -> int:
@@ -138,8 +145,8 @@ class Move(torch.autograd.Function):
 
 @PROVIDERS.add("ours")
 def ours(problem: Problem) -> Attention:
-    index = problem.case.positional[3:]
-    return lambda q, k, v: shared_kv_attention(q, k, v, *index, check=False)
+    index, tiles = problem.case.positional[3:], problem.tiles
+    return lambda q, k, v: shared_kv_attention(q, k, v, *index, tiles=tiles, check=False)
 
 
 @PROVIDERS.add("ours two segments")
@@ -159,7 +166,8 @@ def ours_two_segments(problem: Problem) -> Attention:
     k2, v2 = case.k[batch, :, place].clone(), case.v[batch, :, place].clone()
     position = torch.minimum(case.position.long(), middle - 1)
     end2 = start2 + (case.position.long() - middle + 1).clamp_min(0)
-    options = {"k2": k2, "v2": v2, "start2": start2, "end2": end2, "check": False}
+    options = {"k2": k2, "v2": v2, "start2": start2, "end2": end2}
+    options |= {"tiles": problem.tiles, "check": False}
     return lambda q, k, v: shared_kv_attention(q, k, v, case.batch, case.start, position, **options)
 
 

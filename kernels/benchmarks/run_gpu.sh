@@ -19,7 +19,7 @@
 set -uo pipefail
 archive=${2:-}
 case "$archive" in "" | /*) ;; *) archive=$PWD/$archive ;; esac
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 
 call=${1:-measure}
 case "$call" in measure | sweep | profile) ;; *)

@@ -1,9 +1,11 @@
-"""How fast a device computes, by its datasheet or measured, and how to time it."""
+"""What devices there are, how fast one computes, by its datasheet or measured, how to time it."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,25 @@ from ldistill.common.cards import CARDS
 
 # Behind a name in that table these make another card of it.
 _OTHER_CARDS = ("Ti", "D", "SUPER", "Laptop", "Max-Q")
+
+
+def unusable_gpu() -> str | None:
+    """Why PyTorch cannot use the GPU that a driver shows here; None: it can, or none is meant."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not Path("/dev/nvidia0").exists():
+        return None
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return "it finds none"
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
+    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_available() or cpu
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

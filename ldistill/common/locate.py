@@ -57,7 +57,7 @@ def _hub_folder(repo_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # the last for its licence
     patterns += ["*.safetensors"] if weights else []
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns))
@@ -67,5 +67,6 @@ def _hub_folder(repo_id: str, weights: bool) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder here nor a model the hub gave us "
-            f"({type(error).__name__}). Check the name, the network, or give a local folder."
+            f"({type(error).__name__}): check the name and the network (`ldistill doctor`), log in "
+            "for a gated one (`hf auth login`), or give a local folder."
         ) from error

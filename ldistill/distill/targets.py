@@ -18,7 +18,7 @@ from torch import Tensor
 from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
-SCOPES = ("full", "prompt", "visual")
+SCOPES = ("full", "prompt", "visual", "own")
 
 
 class _Tensors:
@@ -103,7 +103,7 @@ def supervise(
     Args:
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
         weights: α and τ by source.
-        scope: ``full``, ``prompt`` or ``visual``.
+        scope: one of ``SCOPES``.
         teacher_vocab: tokens from this id on have no teacher embedding: image positions.
     """
     labels = batch["labels"].flatten()  # [batch × seq], as are all that follow until `flat`

@@ -72,7 +72,7 @@ class Student(nn.Module):
 
     A subclass offers, as modules or properties:
 
-    vision:             the frozen vision tower, with a transformers ``config``.
+    vision:             the vision tower, with a transformers ``config``.
     projector:          from patches to embeddings.
     backbone:           the decoder without its head (``layers``, ``norm``, ``config``).
     lm_head:            an :class:`LMHead`: call it, never read its weight (ZeRO-3 gathers on call).
@@ -93,7 +93,7 @@ class Student(nn.Module):
     lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
 
     def project(self, pixel_values: Tensor) -> Tensor:
-        """[tiles, 3, S, S] → [tiles × tokens per tile, hidden]; no gradient into the tower."""
+        """[tiles, 3, S, S] → [tiles × tokens per tile, hidden]."""
 
     def causal_lm(self) -> PreTrainedModel:
         """Decoder and head as transformers' ``...ForCausalLM``, sharing this student's modules."""

@@ -1,1 +1,1 @@
-"""What a user runs beside training: bench, plan, torture, study, doctor."""
+"""What a user runs beside training: bench, plan, torture, study, doctor, look."""

@@ -55,6 +55,9 @@ def train(context: typer.Context) -> None:
     if {"-h", "--help", "--help_all"} & set(context.args):
         raise typer.Exit(run_training(context.args))
     command = launch_command(context.args)
+    if not any(Path("/dev", name).exists() for name in ("nvidia0", "kfd", "dxg")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it must guess
+    print("starting DeepSpeed's launcher ...", flush=True)
     os.execv(command[0], command)
 
 
@@ -62,7 +65,8 @@ def launch_command(args: list[str]) -> list[str]:
     """DeepSpeed's launcher, its options, the installed `train.py` and what is meant for it."""
     script = str(PACKAGE / "train.py")
     launcher, own = _split(args)
-    return [sys.executable, "-m", "deepspeed.launcher.runner", *launcher, script, *_configured(own)]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *launcher]
+    return [*runner, script, *_configured(own)]
 
 
 def _split(args: list[str]) -> tuple[list[str], list[str]]:

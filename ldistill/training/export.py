@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from ldistill.checkpoint.folder import survey
-from ldistill.common import run_files
+from ldistill.common import readme, run_files
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import is_complete, weight_dtype
+from ldistill.training.card import write_card
 from ldistill.training.trainer import STUDENT
 
 
@@ -32,8 +33,23 @@ def find_student(run: Path) -> Path:
     )
 
 
+def run_of(student: Path) -> Path:
+    """The run that a student's folder lies in: beside its recipe, or in a checkpoint beside it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (student.parent, student.resolve().parent.parent):
+        if (folder / run_files.RECIPE).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{student} lies in no run's folder (no {run_files.RECIPE}), so there is nothing to make a "
+        "model card of: copy it as it is, or upload it with `hf upload`."
+    )
+
+
 def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
-    """Copy the newest student of a run to ``out``; returns where it came from.
+    """Copy the newest student of a run to ``out``, with its card; returns where it came from.
 
     Args:
         run: the run's folder.
@@ -42,10 +58,12 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
 
     Raises:
         ValueError: ``out`` holds other files.
+        FileNotFoundError: ``run`` is not a run's folder, or nothing is trained in it.
     """
     source = find_student(run)
+    home = run_of(source)
     names = sorted(path.name for path in source.iterdir())
-    ours = {*names, *also}
+    ours = {*names, *also, readme.NAME}
     others = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else []
     if others:
         raise ValueError(
@@ -54,6 +72,7 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, out / name)
+    write_card(home, source, out)
     return source
 
 

@@ -6,7 +6,9 @@ through the environment which rank this is and where rank 0 listens.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import socket
 import sys
 import time
@@ -16,9 +18,12 @@ from typing import Any
 import torch
 
 from ldistill.common import ranks
+from ldistill.common.device import unusable_gpu
 from ldistill.common.errors import exit_code
 from ldistill.common.telling import telling
 
+# Whether there is a CUDA runtime is said in our own words, where it matters.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
 """GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
 EXIT_FILE_VARIABLE = "LDISTILL_EXIT_FILE"
@@ -34,10 +39,17 @@ def check_launch() -> None:
     """Refuse a launch that cannot work.
 
     Raises:
-        ValueError: GPUs asked for and not there, or not as many as ranks.
+        ValueError: GPUs asked for and not there, or not as many as ranks; one that PyTorch
+            cannot use.
         OSError: rank 0's port is taken.
     """
     check_gpus(int(os.environ.get(GPUS_VARIABLE) or 0), torch.cuda.device_count())
+    if (reason := unusable_gpu()) is not None:
+        raise ValueError(
+            f"there is a GPU, and PyTorch {torch.__version__} cannot use it ({reason}): install a "
+            "build for its driver (https://pytorch.org/get-started/locally), or train on the CPU "
+            "with CUDA_VISIBLE_DEVICES=''."
+        )
     if os.environ.get("RANK") == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
         check_port(int(os.environ.get("MASTER_PORT", "29500")))
 
@@ -116,19 +128,37 @@ def check_clocks() -> None:
 def announce_compiling() -> None:
     """Say, before DeepSpeed compiles an op for this machine, that it does; one rank a machine."""
     from deepspeed.ops.op_builder.builder import OpBuilder
-    from torch.utils.cpp_extension import _get_build_directory
 
     load = OpBuilder.jit_load
 
     def told(self: Any, verbose: bool = True) -> Any:
-        built = Path(_get_build_directory(self.name, verbose=False), f"{self.name}.so").exists()
-        if built or os.environ.get("LOCAL_RANK", "0") != "0":
+        if is_compiled(self.name):
+            return load(self, verbose)
+        if compiler() is None:
+            raise OSError(
+                f"no C++ compiler to build DeepSpeed's {self.name} with: apt install g++ (or conda "
+                "install gxx)."
+            )
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             return load(self, verbose)
         note = "once on this machine; one to three minutes"
         with telling(f"compiling DeepSpeed's {self.name}", note=note):
             return load(self, verbose)
 
     OpBuilder.jit_load = told
+
+
+def is_compiled(op: str) -> bool:
+    """Whether DeepSpeed's op of this name was compiled on this machine, for this PyTorch."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory(op, verbose=False), f"{op}.so").exists()
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler that builds ops; None: there is none."""
+    names = (os.environ.get("CXX") or "c++", "g++")
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def leave_code(code: int) -> None:

@@ -20,6 +20,7 @@ from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
 from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
+from ldistill.training.card import write_card
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.validation import Best
 
@@ -57,6 +58,7 @@ def choose_result(last: Path, folder: Path, best: Best | None) -> Path:
 def take_result(last: Path, folder: Path) -> None:
     """The student of a checkpoint as the result of the run; every rank must call it."""
     source, result = last / run_files.STUDENT, folder / run_files.STUDENT
+    say(f"exporting the student to {result}")
     from_first(lambda: copy_student(source, result))
 
 
@@ -117,10 +119,29 @@ def report(
         result = json.dumps({"before": before, "after": after}, indent=2)
         (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
         console.print(_table(recipe, before, after))
-    console.print(f"student   {folder / run_files.STUDENT}", highlight=False)
+    student = folder / run_files.STUDENT
+    write_card(folder, student, student)
+    console.print(f"student   {student}  (model card: README.md)", highlight=False)
     console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
     if drawn:
         console.print(f"curves    {folder / run_files.CURVES}", highlight=False)
+    for place, line in enumerate(_next_steps(recipe, folder)):
+        label = "" if place else "next"
+        console.print(f"{label:10}{line}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _next_steps(recipe: Recipe, folder: Path) -> list[str]:
+    """Commands, to be changed and typed: see inside, measure or train on one's own, share."""
+    look = '--image cat.jpg --prompt "What is this?" --answer "A cat."'
+    steps = [f"ldistill look --student {folder} {look}"]
+    if recipe.data.prepare:  # data for a try
+        steps.append(
+            "ldistill shards build --dataset mine.json --extra-sources mine=language --out shards/"
+        )
+        steps.append("ldistill train --recipe mine --shards shards/")
+    else:
+        steps.append(f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}")
+    return [*steps, f"ldistill push {folder} --repo NAME"]
 
 
 def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:

@@ -37,14 +37,17 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
-from ldistill.models.pair import Pair, freeze_vision, load_pair
+from ldistill.models.pair import Pair, load_pair
+from ldistill.models.parts import train_only
 from ldistill.recipe import DataArguments, Recipe, compute_dtype, zero_stage
 from ldistill.sources import SourceWeights
-from ldistill.training import run_folder
+from ldistill.training import hub, run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.card import origins
 from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
+from ldistill.training.optimizer import Rates
 from ldistill.training.result import (
     choose_result,
     evaluate_student,
@@ -78,6 +81,7 @@ def run(recipe: Recipe) -> Path:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
+        repo = _settle_repo(recipe, folder)
         trainer, before = _set_up(recipe, folder, resume, device)
         if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
             with trainer.stop.listening(folder), closing(trainer.progress):
@@ -90,6 +94,8 @@ def run(recipe: Recipe) -> Path:
         take_result(choose_result(resume, folder, trainer.best), folder)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
+    if repo is not None:
+        say(f"on the hub: {from_first(lambda: hub.push(folder, repo))}")
     return folder
 
 
@@ -107,6 +113,19 @@ def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
         raise
 
 
+def _settle_repo(recipe: Recipe, folder: Path) -> str | None:
+    """The repository that ``push_to_hub`` asks for, there before the first step; None: not asked.
+
+    Taken from the Trainer, which would upload its own checkpoints.
+    """
+    args = recipe.training
+    if not args.push_to_hub:
+        return None
+    args.push_to_hub = False
+    asked = args.hub_model_id or folder.resolve().name
+    return from_first(lambda: hub.make_repo(asked, args.hub_private_repo))
+
+
 def _set_up(
     recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
 ) -> tuple[DistillTrainer, dict[str, float] | None]:
@@ -120,6 +139,7 @@ def _set_up(
     _settle_steps(recipe, data.order)
     _check_disk(recipe, pair, folder)
     _tell_order(data.order, folder)
+    _keep_origins(recipe, pair, data.index, folder)
     before = evaluate_student(recipe, pair.student_folder, "before training")
     return build_trainer(recipe, pair, data, folder, resume, device), before
 
@@ -197,9 +217,11 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
     engine = choose_engine(options.teacher_engine, zero_stage(recipe))
     dtype = compute_dtype(recipe)
     zero_init = zero3_config(dtype, options.teacher_offload) if engine == "zero3" else None
+    teacher = options.teacher if weights.distils else None
+    say(f"loading {options.student}" + (f" and its teacher, {teacher}" if teacher else ""))
     pair = load_pair(
         options.student,
-        options.teacher if weights.distils else None,
+        teacher,
         tokenizer=options.tokenizer,
         zero_init=zero_init,
         partition=True,
@@ -207,7 +229,7 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         max_length=recipe.data.max_length,
         tiling=recipe.data.tiling,
     )
-    freeze_vision(pair.student)
+    train_only(pair.student, recipe.run.train)
     if options.lora_rank:
         add_lora(pair.student, options.lora_rank, options.lora_alpha, args.seed)
     return pair
@@ -286,11 +308,11 @@ def build_trainer(
     return trainer
 
 
-def _rates(recipe: Recipe) -> tuple[float, float]:
-    """Learning rates of projector and decoder; at 0, one stays as it is."""
+def _rates(recipe: Recipe) -> Rates:
+    """Learning rates of what trains; at 0, it stays as it is."""
     default, own = recipe.training.learning_rate, recipe.run
-    projector = default if own.projector_lr is None else own.projector_lr
-    return projector, default if own.decoder_lr is None else own.decoder_lr
+    asked = (own.vision_lr, own.projector_lr, own.decoder_lr)
+    return Rates(*(default if rate is None else rate for rate in asked))
 
 
 def _loader(pair: Pair, options: DataArguments, args: TrainingArguments) -> partial[PackLoader]:
@@ -328,6 +350,13 @@ def _tell_order(order: Order, folder: Path) -> None:
         say(f"data: {summary}")
         text = json.dumps(dataclasses.asdict(summary), indent=2)
         (folder / run_files.ORDER).write_text(text, encoding="utf-8")
+
+
+def _keep_origins(recipe: Recipe, pair: Pair, index: ShardIndex, folder: Path) -> None:
+    """What the model card will say of pair and data, as long as both are here."""
+    if is_first():
+        found = origins(pair, recipe.pair.student, recipe.pair.teacher, index)
+        (folder / run_files.ORIGINS).write_text(json.dumps(found, indent=2), encoding="utf-8")
 
 
 def _settle_steps(recipe: Recipe, order: Order) -> None:

@@ -4,6 +4,7 @@ recipe.yaml        the resolved recipe        environment.json   versions and gi
 run.json           the run's id, which its checkpoints carry
 samples/           what each step trained on, with --log_samples
 order.json         documents, packs, drops of an epoch
+origins.json       pair and data by name and licence, for the model card
 metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
 checkpoint-N/      to resume from             student/           the exported student
 evaluation.json    before and after           logs of --report_to, if any
@@ -31,6 +32,7 @@ from ldistill.common.run_files import (
     JOB,
     METRICS,
     ORDER,
+    ORIGINS,
     RECIPE,
     RUN,
     SAMPLES,
@@ -60,6 +62,7 @@ IDENTITY = (
     "gate",
     "kv_scope",
     "kv_grad",
+    "train",
     "lora_rank",
     "lora_alpha",
     "seed",
@@ -209,7 +212,7 @@ def release(folder: Path, run: str) -> None:
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RECIPE, ENVIRONMENT, ORDER, RUN_ID, METRICS, RUN):
+        for name in (RECIPE, ENVIRONMENT, ORDER, ORIGINS, RUN_ID, METRICS, RUN):
             (folder / name).unlink(missing_ok=True)
         for name in (SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -35,7 +35,12 @@ from ldistill.models.pair import Pair
 from ldistill.models.weights import gather_trained
 from ldistill.training.callbacks import ShortProgress
 from ldistill.training.metrics import Meter, of_sources
-from ldistill.training.optimizer import hold_options, parameter_groups, part_step_counters
+from ldistill.training.optimizer import (
+    Rates,
+    hold_options,
+    parameter_groups,
+    part_step_counters,
+)
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopAtStep, StopRequest
 from ldistill.training.validation import Best, Validation
@@ -54,7 +59,7 @@ class DistillTrainer(Trainer):
         pair: for export: where the student came from.
         loader: ``(start_pack=...) -> DataLoader`` of this rank's micro-batches, without end.
         meter: collects metrics.
-        rates: learning rates of projector and decoder.
+        rates: learning rates of what trains.
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
         saver: writes the checkpoints.
         resume: checkpoint folder to continue from.
@@ -77,7 +82,7 @@ class DistillTrainer(Trainer):
         pair: Pair,
         loader: Any,
         meter: Meter,
-        rates: tuple[float, float],
+        rates: Rates,
         saver: Saver,
         health_steps: int = 0,
         resume: Path | None = None,
@@ -262,7 +267,7 @@ class DistillTrainer(Trainer):
         """``--optim`` with one rate for the projector and one for the decoder."""
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
+            groups = parameter_groups(self.pair.student, self._rates, self.args.weight_decay)
             self.optimizer = cls(groups, **kwargs)
         return self.optimizer
 
@@ -273,7 +278,7 @@ class DistillTrainer(Trainer):
         return prepared
 
     def _restore_groups(self) -> None:
-        groups = parameter_groups(self.pair.student, *self._rates, self.args.weight_decay)
+        groups = parameter_groups(self.pair.student, self._rates, self.args.weight_decay)
         _, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         hold_options(self.optimizer, self.lr_scheduler, groups, options)
         if self._converted:
@@ -401,7 +406,7 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        self.pair.student.load_state_dict(weights, strict=False)  # vision was never trained
+        self.pair.student.load_state_dict(weights, strict=False)  # the rest was never trained
 
 
 def _read(iterator: Iterator, count: int) -> tuple[list[Any], Exception | None]:

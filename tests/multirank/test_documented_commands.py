@@ -43,10 +43,15 @@ LISTED = {
     "ruff check . && ruff format . && lint-imports": CI,
     "bash .ci/run": CI,
     "pytest": CI,
-    "ldistill train --recipe tiny": "test_launch_command.py",
+    "ldistill train --recipe tiny": "test_wheel.py",
+    "OMP_WAIT_POLICY=active GOMP_SPINCOUNT=300000 ldistill train": "test_environment.py",
     "python -m ldistill_kernels.compile_check --core": "test_compile_check.py",
     "python -m ldistill_kernels.shared_kv_attention.simulate": "test_shared_kv_attention_triton.py",
     "ldistill study FILE.yaml --out study/": "test_study.py",
+    "ldistill push runs/lingudistill --repo me/my-vlm": "test_hub.py",
+    "hf auth login": "the hub's own",
+    "hf upload": "the hub's own",
+    "ldistill scripts slurm --out jobs": "test_wheel.py",
     "ldistill merge --student nanovlm/ --lm HuggingFaceTB/SmolLM2-360M-Instruct "
     "--weights 0.1,0.3,0:0.5 --out merged/": "test_merge.py",
     # the hub, with names of the reader's own
@@ -85,7 +90,7 @@ LISTED = {
     # studies
     "ldistill compare eval/* runs/* --baseline nanovlm-full --original nanovlm --out report/":
         "test_compare.py",
-    "ldistill study tiny --seeds 3 --out study/": "test_study.py",
+    "ldistill study table3 --seeds 3 --out study/": "test_study.py",
     "ldistill study paper --shards shards --submit": "test_study.py",
     # minutes to hours
     "ldistill torture --steps 12 --kills 3": "test_torture.py",
@@ -142,6 +147,8 @@ TRAIN = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe 
 RESUME = "deepspeed ldistill/train.py ... --resume_from_checkpoint auto"
 SELECTIVE = TRAIN + "lingudistill --shards shards/ --output_dir runs/lingudistill"
 OWN = TRAIN + "mine --shards shards/"
+LOOK = "ldistill look --student runs/lingudistill --image cat.jpg "
+LOOK += '--prompt "What is this?" --answer "A cat."'
 BUILD = (
     "ldistill shards build --dataset receipts.json --extra-sources receipts=document --out shards/"
 )
@@ -152,7 +159,8 @@ def documented() -> set[str]:
     found = set()
     for page in PAGES:
         text = (REPO / page).read_text(encoding="utf-8")
-        blocks = re.findall(r"^```[^\n]*\n(.*?)^```", text, re.S | re.M)
+        fenced = re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.S | re.M)
+        blocks = [block for language, block in fenced if language != "python"]
         lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
         prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
@@ -258,6 +266,8 @@ RUN: dict[str, Callable[[Path, str], None]] = {
     'ldistill generate --student nanovlm/ --image cat.jpg --prompt "What is this?"': as_it_stands(
         "--max-new-tokens", "4"
     ),
+    LOOK: as_it_stands(shows="mean KL"),
+    LOOK + " --out look.html": as_it_stands(shows="page: look.html"),
     "ldistill study paper --shards shards/": as_it_stands(shows="--recipe lingudistill"),
     "ldistill plan --pair llava-13b --gpus 32 --gpu-memory 80": as_it_stands(shows="train.py"),
     "ldistill plan --pair llava-13b --gpus 32 --gpu-memory 80 --node-link 25 --mfu 0.35":

@@ -153,6 +153,7 @@ def test_export_is_the_checkpoint_it_came_from(world, reference):
     assert {p.name for p in (reference / "student").iterdir()} == {
         "config.json",
         "model.safetensors",
+        "README.md",  # the model card
     }
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from pairs import write_pair
 from runs import launch, write_recipe, write_shards
+from upload_hub import UploadHub
 
 from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.recipe import parse
@@ -185,3 +187,27 @@ def test_help_is_readable(capsys):
     assert "--alpha" in text
     assert "lingudistill" in text
     assert len(text.splitlines()) < 90
+
+
+def test_push_to_hub_makes_the_repository_first_and_uploads_at_the_end(
+    world, capsys, monkeypatch, tmp_path
+):
+    """Card and curves included; a token that is missing is found before the first step."""
+    flags = ("--push_to_hub", "true", "--hub_model_id", "me/mine", "--hub_private_repo", "true")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert "hf auth login" in fails(capsys, world, *flags)
+    monkeypatch.setenv("HF_TOKEN", UploadHub.TOKEN)
+    with UploadHub() as hub:
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        argv = ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(tmp_path / "run")]
+        assert main([*argv, "--max_steps", "1", "--logging_steps", "1", *flags]) == 0
+    assert f"on the hub: {hub.url}/me/mine" in capsys.readouterr().out
+    assert hub.private == {"me/mine": True}
+    files = hub.repos["me/mine"]
+    assert set(files) == {"config.json", "model.safetensors", "README.md", "loss_curves.png"}
+    assert files["model.safetensors"] == (tmp_path / "run/student/model.safetensors").read_bytes()
+    assert "| vqav2 | language |" in files["README.md"].decode()
+    assert [request for request in hub.requests if "/commit/" in request][1:] == []

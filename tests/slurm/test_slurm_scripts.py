@@ -13,7 +13,7 @@ import pytest
 from runs import REPO
 
 from ldistill.checkpoint.folder import MANIFEST
-from ldistill.recipe import parse
+from ldistill.recipe import parse, shipped_recipes
 
 JOB = "4711"
 GOES_ON = "--resume_from_checkpoint auto --overwrite false"
@@ -158,7 +158,8 @@ def test_every_start_has_a_port_of_its_own_and_leaves_no_buffers(tmp_path):
 def test_a_recipe_that_has_its_shards_is_given_none(tmp_path):
     """`RECIPE=tiny sbatch slurm/selective.sh` needs no folder; what is named in SHARDS counts."""
     job = Job(tmp_path, "")
-    (tmp_path / "ldistill" / "recipes").symlink_to(REPO / "ldistill" / "recipes")
+    of_its_own = [n for n, p in shipped_recipes().items() if "\nprepare:" in p.read_text()]
+    assert of_its_own == ["tiny"]  # whose name the scripts know
     (tmp_path / "mine.yaml").write_text("alpha: 0.5\nshards: /data/mine\n")
     (tmp_path / "bare.yaml").write_text("# shards: of the shared folder\nalpha: 0.5\n")
     for recipe, env, expected in (
@@ -172,6 +173,21 @@ def test_a_recipe_that_has_its_shards_is_given_none(tmp_path):
         code, text = job(RECIPE=recipe, **env)
         assert code == 0, text
         assert re.findall(r"--shards (\S+)", text) == expected, recipe
+
+
+def test_outside_the_repository_an_installed_package_runs(tmp_path):
+    """In the folder that `ldistill scripts slurm` wrote; without a package it is a mistake."""
+    job = Job(tmp_path, "")
+    (tmp_path / "ldistill" / "train.py").unlink()
+    code, text = job("--max_steps", "3")
+    assert code == 0, text
+    assert re.search(r"^start: \d+ -u -m ldistill.train .* --max_steps 3$", text, re.M)
+    (tmp_path / "bin" / "python").write_text("#!/usr/bin/env bash\nexit 1\n")
+    code, text = job()
+    assert code == 2
+    assert text.startswith("error: no ldistill here")
+    code, text = job(CONTAINER="env", MAX_CRASHES="0")  # which is asked nothing beforehand
+    assert "no ldistill here" not in text
 
 
 def test_cores_are_shared_out_over_the_ranks_of_a_node(tmp_path):

@@ -195,7 +195,7 @@ class Cluster:
         for process in psutil.process_iter(["cmdline"]):
             env = _environ(process)
             ours = env.get("SLURM_CONF") == self.env["SLURM_CONF"] and "SLURM_JOB_ID" in env
-            starts = "ldistill/train.py" in (process.info["cmdline"] or [])
+            starts = "ldistill.train" in (process.info["cmdline"] or [])
             if ours and starts and job in (None, env["SLURM_JOB_ID"]):
                 found.append(process)
         return found

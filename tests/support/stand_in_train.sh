@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stands in for `python ldistill/train.py` where the scripts of slurm/ are tested: called like it, it
+# Stands in for `python -m ldistill.train` where the scripts of slurm/ are tested: called like it, it
 # keeps to the same contract (exit codes, stop file, exit file, checkpoint folders), without a model.
 # FAULT: crash (rank 1 is killed), progress (every start ends with a checkpoint and a crash),
 # mistake (rank 1 has something to tell).

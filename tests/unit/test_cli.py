@@ -26,6 +26,8 @@ runner = CliRunner()
 def run_folder(pair_root, tmp_path):
     """A run folder with a checkpoint and no result yet."""
     folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("student: some/vlm\n")
     for step, name in ((2, "old"), (10, "new")):
         shutil.copytree(pair_root / "student", folder / f"checkpoint-{step}" / "student")
         (folder / f"checkpoint-{step}" / "data.json").write_text(name)
@@ -39,7 +41,9 @@ def test_export_takes_the_newest_checkpoint(run_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert "checkpoint-10" in result.output
     assert '"ten"' in (tmp_path / "out" / "config.json").read_text()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    written = {p.name for p in (tmp_path / "out").iterdir()}
+    assert written == {"config.json", "model.safetensors", "README.md"}
+    assert "| steps | 10 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_decoder_only_loads_in_transformers(run_folder, tmp_path):

@@ -213,8 +213,8 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--train_sampling_strategy", "group_by_length"], "in the order of --seed or --data_seed"),
     (["--ignore_data_skip"], "reads on exactly where it stopped"),
     (["--average_tokens_across_devices", "false"], "counts the rows of all ranks"),
-    (["--push_to_hub", "true"], "hf upload"),
-    (["--hub_model_id", "me/mine"], "hf upload"),
+    (["--hub_token", "hf_secret"], "HF_TOKEN"),
+    (["--hub_model_id", "me/mine"], "add --push_to_hub"),
     (["--bf16_full_eval", "true"], "--eval_items and --eval_suite"),
     (["--load_best_model_at_end", "true"], "its last state"),
     (["--fsdp", "full_shard"], "--deepspeed"),
@@ -223,6 +223,9 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--save_only_model", "true"], "no run can go on"),
     (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
     (["--save_strategy", "best", "--metric_for_best_model", "x"], "got 'best'"),
+    (["--train", "projector,eyes"], "train takes vision, projector, decoder.*got 'projector,eyes'"),
+    (["--vision_lr", "1e-5"], "vision does not train: --train vision,..."),
+    (["--train", "projector", "--lora_rank", "4"], "nothing of the decoder trains"),
 ])  # fmt: skip
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):

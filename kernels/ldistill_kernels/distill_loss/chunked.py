@@ -99,6 +99,7 @@ def plan(problem: Problem) -> Iterator[Chunk]:
 
 def solve(problem: Problem, settings: Settings, step: TargetStep) -> Solution:
     """Loss, diagnostics and gradients of one call; `step` does the targets of a chunk."""
+    # fp16 gradients of small weights would vanish: solved for larger ones, scaled back at the end.
     scale = _fp16_scale(problem, settings)
     inputs = problem.inputs if scale is None else _divided(problem.inputs, scale)
     result = _allocate(problem, settings)
@@ -145,6 +146,7 @@ def _allocate(problem: Problem, settings: Settings) -> Solution:
         student_label=flag.new_empty(targets),
         extra_mass=wide.new_empty(targets),
     )
+    # The first chunk writes the head's gradient and the others add; without targets nobody writes.
     make = torch.empty if targets else torch.zeros
     return Solution(
         loss=outputs.loss,
@@ -202,11 +204,12 @@ def _solve_chunk(
     step: TargetStep,
 ) -> None:
     span, index = chunk.span(), chunk.index()
-    hidden = problem.h_s[index]
-    logits, teacher = buffers.logits(chunk)
+    hidden = problem.h_s[index]  # [c, hidden]; a view where targets are a range
+    logits, teacher = buffers.logits(chunk)  # [c, vocab_s], [c, vocab]: the last chunk's memory
     project(hidden, problem.w_s, logits)
     if chunk.teacher:
         project(problem.h_t[span], problem.w_t, teacher)
+    # The gradients lie where the logits were: nothing of size [c, vocab] is allocated.
     grad, grad_t = step(logits, teacher, chunk, inputs, result.targets, settings)
     if problem.grad_h:
         value = input_gradient(grad, problem.w_s)

@@ -143,7 +143,7 @@ class DistillLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         loss, *rest = torch.ops.ldistill.distill_loss(*args)
-        targets, grads = rest[:6], rest[6:]
+        targets, grads = rest[:6], rest[6:]  # gradients of h_s [targets, hidden], w_s, h_t
         ctx.save_for_backward(*grads)
         ctx.dtypes = tuple(None if arg is None else arg.dtype for arg in args[:3])
         ctx.wanted = args[-3:]
@@ -154,6 +154,7 @@ class DistillLossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        # The loss is a scalar, so every gradient is the kept one times `grad_loss`.
         grads = [
             _scaled(grad, grad_loss, dtype) if wanted else None
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)

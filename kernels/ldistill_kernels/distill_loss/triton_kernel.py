@@ -104,7 +104,7 @@ def _scan_compared(
     if HAS_TEACHER:
         t_next = tl.load(t_row + lanes, mask=lanes < vocab, other=LOW)
     for lo in range(0, vocab, BLOCK):
-        s, t, ahead = s_next, t_next, lo + BLOCK + lanes
+        s, t, ahead = s_next, t_next, lo + BLOCK + lanes  # [BLOCK / VECTOR, VECTOR]
         s_next = tl.load(s_row + ahead, mask=ahead < vocab, other=LOW)
         if HAS_TEACHER:
             t_next = tl.load(t_row + ahead, mask=ahead < vocab, other=LOW)
@@ -115,6 +115,7 @@ def _scan_compared(
         if CAP_S != 0.0:
             s = tl.where(lo + lanes < vocab, s, LOW)
         below_s = s - new_s[:, None]
+        # Sums so far are relative to the old largest logit, of this thread alone.
         sum_1 = sum_1 * tl.exp2((top_s - new_s) * LOG2E) + tl.sum(tl.exp2(below_s * LOG2E), 1)
         if HAS_TEACHER:
             top_t, before = _logits(most_t, SCALE_T, CAP_T), most_t
@@ -132,6 +133,7 @@ def _scan_compared(
                 cross = cross * keep_t + tl.sum(e_t * (s - t), 1)
             if KL == REVERSE:
                 cross = cross * keep_s + tl.sum(e_s * (s - t), 1)
+    # Over the threads, once: from each one's largest logit to that of the row.
     best_s, best_t, best_token = tl.max(most_s, 0), tl.max(most_t, 0), 0
     below_s = _logits(most_s, SCALE_S, CAP_S) - _logits(best_s, SCALE_S, CAP_S)
     below_t = _logits(most_t, SCALE_T, CAP_T) - _logits(best_t, SCALE_T, CAP_T)
@@ -280,7 +282,7 @@ def distill_targets_kernel(
     if HAS_TEACHER:
         lse_s = top_s * inv_tau + tl.log(sum_s)
         lse_t = top_t * inv_tau + tl.log(sum_t)
-        if KL == FORWARD:
+        if KL == FORWARD:  # sum p (t - s) / tau + lse_s - lse_t
             kl = (lse_s - lse_t) - cross * inv_tau / sum_t
         elif KL == REVERSE:
             kl = cross * inv_tau / sum_s - (lse_s - lse_t)
@@ -300,6 +302,7 @@ def distill_targets_kernel(
                 CAP_T,
             )
             kl = beta * kl_p + (1.0 - beta) * kl_q
+        # Rounding may leave a divergence of equal rows just below 0.
         kl_least = tl.maximum(kl, 0.0, propagate_nan=tl.PropagateNan.ALL)
         kd_weight = tl.where(heeded, tl.load(kd_weight_ptr + target), 0.0)
         if T_SQUARED:
@@ -321,7 +324,7 @@ def distill_targets_kernel(
         g_row, g_t_row = grad_ptr + s_offset, grad_t_ptr + t_offset
         if NARROW:  # twice as many to a row
             g_row, g_t_row = g_row + s_offset, g_t_row + t_offset
-        if GRAD_S:
+        if GRAD_S:  # tokens the teacher does not have: cross-entropy alone
             last = vocab + (vocab_s - vocab - 1) // BLOCK * BLOCK
             for back in range(0, vocab_s - vocab, BLOCK):
                 cols = last - back + lanes

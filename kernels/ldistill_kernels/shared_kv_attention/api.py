@@ -60,8 +60,7 @@ def shared_kv_attention(
         k2, v2: [seq2, kv_heads, head_dim], the second segment, packed; v2 as wide as v.
         start2, end2: int32 or int64 [queries], non-decreasing; start2 == end2 sees nothing there.
         tiles: int32 [tiles, 2] of `plan_tiles` for the same queries, moved to their device. Makes
-            the kernels faster where queries are few; changes no result but for rounding. Not
-            used where there is a window.
+            the kernels faster where queries are few; changes no result but for rounding.
         window: a query sees its own memory position and window - 1 before it, no more. Of the
             second segment it sees what start2 and end2 say.
         softcap: scores become softcap * tanh(score / softcap) before the softmax.
@@ -95,8 +94,6 @@ def shared_kv_attention(
     triton = _use_triton(kernels, q, v)
     if check is None:
         check = not q.is_cuda or os.environ.get("LDISTILL_DEBUG") == "1"
-    if window is not None:
-        tiles = None  # with both, a tile of several documents reads beyond its memory
     inputs = (q, k, v, batch, start, position, visible, k2, v2, start2, end2, tiles, sinks)
     if triton and not check and _only_forward(*inputs[:3], k2, v2, grad_k, grad_v):
         out, lse = _forward_again()(inputs, *scores)

@@ -27,7 +27,7 @@ def memory_spans(
     query, batch, start, position, batches, seq, window, HAS_WINDOW: tl.constexpr
 ):  # fmt: skip
     """[low, high) of each query in the flat memory; never outside it, whatever the arrays hold."""
-    b = tl.load(batch + query).to(tl.int32)
+    b = tl.load(batch + query).to(tl.int32)  # [lanes]
     low = tl.maximum(tl.load(start + query).to(tl.int32), 0)
     high = tl.minimum(tl.load(position + query).to(tl.int32), seq - 1) + 1
     if HAS_WINDOW:
@@ -54,6 +54,7 @@ def run_at(first, low, high, HAS_WINDOW: tl.constexpr):
     inside = low <= first
     if HAS_WINDOW:
         inside = low < tl.max(tl.where(inside, high, 0), 0)
+    # Lanes of later documents have not begun: they bound neither end.
     full_end = tl.maximum(tl.min(tl.where(inside, high, first), 0), first)
     return tl.max(tl.where(inside, high, 0), 0), full_end
 
@@ -76,7 +77,8 @@ def whole_run(first, low, high, seq, HAS_WINDOW: tl.constexpr):
     end = origin + tl.minimum(end - origin, seq)
     last_low = tl.max(low, 0)
     one_document = last_low < tl.min(high, 0) if HAS_WINDOW else last_low <= first
-    return end, tl.where(one_document, tl.minimum(tl.min(high, 0), end), first)
+    # Where no lane sees anything `first` is NOTHING and the end 0: no part may reach beyond it.
+    return end, tl.minimum(tl.where(one_document, tl.min(high, 0), first), end)
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def full_part(
 ):  # fmt: skip
     """Where in a run the tiles of columns begin and end that every lane sees."""
     begin = first
-    if HAS_WINDOW:
+    if HAS_WINDOW:  # in whole tiles from `first` on, so that every loop has the same step
         begin += tl.cdiv(tl.minimum(tl.max(low, 0), end) - first, BLOCK_N) * BLOCK_N
     return begin, begin + tl.maximum(full_end - begin, 0) // BLOCK_N * BLOCK_N
 
@@ -93,7 +95,7 @@ def full_part(
 @triton.jit
 def table_lanes(tiles, tile, lanes, BLOCK_M: tl.constexpr):
     """[first, last) of a program; entries of the table wider than BLOCK_M have several programs."""
-    PARTS: tl.constexpr = TILE // BLOCK_M
+    PARTS: tl.constexpr = TILE // BLOCK_M  # programs of an entry, some of them without lanes
     entry = tiles + tile // PARTS * 2
     first = tl.maximum(tl.load(entry), 0) + tile % PARTS * BLOCK_M
     return first, tl.minimum(tl.minimum(tl.load(entry + 1), lanes), first + BLOCK_M)
@@ -107,6 +109,7 @@ def load_tile(
     """[len(offsets), D] elements from column D0 on; zeros where not kept or beyond the head dim."""
     d = D0 + tl.arange(0, D)
     pointers = base + offsets[:, None] + d[None, :]
+    # Masked only where something lies outside: a plain load has no predicates to compute.
     if D0 + D > HEAD_DIM:
         inside = d[None, :] < HEAD_DIM
         if MASKED:
@@ -159,6 +162,7 @@ def store_pair(
 @triton.jit
 def product(a1, a2, b1, b2, D2: tl.constexpr):
     """a @ b^T over the head dim, in fp32: [rows of a, rows of b]."""
+    # "ieee": fp32 inputs would become TF32 otherwise; 16-bit ones are not touched by it.
     total = tl.dot(a1, tl.trans(b1), input_precision="ieee")
     if D2 > 0:
         total = tl.dot(a2, tl.trans(b2), acc=total, input_precision="ieee")

@@ -70,11 +70,12 @@ def _add_queries(
         q, grad_out, lse, delta, lanes, head, stride_qn, stride_qh, stride_gn, stride_gh,
         ALIGN, GROUP, HEAD_DIM, D1, D2, V_DIM, E1, E2,
     )  # fmt: skip
+    # Transposed, [columns, lanes]: both products below then take it as their left side.
     scores = product(k1, k2, q1, q2, D2)
     if HAS_CAP:
         scores = bend(scores, scale2)
         scale2 = cap2
-    weights = tl.exp2(scores * scale2 - base[None, :])
+    weights = tl.exp2(scores * scale2 - base[None, :])  # the forward's probabilities, again
     if MASKED:
         query = lanes // GROUP
         if SECOND:
@@ -86,12 +87,12 @@ def _add_queries(
         seen = (columns[:, None] >= low[None, :]) & (columns[:, None] < high[None, :])
         seen = seen & inside[None, :]
         weights = tl.where(seen, weights, 0.0)
-    if DV:
+    if DV:  # dV = P^T dO
         dv1, dv2 = add_product(dv1, dv2, weights.to(grad1.dtype), grad1, grad2, E2)
-    if DK:
+    if DK:  # dK = dS^T Q, with dS = P (dO V^T - delta)
         grad_weights = product(v1, v2, grad1, grad2, E2) - deltas[None, :]
         grad_scores = weights * grad_weights
-        if HAS_CAP:
+        if HAS_CAP:  # `scores` is tanh here, and this its slope
             grad_scores *= 1.0 - scores * scores
         if MASKED:  # a value nobody reads may be NaN, and 0 * NaN is not 0
             grad_scores = tl.where(seen, grad_scores, 0.0)
@@ -113,6 +114,7 @@ def _memory_gradients(
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of the columns [column, column + BLOCK_N) of one head; `ranges` at their entry."""
+    # Lanes [first, last) see some of these columns, [full_first, full_last) see all of them.
     first, full_first = tl.load(ranges) * GROUP, tl.load(ranges + 1) * GROUP
     full_last, last = tl.load(ranges + 2) * GROUP, tl.load(ranges + 3) * GROUP
     seen = last > first  # a tile that no query sees is not read, and nothing is added to it
@@ -121,12 +123,13 @@ def _memory_gradients(
     keep = column_mask(columns, end, place * stride_visible, visible, True, HAS_VISIBLE) & seen
     k_offsets = tl.multiple_of(base_k + place * stride_k, ALIGN)
     v_offsets = tl.multiple_of(base_v + place * stride_v, ALIGN)
-    k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, True)
+    k1, k2 = load_pair(k, k_offsets, keep, D1, D2, HEAD_DIM, True)  # [columns, head dim]
     v1, v2 = load_pair(v, v_offsets, keep, E1, E2, V_DIM, True)
     dk1, dk2 = zero_pair(BLOCK_N, D1, D2)
     dv1, dv2 = zero_pair(BLOCK_N, E1, E2)
     before = tl.cdiv(full_first - first, BLOCK_M)  # tiles with queries that see a part only
     full = tl.maximum(full_last - first - before * BLOCK_M, 0) // BLOCK_M
+    # Tiles of lanes that need no mask first, in one loop; those before and behind in another.
     for i in tl.range(before, before + full):
         dk1, dk2, dv1, dv2 = _add_queries(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, columns, q, grad_out, lse, delta,
@@ -192,6 +195,7 @@ def _add_columns(
         weights = tl.where(seen, weights, 0.0)
     elif HAS_VISIBLE:
         weights = tl.where(keep[None, :], weights, 0.0)
+    # [lanes, columns]: dS, and dQ = dS K.
     grad_scores = weights * (product(grad1, grad2, v1, v2, E2) - deltas[:, None])
     if HAS_CAP:
         grad_scores *= 1.0 - scores * scores
@@ -308,7 +312,7 @@ def _query_gradients(
             scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, False, False, HAS_CAP,
             ONE_RUN,
         )  # fmt: skip
-    dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)
+    dq1, dq2 = _finish(dq1, dq2, inside, scale, D2)  # the scale once, behind all sums
     offsets = query.to(tl.int64) * stride_dqn
     offsets = tl.multiple_of(offsets + (head * GROUP + lanes % GROUP) * stride_dqh, ALIGN)
     store_pair(dq, offsets, inside, dq1, dq2, D1, D2, HEAD_DIM, False)
@@ -342,6 +346,7 @@ def backward_kernel(
     DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DK2: tl.constexpr, DV2: tl.constexpr,
     ADD_K: tl.constexpr, ADD_V: tl.constexpr,
 ):  # fmt: skip
+    # Programs by their first number: tiles of memory, tiles of the second segment, tiles of lanes.
     tile = tl.program_id(0) // kv_heads
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
     lse += head * queries * GROUP  # of this key head, by lane
@@ -423,6 +428,7 @@ def attention_backward(
         grad_k, grad_v: buffers that dK and dV are added to instead of being returned.
     Returns: dq, dk, dv, dk2, dv2, an empty tensor for each that is not wanted or was added.
     """
+    # A tile that no query sees writes zeros (or, into a given buffer, nothing), so empty will do.
     grads = [  # one tensor each: results of an op must not alias
         torch.empty_like(x) if need else q.new_empty(0)
         for x, need in zip((q, k, v, k2, v2), needs, strict=True)
@@ -455,7 +461,7 @@ def _launch(
     v_dim, extras = v.shape[-1], bool(window or softcap)
     plain = visible is None and k2 is None and not (extras or any(added)) and v_dim == head_dim
     config = backward_config(q.device, max(head_dim, v_dim), q.element_size(), plain)
-    seq_tiles = triton.cdiv(seq, config.dkv_n)
+    seq_tiles = triton.cdiv(seq, config.dkv_n)  # a tile of memory never spans two batch rows
     tiles1 = batches * seq_tiles if wanted[1] or wanted[2] else 0
     tiles2 = triton.cdiv(seq2, config.dkv_n) if wanted[3] or wanted[4] else 0
     dq, dk, dv, dk2, dv2 = (x if want else None for x, want in zip(targets, wanted, strict=True))

@@ -54,12 +54,12 @@ def _attend_columns(
     MASKED: tl.constexpr, HAS_VISIBLE: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """One online-softmax step over BLOCK_N columns."""
-    columns = column + tl.arange(0, BLOCK_N)
-    place = (columns - origin).to(tl.int64)
+    columns = column + tl.arange(0, BLOCK_N)  # numbers on the line of all batch rows
+    place = (columns - origin).to(tl.int64)  # within the row; x a stride may exceed 2^31
     keep = column_mask(columns, end, place * stride_visible, visible, MASKED, HAS_VISIBLE)
     offsets_k = tl.multiple_of(base_k + place * stride_k, ALIGN)
     k1, k2 = load_pair(k, offsets_k, keep, D1, D2, HEAD_DIM, MASKED or HAS_VISIBLE)
-    scores = product(q1, q2, k1, k2, D2)
+    scores = product(q1, q2, k1, k2, D2)  # [lanes, columns], fp32
     if HAS_CAP:
         scores = bend(scores, scale2)
         scale2 = cap2
@@ -70,12 +70,13 @@ def _attend_columns(
         scores = tl.where(seen, scores, float("-inf"))
     elif HAS_VISIBLE:
         scores = tl.where(keep[None, :], scores, float("-inf"))
+    # Scaled behind the maximum, once a lane instead of once a pair: the scale is positive.
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale2)
     base = new_peak
     if MASKED or HAS_VISIBLE:  # nothing seen so far: -inf - -inf must not happen
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.exp2(scores * scale2 - base[:, None])
-    shrink = tl.exp2(peak - base)
+    shrink = tl.exp2(peak - base)  # [lanes]: what was summed so far is relative to the old peak
     total = total * shrink + tl.sum(weights, 1)
     acc1 = acc1 * shrink[:, None]
     if E2 > 0:
@@ -95,7 +96,7 @@ def _attend_run(
     HAS_VISIBLE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
 ):  # fmt: skip
     """The columns [first, end) of one batch row; lanes that have begun all see up to full_end."""
-    b = first // seq
+    b = first // seq  # a run never leaves its batch row
     origin = b * seq
     row_k, row_v = base_k + b.to(tl.int64) * stride_kb, base_v + b.to(tl.int64) * stride_vb
     visible_row = visible
@@ -103,6 +104,7 @@ def _attend_run(
         visible_row = visible + b.to(tl.int64) * stride_visible_b
     limit = tl.minimum(high, end)  # columns after the end belong to the next run
     begin, middle = full_part(first, full_end, end, low, BLOCK_N, HAS_WINDOW)
+    # Masked until all lanes have begun (windows only), unmasked while all see all, masked again.
     if HAS_WINDOW:
         for column in tl.range(first, begin, BLOCK_N):
             acc1, acc2, peak, total = _attend_columns(
@@ -135,7 +137,7 @@ def _attend_segment(
     ONE_RUN: tl.constexpr,
 ):  # fmt: skip
     """All runs of one segment; base_k and base_v lead to the head in batch row 0."""
-    first = tl.min(low, 0)
+    first = tl.min(low, 0)  # NOTHING where no lane sees anything: every loop is then empty
     if ONE_RUN:
         end, full_end = whole_run(first, low, high, seq, HAS_WINDOW)
         acc1, acc2, peak, total = _attend_run(
@@ -177,6 +179,7 @@ def _attend_tile(
     low, high = memory_spans(query, batch, start, position, batches, seq, window, HAS_WINDOW)
     q_offsets = query.to(tl.int64) * stride_qn + q_head.to(tl.int64) * stride_qh
     q_offsets = tl.multiple_of(q_offsets, ALIGN)
+    # [lanes, head dim], loaded once for all columns.
     q1, q2 = load_pair(q, q_offsets, inside, D1, D2, HEAD_DIM, False)
     acc1, acc2 = zero_pair(BLOCK_M, E1, E2)
     if HAS_SINKS:  # as if a value of 0 had been seen with that score
@@ -192,14 +195,14 @@ def _attend_tile(
         stride_visible_n, scale2, cap2, ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2,
         HAS_VISIBLE, HAS_WINDOW, HAS_CAP, ONE_RUN,
     )  # fmt: skip
-    if HAS_SECOND:
+    if HAS_SECOND:  # under the same softmax: peak and sums go on
         low, high = second_spans(query, start2, end2, seq2)
         acc1, acc2, peak, total = _attend_segment(
             acc1, acc2, peak, total, q1, q2, low, high, k2, v2, visible, head * stride_k2h,
             head * stride_v2h, NOTHING, 0, stride_k2n, 0, stride_v2n, 0, 0, scale2, cap2,
             ALIGN, BLOCK_N, HEAD_DIM, D1, D2, V_DIM, E1, E2, False, False, HAS_CAP, ONE_RUN,
         )  # fmt: skip
-    empty = total == 0.0
+    empty = total == 0.0  # saw nothing: output 0, log-sum-exp -inf
     inverse = 1.0 / tl.where(empty, 1.0, total)
     place = query.to(tl.int64) * (kv_heads * GROUP) + q_head
     natural = (peak + tl.log2(tl.where(empty, 1.0, total))) * LN2
@@ -236,6 +239,7 @@ def forward_kernel(
     tile = tl.program_id(0) // kv_heads
     if HAS_TILES:
         first_lane, last_lane = table_lanes(tiles, tile, queries * GROUP, BLOCK_M)
+        # Both heights are in one kernel: a second launch would wait for the first to drain.
         if last_lane - first_lane > SMALL_M:
             _attend_tile(
                 q, k, v, batch, start, position, visible, k2, v2, start2, end2, sinks, out, lse,
@@ -349,6 +353,7 @@ def _launch(
     config = forward_config(q.device, widest, q.element_size(), dense, plain)
     group = q_heads // kv_heads
     block_m, small_m = lane_blocks(config.block_m, tiles is not None)
+    # A program is a tile of lanes of one key head; lanes are numbered query x group + head of it.
     grid = (lane_programs(block_m, tiles, queries * group) * kv_heads, 1, 1)
     numbers = (
         queries, batches, seq, 0 if k2 is None else k2.shape[0], kv_heads,

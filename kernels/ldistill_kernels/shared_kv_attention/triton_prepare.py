@@ -26,7 +26,7 @@ def _queries_below(
 
     HAS_LATE: for inner[query] the later of it and late[query] + 1 - window.
     """
-    low = tl.zeros_like(target)
+    low = tl.zeros_like(target)  # [TILES]: a search for every target side by side
     high = low + queries
     for _ in range(steps):
         active = low < high
@@ -82,6 +82,7 @@ def prepare_kernel(
     pid = tl.program_id(0)
     programs = tl.cdiv(queries * q_heads, BLOCK_M)
     if pid < programs:
+        # Pairs lie as in `out`, [queries, q_heads]; what is written lies by key head and lane.
         pair = pid.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = pair < queries * q_heads
         query, head = pair // q_heads, pair % q_heads
@@ -91,7 +92,7 @@ def prepare_kernel(
         total = tl.sum(out1.to(tl.float32) * grad1.to(tl.float32), 1)
         if E2 > 0:
             total += tl.sum(out2.to(tl.float32) * grad2.to(tl.float32), 1)
-        if HAS_GRAD_LSE:
+        if HAS_GRAD_LSE:  # d lse / d score is the probability too, so it only shifts delta
             total -= tl.load(
                 grad_lse + query * stride_ln + head * stride_lh, mask=inside, other=0.0
             )

@@ -35,6 +35,7 @@ class SourceInput:
     workers and must be picklable. `identity` says, in JSON, what the rows are: a build resumes
     only on the same, non-empty identity. `length` is for the progress bar, `bytes` for the check
     of the disk. `rows_end` is the number of rows, where known: all row numbers lie below it.
+    `origin` is what the input says of itself, for the model card: `dataset`, `licence`, `homepage`.
     """
 
     source: str
@@ -45,6 +46,7 @@ class SourceInput:
     length: int | None = None
     bytes: int = 0
     rows_end: int | None = None
+    origin: dict[str, str] = field(default_factory=dict)
     may_be_empty: bool = False
 
 

@@ -62,14 +62,19 @@ def build_shards(
     *,
     extra: Mapping[str, str] | None = None,
     options: BuildOptions | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> list[SourceReport]:
-    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17."""
+    """Build shards from samples at hand; `extra` declares categories of sources beyond the 17.
+
+    `origin` is that of a SourceInput, for all of them.
+    """
     inputs = [
         SourceInput(
             source=source,
             category=known_sources.category_of(source, extra),
             rows=lambda start, samples=samples: islice(enumerate(samples), start, None),
             convert=keep,
+            origin=dict(origin or {}),
         )
         for source, samples in samples_by_source.items()
     ]
@@ -124,7 +129,11 @@ def _build(
         "processor": processor.fingerprint(),
         "max_images": processor.images.max_images,
     }
-    about = {"processor_parts": processor.parts, "image_settings": asdict(processor.images)}
+    about = {
+        "processor_parts": processor.parts,
+        "image_settings": asdict(processor.images),
+        "origin": entry.origin,
+    }
     limit = options.max_samples
 
     def prepared(done: Counts) -> Iterator[Prepared]:
@@ -145,7 +154,7 @@ class SourceWriter:
     """Writes one source's folder: prepared samples cut into shards, and last the index.
 
     `spec` is everything the bytes depend on: two builds with the same one are the same build.
-    `about` is what else the index keeps of the processor, for readable errors and for readers.
+    `about` is what else the index keeps, for readable errors, for readers and for model cards.
     """
 
     def __init__(

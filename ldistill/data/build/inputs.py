@@ -21,16 +21,17 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import datasets
 import pyarrow.parquet as parquet
-from huggingface_hub import HfApi
+from huggingface_hub import DatasetInfo, HfApi
 
 from ldistill import sources as known_sources
+from ldistill.common import readme
 from ldistill.data.build.build_types import FORMATS, InputError, InputOptions, SourceInput
 from ldistill.data.build.readers import PAIRS, RATINGS, Reader
 from ldistill.data.build.tars import TarReader, tar_rows
@@ -51,6 +52,7 @@ class Table:
     length: int | None = None
     bytes: int = 0
     only: str | None = None
+    origin: dict[str, str] = field(default_factory=dict)
 
     def rows(self, start: int) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(number, record) from row `start` on; pictures undecoded."""
@@ -139,6 +141,7 @@ def _table_input(source: str, table: Table, options: InputOptions) -> SourceInpu
         length=table.length,
         bytes=table.bytes,
         rows_end=table.length,
+        origin=table.origin,
     )
 
 
@@ -148,7 +151,7 @@ def _table_input(source: str, table: Table, options: InputOptions) -> SourceInpu
 def _json_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
     """A record's own `source` names its source, else the file's name does."""
     text = path.read_bytes()
-    records = _records(path, text)
+    records, about = _records(path, text)
     fields = {name for record in records if isinstance(record, dict) for name in record}
     kind = _kind(str(path), fields, options)
     identity = {"format": kind, "file": path.name, "sha256": hashlib.sha256(text).hexdigest()}
@@ -169,14 +172,19 @@ def _json_inputs(path: Path, options: InputOptions) -> list[SourceInput]:
             identity=identity | ({"min_ratings": minimum} if minimum else {}),
             length=len(groups[source]),
             rows_end=len(records),
+            origin=readme.origin(readme.head(path.parent) | about),
         )
         for source in _choose(list(groups), str(path), options)
     ]
 
 
-def _records(path: Path, text: bytes) -> list[Any]:
-    """Records of a list, of an object's `data`, or one a line; a line that is none stays text."""
+def _records(path: Path, text: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """Records of a list, of an object's `data`, or one a line; a line that is none stays text.
+
+    And what else such an object says, its licence perhaps.
+    """
     found: Any = None
+    about: dict[str, Any] = {}
     try:
         text = gzip.decompress(text) if path.suffix == ".gz" else text
         found = json.loads(text)
@@ -185,14 +193,16 @@ def _records(path: Path, text: bytes) -> list[Any]:
         found = found if any(isinstance(record, dict) for record in found) else None
     except (OSError, EOFError, zlib.error):
         pass
-    if isinstance(found, dict):
-        found = found.get("data", [found] if found else None)
+    if isinstance(found, dict) and "data" in found:
+        about, found = found, found["data"]
+    elif isinstance(found, dict):
+        found = [found] if found else None
     if not found or not isinstance(found, list):
         raise ValueError(
             f"{path} is not JSON of records: it must hold a list of them, an object with the list "
             "as `data`, or a record in each line"
         )
-    return found
+    return found, {name: value for name, value in about.items() if name != "data"}
 
 
 def _line(line: bytes) -> Any:
@@ -246,10 +256,15 @@ def _folder(path: Path, options: InputOptions) -> dict[str, Table]:
     if _lists_configs(path):
         return _repository(str(path), options)
     split = options.split
+    origin = readme.origin(readme.head(path))
     folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
     saved = {folder.name: folder for folder in folders if _is_saved(folder)}
     if saved:
-        return {known_sources.normalise(n): _saved(folder, split) for n, folder in saved.items()}
+        found = {n: _saved(folder, split) for n, folder in saved.items()}
+        return {
+            known_sources.normalise(n): replace(table, origin=origin | table.origin)
+            for n, table in found.items()
+        }
     groups: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.parquet")):
         if _of_split(file, split):
@@ -258,7 +273,7 @@ def _folder(path: Path, options: InputOptions) -> dict[str, Table]:
         raise FileNotFoundError(
             f"{path} holds neither parquet files of the split {split} nor a saved data set"
         )
-    return _parquet(groups)
+    return {n: replace(table, origin=origin) for n, table in _parquet(groups).items()}
 
 
 def _group_name(root: Path, file: Path, split: str) -> str:
@@ -324,6 +339,7 @@ def _saved(folder: Path, split: str) -> Table:
         identity={"files": [_file_identity(file) for file in files]},
         length=len(data),
         bytes=sum(file.stat().st_size for file in files),
+        origin=readme.origin(vars(data.info)),
     )
 
 
@@ -335,14 +351,19 @@ def _lists_configs(path: Path) -> bool:
 def _repository(name: str, options: InputOptions) -> dict[str, Table]:
     """Configs of a hub data set, or of a clone of one; only those wanted are looked into."""
     local = Path(name).is_dir()
-    revision = None if local else _hub_revision(name)
+    info = None if local else _hub_info(name)
+    revision = None if info is None else str(info.sha)
+    about = readme.head(Path(name)) if info is None else (info.card_data or {})
+    origin = readme.origin(about)
+    if info is not None:
+        origin |= {"dataset": name}
     configs = datasets.get_dataset_config_names(name, revision=revision)
     named = {known_sources.normalise(config): config for config in configs}
     wanted = options.sources if options.sources is not None else tuple(named)
     if not local and options.sources is None and len(named) > 1:
         raise ValueError(f"{name} has {len(named)} sources: say which, for instance --sources full")
     return {
-        source: _config_table(name, config, revision, options.split)
+        source: replace(_config_table(name, config, revision, options.split), origin=origin)
         if source in wanted
         else Table(dict, {})
         for source, config in named.items()
@@ -364,10 +385,10 @@ def _config_table(name: str, config: str, revision: str | None, split: str) -> T
     )
 
 
-def _hub_revision(name: str) -> str:
-    """The commit a hub data set is at: a build that goes on later reads the same rows."""
+def _hub_info(name: str) -> DatasetInfo:
+    """A hub data set at its present commit: a build that goes on later reads the same rows."""
     try:
-        return str(HfApi().dataset_info(name).sha)
+        return HfApi().dataset_info(name)
     except Exception as error:  # network libraries raise their own, not all of them OSError
         _missing(name, f"it is no local path, and the hub does not give it ({error})")
 

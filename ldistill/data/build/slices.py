@@ -34,7 +34,7 @@ from ldistill.data.store import SLICES_NAME
 
 KEY = "slice"
 SPEC = ("format", "source", "category", "input", "options", "processor", "max_images")
-ABOUT = ("processor_parts", "image_settings")
+ABOUT = ("processor_parts", "image_settings", "origin")
 
 
 @dataclass(frozen=True)

@@ -149,13 +149,8 @@ def kernels(
     context: typer.Context,
     which: Annotated[Literal["attention", "loss"], typer.Argument(help="Their flags follow.")],
 ) -> None:
-    """The kernels against what one would use instead (kernels/benchmarks; needs the repository)."""
+    """The kernels against what one would use instead; `-- --help` lists a benchmark's own flags."""
     package = Path(importlib.util.find_spec("ldistill_kernels").origin).parent
-    script = package.parent / "benchmarks" / f"{which}.py"
-    if not script.is_file():
-        raise FileNotFoundError(
-            f"{script} is not there: the benchmarks come with the repository, not with the "
-            "package. Clone it and `pip install -e .` there."
-        )
+    script = package / "benchmarks" / f"{which}.py"
     command = [sys.executable, str(script), *context.args]
     sys.exit(subprocess.run(command, check=False).returncode)

@@ -26,9 +26,11 @@ from rich.console import Console
 from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
 
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
-_OPTIONAL = {
-    "flash-attn": "--attention flash_attention_2",
-    "lmms-eval": "the benchmarks of the paper",
+_EXTRAS = {
+    "flash": "--attention flash_attention_2",
+    "eval": "`ldistill eval`, the paper's benchmarks",
+    "lora": "adapters that peft reads",
+    "s3": "shards at s3://",
 }
 _ENOUGH_GIB, _LEAST_GIB = 20, 1
 _HUB_SECONDS = 3.0
@@ -70,7 +72,7 @@ def graphics() -> Iterator[Line]:
     """GPUs, CUDA toolkit, kernels: apart, so that a torch that cannot be loaded is a line, too."""
     from ldistill.tools.doctor import gpu
 
-    return _tried(gpu.gpus, gpu.toolkit, gpu.kernels)
+    return _tried(gpu.gpus, gpu.toolkit, gpu.kernels, gpu.ops)
 
 
 def python() -> Iterator[Line]:
@@ -83,29 +85,46 @@ def python() -> Iterator[Line]:
 
 def packages() -> Iterator[Line]:
     """Installed versions against the bounds that the package itself states."""
-    for wanted in map(Requirement, metadata.requires("ldistill") or ()):
-        name, bounds, optional = wanted.name, wanted.specifier, wanted.name in _OPTIONAL
-        if wanted.marker is not None and not optional:
-            continue
-        found = next((d.version for d in metadata.distributions(name=name)), None)
-        if found is None:
-            found = "not installed" + (f"; only needed for {_OPTIONAL[name]}" if optional else "")
-            yield judged(optional, name, found, "pip install -e . in the repository.")
-            continue
-        good = bounds.contains(found, prereleases=True)
-        found += "" if good else f", needs {bounds}"
-        yield judged(good, name, found, f"pip install --upgrade '{name}{bounds}'")
+    wanted = [Requirement(text) for text in metadata.requires("ldistill") or ()]
+    for need in (need for need in wanted if need.marker is None):
+        found, good = _installed(need)
+        found += "" if good else f", needs {need.specifier or 'any'}"
+        yield judged(good, need.name, found, f"pip install --upgrade '{need.name}{need.specifier}'")
+    for extra, purpose in _EXTRAS.items():
+        needs = [n for n in wanted if n.marker and n.marker.evaluate({"extra": extra})]
+        yield _extra(f"extra {extra}", purpose, needs)
+
+
+def _installed(need: Requirement) -> tuple[str, bool]:
+    """The version of a package, and whether it is within the bounds."""
+    found = next((d.version for d in metadata.distributions(name=need.name)), None)
+    good = found is not None and need.specifier.contains(found, prereleases=True)
+    return found or "not installed", good
+
+
+def _extra(what: str, purpose: str, needs: list[Requirement]) -> Line:
+    """All of an extra's packages, none, or some: then what it is for fails in the middle."""
+    found = {need: _installed(need) for need in needs}
+    lacking = [need for need, (_, good) in found.items() if not good]
+    if not lacking:
+        return Line(OK, what, ", ".join(f"{need.name} {v}" for need, (v, _) in found.items()))
+    if all(version == "not installed" for version, _ in found.values()):
+        return Line(OK, what, f"not installed; only needed for {purpose}")
+    text = f"{', '.join(need.name for need in lacking)} missing or too old, for {purpose}"
+    names = " ".join(f"'{need.name}{need.specifier}'" for need in lacking)
+    return Line(WARNING, what, text, f"pip install --upgrade {names}")
 
 
 def compilers() -> Iterator[Line]:
     """What DeepSpeed's first start needs: a C++ compiler, ninja and Python's headers."""
     # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
     severity = WARNING if driver_present() else PROBLEM
-    names = (os.environ.get("CXX") or "c++", "g++")
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
-    version = output(compiler, "--version").partition("\n")[0] if compiler else "none in PATH"
+    from ldistill.training.launch import compiler
+
+    found = compiler()
+    version = output(found, "--version").partition("\n")[0] if found else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
-    yield judged(bool(compiler), "C++ compiler", version, advice, severity)
+    yield judged(bool(found), "C++ compiler", version, advice, severity)
     ninja, own = shutil.which("ninja"), Path(sys.executable).parent
     advice = "pip install ninja, and keep the environment's bin folder in PATH."
     if (own / "ninja").exists():
@@ -115,8 +134,6 @@ def compilers() -> Iterator[Line]:
     found = str(header.parent) if header.is_file() else f"not in {header.parent}"
     advice = "install Python's headers (apt install python3-dev) for DeepSpeed's ops and Triton."
     yield judged(header.is_file(), "Python.h", found, advice, severity)
-    if compiler and ninja and header.is_file() and not driver_present():
-        yield Line(OK, "DeepSpeed ops", "cpu_adam and the communication op can be built")
 
 
 def disks() -> Iterator[Line]:

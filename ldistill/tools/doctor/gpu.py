@@ -10,7 +10,9 @@ from importlib import metadata
 
 import torch
 
+from ldistill.common.device import has_fast_bf16, unusable_gpu
 from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
+from ldistill.training.launch import is_compiled
 from ldistill_kernels import distill_loss, shared_kv_attention
 
 
@@ -20,13 +22,16 @@ def gpus() -> Iterator[Line]:
         for index in range(torch.cuda.device_count()):
             yield from _gpu(index)
         return
-    if driver_present() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+    if (reason := unusable_gpu()) is not None:
         built = torch.version.cuda or "none: a CPU build"
-        advice = f"torch is built for CUDA {built}: install a matching driver or torch build."
-        yield Line(WARNING, "GPU", "there is one, but torch cannot use it", advice)
+        advice = f"torch is built for CUDA {built}: install a build for the driver, or train on "
+        advice += "the CPU with CUDA_VISIBLE_DEVICES=''."
+        yield Line(PROBLEM, "GPU", f"there is one, but torch cannot use it ({reason})", advice)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
-    yield Line(OK, "GPU", f"none; training runs on the CPU ({cores}), bf16 included")
+    yield Line(OK, "GPU", f"none; training runs on the CPU ({cores})")
+    fast = "as fast as fp32" if has_fast_bf16() else "slow on this CPU: recipes train in fp32 here"
+    yield Line(OK, "bf16", fast)
 
 
 def _gpu(index: int) -> Iterator[Line]:
@@ -55,6 +60,17 @@ def toolkit() -> Iterator[Line]:
     found += f" (torch has {ours})" if good else f", but torch has {ours}"
     advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
     yield judged(good, "CUDA toolkit", found, advice, WARNING)
+
+
+def ops() -> Iterator[Line]:
+    """What DeepSpeed compiles for this machine as a run first needs it, and whether it has."""
+    needs = {"cpu_adam": "the *_offload configurations"}
+    if not driver_present():
+        needs = {"deepspeed_shm_comm": "every run on a CPU"} | needs
+    for name, needed in needs.items():
+        todo = "will be compiled once, one to three minutes"
+        found = "compiled already" if is_compiled(name) else todo
+        yield Line(OK, "DeepSpeed op", f"{name}, for {needed}: {found}")
 
 
 def kernels() -> Iterator[Line]:

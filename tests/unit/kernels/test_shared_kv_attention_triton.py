@@ -156,6 +156,46 @@ def test_random_documents_strides_and_layouts(seed):
     torch.testing.assert_close(actual, (expected[0], *expected[2:5]))
 
 
+@pytest.mark.parametrize("seed", range(int(os.environ.get("LDISTILL_FUZZ", 8))))
+def test_random_calls(seed):
+    """Whatever a call may ask for, in random company; LDISTILL_FUZZ=N runs N of them."""
+    case, configs = random_call(seed)
+    case = to_device(case)
+    exact = gradients(naive_attention, case.cast(torch.float64))
+    for actual, expected in zip(run(case, configs), exact, strict=True):
+        size = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=3e-5 * size)
+
+
+def random_call(seed: int) -> tuple[AttentionCase, dict]:
+    """A call with any options, documents, groups of 1 to 8 and head dims up to 256; its tiles."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    seq, kv_heads, group = draw(5, 24, 70, 150), draw(1, 2), draw(1, 2, 3, 4, 5, 6, 7, 8)
+    head_dim = draw(16, 16, 40, 64, 80, 128, 256)
+    documents = pack_documents(draw(1, 2, 3), seq, [1, 7, 33, 90], [0, 1, 5, 40], generator)
+    options = {"window": draw(None, None, 1, 2, 9, 64), "softcap": draw(None, None, 2.0)}
+    if draw(False, True):
+        options["sinks"] = torch.randn(group * kv_heads, generator=generator)
+    if draw(False, True):
+        options["visible"] = torch.rand(len(documents), seq, generator=generator) < 0.7
+    case = make_case(
+        documents, seq=seq, heads=(group * kv_heads, kv_heads), head_dim=head_dim,
+        v_dim=draw(None, None, 24, 128), layout=draw("bhsd", "bshd"), seed=seed, **options,
+    )  # fmt: skip
+    if draw(False, True):  # the first queries of some documents see nothing
+        first = torch.ones_like(case.start, dtype=torch.bool)
+        first[1:] = (case.start[1:] != case.start[:-1]) | (case.batch[1:] != case.batch[:-1])
+        blind = first & (torch.rand(len(first), generator=generator) < 0.5)
+        case.position[blind] = case.start[blind] - 1
+    case = second_segment(case, every=draw(1, 2, 3)) if draw(False, True) else case
+    case = with_tiles(case) if draw(False, True, True) else case
+    return case, draw(SMALL, UNEVEN, MEDIUM, {})
+
+
 def test_int64_and_int32_indices_give_the_same():
     case = to_device(VARIANTS["second"])
     other = case.cast(torch.float32)
@@ -201,6 +241,15 @@ def test_queries_that_see_nothing_give_zero_and_minus_infinity():
         out.sum().backward()
     assert (q.grad[[0, 2]] == 0).all()
     assert torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("table", [[[0, 6], [6, 10]], [[0, 10]]], ids=["alone", "among others"])
+def test_tiles_whose_queries_see_nothing_read_nothing_in_a_window(table):
+    case = make_case([[(0, 12, 3), (0, 9, 2)]], seq=13, heads=(2, 1), window=2)
+    case.position[:3] = case.start[:3] - 1
+    case.options["tiles"] = torch.tensor(table, dtype=torch.int32)
+    case = to_device(case)
+    assert_within_budget(run(case), case)
 
 
 def test_one_query_and_no_queries():

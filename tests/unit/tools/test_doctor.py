@@ -40,7 +40,6 @@ def test_no_compiler_and_no_ninja_are_problems_with_advice(monkeypatch, tmp_path
     expected = WARNING if Path("/dev/nvidia0").exists() else PROBLEM
     assert lines["C++ compiler"].state == lines["ninja"].state == expected
     assert "g++" in lines["C++ compiler"].advice
-    assert "DeepSpeed ops" not in lines
     assert doctor.run() == (expected == PROBLEM)
     out = capsys.readouterr().out
     assert "→ install one" in out
@@ -69,6 +68,48 @@ def test_missing_and_old_packages_are_named(monkeypatch, tmp_path):
     [line] = doctor.python()
     assert (line.state, line.what) == (PROBLEM, "python")
     assert "Python >=4" in line.advice
+
+
+def installed(folder: Path, **versions: str) -> None:
+    """Metadata of packages that are there in these versions."""
+    for name, version in versions.items():
+        info = folder / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_half_an_extra_is_found_before_it_fails_in_the_middle(monkeypatch, tmp_path):
+    """SmolVLM's evaluation without num2words."""
+    installed(tmp_path, ldistill="0", here="2")
+    extras = {"eval": ["here>=1", "gone>=3"], "lora": ["gone", "lost"], "s3": ["here"]}
+    with (tmp_path / "ldistill-0.dist-info" / "METADATA").open("a") as file:
+        for extra, names in extras.items():
+            file.writelines(f'Requires-Dist: {n}; extra == "{extra}"\n' for n in names)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = {line.what: line for line in doctor.packages()}
+    assert lines["extra eval"].state == WARNING
+    assert lines["extra eval"].advice == "pip install --upgrade 'gone>=3'"
+    assert (lines["extra lora"].state, lines["extra s3"].state) == (OK, OK)
+    assert "not installed" in lines["extra lora"].found
+    assert lines["extra s3"].found == "here 2"
+
+
+def test_what_will_be_compiled_and_that_bf16_is_slow_is_said_beforehand(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(doctor_gpu, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor_gpu, "unusable_gpu", lambda: None)
+    op = "cpu_adam"
+    assert "will be compiled" in next(x.found for x in doctor_gpu.ops() if op in x.found)
+    (tmp_path / op).mkdir(exist_ok=True)
+    (tmp_path / op / f"{op}.so").touch()
+    assert "compiled already" in next(x.found for x in doctor_gpu.ops() if op in x.found)
+    lines = {line.what: line for line in doctor_gpu.gpus()}
+    assert "recipes train in fp32" in lines["bf16"].found
+    monkeypatch.setattr(doctor_gpu, "unusable_gpu", lambda: "driver too old")
+    line = next(doctor_gpu.gpus())
+    assert (line.state, line.what) == (PROBLEM, "GPU")
+    assert "driver too old" in line.found
 
 
 @pytest.mark.parametrize("error_of", [doctor_gpu.attention_error, doctor_gpu.loss_error])

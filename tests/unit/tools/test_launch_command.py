@@ -12,7 +12,7 @@ from ldistill.cli import app
 from ldistill.tools.launch import CONFIGS, PACKAGE, launch_command
 
 TRAIN = str(PACKAGE / "train.py")
-RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner"]
+RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
 
 
 def test_without_a_configuration_it_is_zero2():

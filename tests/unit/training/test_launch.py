@@ -9,12 +9,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
 from pairs import write_pair
 from runs import REPO, environment, free_port, write_recipe, write_shards
 
 from ldistill.common import ranks
+from ldistill.common.device import unusable_gpu
 from ldistill.train import main
-from ldistill.training.launch import check_clocks, check_gpus, check_launcher
+from ldistill.training.launch import (
+    announce_compiling,
+    check_clocks,
+    check_gpus,
+    check_launch,
+    check_launcher,
+)
 
 
 def test_a_shard_folder_missing_on_one_node_is_named(tmp_path):
@@ -100,3 +110,27 @@ def test_an_error_of_another_rank_is_told_with_its_place(monkeypatch, capsys):
     assert main(["--recipe", "no-such-recipe"]) == 2
     assert f"error on rank 3 ({socket.gethostname()}): no recipe" in capsys.readouterr().err
     assert waited
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_a_sentence_not_a_slow_run_on_the_cpu(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this one can be used")
+    there = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda p: str(p) == "/dev/nvidia0" or there(p))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert "NVIDIA" in unusable_gpu() or "CUDA" in unusable_gpu()  # in PyTorch's own words
+    with pytest.raises(ValueError, match=r"CUDA_VISIBLE_DEVICES=''\.$") as raised:
+        check_launch()
+    assert "\n" not in str(raised.value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the CPU is meant
+    check_launch()
+
+
+def test_an_op_without_a_compiler_is_a_sentence(monkeypatch, tmp_path):
+    monkeypatch.setattr(OpBuilder, "jit_load", OpBuilder.jit_load)  # put back afterwards
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    announce_compiling()
+    with pytest.raises(OSError, match=r"no C\+\+ compiler .* apt install g\+\+"):
+        CPUAdamBuilder().jit_load()

@@ -107,6 +107,45 @@ def test_a_clone_of_the_hub_takes_config_names(cauldron):
     assert read(inputs[1])[0] == Sample("0", "docvqa", read(inputs[1])[0].turns, (picture(seed=0),))
 
 
+def test_what_an_input_says_of_itself_is_kept(tmp_path, cauldron):
+    """Of the README.md beside it, the object around a list, the saved data set; nothing else."""
+    head = "---\nlicense: other\nlicense_name: a-own\nhomepage: https://a.example\n"
+    (cauldron / "README.md").write_text(CONFIGS.replace("---\n", head, 1))
+    options = InputOptions(sources=("docvqa",))
+    said = {"licence": "a-own", "homepage": "https://a.example"}
+    assert open_inputs(str(cauldron), options)[0].origin == said
+    (cauldron / "README.md").write_text("---\nlicense: [mit, cc0-1.0]\n---\n")
+    assert open_inputs(str(cauldron), options)[0].origin == {"licence": "mit, cc0-1.0"}
+    for broken in (
+        "no head",
+        "---\n: : :\n---\n",
+        "---\n- a list\n---\n",
+        "---\nlicense: {}\n---\n",
+    ):
+        (cauldron / "README.md").write_text(broken)
+        assert open_inputs(str(cauldron), options)[0].origin == {}
+
+    record = {"id": 1, "conversations": []}
+    path = tmp_path / "own" / "own.json"
+    path.parent.mkdir()
+    mine = InputOptions(extra={"own": "language"})
+    for text, origin in (
+        ([record], {}),
+        ({"data": [record], "license": "mit", "info": {"year": 2026}}, {"licence": "mit"}),
+        ({"data": [record], "license": {"id": 3}}, {}),
+    ):
+        path.write_text(json.dumps(text))
+        assert open_inputs(str(path), mine)[0].origin == origin
+    (path.parent / "README.md").write_text("---\nlicense: mit\nhomepage: https://b.example\n---\n")
+    assert open_inputs(str(path), mine)[0].origin["homepage"] == "https://b.example"
+
+    table = datasets.Dataset.from_list([row(0)], features=FEATURES)
+    table.info.license = "apache-2.0"
+    table.save_to_disk(str(tmp_path / "saved" / "vsr"))
+    [entry] = open_inputs(str(tmp_path / "saved"), InputOptions())
+    assert entry.origin == {"licence": "apache-2.0"}
+
+
 def test_one_parquet_file_is_named_by_its_stem_or_folder(tmp_path, cauldron):
     write_parquet(tmp_path / "vsr.parquet", [row(0)])
     [plain] = open_inputs(str(tmp_path / "vsr.parquet"), InputOptions())

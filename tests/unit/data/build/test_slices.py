@@ -30,7 +30,10 @@ def entry(samples, source="vsr", first_row=0):
         return ((n, s) for n, s in enumerate(samples, first_row) if n >= start)
 
     end = first_row + len(samples)
-    return SourceInput(source, "language", rows, keep, {"version": 1}, end, rows_end=end)
+    said = {"licence": "cc-by-4.0", "homepage": "https://vsr.example"}
+    return SourceInput(
+        source, "language", rows, keep, {"version": 1}, end, rows_end=end, origin=said
+    )
 
 
 def samples_with_drops(count, seed):

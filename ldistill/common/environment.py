@@ -1,0 +1,57 @@
+"""What the libraries below us are and read from the environment, settled before they are loaded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+
+def check_versions() -> None:
+    """Refuse what is too old or not there, before an import of it fails somewhere.
+
+    Raises:
+        ValueError: a requirement of this package is not met; it is named, with what mends it.
+    """
+    try:
+        wanted = metadata.requires("ldistill") or []
+    except metadata.PackageNotFoundError:  # run from its folder, without being installed
+        return
+    for need in map(Requirement, wanted):
+        if need.marker is not None:
+            continue
+        try:
+            found = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            found = None
+        if found is None or not need.specifier.contains(found, prereleases=True):
+            there = "not installed" if found is None else f"{found}, and {need.specifier} is needed"
+            raise ValueError(
+                f"{need.name} is {there}: pip install --upgrade '{need.name}{need.specifier}'"
+            )
+
+
+def settle_environment() -> None:
+    """Defaults for threads, of which the user's own settings win; call it before torch is loaded.
+
+    Threads of OpenMP that wait for one another spin, as if the cores were theirs: on a machine that
+    others use as well, the one that they wait for does not get to run meanwhile, and a training
+    came down to a tenth of its speed. Ranks on one machine share its cores out.
+    """
+    settings = {"TOKENIZERS_PARALLELISM": "false"}
+    if "OMP_WAIT_POLICY" not in os.environ:
+        settings["OMP_WAIT_POLICY"] = "passive"  # read by every OpenMP
+        settings["GOMP_SPINCOUNT"] = "1000"  # by GNU's, PyTorch's own: microseconds, no time slice
+    # torchrun and slurm/common.sh say how many threads a rank has, DeepSpeed's launcher does not.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if ranks > 1:
+        settings["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    # An environment that was not activated: ops are compiled with its ninja all the same.
+    if shutil.which("ninja") is None and "PATH" in os.environ:
+        os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)

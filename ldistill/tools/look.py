@@ -1,0 +1,313 @@
+"""``ldistill look``: what the teacher says beside the student, token by token, as a page.
+
+    pair = load_pair("runs/lingudistill/student", "HuggingFaceTB/SmolLM2-360M-Instruct")
+    seen = look(pair, "What is in the picture?", "A dog on a beach.", [png_bytes])
+    seen.tokens[3].kl, seen.tokens[3].teacher          # in a notebook: `seen` draws itself
+
+The answer is given, so student and teacher judge the same tokens: that is what training compares.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ldistill.models.pair import Pair
+
+Guess = tuple[str, float]
+"""A token and its probability."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of the answer, and what was expected in its place, given all before it.
+
+    kl:      of the student from the teacher at the temperature of the :class:`Look`, in nats: what
+             training would lower here. None where the teacher does not know what went before.
+    student: the student's most probable tokens, at temperature 1; ``teacher``: the LM's over the
+             student's keys and values; ``blind``: the LM's by itself, which sees no picture.
+    p_student, p_teacher, p_blind: probabilities of the token itself.
+    """
+
+    text: str
+    kl: float | None
+    student: list[Guess]
+    teacher: list[Guess]
+    blind: list[Guess]
+    p_student: float
+    p_teacher: float
+    p_blind: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """An answer, token by token; as HTML a heat map over it and a table."""
+
+    prompt: str
+    images: tuple[bytes, ...]
+    temperature: float
+    tokens: list[Token]
+
+    @property
+    def kl(self) -> float:
+        """Mean over the answer, in nats."""
+        known = [token.kl for token in self.tokens if token.kl is not None]
+        return sum(known) / max(1, len(known))
+
+    def _repr_html_(self) -> str:
+        most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
+        spans = "".join(_span(token, most) for token in self.tokens)
+        rows = "".join(_row(token, most) for token in self.tokens)
+        shown = "".join(f'<img src="{_data_url(image)}" alt="">' for image in self.images)
+        return (
+            f"<style>{_STYLE}</style><div class='look'>{shown}<p><b>{escape(self.prompt)}</b></p>"
+            f"<p class='answer'>{spans}</p><p class='scale'>KL from teacher to student at τ = "
+            f"{self.temperature:g}: <i style='background:{_colour(0)}'>0</i> to "
+            f"<i style='background:{_colour(1)}'>{most:.2g} nats</i>, mean {self.kl:.3f}</p>"
+            "<table class='tokens'><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over "
+            "the student's keys and values</th><th>the LM by itself, blind</th></tr>"
+            f"{rows}</table></div>"
+        )
+
+    def page(self, title: str) -> str:
+        """A page that opens from the disk and fetches nothing."""
+        return (
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
+            f"<body style='background:#fff'><h2 style='font-family:sans-serif'>{escape(title)}</h2>"
+            f"{self._repr_html_()}</body></html>\n"
+        )
+
+
+def look(
+    pair: Pair,
+    prompt: str,
+    answer: str,
+    images: Sequence[bytes] = (),
+    *,
+    temperature: float = 1.0,
+    top: int = 3,
+) -> Look:
+    """Let student and teacher judge an answer, token by token; nothing is trained.
+
+    Args:
+        pair: of ``load_pair``, with its LM, on one device.
+        prompt: the question.
+        answer: any answer; the end mark that the template puts behind it is judged as well.
+        images: encoded pictures, shown before the question.
+        temperature: τ of the KL.
+        top: so many guesses of each.
+
+    Raises:
+        ValueError: no LM in the pair, nothing to judge, or more pictures than the processor takes.
+        BadImage: a picture that cannot be used.
+    """
+    import torch
+
+    from ldistill.common.documents import IGNORE
+    from ldistill.common.samples import Turn
+    from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
+    from ldistill.distill.distiller import Distiller
+    from ldistill.distill.teacher import Teacher
+    from ldistill.sources import SourceWeights
+
+    if pair.lm is None:
+        raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
+    processor, student = pair.processor, pair.student
+    if len(images) > processor.images.max_images:
+        raise ValueError(
+            f"{len(images)} pictures, and the processor takes {processor.images.max_images}: load "
+            "the pair with max_images."
+        )
+    tiled = [processor.tiles(processor.load_image(image)) for image in images]
+    document = processor.encode([Turn(prompt, answer)], [grid for _, grid in tiled])
+    if not document.supervised:
+        raise ValueError(f"the answer {answer!r} has no token to judge.")
+    pixels = torch.cat([tiles for tiles, _ in tiled]) if tiled else None
+    pack = LoadedPack([LoadedDocument(0, 0, document, pixels)])
+    batch = Collate(processor.pad_token_id, processor.images.tile_size)([pack])
+
+    weights = SourceWeights(("look",), ("language",), (1.0,), (temperature,))
+    judged = _Judged()
+    distiller = Distiller(student, Teacher(pair.lm), weights, judged)
+    supervision = distiller.supervise(batch)
+    device, trained = student.lm_head.weight.device, student.training
+    on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    student.eval()
+    with torch.no_grad():
+        distiller(on_device, supervision.to(device), 1.0, run_teacher=True)
+        ids = torch.as_tensor(document.input_ids, dtype=torch.long)
+        text = ids < distiller.teacher_vocab  # what an LM without pictures can read
+        alone = pair.lm(input_ids=ids[text][None].to(device), use_cache=False).logits[0]
+    student.train(trained)
+
+    places = torch.nonzero(torch.as_tensor(document.labels) != IGNORE).flatten()
+    read = text.cumsum(0) - 1  # place of a text token among the text tokens
+    taught = dict(zip(supervision.targets.taught.tolist(), range(len(judged.kl)), strict=True))
+    tokens = []
+    for number, place in enumerate(places.tolist()):
+        label, one = int(document.labels[place]), taught.get(number)
+        of = [judged.student[number]]
+        of += [None, None] if one is None else [judged.teacher[one], alone[read[place]]]
+        guesses, own = zip(*(_guesses(processor.tokenizer, row, label, top) for row in of))
+        kl = None if one is None else float(judged.kl[one])
+        tokens.append(Token(_shown(processor.tokenizer, label), kl, *guesses, *own))
+    return Look(prompt, tuple(images), temperature, tokens)
+
+
+class _Judged:
+    """Stands where the objective does: keeps what it was given, and the KL that it would add."""
+
+    def __call__(
+        self, student: tuple[Tensor, Tensor], teacher: Any, targets: Any, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        from ldistill_kernels import distill_loss
+
+        (h_s, w_s), (h_t, w_t) = student, teacher
+        w_s, w_t = w_s.to(h_s.dtype), w_t.to(h_t.dtype)
+        result = distill_loss(
+            h_s, w_s, h_t, w_t, targets.label,
+            ce_weight=0.0, kd_weight=1.0, temperature=targets.temperature,
+            kd_targets=targets.taught,
+        )  # fmt: skip
+        self.kl = result.kl.cpu()  # [taught]
+        self.student, self.teacher = (h_s @ w_s.T), (h_t @ w_t.T)  # [targets or taught, vocabulary]
+        return result.loss, result.loss[None, None]
+
+
+def _guesses(
+    tokenizer: Any, logits: Tensor | None, label: int, top: int
+) -> tuple[list[Guess], float]:
+    """The most probable tokens, and the probability of the label."""
+    if logits is None:
+        return [], 0.0
+    p = logits.float().softmax(-1)
+    best = p.topk(min(top, len(p)))
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(_shown(tokenizer, i), v) for i, v in found], float(p[label]) if label < len(p) else 0.0
+
+
+def _shown(tokenizer: Any, token: int) -> str:
+    return tokenizer.decode([token], skip_special_tokens=False)
+
+
+# ---- as HTML ----
+
+_FAINT = 0.05
+"""Nats that are coloured fully where nothing is above: rounding stays white."""
+_UNLIKELY = 0.005
+"""Guesses below are not shown."""
+
+_STYLE = """
+.look{font:14px/1.5 sans-serif;color:#222;background:#fff;max-width:60em}
+.look img{min-width:8em;max-width:24em;max-height:18em;border:1px solid #ddd}
+.look .answer{font-size:1.25em;line-height:1.9}
+.look .answer span{padding:.15em 0;border-bottom:1px solid #ccc;white-space:pre-wrap}
+.look .scale i{padding:.1em .5em;font-style:normal}
+.look .tokens{border-collapse:collapse}
+.look th,.look td{text-align:left;padding:.2em .8em;border-bottom:1px solid #ddd;color:#222}
+.look code{background:#f2f2f2;color:#222;padding:0 .2em;white-space:pre}
+.look small{color:#666}
+"""
+
+
+def _colour(share: float) -> str:
+    """White to orange; a text of any darkness stays readable on it."""
+    return f"rgba(255,120,0,{0.75 * share:.3f})"
+
+
+def _span(token: Token, most: float) -> str:
+    told = "unknown to the teacher" if token.kl is None else f"KL {token.kl:.3f}"
+    share = (token.kl or 0) / most
+    return f'<span style="background:{_colour(share)}" title="{told}">{_text(token.text)}</span>'
+
+
+def _row(token: Token, most: float) -> str:
+    kl = "–" if token.kl is None else f"{token.kl:.3f}"
+    share = (token.kl or 0) / most
+    cells = "".join(
+        f"<td>{_listed(guesses)}<br><small>this token {p:.1%}</small></td>"
+        for guesses, p in (
+            (token.student, token.p_student),
+            (token.teacher, token.p_teacher),
+            (token.blind, token.p_blind),
+        )
+    )
+    return (
+        f"<tr><td><code>{_text(token.text)}</code></td>"
+        f"<td style='background:{_colour(share)}'>{kl}</td>{cells}</tr>"
+    )
+
+
+def _listed(guesses: list[Guess]) -> str:
+    said = [f"<code>{_text(text)}</code> {p:.0%}" for text, p in guesses if p >= _UNLIKELY]
+    return ", ".join(said) or "–"
+
+
+def _text(text: str) -> str:
+    return escape(text).replace("\n", "⏎")
+
+
+def _data_url(image: bytes) -> str:
+    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+# ---- the command ----
+
+
+def command(
+    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
+    prompt: Annotated[str, typer.Option(help="The question.")],
+    answer: Annotated[str, typer.Option(help="The answer that both judge.")],
+    teacher: Annotated[
+        str | None, typer.Option(help="The LM it was built on. Default: that of the run.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("look.html"),
+    temperature: Annotated[float, typer.Option(min=0.01, help="τ of the KL.")] = 1.0,
+    top: Annotated[int, typer.Option(min=1, help="Guesses of each.")] = 3,
+    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
+) -> None:
+    """See what the teacher says beside the student, token by token: a heat map of KL, as a page."""
+    import torch
+    import yaml
+    from transformers.utils import logging
+
+    from ldistill.common.run_files import RECIPE
+    from ldistill.evaluation.loading import model_folder
+    from ldistill.models.pair import load_pair
+
+    logging.disable_progress_bar()
+    folder = model_folder(student)
+    recipe = folder.parent / RECIPE
+    if teacher is None and recipe.is_file():
+        teacher = yaml.safe_load(recipe.read_text(encoding="utf-8"))["teacher"]
+    if teacher is None:
+        raise ValueError(f"{student} is no run's folder: name the LM it was built on, --teacher.")
+    pictures = [path.read_bytes() for path in image or ()]
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
+    pair = load_pair(
+        str(folder), teacher, tokenizer=tokenizer, dtype=dtype or torch.float32, tiling=tiling,
+        max_images=max(1, len(pictures)),
+    )  # fmt: skip
+    pair.student.to(device)
+    pair.lm.to(device, dtype or torch.float32)
+    seen = look(pair, prompt, answer, pictures, temperature=temperature, top=top)
+    out.write_text(seen.page(f"{student} beside {teacher}"), encoding="utf-8")
+    for token in seen.tokens:
+        kl = "     –" if token.kl is None else f"{token.kl:6.3f}"
+        said = ", ".join(f"{text!r} {p:.0%}" for text, p in token.teacher if p >= _UNLIKELY)
+        typer.echo(f"KL {kl}  {token.text!r:16} teacher: {said}")
+    typer.echo(f"mean KL {seen.kl:.3f} nats at τ = {temperature:g}; page: {out}")
