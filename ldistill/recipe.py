@@ -23,13 +23,16 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
-from ldistill.distill.objective import DIVERGENCES, GATES, MIXES
+from ldistill.distill.objective import COMBINATIONS, DIVERGENCES, GATES
+from ldistill.models.parts import DEFAULT_TRAIN, parse_train
 from ldistill.recipe_values import (
     check_deepspeed,
     check_trainer_flags,
     settle_batch,
+    settle_evaluation,
     settle_values,
 )
+from ldistill.sources import OTHERS, by_source
 
 DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
@@ -83,6 +86,10 @@ class DataArguments:
     extra_sources: list[str] = field(
         default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
     )
+    mix: str | None = _doc(
+        "How often sources come in an epoch: a=2 (times), b=0.5 (half of it), c=25% (of its "
+        "tokens); those not named once."
+    )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
     on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
@@ -92,6 +99,10 @@ class DataArguments:
     shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
     shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)
     shard_reads: str = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
+    validation: str | None = _doc(
+        "Share of every source's documents to hold out and validate on every --eval_steps: 1%."
+    )
+    eval_shards: str | None = _doc("Folder or URL of shards to validate on instead.")
     prepare: str | None = _doc(
         "package.module:function that makes shards before the run and returns their folders.", None
     )
@@ -102,13 +113,16 @@ class DistilArguments:
     """The objective (method and defaults: the paper's section 3 and Table 2)."""
 
     distil: str = _doc("Sources that distil: none | language | all | names by commas.", "language")
-    alpha: float = _doc("Weight of the KD term on distilling sources.", 0.7)
-    temperature: float = _doc("Softmax temperature of the KD term.", 4.0)
-    mix: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
+    # Once parsed, these two are a number, or {"others": number, SOURCE: number, ...}.
+    alpha: str = _doc(
+        "Weight of the KD term on distilling sources, and of named ones: 0.7 or 0.7,vqav2=0.9.", 0.7
+    )
+    temperature: str = _doc("Softmax temperature of the KD term, as alpha by source.", 4.0)
+    combine: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
     kl: str = _doc("forward | reverse | jsd.", "forward")
     gate: str = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
-    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual.", "full")
+    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual | own.", "full")
     kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
 
 
@@ -122,6 +136,12 @@ class RunArguments:
     )
     projector_lr: float | None = _doc("Learning rate of the projector; default --learning_rate.")
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
+    vision_lr: float | None = _doc("Learning rate of the vision tower; default --learning_rate.")
+    train: str = _doc(
+        "What trains, by commas: vision, projector, decoder or parts of it (attention, mlp, "
+        "gate_up).",
+        DEFAULT_TRAIN,
+    )
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     evaluate: bool = _doc("Evaluate on the items before and after training.", True)
@@ -264,10 +284,18 @@ def parse(argv: list[str]) -> Recipe:
     # Before the arguments exist, for in making them they fill DeepSpeed's configuration.
     sizes = settle_batch(asked, given, world_size(), notes)
     argv = [*argv, *(f"--{name}={size}" for name, size in sizes.items())]
+    best = asked.load_best_model_at_end  # transformers' own would want --save_steps to fit
+    argv.append("--load_best_model_at_end=false")
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
+    for name in ("alpha", "temperature"):
+        own = by_source(name, values.get(name, getattr(defaults, name)), getattr(defaults, name))
+        others = own[OTHERS] if isinstance(own, dict) else own
+        setattr(distil, name, by_source(name, getattr(distil, name), others))
     recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)), notes)
+    training.load_best_model_at_end = best
     _compile_by_blocks(recipe)
     _check(recipe)
+    settle_evaluation(training, data.validation, data.eval_shards, run.eval_suite, recipe.given)
     return recipe
 
 
@@ -296,6 +324,7 @@ def _check_flags(given: set[str]) -> None:
 
 
 def _check(recipe: Recipe) -> None:
+    from ldistill.data.mixture import parse_mix
     from ldistill.data.store import READS
     from ldistill.distill.attention import BACKENDS
     from ldistill.distill.targets import SCOPES
@@ -309,7 +338,7 @@ def _check(recipe: Recipe) -> None:
         "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
         "kv_scope": (recipe.distil.kv_scope, SCOPES),
         "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
-        "mix": (recipe.distil.mix, MIXES),
+        "combine": (recipe.distil.combine, COMBINATIONS),
         "kl": (recipe.distil.kl, DIVERGENCES),
         "gate": (recipe.distil.gate, GATES),
         "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
@@ -323,10 +352,7 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."
         )
-    if not 0 <= recipe.distil.alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], got {recipe.distil.alpha}.")
-    if recipe.distil.temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {recipe.distil.temperature}.")
+    parse_mix(recipe.data.mix)
     if recipe.data.max_length < 1:
         raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
     args = recipe.training
@@ -343,6 +369,13 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
+    trained = parse_train(recipe.run.train)
+    if recipe.run.vision_lr is not None and "vision" not in trained:
+        raise ValueError("vision_lr is given, but vision does not train: --train vision,...")
+    if recipe.pair.lora_rank and not trained - {"vision", "projector"}:
+        raise ValueError(
+            f"lora_rank is given, but nothing of the decoder trains (--train {recipe.run.train})."
+        )
     if args.hub_model_id and not args.push_to_hub:
         raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     _check_trackers(args)

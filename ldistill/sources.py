@@ -7,6 +7,7 @@ Table 5 and section 4.3). An unknown source is an error, never a silent default.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ DOCUMENT: tuple[str, ...] = (
 CATEGORIES: tuple[str, ...] = ("language", "document")
 ALL = "all"
 """As a run's sources: whatever its shards hold."""
+OTHERS = "others"
+"""As a key: the sources that are not named."""
 SUBSETS: dict[str, tuple[str, ...]] = {"full": LANGUAGE + DOCUMENT, "lang": LANGUAGE}
 
 
@@ -112,6 +115,34 @@ def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
     return extra
 
 
+def by_source(name: str, value: float | str, others: float) -> float | dict[str, float]:
+    """α or τ of all sources, or by source: ``0.7`` is 0.7, ``0.7,vsr=0.9`` a dict.
+
+    Args:
+        name: ``alpha`` or ``temperature``.
+        value: a number, ``source=number``, or several between commas.
+        others: what sources have that ``value`` says nothing of; stands under ``others``.
+
+    Raises:
+        ValueError: something else, or out of bounds.
+    """
+    numbers: dict[str, float] = {}
+    for part in split_names(str(value)) or [""]:
+        source, _, text = part.rpartition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError(
+                f"{name} {part!r}: write a number, source=number, or several between commas."
+            ) from None
+        if name == "alpha" and not 0 <= number <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {part}.")
+        if name == "temperature" and not 0 < number < math.inf:
+            raise ValueError(f"temperature must be above 0, got {part}.")
+        numbers[normalise(source) or OTHERS] = number
+    return numbers[OTHERS] if numbers.keys() == {OTHERS} else {OTHERS: others} | numbers
+
+
 @dataclass(frozen=True)
 class SourceWeights:
     """α and τ of every source a run trains on, in the order of ``names``.
@@ -130,8 +161,8 @@ class SourceWeights:
         names: Iterable[str],
         *,
         distil: str,
-        alpha: float,
-        temperature: float,
+        alpha: float | Mapping[str, float],
+        temperature: float | Mapping[str, float],
         extra: Mapping[str, str] | None = None,
     ) -> SourceWeights:
         """Weights of a run.
@@ -139,25 +170,30 @@ class SourceWeights:
         Args:
             names: the sources in the run's shards.
             distil: ``none``, ``language``, ``all``, or source ids separated by commas.
-            alpha: weight of the distillation term on distilling sources, in [0, 1].
-            temperature: τ > 0.
+            alpha: weight of the distillation term on distilling sources, in [0, 1], or by source
+                (see :func:`by_source`); a source named there distils, except with ``none``.
+            temperature: τ > 0, likewise.
             extra: categories of sources beyond the 17.
 
         Raises:
-            ValueError: a source that is unknown, or named to distil and not in the run.
+            ValueError: a source that is unknown, or named and not in the run.
         """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha}.")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}.")
         names = tuple(names)
         categories = tuple(category_of(name, extra) for name in names)
         chosen = _distilling(distil, names, extra)
+        alphas, temperatures = (
+            dict(value) if isinstance(value, Mapping) else {OTHERS: value}
+            for value in (alpha, temperature)
+        )
+        for field, named in (("alpha", alphas), ("temperature", temperatures)):
+            _check_named(field, named.keys() - {OTHERS}, names)
+        if distil != "none":
+            chosen |= alphas.keys()
         return cls(
             names,
             categories,
-            tuple(alpha if n in chosen else 0.0 for n in names),
-            (float(temperature),) * len(names),
+            tuple(alphas.get(n, alphas[OTHERS]) if n in chosen else 0.0 for n in names),
+            tuple(float(temperatures.get(n, temperatures[OTHERS])) for n in names),
         )
 
     @property
@@ -175,10 +211,14 @@ def _distilling(distil: str, names: tuple[str, ...], extra: Mapping[str, str] | 
     if distil in CATEGORIES:
         return {name for name, category in known.items() if category == distil}
     chosen = resolve_sources(distil, extra)
-    absent = [] if distil in SUBSETS else [name for name in chosen if name not in names]
-    if absent:
-        raise ValueError(
-            f"distil names {', '.join(absent)}, which this run does not train on: its sources are "
-            f"{', '.join(names)}. Change --distil or --sources."
-        )
+    if distil not in SUBSETS:
+        _check_named("distil", chosen, names)
     return set(chosen)
+
+
+def _check_named(field: str, named: Iterable[str], names: tuple[str, ...]) -> None:
+    if absent := sorted(set(named) - set(names)):
+        raise ValueError(
+            f"{field} names {', '.join(absent)}, which this run does not train on: its sources are "
+            f"{', '.join(names)}. Change --{field} or --sources."
+        )

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ldistill.data.index import ShardIndex
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 from ldistill.models.pair import Pair
 
 _PIECES, _PIECE = 64, 4096
 
 
-def describe(run_id: str, pair: Pair, index: ShardIndex, plan: Plan, layout: Any) -> dict[str, Any]:
+def describe(
+    run_id: str, pair: Pair, index: ShardIndex, order: Order, layout: Any
+) -> dict[str, Any]:
     """The ``about`` of a run's manifests; rank-independent."""
     teacher = pair.teacher_folder
     return {
         "run": run_id,
         "student": model_fingerprint(pair.student_folder),
         "teacher": model_fingerprint(teacher) if teacher is not None else None,
-        "data": data_fingerprint(index, plan),
+        "data": data_fingerprint(index, order),
         "layout": layout,
     }
 
@@ -49,10 +51,10 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(index: ShardIndex, plan: Plan) -> str:
+def data_fingerprint(index: ShardIndex, order: Order) -> str:
     """Hash of everything that decides which documents come in which order."""
     shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
-    facts = [index.sources, shards, plan.identity]
+    facts = [index.sources, shards, order.identity]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

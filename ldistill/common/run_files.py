@@ -8,7 +8,7 @@ from pathlib import Path
 RECIPE = "recipe.yaml"
 RUN = "run.json"
 ENVIRONMENT = "environment.json"
-PLAN = "plan.json"
+ORDER = "order.json"
 ORIGINS = "origins.json"
 METRICS = "metrics.jsonl"
 CURVES = "loss_curves.png"

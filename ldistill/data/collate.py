@@ -146,6 +146,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         if isinstance(value, dict)
         else value.to(device, non_blocking=True)
         for name, value in batch.items()
+        if name != "drops"
     }
 
 

@@ -1,9 +1,9 @@
-"""From a plan to batches: which rank takes which packs, and who reads them.
+"""From an order to batches: which rank takes which packs, and who reads them.
 
     loader = make_loader(index, processor, limit=1024, batch_size=4, rank=0, world_size=2)
     for batch in loader: ...
 
-Step t of a run with G packs per step consumes packs [tG, (t + 1)G) of the plan's stream, and rank
+Step t of a run with G packs per step consumes packs [tG, (t + 1)G) of the order's stream, and rank
 r of R takes r, r + R, ...; so a run resumes with `start_pack = tG` on any number of ranks that
 divides G, and sees the same samples in the same order. Batches do not depend on the workers.
 """
@@ -23,7 +23,7 @@ from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample
 from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex
-from ldistill.data.order import OverLong, Plan
+from ldistill.data.order import Order, OverLong
 from ldistill.data.remote.read_ahead import FetchingSampler, settle_reads
 from ldistill.data.worker_signals import outlive_signals
 
@@ -38,7 +38,7 @@ class PackSampler(Sampler[list[np.ndarray]]):
 
     def __init__(
         self,
-        plan: Plan,
+        order: Order,
         batch_size: int,
         *,
         rank: int = 0,
@@ -46,13 +46,13 @@ class PackSampler(Sampler[list[np.ndarray]]):
         start_pack: int = 0,
         stop_pack: int | None = None,
     ) -> None:
-        self.plan, self.batch_size = plan, batch_size
+        self.order, self.batch_size = order, batch_size
         self.rank, self.world_size = rank, world_size
         self.start_pack, self.stop_pack = start_pack, stop_pack
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         stop = None if self.stop_pack is None else max(0, self.stop_pack - self.start_pack)
-        packs = islice(self.plan.packs_from(self.start_pack), self.rank, stop, self.world_size)
+        packs = islice(self.order.packs_from(self.start_pack), self.rank, stop, self.world_size)
         while batch := list(islice(packs, self.batch_size)):
             yield batch
 
@@ -153,17 +153,17 @@ def make_loader(
     pin_memory: bool = False,
     multiprocessing_context: str | None = None,
     prefetch_factor: int | None = None,
-    plan: Plan | None = None,
+    order: Order | None = None,
 ) -> PackLoader:
     """A loader of this rank's micro-batches (see `collate`), endless unless `stop_pack` is set.
 
     Checks before the first batch that the shards were built for `processor` and are whole, so a
-    wrong folder fails at once (ValueError, FileNotFoundError). `plan` reuses one already made.
+    wrong folder fails at once (ValueError, FileNotFoundError). `order` reuses one already made.
     """
     index.check(processor)
     index.check_files()
-    if plan is None:
-        plan = Plan(
+    if order is None:
+        order = Order(
             index,
             limit=limit,
             seed=seed,
@@ -171,9 +171,9 @@ def make_loader(
             packing=packing,
             shuffle_window=shuffle_window,
         )
-    assert plan.limit == limit
+    assert order.limit == limit
     sampler: Sampler[list[np.ndarray]] = PackSampler(
-        plan,
+        order,
         batch_size,
         rank=rank,
         world_size=world_size,
@@ -181,7 +181,7 @@ def make_loader(
         stop_pack=stop_pack,
     )
     if index.store.remote:
-        settle_reads(index, plan, world_size)
+        settle_reads(index, order, world_size)
         if index.store.whole:
             sampler = FetchingSampler(sampler, index)
     return PackLoader(
@@ -193,4 +193,6 @@ def make_loader(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=outlive_signals,
+        # Else its workers' seed is drawn from the run's own random numbers, and again on resuming.
+        generator=torch.Generator(),
     )

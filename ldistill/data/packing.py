@@ -20,6 +20,8 @@ PACK_WINDOW = 4096
 """Documents ahead among which partners for a pack are sought."""
 REACH = 64
 """Documents that a pack may pass over in search of the next one that still fits."""
+COPY = 2**40
+"""Beyond all sample numbers: tells the second time of a sample from the first in the shuffle."""
 
 
 def scramble(values: np.ndarray, *salts: int) -> np.ndarray:
@@ -34,25 +36,47 @@ def scramble(values: np.ndarray, *salts: int) -> np.ndarray:
     return mixed
 
 
-def epoch_order(shard_sizes: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
-    """Every sample number once, int64 [samples].
+def epoch_order(
+    shard_sizes: np.ndarray,
+    seed: int,
+    epoch: int,
+    window: int,
+    counts: np.ndarray | None = None,
+) -> np.ndarray:
+    """Every sample number as often as `counts` [samples] says (default once), int64 [sum].
 
     Shards are shuffled, then samples within each run of `window` shards, so that a reader stays
-    near a few files at a time. `shard_sizes` lists the samples of each shard in index order.
+    near a few files at a time. `shard_sizes` lists the samples of each shard in index order. A
+    sample comes again at another visit to its shard, which is shuffled like a shard of its own.
     """
     if window < 1:
         raise ValueError(f"the shuffle window must be at least one shard, got {window}")
-    sizes = np.asarray(shard_sizes, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    shard_keys = scramble(np.arange(len(sizes)), seed, epoch, 1)
-    shards = np.argsort(shard_keys, kind="stable")
-    sample_keys = scramble(np.arange(starts[-1]), seed, epoch, 2)
+    starts = np.concatenate([[0], np.cumsum(shard_sizes, dtype=np.int64)])
+    counts = np.ones(starts[-1], dtype=np.int64) if counts is None else counts
+    copies, shards = shard_visits(starts, counts)
+    visits = np.argsort(scramble(shards + copies * COPY, seed, epoch, 1), kind="stable")
     pieces = []
-    for first in range(0, len(shards), window):
-        members = [np.arange(starts[s], starts[s + 1]) for s in shards[first : first + window]]
+    for first in range(0, len(visits), window):
+        members, numbers = [], []
+        for copy, shard in zip(*(a[visits[first : first + window]] for a in (copies, shards))):
+            there = np.flatnonzero(counts[starts[shard] : starts[shard + 1]] > copy)
+            members.append(there + starts[shard])
+            numbers.append(members[-1] + copy * COPY)
         samples = np.concatenate(members)
-        pieces.append(samples[np.argsort(sample_keys[samples], kind="stable")])
+        keys = scramble(np.concatenate(numbers), seed, epoch, 2)
+        pieces.append(samples[np.argsort(keys, kind="stable")])
     return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+
+
+def shard_visits(starts: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Copy and shard (int64 each) of all visits: each shard, again while a sample is left in it."""
+    copies, shards = [], []
+    for copy in range(max(1, int(counts.max(initial=0)))):
+        left = np.concatenate([[0], np.cumsum(counts > copy)])[starts]
+        there = np.flatnonzero((np.diff(left) > 0) | (copy == 0))
+        copies.append(np.full(len(there), copy))
+        shards.append(there)
+    return np.concatenate(copies), np.concatenate(shards)
 
 
 @dataclass(frozen=True)

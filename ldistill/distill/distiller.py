@@ -36,7 +36,7 @@ class Distiller(nn.Module):
         teacher: None for a run on labels alone.
         weights: α and τ by source.
         objective: how CE and KL are mixed.
-        kv_scope: ``full``, ``prompt`` or ``visual``.
+        kv_scope: ``full``, ``prompt``, ``visual`` or ``own`` (nothing of the student's).
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
         attention: the student's backend, of :func:`ldistill.distill.attention.choose_attention`.
     """

@@ -19,7 +19,7 @@ from ldistill.distill.targets import Targets
 from ldistill.models.logits import LogitScaling
 from ldistill_kernels import DistillLoss, distill_loss
 
-MIXES = ("convex", "additive")
+COMBINATIONS = ("convex", "additive")
 DIVERGENCES = ("forward", "reverse", "jsd")
 GATES = ("none", "agreement", "confidence")
 NO_SCALING = LogitScaling()
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 class Objective:
     """How CE and KL are mixed; see ``ldistill.recipe`` for what each switch means."""
 
-    mix: str = "convex"
+    combine: str = "convex"
     t_squared: bool = True
     kl: str = "forward"
     kernels: str = "auto"
@@ -68,7 +68,7 @@ class Objective:
         alpha, taught = targets.alpha, targets.taught
         if gates is not None:
             alpha = alpha.index_copy(0, taught, alpha[taught] * gates)
-        ce = 1 - alpha if self.mix == "convex" else torch.ones_like(alpha)
+        ce = 1 - alpha if self.combine == "convex" else torch.ones_like(alpha)
         kd = torch.zeros_like(alpha)
         kd[taught] = alpha[taught]
         return Weights(ce, kd, gates)

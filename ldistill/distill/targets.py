@@ -19,7 +19,7 @@ from torch import Tensor
 from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
-SCOPES = ("full", "prompt", "visual")
+SCOPES = ("full", "prompt", "visual", "own")
 Known = Callable[[Tensor], Tensor]
 """int64 token ids → bool, whether the teacher knows them."""
 
@@ -117,7 +117,7 @@ def supervise(
     Args:
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
         weights: α and τ by source.
-        scope: ``full``, ``prompt`` or ``visual``.
+        scope: one of ``SCOPES``.
         known: of token ids, which have an embedding of the teacher's; the others stand for
             pictures, or are the student's own.
     """

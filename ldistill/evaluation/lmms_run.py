@@ -96,12 +96,18 @@ class Evaluation:
         return tuple(dict.fromkeys((*own, *self.tasks)))
 
 
-def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def evaluate(
+    asked: Evaluation,
+    give_up: Callable[[], bool] = lambda: False,
+    run: Callable[[Evaluation, Path], int] | None = None,
+) -> dict[str, Any]:
     """Run an evaluation; returns the content of ``eval.json``.
 
     Args:
         asked: what, on what, and where to.
         give_up: asked once a second; when true, lmms-eval is ended and InterruptedError raised.
+        run: runs lmms-eval on a configuration file, its output to `LOG` in the folder, and gives
+            its exit status; default a new process.
 
     Raises:
         FileNotFoundError: no such model.
@@ -118,7 +124,7 @@ def evaluate(asked: Evaluation, give_up: Callable[[], bool] = lambda: False) -> 
     path = asked.out / CONFIG
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
-    status = _run(asked, path, give_up)
+    status = run(asked, path) if run else _run(asked, path, give_up)
     found = read_results(asked.out, asked.all_tasks, since=began)
     result = _describe(asked, folder, config, found, time.time() - began)
     merge(result, earlier)

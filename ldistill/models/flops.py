@@ -3,13 +3,13 @@
 MFU is *model* FLOPs over time and peak: what the step asks for mathematically, not all that was
 executed. A multiply-add is two operations. The student runs forward and backward: a product of a
 trained weight counts three times its forward (result, gradient of the input, gradient of the
-weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. The vision
-tower and the teacher run forward alone; the teacher runs on its queries, without k and v
-projections where the scope is ``full``. Attention counts visible pairs.
+weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. A vision
+tower that does not train and the teacher run forward alone; the teacher runs on its queries,
+without k and v projections where the scope is ``full``. Attention counts visible pairs.
 
 Not counted: what activation checkpointing recomputes, the teacher's forward of the health check,
 norms, activations and softmax. Counted although it is not needed: the gradient of the projector's
-input, far below 1%.
+input, or of the pixels where the vision tower trains, far below 1%.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from ldistill.models.parts import trained_share
 from ldistill.models.student import Student
 
 
@@ -74,6 +75,9 @@ def step_flops(
     tokens_per_tile: float,
     kv_scope: str = "full",
     lora_rank: int = 0,
+    trained: float = 1.0,
+    head_trained: bool = True,
+    vision_trained: bool = False,
 ) -> float:
     """FLOPs of one rank's step.
 
@@ -84,25 +88,28 @@ def step_flops(
         projector_weights: weights of the projector.
         tokens_per_tile: image tokens of one tile.
         kv_scope: ``full`` leaves out the teacher's k and v projections.
-        lora_rank: of adapters on a decoder that is frozen with its head; 0: all of it is trained.
+        lora_rank: of adapters in the decoder; 0: none.
+        trained: share of the decoder layers' weights that trains.
+        head_trained, vision_trained: whether these do.
     """
     layers, hidden = config.num_hidden_layers, config.hidden_size
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     )
     head = hidden * config.vocab_size
-    products = 2 * layers * decoder_layer_weights(config) * counts.positions
-    products += 2 * head * counts.targets
+    products = (2 + trained) * 2 * layers * decoder_layer_weights(config) * counts.positions
+    products += (2 + head_trained) * 2 * head * counts.targets
     adapters = 2 * layers * adapter_weights(config, lora_rank) * counts.positions
     attention = layers * 4 * width * counts.pairs
     projector = 2 * projector_weights * tokens_per_tile * counts.tiles
-    student = (2 if lora_rank else 3) * products + 3 * (adapters + attention + projector)
+    student = products + 3 * (adapters + attention + projector)
+    vision = (3 if vision_trained else 1) * vision_flops_per_tile * counts.tiles
     teacher = layers * (
         2 * decoder_layer_weights(config, kv_scope != "full") * counts.queries
         + 4 * width * counts.query_pairs
     )
     teacher += 2 * head * counts.taught
-    return student + vision_flops_per_tile * counts.tiles + teacher
+    return student + vision + teacher
 
 
 def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") -> float:
@@ -118,6 +125,9 @@ def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") 
         tokens_per_tile=counts.image_tokens / max(counts.tiles, 1),
         kv_scope=kv_scope,
         lora_rank=lora_rank(student.backbone),
+        trained=trained_share(student.backbone.layers),
+        head_trained=student.lm_head.weight.requires_grad,
+        vision_trained=any(p.requires_grad for p in student.vision_parameters()),
     )
 
 

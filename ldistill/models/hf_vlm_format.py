@@ -90,9 +90,7 @@ def _unwritable(model: HFVLM, disk: Mapping[str, list[int]], disk_names: DiskNam
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied pair is stored once
-    vision = {id(p) for p in model.vision.parameters()} - {
-        id(p) for p in model.projector.parameters()
-    }
+    vision = {id(p) for p in model.vision_parameters()}
     shapes = {id(p): list(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
     return [
         f"no tensor of shape {shapes[key]} for {aliases[0].removeprefix(PREFIX)}"

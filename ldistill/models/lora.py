@@ -41,10 +41,10 @@ WeightUpdates = Mapping[str, "Tensor | LowRank"]
 
 
 def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int = 0) -> None:
-    """Freeze the decoder and give every linear layer of it an adapter.
+    """Freeze the decoder and give every linear layer of it that trains an adapter.
 
     Args:
-        student: with vision already frozen.
+        student: after :func:`ldistill.models.parts.train_only`.
         rank: of the adapters, at least 1.
         alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default twice the
             rank.
@@ -63,9 +63,11 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
             "--lora_rank needs peft, which is not installed: pip install 'ldistill[lora]'."
         ) from error
     alpha = 2.0 * rank if alpha is None else alpha
+    trained = {n.split(".")[-2] for n, p in student.backbone.named_parameters() if p.requires_grad}
+    targets = [name for name in TARGETS if name in trained]
     student.lm_head.requires_grad_(False)
     student.backbone.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS), lora_dropout=0.0)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, student.backbone)

@@ -63,11 +63,9 @@ class NanoVLM(Student):
         return self.decoder.lm_head
 
     def project(self, pixel_values: Tensor) -> Tensor:
-        """[tiles, 3, H, W] in [0, 1] → [tiles × tokens per tile, hidden]; vision is frozen."""
-        with torch.no_grad():
-            patches = self.vision(
-                pixel_values.to(self.vision.embeddings.patch_embedding.weight.dtype)
-            ).last_hidden_state
+        """[tiles, 3, H, W] in [0, 1] → [tiles × tokens per tile, hidden]."""
+        pixels = pixel_values.to(self.vision.embeddings.patch_embedding.weight.dtype)
+        patches = self.vision(pixels).last_hidden_state  # no graph where vision is frozen
         return self.projector(patches).flatten(0, 1)
 
     def embed(self, input_ids: Tensor, pictures: Pictures | None = None) -> Tensor:

@@ -122,12 +122,6 @@ def _lm_config(folder: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
-def freeze_vision(student: Student) -> None:
-    """Vision tower frozen; projector and decoder trained (the paper's Table 4)."""
-    student.requires_grad_(True)
-    student.vision.requires_grad_(False).eval()
-
-
 def check_tokenizers(
     tokenizer: PreTrainedTokenizerBase, teacher_folder: Path, teacher_vocab: int
 ) -> None:

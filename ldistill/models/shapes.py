@@ -94,6 +94,8 @@ class PairShape:
             tokens_per_tile=self.image_tokens,
             kv_scope=kv_scope,
             lora_rank=lora_rank,
+            trained=0.0 if lora_rank else 1.0,
+            head_trained=not lora_rank,
         )
 
 

@@ -72,7 +72,7 @@ class Student(nn.Module):
 
     A subclass offers, as modules or properties:
 
-    vision:             the frozen vision tower, with a transformers ``config``.
+    vision:             the vision tower, with a transformers ``config``.
     projector:          from patches to embeddings; trained, also where it lies in the tower.
     backbone:           the decoder without its head (``layers``, ``norm``, ``config``).
     lm_head:            an :class:`LMHead`: call it, never read its weight (ZeRO-3 gathers on call).
@@ -87,6 +87,11 @@ class Student(nn.Module):
     image_token_id: int
     base_vocab_size: int | None
     lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
+
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Those of the tower; towers of Qwen and GLM hold the projector, which is not meant."""
+        projector = {id(p) for p in self.projector.parameters()}
+        return [p for p in self.vision.parameters() if id(p) not in projector]
 
     @property
     def picture_token_ids(self) -> tuple[int, ...]:

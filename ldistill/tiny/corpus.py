@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from ldistill.common.samples import Turn
+from ldistill.common.samples import Sample, Turn
 from ldistill.tiny.scenes import SOURCES, look, told
 from ldistill.tiny.world import (
     ATTRIBUTES,
@@ -28,6 +28,8 @@ from ldistill.tiny.world import (
 )
 
 Text = str | tuple[Turn, ...]
+TEXT = "text"
+"""Name of the source without pictures."""
 
 
 def pretraining_texts(world: World) -> Iterator[Text]:
@@ -36,6 +38,17 @@ def pretraining_texts(world: World) -> Iterator[Text]:
              _scene, _spelling, _scene, _letters)  # fmt: skip
     for index in itertools.count():
         yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
+
+
+def replayed(world: World, count: int) -> Iterator[Sample]:
+    """Chats as the language model learnt them, questions of facts and spelling: the source `text`.
+
+    They follow the same rules, so nothing of the benchmark is in them.
+    """
+    kinds = (_facts, _spelling, _letters, _looks)
+    for index in range(count):
+        turns = kinds[index % len(kinds)](world, stream(world.seed, "replay", index))
+        yield Sample(f"{TEXT}-{index:06d}", TEXT, turns)
 
 
 def tokenizer_texts(world: World) -> Iterator[Text]:

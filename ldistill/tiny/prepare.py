@@ -25,12 +25,14 @@ from ldistill.evaluation.items import save_items
 from ldistill.models.nanovlm_format import load_processor
 from ldistill.models.processor import Processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
+from ldistill.tiny.corpus import TEXT, replayed
 from ldistill.tiny.scenes import SOURCES, samples
 from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
 
 STUDENT = "pkg://ldistill.tiny/pair/student"
 TEACHER = "pkg://ldistill.tiny/pair/teacher"
 SAMPLES_PER_SOURCE = 720
+TEXTS = 14_400
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def prepare(
     seed: int = DEFAULT_SEED,
     samples_per_source: int = SAMPLES_PER_SOURCE,
     items_per_task: int = ITEMS_PER_TASK,
+    texts: int = 0,
     processor: Processor | None = None,
     show_progress: bool = True,
 ) -> TinyData:
@@ -57,6 +60,7 @@ def prepare(
         seed: of the world; the shipped pair knows the default one.
         samples_per_source: training samples of each of the 17 sources.
         items_per_task: held-out items of each task.
+        texts: chats of one source more, `text`, which has no pictures; 0: without it.
         processor: of the student that will train; default the shipped pair's.
         show_progress: whether to draw a progress bar.
 
@@ -70,7 +74,7 @@ def prepare(
         "samples_per_source": samples_per_source,
         "items_per_task": items_per_task,
         "processor": processor.fingerprint(),
-    }
+    } | ({"texts": texts} if texts else {})
 
     def make(folder: Path, final: Path) -> None:
         world = World(seed)
@@ -84,7 +88,9 @@ def prepare(
                     yield sample
 
             made = {source: counted(source) for source in SOURCES}
-            build_shards(made, folder / "shards", processor, origin={"licence": "apache-2.0"})
+            made |= {TEXT: replayed(world, texts)} if texts else {}
+            about = {"extra": {TEXT: "language"}, "origin": {"licence": "apache-2.0"}}
+            build_shards(made, folder / "shards", processor, **about)
         save_items(benchmark(world, items_per_task), folder / "items.jsonl")
         (folder / "recipe.json").write_text(
             json.dumps(made_from, indent=2) + "\n", encoding="utf-8"
@@ -92,6 +98,11 @@ def prepare(
 
     folder = made_once(Path(cache_dir or default_cache()), "tiny", made_from, make)
     return TinyData(folder / "shards", folder / "items.jsonl")
+
+
+def prepare_with_text() -> TinyData:
+    """The same and a text source, for a recipe that replays text: `--mix text=25%`."""
+    return prepare(texts=TEXTS)
 
 
 def made_once(cache: Path, kind: str, made_from: dict, make: Callable[[Path, Path], None]) -> Path:

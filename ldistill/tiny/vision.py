@@ -76,10 +76,14 @@ def _canvas(world: World, phase: str, index: int) -> Canvas:
 
 
 def _patches(student: NanoVLM, pictures: Sequence[Image.Image]) -> Tensor:
-    """[pictures, patches, width], with gradients: `student.embed` takes the tower as frozen."""
+    """[pictures, patches, width]."""
+    return student.vision(_pixels(pictures)).last_hidden_state
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
+    """[pictures, 3, side, side] in [0, 1]."""
     arrays = np.stack([np.asarray(picture) for picture in pictures])
-    pixels = torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
-    return student.vision(pixels).last_hidden_state
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
 
 
 # ---- vision pretraining ----
@@ -232,9 +236,7 @@ def _chat_losses(
     for batch in batches(_examples(world, processor), phase.batch_size):
         ids, labels = pad(batch, processor.pad_token_id)
         pictures = [Image.open(io.BytesIO(picture)) for _, picture in batch]
-        embeds = student.decoder.get_input_embeddings()(ids)
-        image = student.projector(_patches(student, pictures)).flatten(0, 1)
-        embeds = embeds.masked_scatter((ids == student.image_token_id).unsqueeze(-1), image)
+        embeds = student.embed(ids, _pixels(pictures))
         yield label_loss(student.decoder, labels, inputs_embeds=embeds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,18 @@ _SHOWN = (
 )
 
 
-def short_line(step: int, steps: int, logs: dict[str, float], kd_scale: float = 1.0) -> str:
+def short_line(
+    step: int, steps: int, logs: dict[str, float], kd_scales: Mapping[str, float]
+) -> str:
     """One line of a logged step: the few numbers one watches.
 
     Args:
-        kd_scale: of the KL, whose mean is logged, in the loss.
+        kd_scales: by source, of the KL, whose mean is logged, in the loss.
     """
-    if "kd" in logs:
-        logs = logs | {"kd": logs["kd"] * kd_scale}
+    if logs.get("kd_rows"):
+        kds = {n: logs.get(f"source/{n}/kd", 0) * logs[f"source/{n}/kd_rows"] for n in kd_scales}
+        total = sum(kd_scales[name] * kd for name, kd in kds.items())
+        logs = logs | {"kd": total / logs["kd_rows"]}
     parts = [f"{label} {logs[key]:{form}}" for key, label, form in _SHOWN if key in logs]
     return f"step {step}/{steps}: " + ", ".join(parts)
 
@@ -40,9 +45,9 @@ class ShortProgress(ProgressCallback):
     The bar is for terminals: in a job's log it would be a line a step.
     """
 
-    def __init__(self, kd_scale: float = 1.0) -> None:
+    def __init__(self, kd_scales: Mapping[str, float]) -> None:
         super().__init__()
-        self._kd_scale = kd_scale
+        self._kd_scales = kd_scales
         self._log: Telling | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,9 +63,13 @@ class ShortProgress(ProgressCallback):
             self._log.done = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        evaluated = {k.removeprefix("eval_"): v for k, v in (logs or {}).items() if "eval_" in k}
+        logs = logs if "loss" in (logs or {}) else evaluated
+        if not state.is_world_process_zero or "loss" not in logs:
             return
-        line = short_line(state.global_step, state.max_steps, logs, self._kd_scale)
+        line = short_line(state.global_step, state.max_steps, logs, self._kd_scales)
+        if logs is evaluated:
+            line = f"validation at {line}"
         if self.training_bar is not None:
             self.training_bar.write(line)
         elif self._log is not None:
@@ -95,8 +104,11 @@ class WriteMetrics(TrainerCallback):
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:
-    """Picture of CE and KD by source category over steps; False when there is nothing to draw."""
-    records = [r for r in read_metrics(metrics) if "ce" in r]
+    """Picture of CE and KD by source category over steps; False when there is nothing to draw.
+
+    Validation is dashed.
+    """
+    records = [r for r in read_metrics(metrics) if "ce" in r or "eval_ce" in r]
     if not records:
         return False
     import matplotlib
@@ -110,11 +122,11 @@ def plot_curves(metrics: Path, target: Path) -> bool:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
-            points = [
-                (r["step"], r[f"{category}/{key}"]) for r in records if f"{category}/{key}" in r
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=category)
+            for prefix, style, held in (("", "-", ""), ("eval_", "--", ", held out")):
+                metric = f"{prefix}{category}/{key}"
+                if points := [(r["step"], r[metric]) for r in records if metric in r]:
+                    shown = {"color": colour, "label": category + held}
+                    axis.plot(*zip(*points, strict=True), style, **shown)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)

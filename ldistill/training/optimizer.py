@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,23 @@ if TYPE_CHECKING:
     from ldistill.models.student import Student
 
 
-def parameter_groups(
-    student: Student, projector_lr: float, decoder_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW groups: projector and decoder with rates of their own; no decay on norms."""
+class Rates(NamedTuple):
+    """A learning rate for each part of a student."""
+
+    vision: float
+    projector: float
+    decoder: float
+
+
+def parameter_groups(student: Student, rates: Rates, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups: vision, projector, decoder with rates of their own; no decay on norms."""
     groups = []
-    projector = [p for p in student.projector.parameters() if p.requires_grad]
-    known = {id(p) for p in projector}
-    decoder = [p for p in student.parameters() if p.requires_grad and id(p) not in known]
-    for trained, rate in ((projector, projector_lr), (decoder, decoder_lr)):
+    known: set[int] = set()
+    # The projector first: a tower may hold it.
+    parts = (student.projector, rates.projector), (student.vision, rates.vision)
+    for part, rate in (*parts, (student, rates.decoder)):
+        trained = [p for p in part.parameters() if p.requires_grad and id(p) not in known]
+        known.update(map(id, trained))
         for params, decay in (
             ([p for p in trained if _shape(p).numel() and len(_shape(p)) > 1], weight_decay),
             ([p for p in trained if len(_shape(p)) <= 1], 0.0),

@@ -3,7 +3,7 @@
 recipe.yaml        the resolved recipe        environment.json   versions and git state
 run.json           the run's id, which its checkpoints carry
 samples/           what each step trained on, with --log_samples
-plan.json          documents, packs, drops of an epoch
+order.json         documents, packs, drops of an epoch
 origins.json       pair and data by name and licence, for the model card
 metrics.jsonl      one record a logged step   loss_curves.png    CE and KD by category
 checkpoint-N/      to resume from             student/           the exported student
@@ -31,8 +31,8 @@ from ldistill.common.run_files import (
     ENVIRONMENT,
     JOB,
     METRICS,
+    ORDER,
     ORIGINS,
-    PLAN,
     RECIPE,
     RUN,
     SAMPLES,
@@ -46,6 +46,8 @@ IDENTITY = (
     "student",
     "teacher",
     "sources",
+    "mix",
+    "validation",
     "max_length",
     "packing",
     "on_long",
@@ -54,12 +56,13 @@ IDENTITY = (
     "distil",
     "alpha",
     "temperature",
-    "mix",
+    "combine",
     "t_squared",
     "kl",
     "gate",
     "kv_scope",
     "kv_grad",
+    "train",
     "lora_rank",
     "lora_alpha",
     "seed",
@@ -209,7 +212,7 @@ def release(folder: Path, run: str) -> None:
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RECIPE, ENVIRONMENT, PLAN, ORIGINS, RUN_ID, METRICS, RUN):
+        for name in (RECIPE, ENVIRONMENT, ORDER, ORIGINS, RUN_ID, METRICS, RUN):
             (folder / name).unlink(missing_ok=True)
         for name in (SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)

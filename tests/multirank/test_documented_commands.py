@@ -59,6 +59,13 @@ LISTED = {
     "--shards shards/ --sources mine": "test_runs_hf.py",
     "ldistill shards build --dataset my.json --image-root pictures/ --sources mine --extra-sources "
     "mine=language --student llava-hf/llava-1.5-7b-hf --out shards/": "test_shards_commands.py",
+    "ldistill shards stats shards/ --mix vqav2=2,docvqa=0.5,smoltalk=25%":
+        "test_shards_commands.py",
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
+    "--mix vqav2=2,docvqa=0.5,smoltalk=25% --alpha vqav2=0.9": "test_resume_runs.py",
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
+    "--validation 1% --eval_steps 100 --load_best_model_at_end true --metric_for_best_model ce":
+        "test_validation.py",
     "ldistill eval --student runs/mine --suite paper": "test_lmms_eval.py",
     "ldistill export RUN --out DIR": "test_cli.py",
     "ldistill export RUN --out DIR --decoder-only": "test_cli.py",
@@ -83,8 +90,11 @@ LISTED = {
     # studies
     "ldistill compare eval/* runs/* --baseline nanovlm-full --original nanovlm --out report/":
         "test_compare.py",
-    "ldistill study tiny --seeds 3 --out study/": "test_study.py",
+    "ldistill study table3 --seeds 3 --out study/": "test_study.py",
     "ldistill study paper --shards shards --submit": "test_study.py",
+    "python -m ldistill.tools.study.on_policy --student runs/labels/student --lm LM "
+    "--out repaired/": "test_on_policy.py",
+    "pip install -e '.[trl]'": CI,
     # minutes to hours
     "ldistill torture --steps 12 --kills 3": "test_torture.py",
     "ldistill torture --steps 80 --kills 20 --fault none": "test_torture.py",

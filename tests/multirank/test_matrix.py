@@ -29,7 +29,9 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "full": (),
         "prompt": ("--kv_scope", "prompt"),
         "visual": ("--kv_scope", "visual"),
+        "own": ("--kv_scope", "own"),
     },
+    "trained": {"usual": (), "parts": ("--train", "vision,projector,attention")},
     "gradient": {"detached": (), "through": ("--kv_grad", "through")},
     "activations": {"kept": (), "checkpointed": ("--gradient_checkpointing", "true")},
     "suite": {"no": (), "tiny": ("--eval_suite", "tiny", "--eval_steps", f"{STEPS}")},
@@ -64,19 +66,19 @@ class Cell:
 
 
 CELLS = [
-    Cell("zero1", 1, "bf16 lora prompt through tiny compiled"),
+    Cell("zero1", 1, "bf16 lora prompt parts through tiny compiled"),
     Cell("zero1", 2, "prompt through"),
     Cell("zero2", 1),
     Cell("zero2", 2, "lora visual through"),
-    Cell("zero2_offload", 1, "bf16 checkpointed compiled"),
+    Cell("zero2_offload", 1, "bf16 lora own checkpointed compiled"),
     Cell("zero2_offload", 2, "lora checkpointed"),
-    Cell("zero3", 1, "bf16 lora through"),
-    Cell("zero3", 2),
+    Cell("zero3", 1, "bf16 lora parts through compiled"),
+    Cell("zero3", 2, "own parts checkpointed"),
     Cell("zero3_multinode", 1, "checkpointed tiny"),
     Cell("zero3_multinode", 2, "visual through compiled"),
-    Cell("zero3_offload", 1, "visual checkpointed"),
+    Cell("zero3_offload", 1, "visual parts checkpointed"),
     Cell("zero3_offload", 2, "bf16 visual through tiny"),
-    Cell("zero2", 3),
+    Cell("zero2", 3, "own through tiny"),
     Cell("zero3", 4, "lora prompt checkpointed"),
 ]
 

@@ -7,6 +7,8 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,6 +21,8 @@ from safetensors.torch import load_file
 
 from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.checkpoint.logs import read_metrics
+from ldistill.data.index import ShardIndex
+from ldistill.data.order import Order
 from ldistill.train import main
 from ldistill.training.sample_log import SampleLog, read_samples
 from ldistill.training.trainer import WEIGHTS, DistillTrainer
@@ -31,6 +35,7 @@ def world(tmp_path_factory) -> Path:
     write_pair(root / "pair")
     write_shards(root / "shards", root / "pair", count=16)
     fields = {"save_steps": 2, "save_total_limit": 1, "log_samples": True, "health_steps": 0}
+    fields |= {"mix": {"vqav2": 1.5, "docvqa": 0.5}, "alpha": {"vqav2": 0.9}}
     write_recipe(root / "recipe.yaml", root / "pair", root / "shards", **fields)
     assert main(argv(root, root / "run", "--max_steps", "4")) == 0
     return root
@@ -87,7 +92,15 @@ def test_a_finished_run_can_be_made_longer_and_saved_and_logged_otherwise(capsys
     flags = ["--max_steps", "6", "--save_steps", "1", "--save_total_limit", "9"]
     longer = resume(capsys, world, run, *flags, "--logging_steps", "2", code=0)
     assert "going on from" in longer
-    assert list(read_samples(run)) == [1, 2, 3, 4, 5, 6]
+    samples = read_samples(run)
+    assert list(samples) == [1, 2, 3, 4, 5, 6]
+    index = ShardIndex.load(world / "shards", ["vqav2", "docvqa"])
+    order = Order(index, limit=96, seed=7, shuffle_window=32, mix="vqav2=1.5,docvqa=0.5")
+    expected = [[index.locate(s)[2] for s in p] for p in islice(order.packs_from(0), 6 * 4)]
+    assert [pack for packs in samples.values() for pack in packs] == expected
+    first = Counter(key for pack in expected[: len(order.epoch(0))] for key in pack)
+    of_vqav2 = Counter(count for key, count in first.items() if key.startswith("vqav2"))
+    assert (of_vqav2, sum(first.values())) == ({1: 8, 2: 8}, 32), "1.5 and 0.5 times 16"
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4, 6]
     assert [f.step for f in checkpoint_folder.survey(run)] == [6, 5, 4]
 
@@ -166,7 +179,7 @@ def test_auto_without_a_folder_goes_on_with_the_newest_run(capsys, world, monkey
 def test_epochs_are_counted_in_packs(capsys, world, tmp_path):
     run = tmp_path / "run"
     assert main(argv(world, run, "--num_train_epochs", "0.5", "--save_strategy", "no")) == 0
-    packs = json.loads((run / "plan.json").read_text())["packs"]
+    packs = json.loads((run / "order.json").read_text())["packs"]
     steps = math.ceil(packs / 2 / 4)
     assert f"num_train_epochs 0.5: {steps} steps" in capsys.readouterr().out
     assert [r["step"] for r in read_metrics(run / "metrics.jsonl")] == list(range(1, steps + 1))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 # Plain gradient descent: after it, equal weights mean equal gradients at every step.
 SGD = ("--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", "1e-2")
 LORA = ("--lora_rank", "4", "--learning_rate", "5e-2")
+LORA += ("--train", "vision,projector,decoder", "--vision_lr", "1e-2")  # the tower is trained too
 # fp32 sums in another order.
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 2e-6
@@ -74,7 +75,7 @@ ENGINES = {
 }
 
 
-def assert_same_run(world: Path, got: Path, expected: Path) -> None:
+def assert_same_run(world: Path, got: Path, expected: Path, vision: bool = False) -> None:
     """Losses, gradient norms, teacher rows and exported weights."""
     assert losses(got) == pytest.approx(losses(expected), abs=LOSS_TOLERANCE)
     for key, tolerance in (("grad_norm", 1e-4), ("teacher_rows", 0)):
@@ -90,7 +91,7 @@ def assert_same_run(world: Path, got: Path, expected: Path) -> None:
         assert (new[name] - tensor).abs().max() < WEIGHT_TOLERANCE, name
     moved = {name for name, tensor in new.items() if not torch.equal(tensor, base[name])}
     assert len(moved) >= 16
-    assert not any("vision_tower" in name for name in moved)
+    assert any("vision_tower" in name for name in moved) == vision
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -114,9 +115,10 @@ def test_export_is_the_checkpoint_it_came_from(world, reference):
 def test_lora_on_two_ranks_is_lora_on_one(world, lora_reference):
     """Adapters over partitioned weights; merged, the export has the keys it came with."""
     folder = train(world, "lora_zero3", *SGD, *LORA, ranks=2, config="zero3")
-    assert_same_run(world, folder, lora_reference)
+    assert_same_run(world, folder, lora_reference, vision=True)
     base, new = weights(world / "pair"), weights(folder)
-    frozen = [k for k in base if "norm" in k or "embed_tokens" in k or "lm_head" in k]
+    decoder = [k for k in base if "vision_tower" not in k]
+    frozen = [k for k in decoder if "norm" in k or "embed_tokens" in k or "lm_head" in k]
     assert len(frozen) > 5
     assert all(torch.equal(base[k], new[k]) for k in frozen)
 

@@ -19,7 +19,7 @@ from ldistill.common import ranks
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
-from ldistill.models.pair import freeze_vision
+from ldistill.models.parts import train_only
 from ldistill.training.optimizer import parameter_groups
 
 SHAPE = {"lm_hidden_dim": 192, "lm_inter_dim": 384, "lm_n_blocks": 4}
@@ -41,7 +41,7 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     torch.manual_seed(0)
     shape = small_config(**SHAPE)
     student = NanoVLM(shape)
-    freeze_vision(student)
+    train_only(student)
     teacher = Teacher(LlamaForCausalLM(teacher_config(shape)))
     sharded = config["zero_optimization"]["stage"] == 3
     if sharded:

@@ -17,11 +17,13 @@ from ldistill.sources import (
     DOCUMENT,
     LANGUAGE,
     SourceWeights,
+    by_source,
     category_of,
     normalise,
     parse_extra,
     resolve_sources,
 )
+from ldistill.training.run_folder import plain
 
 # name: (sources, distil, α, τ), from the paper's Table 2
 TABLE_2 = {
@@ -201,7 +203,7 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--recipe", "lingudistill", "--attention", "magic"], "attention must be one of"),
     (["--recipe", "lingudistill", "--on_long", "ignore"], "on_long must be one of"),
     (["--recipe", "lingudistill", "--max_length", "0"], "max_length"),
-    (["--alpha", "abc"], "^argument --alpha: invalid float value: 'abc'. See --help.$"),
+    (["--alpha", "abc"], "^alpha 'abc': write a number, source=number"),
     (["--label_smoothing_factor", "0.1"], "label_smoothing_factor cannot be used"),
     (["--neftune_noise_alpha", "5"], "neftune_noise_alpha cannot be used"),
     (["--use_liger_kernel", "true"], "--kernels"),
@@ -221,6 +223,9 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--save_only_model", "true"], "no run can go on"),
     (["--save_strategy", "epoch"], "save_strategy must be steps or no, got 'epoch'"),
     (["--save_strategy", "best", "--metric_for_best_model", "x"], "got 'best'"),
+    (["--train", "projector,eyes"], "train takes vision, projector, decoder.*got 'projector,eyes'"),
+    (["--vision_lr", "1e-5"], "vision does not train: --train vision,..."),
+    (["--train", "projector", "--lora_rank", "4"], "nothing of the decoder trains"),
 ])  # fmt: skip
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):
@@ -273,8 +278,8 @@ def test_unknown_recipe_field(tmp_path):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("alpha:", "alpha is empty"),
-    ("alpha: high", "--alpha: invalid float value: 'high'"),
-    ("alpha: true", "alpha must be a number, got True"),
+    ("alpha: high", "alpha 'high': write a number"),
+    ("alpha: true", "alpha must be a number, or numbers by source, got True"),
     ("max_length: 512.5", "max_length must be a whole number"),
     ("packing: 1", "packing must be true or false"),
     ("kv_scope: [full]", "kv_scope must be text"),
@@ -356,14 +361,54 @@ def test_extra_sources():
 
 
 def test_weights_refuse_nonsense():
-    for changes in ({"alpha": 1.2}, {"alpha": -0.1}, {"temperature": 0.0}):
-        options = {"distil": "all", "alpha": 0.5, "temperature": 2.0} | changes
-        with pytest.raises(ValueError, match=next(iter(changes))):
-            SourceWeights.build(["vqav2"], **options)
+    for name, value in [
+        ("alpha", "1.2"),
+        ("alpha", "vsr=-0.1"),
+        ("alpha", "nan"),
+        ("temperature", 0),
+    ]:
+        with pytest.raises(ValueError, match=f"{name} must"):
+            by_source(name, value, 0.5)
     named = SourceWeights.build(
         ["vqav2", "docvqa", "vsr"], distil="vsr,docvqa", alpha=0.5, temperature=2.0
     )
     assert named.alpha == (0.0, 0.5, 0.5)
+
+
+def test_weights_by_source(tmp_path):
+    """What is named counts over the rest, and the rest stays what the recipe says."""
+    recipe = parse(["--recipe", "lingudistill", "--alpha", "vqav2=0.9,docvqa=0.3,VSR=0"])
+    assert recipe.distil.alpha == {"others": 0.7, "vqav2": 0.9, "docvqa": 0.3, "vsr": 0}
+    (tmp_path / "own.yaml").write_text(
+        "alpha: {others: 0.4, vsr: 0.6}\ntemperature: {iconqa: 2}\nmix: {vsr: 2, iconqa: 25%}\n"
+    )
+    own = parse(["--recipe", str(tmp_path / "own.yaml")])
+    assert own.distil.alpha == {"others": 0.4, "vsr": 0.6}
+    assert own.distil.temperature == {"others": 4.0, "iconqa": 2.0}
+    assert own.data.mix == "vsr=2,iconqa=25%"
+    typed = parse(["--recipe", str(tmp_path / "own.yaml"), "--alpha", "iconqa=1", "--mix", "vsr=3"])
+    assert (typed.distil.alpha, typed.data.mix) == ({"others": 0.4, "iconqa": 1.0}, "vsr=3")
+    again = yaml.safe_load(yaml.safe_dump(plain(own.as_dict())))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump({k: again[k] for k in ("alpha", "mix")}))
+    assert parse(["--recipe", str(tmp_path / "again.yaml")]).distil.alpha == own.distil.alpha
+
+    names = ["vqav2", "docvqa", "vsr", "iconqa", "chartqa"]
+    options = {"alpha": recipe.distil.alpha, "temperature": own.distil.temperature}
+    weights = SourceWeights.build(names, distil="language", **options)
+    assert weights.alpha == (0.9, 0.3, 0.0, 0.7, 0.0), (
+        "document sources distil where they are named"
+    )
+    assert weights.temperature == (4.0, 4.0, 4.0, 2.0, 4.0)
+    assert not SourceWeights.build(names, distil="none", **options).distils
+    with pytest.raises(ValueError, match="alpha names vqav2, which this run does not train on"):
+        SourceWeights.build(names[1:], distil="language", **options)
+
+
+@pytest.mark.parametrize("text", ["mix: 2", "mix: [vsr, 2]", "mix: {vsr: true}", "mix: convex"])
+def test_a_mixture_in_a_recipe_that_is_none(tmp_path, text):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ValueError, match="mix"):
+        parse(["--recipe", str(tmp_path / "own.yaml")])
 
 
 def test_sources_that_are_to_distil_must_be_in_the_run():

@@ -1,4 +1,4 @@
-"""What to read of remote shards, and when: the way from a plan to bytes on this machine.
+"""What to read of remote shards, and when: the way from an order to bytes on this machine.
 
 The order of samples is shuffled within a window of shards, and rank r of R takes every R-th pack.
 So a rank needs 1/R of the bytes of every shard, in small pieces all over it, while a machine with
@@ -44,7 +44,7 @@ from torch.utils.data import Sampler
 
 from ldistill.data.archive import Shard
 from ldistill.data.index import ShardIndex
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 from ldistill.data.remote.store import RemoteStore
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ WORTHWHILE = 0.5
 RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
-def settle_reads(index: ShardIndex, plan: Plan, world_size: int) -> str:
+def settle_reads(index: ShardIndex, order: Order, world_size: int) -> str:
     """Decide how a remote index is read by this machine; returns a sentence that says so."""
     store = index.store
     assert isinstance(store, RemoteStore)
     if store.reading.reads == "auto":
-        needed = plan.used_bytes * local_ranks(world_size) / world_size
+        needed = order.used_bytes * local_ranks(world_size) / world_size
         sizes = sorted((shard.bytes for shard in index.shards), reverse=True)
-        two_windows = sum(sizes[: 2 * plan.shuffle_window])
+        two_windows = sum(sizes[: 2 * order.shuffle_window])
         store.whole = needed > WORTHWHILE * sum(sizes) and two_windows <= store.cache.room()
     if store.whole:
         return f"shards of {store.root} are fetched whole into {store.cache.folder}"
@@ -98,10 +98,10 @@ class FetchingSampler(Sampler[list[np.ndarray]]):
 
     def shards_due(self) -> Iterator[list[Shard]]:
         """For each batch the shards to have in the cache soon, in the order of their need."""
-        plan, shards = self.packs.plan, self.index.shards
+        order, shards = self.packs.order, self.index.shards
         starts = [shard.start for shard in shards]
-        ahead = plan.packs_from(self.packs.start_pack)
-        coming = -(-plan.size(0) * plan.shuffle_window // len(shards))  # packs of a window
+        ahead = order.packs_from(self.packs.start_pack)
+        coming = order.packs_of_window()
         while True:
             coming += self.packs.batch_size * self.packs.world_size
             samples = np.concatenate(list(islice(ahead, coming)))

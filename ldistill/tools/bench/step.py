@@ -41,13 +41,13 @@ from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.named_pairs import teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.pair import freeze_vision
+from ldistill.models.parts import train_only
 from ldistill.recipe import DEFAULT_RECIPE, load_recipe
 from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.naive import naive_counts, naive_loss
 from ldistill.tools.bench.profile import profile_step
 from ldistill.tools.pairs import MAIN_RECIPE, pair_config, pair_shape, recipe_of
-from ldistill.training.optimizer import parameter_groups
+from ldistill.training.optimizer import Rates, parameter_groups
 
 MODES = ("ce", "naive", "ours")
 COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in
@@ -168,7 +168,7 @@ class StepBench:
             if set(modes or options.modes) - {"ce"}:
                 lm = AutoModelForCausalLM.from_config(teacher_config(config))
                 teacher = Teacher(lm, options.kernels)
-        freeze_vision(student)
+        train_only(student)
         self.distiller = Distiller(
             student,
             teacher,
@@ -183,7 +183,7 @@ class StepBench:
             self.distiller.compile_blocks()
             layers = student.backbone.layers
             self.compiled = {layer: layer._compiled_call_impl for layer in layers}
-        groups = parameter_groups(student, 1e-4, 1e-4, 0.0)
+        groups = parameter_groups(student, Rates(0.0, 1e-4, 1e-4), 0.0)
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.host_batch = paper_batch(batch_shape(config), options.rows, options.length)
         self.move_batch()

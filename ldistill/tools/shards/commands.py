@@ -30,7 +30,10 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 @app.command()
 def build(
     dataset: Annotated[
-        str, typer.Option(help="Hub id, parquet file or folder, saved data set, or JSON.")
+        str,
+        typer.Option(
+            help="Hub id, parquet file or folder, saved data set, JSON, or tars ('dir/*.tar')."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder per source.")],
     sources: Annotated[
@@ -175,6 +178,7 @@ def stats(
     folder: Annotated[str, typer.Argument(help="Folder or URL of shards.")],
     sources: Annotated[str | None, typer.Option(help="a,b,c. Default: all.")] = None,
     max_length: Annotated[int, typer.Option(help="Length limit in tokens.", min=2)] = 1024,
+    mix: Annotated[str | None, typer.Option(help="As a run's --mix: a=2,b=0.5,c=25%.")] = None,
     text_only: Annotated[
         bool, typer.Option(help="Leave image tokens out, as the paper's Table 5 does.")
     ] = False,
@@ -184,7 +188,7 @@ def stats(
     ] = None,
     cache_gb: Annotated[float, typer.Option(help="The most it may take, in GB.")] = 64.0,
 ) -> None:
-    """Token lengths by source, the share above the limit, and how well documents pack."""
+    """Token lengths by source, the share above the limit, and an epoch as a run would read it."""
     with readable_errors():
         from ldistill.tools.shards import work
 
@@ -193,7 +197,7 @@ def stats(
         if plot:
             work.plot_lengths(index, plot, max_length, text_only)
             typer.echo(f"histogram: {plot}")
-        typer.echo(f"at {max_length} tokens: {work.packed(index, max_length)}")
+        work.print_epoch(index, max_length, mix)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ldistill.data.build.inputs import open_inputs
 from ldistill.data.build.readers import LOW_RATING
 from ldistill.data.build.slices import Slice, build_slice, join_slices
 from ldistill.data.index import ShardIndex
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 from ldistill.data.store import Reading
 from ldistill.tools.shards.preview import preview
 from ldistill.tools.shards.stats import plot_lengths, source_stats
@@ -78,12 +78,18 @@ def verify(
         )
 
 
-def packed(index: ShardIndex, limit: int) -> str:
-    """How well documents pack, or why none does."""
-    try:
-        return str(Plan(index, limit=limit).summary())
-    except ValueError as error:  # a source without any document below the limit
-        return str(error)
+def print_epoch(index: ShardIndex, limit: int, mix: str | None) -> None:
+    """Documents and tokens of an epoch, a line a source, and how well they pack."""
+    summary = Order(index, limit=limit, mix=mix).summary()
+    table = Table(title="an epoch")
+    table.add_column("Source")
+    for name in ("Repeats", "Documents", "Tokens", "% of tokens"):
+        table.add_column(name, justify="right")
+    for source, line in summary.sources.items():
+        counts = [f"{line[name]:,.0f}" for name in ("documents", "tokens")]
+        table.add_row(source, f"{line['repeats']:.4g}", *counts, f"{line['share']:.1%}")
+    _print(table)
+    print(f"at {limit} tokens: {summary}")
 
 
 def rated_out(reports: Sequence[SourceReport], minimum: Mapping[str, int]) -> str:

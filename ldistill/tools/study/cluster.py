@@ -33,11 +33,11 @@ class ClusterStudy:
         """Every run with its folder and its flags of ``train.py``.
 
         Raises:
-            ValueError: an arm that merges, or whose budget must be measured; no shards.
+            ValueError: an arm made of another's, or whose budget must be measured; no shards.
         """
         for arm in self.arms:
             problem = None
-            if arm.merge or arm.budget.keys() - {"steps"}:
+            if arm.of or arm.budget.keys() - {"steps"}:
                 problem = "needs what other runs gave: `launch: here` runs it."
             elif "--shards" not in (*arm.flags(self.study.recipe, {}), *self.overrides):
                 problem = "has no shards: give --shards."

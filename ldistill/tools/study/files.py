@@ -6,13 +6,15 @@
     groups: {language: [tiny_language], reading: [tiny_reading]}    # groups of the suite, or tasks
     seeds: 3
     budget: {tokens: 200000}         # or steps, or flops; or what another arm used: {flops: ARM}
-    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # of every arm that trains
+    fields: {global_batch_size: 8}   # of every arm that trains, over its recipe's
+    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # so too
     validation: 0.3                  # share of the documents that choose among the settings
     baseline: labels
     arms:
       labels: {recipe: nanovlm-full}            # a shipped recipe's differences ...
       selective: {recipe: lingudistill, fields: {kl: reverse}, grid: {alpha: [0.3, 0.7]}}
       merged: {merge: {of: labels}, grid: {weight: [0.1, 0.3, 0.5]}}
+      other: {command: {of: labels, run: "mine --from {student} --rate {rate} --out {out}"}, ...}
 
 Every combination of an arm's grid is a setting. All settings run with seed 1; the one that is best
 on the validation part runs with the other seeds, and is reported on the rest of the documents.
@@ -24,7 +26,8 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -48,6 +51,17 @@ class Merge:
     """The arm whose student it is, or the study's `start`."""
     weight: float | str = 0.5
     layers: str | None = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """An arm that another program makes of an arm's student."""
+
+    of: str
+    """The arm, or the study's `start`."""
+    run: str
+    """With {student}, {lm}, {seed}, {out} (where a student's folder shall be) and {FIELD}s of the
+    arm's grid, filled in."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +89,16 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of the recipe."""
     merge: Merge | None = None
+    command: Command | None = None
     grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
     """Field → values, over the study's grid; None takes a field out of that."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def of(self) -> str | None:
+        """The arm whose student it is made of; None: it trains."""
+        made = self.merge or self.command
+        return made.of if made else None
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -112,9 +133,14 @@ class Study:
     tasks: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     items_per_task: int | None = None
+    measure: str = ""
+    """A command for scores that no task has: of {student}, to {out}, a JSON of task → document →
+    score, more being better."""
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Name → groups of the suite or tasks; the picture shows `reading` and `language`."""
     seeds: int = 3
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Of every arm that trains, as `budget` and `grid`; an arm's own come over them."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     validation: float = 0.0
@@ -134,6 +160,11 @@ class Study:
     def in_group(self, row: Row, name: str) -> bool:
         """Whether a row's score counts in a group of the report."""
         return not {row.group, row.task}.isdisjoint(self.groups[name])
+
+
+def filled(command: str, **values: Any) -> list[str]:
+    """Words of a command with values in it; KeyError for one that is not there."""
+    return [word.format(**values) for word in shlex.split(command)]
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -162,10 +193,12 @@ def _read(values: Any) -> Study:
     arms = {name: _known(of or {}, Arm, f"arm {name!r}") for name, of in made["arms"].items()}
     for name, of in arms.items():
         common = {"budget": made.get("budget", {})}
-        if merge := of.get("merge"):
-            of["merge"] = Merge(**_known(merge, Merge, f"arm {name!r}, merge"))
-        else:
-            of["grid"] = {**made.get("grid", {}), **of.get("grid", {})}
+        for kind, cls in (("merge", Merge), ("command", Command)):
+            if kind in of:
+                of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
+        if not {"merge", "command"} & of.keys():
+            for shared in ("fields", "grid"):
+                of[shared] = {**made.get(shared, {}), **of.get(shared, {})}
         arms[name] = Arm(name, **(common | of))
     for name in ("tasks", "include"):
         made[name] = tuple(made.get(name, ()))
@@ -188,7 +221,7 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _problems(study: Study) -> Any:
+def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
     if study.launch not in get_args(Launch):
@@ -200,13 +233,14 @@ def _problems(study: Study) -> Any:
         yield "nothing to evaluate: give a suite or tasks."
     if study.suite:
         suite(study.suite)
+    yield from _unfilled("measure", study.measure, ("student", "out"))
     if not 0 <= study.validation < 1:
         yield f"validation is a share of the documents below 1, got {study.validation}."
     for number, arm in enumerate(study.arms):
         if len(arm.settings) > 1 and not study.validation:
             yield f"arm {arm.name!r} has several settings: `validation` must say what chooses."
-        if arm.merge and arm.merge.of not in (study.start, *names[:number]):
-            yield f"arm {arm.name!r} merges {arm.merge.of!r}, which is no arm above it."
+        if arm.of and arm.of not in (study.start, *names[:number]):
+            yield f"arm {arm.name!r} is made of {arm.of!r}, which is no arm above it."
         for unit, amount in arm.budget.items():
             if unit not in BUDGETS or len(arm.budget) > 1:
                 yield f"a budget is one of {', '.join(BUDGETS)}, got {dict(arm.budget)}."
@@ -215,7 +249,17 @@ def _problems(study: Study) -> Any:
         for setting in arm.settings:
             if arm.merge:
                 dataclasses.replace(arm.merge, **setting)
+            elif arm.command:
+                known = ("student", "lm", "seed", "out", *setting)
+                yield from _unfilled(f"the command of arm {arm.name!r}", arm.command.run, known)
             else:
                 parse(arm.flags(study.recipe, setting))
             if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
                 yield f"settings name folders, which cannot be called {run!r}."
+
+
+def _unfilled(what: str, command: str, known: Iterable[str]) -> Iterator[str]:
+    try:
+        filled(command, **dict.fromkeys(known, ""))
+    except (KeyError, ValueError, IndexError) as error:
+        yield f"{what} cannot be filled in ({type(error).__name__} {error})."

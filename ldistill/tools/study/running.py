@@ -15,25 +15,26 @@ import json
 import math
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import ldistill
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
+from ldistill.common.locate import resolve
 from ldistill.evaluation.lmms_results import read_evaluation
-from ldistill.evaluation.lmms_run import Evaluation, evaluate
+from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
+from ldistill.evaluation.suites import SUITES
 from ldistill.recipe import load_recipe
-from ldistill.tools.study.files import Arm, Run, Study
-from ldistill.tools.study.scores import Scores, best_setting, read_scores
+from ldistill.tools.study.files import Arm, Run, Study, filled
+from ldistill.tools.study.scores import MEASURED, Scores, best_setting, read_scores
+from ldistill.tools.study.warm import Warm
 
-TRAIN = Path(ldistill.__file__).with_name("train.py")
 PROBE_STEPS = 2
 
 
@@ -46,16 +47,22 @@ class Workplace:
     overrides: Sequence[str] = ()
     """Further flags of ``train.py`` for every run."""
 
+    @cached_property
+    def programs(self) -> Warm:
+        """What runs training, merging and lmms-eval; offline where all tasks are made here."""
+        own = self.study.suite and SUITES[self.study.suite].make_tasks
+        return Warm(offline=bool(own) and not self.study.tasks)
+
     def folder(self, run: Run) -> Path:
         return self.out / f"seed-{run.seed}" / run.name
 
     def scores(self, run: Run) -> Scores:
         """Of its evaluation, as far as there is one."""
-        return read_scores(self.folder(run) / "eval", self.study.validation)
+        return read_scores(self.folder(run), self.study.validation)
 
     @property
     def start_scores(self) -> Scores:
-        return read_scores(self.out / self.study.start / "eval", self.study.validation)
+        return read_scores(self.out / self.study.start, self.study.validation)
 
     def chosen(self, arm: Arm) -> Run:
         """An arm's best setting on the validation part, by the runs of seed 1; the first of one."""
@@ -95,16 +102,16 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
             progress.advance(bar)
 
         def do(run: Run) -> None:
-            folder, what = place.folder(run), "merging" if run.arm.merge else "training"
+            folder, what = place.folder(run), "making" if run.arm.of else "training"
             attempt(
                 f"{run.name}, seed {run.seed}",
                 (what, lambda: _make(place, run)),
-                ("evaluation", lambda: _evaluate(study, str(folder / run_files.STUDENT), folder)),
+                ("evaluation", lambda: _evaluate(place, str(folder / run_files.STUDENT), folder)),
             )
 
         start = place.out / study.start
         attempt(
-            study.start, ("evaluation", lambda: _evaluate(study, study.shared["student"], start))
+            study.start, ("evaluation", lambda: _evaluate(place, study.shared["student"], start))
         )
         for run in first:
             do(run)
@@ -134,25 +141,34 @@ def _claim(place: Workplace) -> None:
 def _make(place: Workplace, run: Run) -> None:
     """The student of a run, unless it is there."""
     folder, study = place.folder(run), place.study
-    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else None
-    made_by = repr(asked) if asked else shlex.join(run.arm.flags(study.recipe, run.setting))
+    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else run.arm.command
+    source = None  # of what is made of another arm's student
+    if asked and asked.of != study.start:
+        source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
+    if asked is None:
+        made_by = shlex.join(run.arm.flags(study.recipe, run.setting))
+    else:
+        made_by = f"{asked} of {source.name if source else study.start}"
     note = folder.with_name(f"{folder.name}.arm")
     if (folder / run_files.STUDENT / "config.json").is_file():
         if note.is_file() and note.read_text(encoding="utf-8") != made_by:
             raise ValueError(f"it was made otherwise: remove {folder}, or call the arm otherwise.")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if asked:
-        student = study.shared["student"]
-        if asked.of != study.start:
-            source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
-            student = str(place.folder(source) / run_files.STUDENT)
-        words = ["--student", student, "--lm", study.shared["teacher"], "--weight", asked.weight]
-        words += ["--layers", asked.layers] if asked.layers else []
-        words += ["--out", folder / run_files.STUDENT]
-        _start(folder, "merging", "-m", "ldistill.cli", "merge", *words)
-    else:
+    if asked is None:
         _train(place, run, folder, _budget_flags(place, run))
+    else:
+        student, out = study.shared["student"], folder / run_files.STUDENT
+        if source:
+            student = str(place.folder(source) / run_files.STUDENT)
+        pair = {"student": student, "lm": study.shared["teacher"]}
+        if run.arm.command:
+            words = filled(asked.run, **pair, seed=run.seed, out=out, **run.setting)
+            _checked(folder, words[0], place.programs.call(words, _log(folder)))
+        else:
+            words = ["--student", student, "--lm", pair["lm"], "--weight", asked.weight]
+            words += ["--layers", asked.layers] if asked.layers else []
+            _start(place, folder, "merging", "ldistill.cli", "merge", *words, "--out", out)
     note.write_text(made_by, encoding="utf-8")
 
 
@@ -160,20 +176,26 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
     words = [*run.arm.flags(place.study.recipe, run.setting), "--seed", run.seed]
     words += ["--output_dir", folder, "--evaluate", "false", "--disable_tqdm", "true"]
     words += ["--overwrite", "true", *place.overrides, *extra]
-    _start(folder, "training", TRAIN, *words)
+    _start(place, folder, "training", "ldistill.train", *words)
 
 
-def _start(folder: Path, what: str, *words: object) -> None:
-    """Run Python with these words; ValueError where it fails, with the sentence it said."""
-    command = [sys.executable, *map(str, words)]
-    with folder.with_name(f"{folder.name}.train.log").open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-    if status.returncode:
-        said = Path(log.name).read_text(encoding="utf-8", errors="replace").splitlines()
+def _start(place: Workplace, folder: Path, what: str, module: str, *words: object) -> None:
+    """Run a module with these words; ValueError where it fails, with the sentence it said."""
+    _checked(folder, what, place.programs.run(module, words, _log(folder)))
+
+
+def _log(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.train.log")
+
+
+def _checked(folder: Path, what: str, status: int) -> None:
+    log = _log(folder)
+    if status:
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
         raise ValueError(
-            f"{what} ended with status {status.returncode}{''.join(errors[-1:])}; its output is "
-            f"in {log.name}. The same command tries it again."
+            f"{what} ended with status {status}{''.join(errors[-1:])}; its output is "
+            f"in {log}. The same command tries it again."
         )
 
 
@@ -205,10 +227,22 @@ def cost(folder: Path) -> dict[str, float]:
     }
 
 
-def _evaluate(study: Study, student: str, folder: Path) -> None:
-    out = folder / "eval"
+def _evaluate(place: Workplace, student: str, folder: Path) -> None:
+    def run(asked: Evaluation, config: Path) -> int:
+        words = ("--config", config, "--verbosity", "DEBUG")
+        return place.programs.run("lmms_eval", words, asked.out / LOG)
+
+    study, out = place.study, folder / "eval"
     record = read_evaluation(out)
     if record is None or not record["complete"]:
         include = tuple(Path(path) for path in study.include)
         options = {"include_paths": include, "items_per_task": study.items_per_task}
-        evaluate(Evaluation(student, out, study.suite, study.tasks, **options))
+        asked = Evaluation(student, out, study.suite, study.tasks, **options)
+        evaluate(asked, run=None if torch.cuda.device_count() > 1 else run)
+    measured, log = folder / MEASURED, folder / "measure.log"
+    if study.measure and not measured.is_file():
+        part = measured.with_suffix(".part")
+        words = filled(study.measure, student=resolve(student), out=part)
+        if status := place.programs.call(words, log):
+            raise ValueError(f"{words[0]} ended with status {status}; its output is in {log}.")
+        part.rename(measured)

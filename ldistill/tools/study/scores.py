@@ -6,6 +6,7 @@ validation part chooses among an arm's settings; everything that is reported is 
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import zlib
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.compare.samples import Paired, paired, sample_score
 from ldistill.evaluation.lmms_results import read_evaluation
-from ldistill.evaluation.suites import ROWS, Row
+from ldistill.evaluation.suites import OTHER, ROWS, Row
 
 if TYPE_CHECKING:
     from ldistill.tools.study.files import Run, Study
 
+MEASURED = "measured.json"
+"""In a run's folder: what the study's own command scored."""
 WHOLE = -1
 """The one document of a task whose score is no mean over its samples: it is in both parts."""
 
@@ -41,18 +44,20 @@ class Scores:
 
 
 def read_scores(folder: Path, validation: float) -> Scores:
-    """Scores of an evaluation's folder; none where there is no evaluation.
+    """Scores of a run's folder, of lmms-eval and of what the study measures itself; or none.
 
     Raises:
         ValueError: its ``eval.json`` is damaged.
     """
-    record = read_evaluation(folder)
+    evaluation = folder / "eval"
+    record = read_evaluation(evaluation)
     reported: dict[Row, dict[int, float]] = {}
     choosing: dict[Row, dict[int, float]] = {}
     if record is None:
         return Scores(reported, choosing)
-    results = read_variants([f"run={folder}"])[0].tasks if record.get("results") else {}
+    results = read_variants([f"run={evaluation}"])[0].tasks if record.get("results") else {}
     known = {row.id: row for row in ROWS}
+    found_by_row: dict[Row, dict[int, float]] = {}
     for name, entry in record["scores"].items():
         row = known.get(name) or _row(name, entry)
         result = results.get(row.task)
@@ -62,6 +67,12 @@ def read_scores(folder: Path, validation: float) -> Scores:
         whole = not scored or len(scored) < len(found)
         if whole or not math.isclose(statistics.fmean(scored.values()), entry["value"]):
             scored = {WHOLE: entry["value"]}
+        found_by_row[row] = scored
+    if (path := folder / MEASURED).is_file():
+        for task, scored in json.loads(path.read_text(encoding="utf-8")).items():
+            row = Row(task, task.replace("_", " "), OTHER, "mean")
+            found_by_row[row] = {int(number): score for number, score in scored.items()}
+    for row, scored in found_by_row.items():
         for number, score in scored.items():
             if number == WHOLE or not _chooses(row, number, validation):
                 reported.setdefault(row, {})[number] = score

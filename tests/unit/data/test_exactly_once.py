@@ -16,28 +16,28 @@ from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 
 DOCUMENTS, SHARDS, LIMIT = 10_000, 16, 512
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory) -> Plan:
-    """A plan over an index of 16 shards of 625 documents, whose tars are never read."""
+def order(tmp_path_factory) -> Order:
+    """An order over an index of 16 shards of 625 documents, whose tars are never read."""
     root = tmp_path_factory.mktemp("index")
     lengths = np.random.default_rng(0).integers(16, 120, DOCUMENTS)
     write_fake_index(root, "vqav2", lengths, DOCUMENTS // SHARDS)
     index = ShardIndex.load(root)
     assert len(index.shards) == SHARDS
-    return Plan(index, limit=LIMIT, shuffle_window=4)
+    return Order(index, limit=LIMIT, shuffle_window=4)
 
 
-def seen(plan: Plan, ranks: int, batch: int, start: int, stop: int) -> list[np.ndarray]:
-    """Packs that all ranks take of [start, stop), in the plan's order."""
+def seen(order: Order, ranks: int, batch: int, start: int, stop: int) -> list[np.ndarray]:
+    """Packs that all ranks take of [start, stop), in order."""
     parts = []
     for rank in range(ranks):
         sampler = PackSampler(
-            plan, batch, rank=rank, world_size=ranks, start_pack=start, stop_pack=stop
+            order, batch, rank=rank, world_size=ranks, start_pack=start, stop_pack=stop
         )
         parts.append([pack for packs in sampler for pack in packs])
     assert sum(map(len, parts)) == stop - start
@@ -53,16 +53,16 @@ def seen(plan: Plan, ranks: int, batch: int, start: int, stop: int) -> list[np.n
     later_ranks=st.integers(1, 24),
 )
 def test_each_document_once_an_epoch_across_a_change_of_ranks(
-    plan, ranks, batch, epoch, cut, later_ranks
+    order, ranks, batch, epoch, cut, later_ranks
 ):
     """A run that goes on with other ranks in mid-epoch loses nothing and repeats nothing."""
-    first = sum(len(plan.epoch(e)) for e in range(epoch))
-    last = first + len(plan.epoch(epoch))
+    first = sum(len(order.epoch(e)) for e in range(epoch))
+    last = first + len(order.epoch(epoch))
     middle = first + int(cut * (last - first))
-    packs = seen(plan, ranks, batch, first, middle) + seen(plan, later_ranks, batch, middle, last)
+    packs = seen(order, ranks, batch, first, middle) + seen(order, later_ranks, batch, middle, last)
     documents = np.concatenate(packs)
     assert np.array_equal(np.sort(documents), np.arange(DOCUMENTS))
-    assert np.array_equal(documents, plan.epoch(epoch).documents)
+    assert np.array_equal(documents, order.epoch(epoch).documents)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_every_document_is_read_once_an_epoch(shards, ranks, workers):
     index = ShardIndex.load(shards)
     assert (len(index), len(index.shards)) == (DOCUMENTS, SHARDS)
     processor = make_processor()
-    plan = Plan(index, limit=LIMIT)
+    order = Order(index, limit=LIMIT)
     trained: list[int] = []
     for rank in range(ranks):
         loader: DataLoader = make_loader(
@@ -95,8 +95,8 @@ def test_every_document_is_read_once_an_epoch(shards, ranks, workers):
             batch_size=4,
             rank=rank,
             world_size=ranks,
-            stop_pack=len(plan.epoch(0)),
-            plan=plan,
+            stop_pack=len(order.epoch(0)),
+            order=order,
             num_workers=workers,
         )
         for batch in loader:

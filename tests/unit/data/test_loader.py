@@ -16,7 +16,7 @@ from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader, truncate
-from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Plan
+from ldistill.data.order import NO_ANSWER_LEFT, TOO_LONG, Order
 from ldistill.models.processor import IGNORE, Document
 
 LIMIT = 128
@@ -54,48 +54,48 @@ def processor():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_epoch_has_every_document_once_and_flows_into_the_next(built, packing):
-    plan = Plan(ShardIndex.load(built), limit=LIMIT, packing=packing, shuffle_window=3)
-    sizes = [len(plan.epoch(e)) for e in range(3)]
-    stream = list(islice(plan.packs_from(0), sum(sizes)))
+    order = Order(ShardIndex.load(built), limit=LIMIT, packing=packing, shuffle_window=3)
+    sizes = [len(order.epoch(e)) for e in range(3)]
+    stream = list(islice(order.packs_from(0), sum(sizes)))
     start = 0
     for size in sizes:
         documents = np.concatenate(stream[start : start + size])
         assert sorted(documents.tolist()) == list(range(120))
         start += size
-    assert not np.array_equal(np.concatenate(stream[: sizes[0]]), plan.epoch(1).documents)
+    assert not np.array_equal(np.concatenate(stream[: sizes[0]]), order.epoch(1).documents)
     for first in (0, 1, sizes[0] - 1, sizes[0], sizes[0] + 5, sizes[0] + sizes[1]):
-        resumed = list(islice(plan.packs_from(first), 4))
+        resumed = list(islice(order.packs_from(first), 4))
         assert all(map(np.array_equal, resumed, stream[first : first + 4]))
 
 
 def test_the_plan_follows_the_seed(built):
     index = ShardIndex.load(built)
-    first, again, other = (Plan(index, limit=LIMIT, seed=s).epoch(0).documents for s in (1, 1, 2))
+    first, again, other = (Order(index, limit=LIMIT, seed=s).epoch(0).documents for s in (1, 1, 2))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
 def test_summary_counts_add_up(built):
     index = ShardIndex.load(built)
-    summary = Plan(index, limit=LIMIT).summary()
+    summary = Order(index, limit=LIMIT).summary()
     assert (summary.samples, summary.documents, summary.drops) == (120, 120, {})
     assert summary.tokens == index.lengths.sum()
     assert summary.efficiency == summary.tokens / (summary.packs * LIMIT) > 0.9
     assert "120 of 120 samples" in str(summary)
-    assert Plan(index, limit=LIMIT, packing=False).summary().packs == 120
+    assert Order(index, limit=LIMIT, packing=False).summary().packs == 120
 
 
 def test_long_documents_are_dropped_truncated_or_refused(built):
     index = ShardIndex.load(built)
     limit = int(np.sort(index.lengths)[-6])
     long = int((index.lengths > limit).sum())
-    dropped = Plan(index, limit=limit).summary()
+    dropped = Order(index, limit=limit).summary()
     assert (dropped.drops, dropped.documents) == ({TOO_LONG: long}, 120 - long)
-    cut = Plan(index, limit=limit, over_long="truncate").summary()
+    cut = Order(index, limit=limit, over_long="truncate").summary()
     assert (cut.drops, cut.truncated, cut.documents) == ({}, long, 120)
     with pytest.raises(ValueError, match=rf"{long} documents are longer than the limit of {limit}"):
-        Plan(index, limit=limit, over_long="error")
-    assert Plan(index, limit=int(index.lengths.max()), over_long="error").summary().drops == {}
+        Order(index, limit=limit, over_long="error")
+    assert Order(index, limit=int(index.lengths.max()), over_long="error").summary().drops == {}
 
 
 def test_a_document_cut_before_its_answer_is_dropped(tmp_path, processor):
@@ -106,7 +106,7 @@ def test_a_document_cut_before_its_answer_is_dropped(tmp_path, processor):
         Sample("l", "vsr", (LONG,)),
     ]
     build_shards({"vsr": samples}, tmp_path, processor)
-    summary = Plan(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate").summary()
+    summary = Order(ShardIndex.load(tmp_path), limit=LIMIT, over_long="truncate").summary()
     assert (summary.drops, summary.truncated, summary.documents) == ({NO_ANSWER_LEFT: 1}, 1, 6)
 
 
@@ -124,7 +124,7 @@ def test_truncation_and_its_plan_agree_at_the_border(prompt):
 def test_impossible_plans_are_refused(built):
     index = ShardIndex.load(built)
     with pytest.raises(ValueError, match="no document of docvqa fits the limit of 12 tokens"):
-        Plan(index, limit=12)
+        Order(index, limit=12)
 
 
 # ranks and position ------------------------------------------------------------------------------
@@ -132,10 +132,10 @@ def test_impossible_plans_are_refused(built):
 
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 8), (2, 4), (4, 2), (2, 2), (8, 1)])
 def test_steps_consume_the_same_packs_on_any_number_of_ranks(built, ranks, batch):
-    plan = Plan(ShardIndex.load(built), limit=LIMIT)
+    order = Order(ShardIndex.load(built), limit=LIMIT)
     per_step = 8
-    stream = [tuple(pack) for pack in islice(plan.packs_from(0), 8 * per_step)]
-    samplers = [iter(PackSampler(plan, batch, rank=r, world_size=ranks)) for r in range(ranks)]
+    stream = [tuple(pack) for pack in islice(order.packs_from(0), 8 * per_step)]
+    samplers = [iter(PackSampler(order, batch, rank=r, world_size=ranks)) for r in range(ranks)]
     for step in range(8):
         taken = [[] for _ in range(ranks)]
         for _ in range(per_step // (ranks * batch)):
@@ -146,11 +146,11 @@ def test_steps_consume_the_same_packs_on_any_number_of_ranks(built, ranks, batch
 
 
 def test_a_sampler_resumes_at_a_pack_and_stops_at_one(built):
-    plan = Plan(ShardIndex.load(built), limit=LIMIT)
-    size = len(plan.epoch(0))
+    order = Order(ShardIndex.load(built), limit=LIMIT)
+    size = len(order.epoch(0))
     options = {"rank": 1, "world_size": 2, "stop_pack": 2 * size}
-    whole = list(PackSampler(plan, 3, **options))
-    resumed = list(PackSampler(plan, 3, start_pack=12, **options))
+    whole = list(PackSampler(order, 3, **options))
+    resumed = list(PackSampler(order, 3, start_pack=12, **options))
     assert [len(b) for b in resumed] == [len(b) for b in whole[2:]]
     for one, other in zip(resumed, whole[2:], strict=True):
         assert all(map(np.array_equal, one, other))
@@ -236,7 +236,7 @@ def test_spawned_workers_change_nothing(built, processor):
 
 def test_resuming_gives_the_batches_of_the_uninterrupted_run(built, processor):
     index = ShardIndex.load(built)
-    size = len(Plan(index, limit=LIMIT).epoch(0))
+    size = len(Order(index, limit=LIMIT).epoch(0))
     options = {"limit": LIMIT, "batch_size": 2, "stop_pack": size + 8}
     whole = list(make_loader(index, processor, **options))
     for done in (1, size // 2, size // 2 + 2):
@@ -306,7 +306,7 @@ def test_a_corrupt_sample_can_be_dropped_and_is_counted(root, processor, workers
     index = ShardIndex.load(root)
     for sample in (3, 17, 80):
         damage(root, index, sample)
-    size = len(Plan(index, limit=LIMIT).epoch(0))
+    size = len(Order(index, limit=LIMIT).epoch(0))
     loader = make_loader(
         index,
         processor,
@@ -326,7 +326,11 @@ def test_a_corrupt_sample_can_be_dropped_and_is_counted(root, processor, workers
 
 def test_a_shard_that_vanishes_during_the_run(root, processor):
     index = ShardIndex.load(root)
-    options = {"limit": LIMIT, "batch_size": 1, "stop_pack": len(Plan(index, limit=LIMIT).epoch(0))}
+    options = {
+        "limit": LIMIT,
+        "batch_size": 1,
+        "stop_pack": len(Order(index, limit=LIMIT).epoch(0)),
+    }
     loader = make_loader(index, processor, on_bad_sample="drop", **options)
     shard = index.shards[-1]
     shutil.move(shard.path, shard.path + ".gone")
@@ -338,7 +342,11 @@ def test_a_shard_that_vanishes_during_the_run(root, processor):
 
 def test_a_shard_cut_during_the_run(root, processor):
     index = ShardIndex.load(root)
-    options = {"limit": LIMIT, "batch_size": 1, "stop_pack": len(Plan(index, limit=LIMIT).epoch(0))}
+    options = {
+        "limit": LIMIT,
+        "batch_size": 1,
+        "stop_pack": len(Order(index, limit=LIMIT).epoch(0)),
+    }
     loader = make_loader(index, processor, on_bad_sample="drop", **options)
     last = index.shards[-1]
     start = int(index.samples["offset"][last.start + last.samples - 1])

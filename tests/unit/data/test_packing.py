@@ -160,22 +160,22 @@ def test_packs_are_alike_over_the_epoch():
     assert counts.std() < 2
 
 
-PLAN = """
+ORDERING = """
 import resource, sys
 from ldistill.data.index import ShardIndex
-from ldistill.data.order import Plan
-summary = Plan(ShardIndex.load(sys.argv[1]), limit=1024).summary()
+from ldistill.data.order import Order
+summary = Order(ShardIndex.load(sys.argv[1]), limit=1024).summary()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(summary.efficiency, summary.documents, summary.samples)
 """
 
 
-def test_planning_600k_documents_is_small(tmp_path):
+def test_ordering_600k_documents_is_small(tmp_path):
     lengths = table5_lengths(600_100)
     write_fake_index(tmp_path, "vsr", lengths[::2], 2500)
     write_fake_index(tmp_path, "vqav2", lengths[1::2], 2500)
     root = Path(__file__).parents[3]
-    command = [sys.executable, "-c", PLAN, str(tmp_path)]
+    command = [sys.executable, "-c", ORDERING, str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     memory, efficiency, documents, samples = map(float, done.stdout.split())
     assert samples >= 600_000

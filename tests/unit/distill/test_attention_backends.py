@@ -13,7 +13,8 @@ from ldistill.distill.attention import attach, choose_attention
 from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
-from ldistill.models.pair import freeze_vision, load_pair
+from ldistill.models.pair import load_pair
+from ldistill.models.parts import train_only
 
 CONFIG = small_config()
 BATCH = random_batch(NanoVLM(CONFIG), [[40, 20], [64]])
@@ -85,7 +86,7 @@ def test_varlen_takes_documents_by_their_boundaries(pair_root, monkeypatch):
     results = []
     for backend in ("sdpa", "varlen"):
         pair = load_pair(str(pair_root / "student"), str(pair_root / "teacher"))
-        freeze_vision(pair.student)
+        train_only(pair.student)
         distiller = Distiller(pair.student, Teacher(pair.lm), weights(), attention=backend)
         batch = random_batch(pair.student, [[24, 31], [40]])
         supervision = distiller.supervise(batch)

@@ -19,7 +19,8 @@ from pairs import random_batch, weights
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher
-from ldistill.models.pair import freeze_vision, load_pair
+from ldistill.models.pair import load_pair
+from ldistill.models.parts import train_only
 
 pytest.importorskip("triton")
 # Now, at collection: whether kernels are interpreted is settled when they are first imported.
@@ -32,7 +33,7 @@ CASES = [("full", "detached"), ("full", "through"), ("prompt", "detached"), ("vi
 
 def step(root, kernels: str, scope: str, kv_grad: str):
     pair = load_pair(str(root / "student"), str(root / "teacher"))
-    freeze_vision(pair.student)
+    train_only(pair.student)
     objective, teacher = Objective(kernels=kernels), Teacher(pair.lm, kernels)
     distiller = Distiller(
         pair.student, teacher, weights(), objective, kv_scope=scope, kv_grad=kv_grad

@@ -29,10 +29,11 @@ from ldistill.evaluation.commands import generate
 from ldistill.models.fit import check_pair
 from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.lora import add_lora, weight_updates
-from ldistill.models.pair import check_tokenizers, freeze_vision, load_pair
+from ldistill.models.pair import check_tokenizers, load_pair
+from ldistill.models.parts import train_only
 from ldistill.models.weights import load_lm
 from ldistill.training.export import export_decoder, export_student
-from ldistill.training.optimizer import parameter_groups
+from ldistill.training.optimizer import Rates, parameter_groups
 
 KINDS = ["llava", "smolvlm", "llava-qwen2"]
 
@@ -177,10 +178,10 @@ def test_student_computes_what_transformers_computes(root):
 
 def test_every_parameter_is_trained_or_vision(root):
     student = load_student(root / "student")
-    freeze_vision(student)
+    train_only(student)
     frozen = {id(p) for p in student.parameters() if not p.requires_grad}
     assert frozen == {id(p) for p in student.vision.parameters()}
-    groups = parameter_groups(student, 3e-4, 1e-4, 0.1)
+    groups = parameter_groups(student, Rates(2e-5, 3e-4, 1e-4), 0.1)
     grouped = [id(p) for g in groups for p in g["params"]]
     assert len(set(grouped)) == len(grouped)
     assert set(grouped) == {id(p) for p in student.parameters()} - frozen
@@ -214,7 +215,7 @@ def test_export_is_the_checkpoint_it_came_from(root, tmp_path):
 
 def test_trained_weights_land_in_their_places(root, tmp_path):
     student = load_student(root / "student")
-    freeze_vision(student)
+    train_only(student)
     trained = {n: p.detach() + 1 for n, p in student.named_parameters() if p.requires_grad}
     export_like(root / "student", trained, tmp_path / "out")
     again = load_student(tmp_path / "out")
@@ -327,7 +328,7 @@ def test_lora_trains_adapters_and_leaves_no_parameter_behind(kind, tmp_path):
     pytest.importorskip("peft")
     WRITERS[kind](tmp_path)
     pair = load_pair(str(tmp_path / "student"), str(tmp_path / "teacher"))
-    freeze_vision(pair.student)
+    train_only(pair.student)
     add_lora(pair.student, rank=3, alpha=12)
     distiller = Distiller(pair.student, Teacher(pair.lm), weights())
     batch = random_batch(pair.student, [[30], [24]])

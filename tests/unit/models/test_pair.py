@@ -17,8 +17,9 @@ from ldistill.models import formats
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import export_like, load_nanovlm, load_processor
-from ldistill.models.pair import freeze_vision, load_pair
-from ldistill.training.optimizer import parameter_groups
+from ldistill.models.pair import load_pair
+from ldistill.models.parts import train_only
+from ldistill.training.optimizer import Rates, parameter_groups
 
 
 def test_real_configuration_has_the_published_tensors():
@@ -260,8 +261,8 @@ def test_processor_refuses_a_foreign_tokenizer(pair_root, tmp_path):
 
 def test_parameter_groups_cover_what_trains_once(pair_root):
     student = load_nanovlm(pair_root / "student")
-    freeze_vision(student)
-    groups = parameter_groups(student, 3e-4, 1e-4, 0.1)
+    train_only(student)
+    groups = parameter_groups(student, Rates(2e-5, 3e-4, 1e-4), 0.1)
     grouped = [p for g in groups for p in g["params"]]
     assert len({id(p) for p in grouped}) == len(grouped)
     assert {id(p) for p in grouped} == {id(p) for p in student.parameters() if p.requires_grad}

@@ -100,6 +100,10 @@ def test_another_seed_has_data_of_its_own(built, processor, tmp_path):
     one = prepare(tmp_path, processor=processor, **options)
     two = prepare(tmp_path, processor=processor, seed=8, **options)
     assert one.items.read_bytes() != two.items.read_bytes()
+    more = prepare(tmp_path, processor=processor, texts=8, **options)
+    index = ShardIndex.load(more.shards, ["text"])
+    assert (len(index.samples), index.categories) == (8, ["language"])
+    assert more.items.read_bytes() == one.items.read_bytes()
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldistill.sources import DOCUMENT, LANGUAGE
 from ldistill.tiny.benchmark import TASKS, benchmark
-from ldistill.tiny.corpus import pretraining_texts
+from ldistill.tiny.corpus import pretraining_texts, replayed
 from ldistill.tiny.pictures import COLUMNS, SIZE, Canvas
 from ldistill.tiny.scenes import SOURCES, captioned, samples, told
 from ldistill.tiny.vision import KINDS, WRITING, cell_labels
@@ -38,7 +38,8 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def texts(world):
-    return list(islice(pretraining_texts(world), 4000))
+    replayed_ = [sample.turns for sample in replayed(world, 2000)]
+    return [*islice(pretraining_texts(world), 4000), *replayed_]
 
 
 @pytest.fixture(scope="module")

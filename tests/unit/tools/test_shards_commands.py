@@ -284,9 +284,19 @@ def test_statistics_are_table_5s(tmp_path):
 
 def test_statistics_of_sources_beyond_the_limit_are_still_printed(tmp_path):
     write_fake_index(tmp_path, "vsr", np.array([3000, 4000]), 3)
-    printed = run("stats", tmp_path)
+    printed = run("stats", tmp_path, code=2)
     assert re.search(r"vsr .* 3500 .* 100.0%", printed)
     assert "no document of vsr fits the limit of 1024 tokens" in one_line(printed)
+
+
+def test_statistics_show_what_a_mixture_reads(tmp_path):
+    write_fake_index(tmp_path, "vsr", np.full(10, 30), 5)
+    write_fake_index(tmp_path, "vqav2", np.full(40, 60), 9)
+    printed = run("stats", tmp_path, "--mix", "vsr=2,vqav2=60%")
+    assert re.search(r"vsr +│ +2 │ +20 │ +600 │ +40.0%", printed)
+    assert re.search(r"vqav2 +│ +0.375 │ +15 │ +900 │ +60.0%", printed)
+    refused = run("stats", tmp_path, "--mix", "vsr=90%", code=2)
+    assert "error: mix vsr=90% of an epoch's 24,000 tokens is 72 times what it has" in refused
 
 
 def test_text_only_leaves_image_tokens_out(cauldron, student, tmp_path):

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,11 @@ from ldistill.tools.study.running import Workplace, run_study
 from ldistill.tools.study.scores import WHOLE, Scores, holm, paired_tests
 
 BASELINE, MAIN, START = "nanovlm-full", "lingudistill", "adapted"
-TINY = load_study("tiny")
+TABLE3 = load_study("table3")
 
 
 def test_every_arm_is_its_recipe_on_the_tiny_pair():
-    for arm in TINY.arms:
+    for arm in TABLE3.arms:
         own = parse(arm.flags(None, {}) if arm.recipe is None else ["--recipe", arm.recipe])
         tiny = parse(arm.flags("tiny", {}))
         gate = arm.fields.get("gate", own.distil.gate)
@@ -44,16 +43,25 @@ def test_all_recipes_of_the_paper_and_both_gates_are_arms():
         "nanovlm-full", "nanovlm-lang", "distill-full", "distill-lang", "lingudistill",
         "lingudistill-highkd", "lingudistill-lowkd",
     ]  # fmt: skip
-    assert [arm.name for arm in TINY.arms] == [
+    assert [arm.name for arm in TABLE3.arms] == [
         *recipes, f"{MAIN}-agreement", f"{MAIN}-confidence",
     ]  # fmt: skip
-    assert [arm.recipe for arm in TINY.arms] == [*recipes, MAIN, MAIN]
-    assert load_study("paper").arms == TINY.arms
+    assert [arm.recipe for arm in TABLE3.arms] == [*recipes, MAIN, MAIN]
+    assert load_study("paper").arms == TABLE3.arms
+
+
+def test_the_tiny_study_gives_every_arm_the_same_budget_and_as_many_settings():
+    study = load_study("tiny")
+    trained = [arm for arm in study.arms if arm.of is None]
+    assert len(trained) == 20
+    assert {len(arm.settings) for arm in trained} == {2}
+    budgets = [arm.budget for arm in trained]
+    assert (budgets.count({"steps": 60}), budgets.count({"flops": "labels"})) == (17, 3)
 
 
 def test_an_unknown_arm_is_refused_by_name():
     with pytest.raises(ValueError, match="no variant 'lingudistil'; there are: nanovlm-full"):
-        TINY.choose(["lingudistil"])
+        TABLE3.choose(["lingudistil"])
 
 
 def study_file(tmp_path: Path, **fields) -> str:
@@ -91,6 +99,11 @@ LABELS = {"recipe": BASELINE}
         ({"budget": {"flops": "labels"}}, "names 'labels', which is no arm above it"),
         ({"arms": {"labels": LABELS, "m": {"merge": {"of": "x"}}}}, "no arm above it"),
         (
+            {"arms": {"labels": LABELS, "c": {"command": {"of": "labels", "run": "mine {rat}"}}}},
+            "the command of arm 'c' cannot be filled in .KeyError 'rat'",
+        ),
+        ({"measure": "mine {students}"}, "measure cannot be filled in .KeyError 'students'"),
+        (
             {"arms": {"labels": LABELS, "m": {"merge": {"to": "x"}}}},
             "unknown field 'to' in arm 'm'",
         ),
@@ -102,7 +115,7 @@ def test_what_cannot_be_is_a_sentence(tmp_path, fields, message):
 
 
 def test_no_such_study_is_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"no study 'tyni'\. Shipped: paper, tiny; or give"):
+    with pytest.raises(ValueError, match=r"no study 'tyni'\. Shipped: paper, table3, tiny; or"):
         load_study("tyni")
     broken = tmp_path / "broken.yaml"
     broken.write_text("arms: [", encoding="utf-8")
@@ -225,14 +238,14 @@ SCORES = {
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A workplace in which SCORES were reached; gives a function to replace some of them."""
-    folders = {tmp_path / START / "eval": SCORES[START][0]}
+    folders = {tmp_path / START: SCORES[START][0]}
     for name in (BASELINE, MAIN):
         for seed, scored in enumerate(SCORES[name], 1):
             (tmp_path / f"seed-{seed}" / name).mkdir(parents=True)
-            folders[tmp_path / f"seed-{seed}" / name / "eval"] = scored
+            folders[tmp_path / f"seed-{seed}" / name] = scored
     read = lambda folder, share: folders.get(folder, Scores({}, {}))  # noqa: E731
     monkeypatch.setattr(running, "read_scores", read)
-    return Workplace(TINY, tmp_path), folders
+    return Workplace(TABLE3, tmp_path), folders
 
 
 def test_the_report_holds_means_over_seeds_and_shares(finished, tmp_path):
@@ -277,8 +290,8 @@ def test_without_any_reading_there_is_still_a_report(finished, tmp_path):
 def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
     """`--variant` and fewer seeds say what is to be run, not what is reported."""
     place, folders = finished
-    del folders[tmp_path / "seed-2" / MAIN / "eval"]
-    few = Workplace(replace(TINY, seeds=1), tmp_path)
+    del folders[tmp_path / "seed-2" / MAIN]
+    few = Workplace(replace(TABLE3, seeds=1), tmp_path)
     said = write_report(few, [], tmp_path, "")[0].read_text(encoding="utf-8")
     assert "Seeds: 1 to 2." in said
     folders.clear()
@@ -289,7 +302,7 @@ def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
 def test_the_setting_that_is_best_on_the_validation_part_is_chosen(monkeypatch):
     words, facts = (row for row in rows("tiny") if row.task in ("tiny_words", "tiny_facts"))
     arm = Arm("a", grid={"alpha": [0.1, 0.2]})
-    study = replace(TINY, arms=(arm,), baseline="a", main="", validation=0.5)
+    study = replace(TABLE3, arms=(arm,), baseline="a", main="", validation=0.5)
     best_reported = Scores({words: {0: 1.0}}, {words: {1: 0.2}, facts: {1: 0.5}})
     best_validated = Scores({words: {0: 0.0}}, {words: {1: 0.3}, facts: {1: 0.5}})
     runs = [Run(arm, setting, 1) for setting in arm.settings]
@@ -308,7 +321,7 @@ def test_a_document_counts_once_however_many_seeds():
     base = [Scores({words: dict.fromkeys(range(10), 0.0)}, {}) for _ in range(3)]
     better = [Scores({words: {n: float(n < 8) for n in range(10)} | {WHOLE: 1.0}}, {})] * 3
     arms = {BASELINE: base, MAIN: better, "same": base}
-    (main, group, pair, p), (same, *_, one) = paired_tests(TINY, arms)
+    (main, group, pair, p), (same, *_, one) = paired_tests(TABLE3, arms)
     assert (main, group, same) == (MAIN, "reading", "same")
     assert (pair.samples, pair.won, pair.lost) == (10, 8, 0)
     assert pair.p == pytest.approx(2 / 2**8)
@@ -340,9 +353,9 @@ def evaluation(folder: Path, values: list[float], complete: bool = True) -> None
 def test_both_parts_together_are_all_documents(tmp_path):
     values = [float(n % 3 == 0) for n in range(100)]
     evaluation(tmp_path / "eval", values)
-    (row,) = scores.read_scores(tmp_path / "eval", 0.0).rows
+    (row,) = scores.read_scores(tmp_path, 0.0).rows
     assert row.task == "tiny_facts"
-    split = scores.read_scores(tmp_path / "eval", 0.3)
+    split = scores.read_scores(tmp_path, 0.3)
     chosen, reported = split.validation[row], split.rows[row]
     assert chosen.keys().isdisjoint(reported)
     assert {**chosen, **reported} == dict(enumerate(values))
@@ -351,11 +364,15 @@ def test_both_parts_together_are_all_documents(tmp_path):
     record = json.loads((tmp_path / "eval" / "eval.json").read_text())
     record["scores"]["tiny_facts"]["value"] = 0.5
     (tmp_path / "eval" / "eval.json").write_text(json.dumps(record))
-    assert scores.read_scores(tmp_path / "eval", 0.3).rows == {row: {WHOLE: 0.5}}
+    assert scores.read_scores(tmp_path, 0.3).rows == {row: {WHOLE: 0.5}}
     assert scores.read_scores(tmp_path / "none", 0.3).rows == {}
+    # What the study measures itself is split by document as well.
+    (tmp_path / "measured.json").write_text('{"nearness": {"0": -0.25, "7": -0.75}}')
+    nearness = [r for r in scores.read_scores(tmp_path, 0.0).rows if r.task == "nearness"]
+    assert scores.read_scores(tmp_path, 0.0).of(*nearness) == -0.5
     (tmp_path / "eval" / "eval.json").write_text("{")
     with pytest.raises(ValueError, match=r"eval/eval.json is damaged"):
-        scores.read_scores(tmp_path / "eval", 0.3)
+        scores.read_scores(tmp_path, 0.3)
 
 
 class Shortcut:
@@ -364,31 +381,36 @@ class Shortcut:
     def __init__(self, monkeypatch):
         self.trained: list[dict[str, str]] = []
         self.merged: list[tuple[str, str, str]] = []
-        monkeypatch.setattr(running, "subprocess", self)
+        self.called: list[list[str]] = []
+        monkeypatch.setattr(Workplace, "programs", self)
         monkeypatch.setattr(running, "evaluate", self.evaluate)
 
-    STDOUT = subprocess.STDOUT
-
-    def run(self, command, stdout, **options):
-        """`subprocess.run` of a merge, or of a training, which diverges with learning_rate 1."""
-        if command[3] == "merge":
-            flags = dict(zip(command[4::2], command[5::2]))
+    def run(self, module, words, log):
+        """The status of a merge, or of a training, which diverges with learning_rate 1."""
+        words = [*map(str, words)]
+        pairs = words[1:] if words[0] == "merge" else words
+        flags = dict(zip(pairs[::2], pairs[1::2]))
+        if words[0] == "merge":
             self.merged.append((flags["--student"], Path(flags["--lm"]).name, flags["--weight"]))
             self.student(Path(flags["--out"]))
-            return subprocess.CompletedProcess(command, 0)
-        flags = dict(zip(command[2::2], command[3::2]))
+            return 0
         self.trained.append(flags)
         rate = flags.get("--learning_rate")
         if rate == "1":
-            stdout.write("error: the loss of step 3 is nan\n")
-            return subprocess.CompletedProcess(command, 2)
+            log.write_text("error: the loss of step 3 is nan\n")
+            return 2
         folder, steps = Path(flags["--output_dir"]), int(flags.get("--max_steps", 10))
         self.student(folder / "student")
         flops = 3e6 if flags.get("--distil") == "language" else 1e6
         record = {"tokens": 50, "tokens_per_second": 10, "flops": flops, "ce": 1.0}
         lines = [json.dumps({"step": n + 1} | record) for n in range(steps)]
         (folder / "metrics.jsonl").write_text("\n".join(lines))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
+
+    def call(self, words, log):
+        self.called.append(words)
+        self.student(Path(words[-1]))
+        return 0
 
     @staticmethod
     def student(folder):
@@ -396,7 +418,7 @@ class Shortcut:
         (folder / "config.json").write_text("{}")
 
     @staticmethod
-    def evaluate(asked):
+    def evaluate(asked, run):
         """Better with a higher alpha or weight in the name."""
         quality = 8 if "0.7" in asked.student or "0.5" in asked.student else 4
         evaluation(asked.out, [float(n % 10 < quality) for n in range(60)])
@@ -408,6 +430,10 @@ ARMS = {
     "broken": {"recipe": MAIN, "grid": {"learning_rate": [1]}},
     "merged": {"merge": {"of": "selective"}, "grid": {"weight": [0.1, 0.5]}},
     "lost": {"merge": {"of": "labels", "weight": 0.2}},
+    "other": {
+        "command": {"of": "labels", "run": "mine --from {student} -r {rate} {lm} {seed} {out}"},
+        "grid": {"rate": [0.3]},
+    },
 }
 
 
@@ -435,9 +461,15 @@ def test_a_study_chooses_goes_on_after_failures_and_resumes(tmp_path, monkeypatc
         (str(best), "teacher", "0.1"), (str(best), "teacher", "0.5"), (labels[0], "teacher", "0.2"),
         (other, "teacher", "0.5"), (labels[1], "teacher", "0.2"),
     ]  # fmt: skip
+    others = [place.out / f"seed-{seed}" / "other--rate-0.3" / "student" for seed in (1, 2)]
+    lm = study.shared["teacher"]
+    assert shortcut.called == [
+        ["mine", "--from", source, "-r", "0.3", lm, seed, str(out)]
+        for source, seed, out in zip(labels, "12", others, strict=True)
+    ]
     said = write_report(place, problems, tmp_path / "report", "")[0].read_text(encoding="utf-8")
     results = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
-    assert list(results) == [START, "labels", "selective", "merged", "lost"]
+    assert list(results) == [START, "labels", "selective", "merged", "lost", "other"]
     assert results["selective"]["setting"] == {"alpha": 0.7}
     assert results["selective"]["language"]["seeds"] == 2
     assert "of which 40% chose the settings" in said
@@ -458,6 +490,28 @@ def test_a_study_chooses_goes_on_after_failures_and_resumes(tmp_path, monkeypatc
     ]
 
 
+def test_a_study_measures_what_no_task_scores_and_goes_on_where_that_failed(tmp_path, monkeypatch):
+    shortcut = Shortcut(monkeypatch)
+    study = load_study(study_file(tmp_path, seeds=1, measure="mine {student} {out}"))
+    place = Workplace(study, tmp_path / "out")
+    monkeypatch.setattr(shortcut, "call", lambda words, log: 1)
+    problems = run_study(place, study.arms, show=False)
+    assert [p.partition("; ")[0] for p in problems] == [
+        f"{name}: mine ended with status 1" for name in (START, "labels, seed 1")
+    ]
+
+    def mine(words, log):
+        Path(words[-1]).write_text('{"nearness": {"0": -0.25}}')
+        return 0
+
+    monkeypatch.setattr(shortcut, "call", mine)
+    assert run_study(place, study.arms, show=False) == []
+    assert "nearness" in {row.task for row in place.start_scores.rows}
+    write_report(place, [], tmp_path, "")
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert results["labels"]["nearness"]["mean"] == -0.25
+
+
 def test_another_study_may_not_share_the_folder(tmp_path, monkeypatch):
     Shortcut(monkeypatch)
     study = load_study(study_file(tmp_path))
@@ -470,8 +524,8 @@ def test_another_study_may_not_share_the_folder(tmp_path, monkeypatch):
 def test_a_task_without_data_is_named_and_the_rest_reported(tmp_path, monkeypatch):
     shortcut = Shortcut(monkeypatch)
 
-    def lacking(asked):
-        shortcut.evaluate(asked)
+    def lacking(asked, run):
+        shortcut.evaluate(asked, run)
         raise ValueError("tiny_words: no data")
 
     monkeypatch.setattr(running, "evaluate", lacking)
@@ -487,7 +541,7 @@ def test_a_task_without_data_is_named_and_the_rest_reported(tmp_path, monkeypatc
 @pytest.mark.slow
 def test_a_small_study_runs_resumes_and_reports(tmp_path, monkeypatch):
     pytest.importorskip("lmms_eval", reason="evaluates through lmms-eval")
-    arguments = ["study", "tiny", "--out", str(tmp_path), "--seeds", "1", "--items", "4"]
+    arguments = ["study", "table3", "--out", str(tmp_path), "--seeds", "1", "--items", "4"]
     arguments += ["--variant", MAIN, "--max_steps", "2", "--logging_steps", "1"]
     monkeypatch.setattr(sys, "argv", ["ldistill", *arguments])
     done = CliRunner().invoke(app, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from ldistill.models.flops import (
 )
 from ldistill.models.lora import add_lora
 from ldistill.models.nanovlm import NanoVLM
-from ldistill.training.callbacks import plot_curves, short_line
+from ldistill.models.parts import DEFAULT_TRAIN, train_only
+from ldistill.training.callbacks import ShortProgress, plot_curves, short_line
 from ldistill.training.metrics import Meter, MetricsFile
 
 
@@ -114,12 +116,15 @@ def test_flops_match_what_torch_counts():
     assert forward == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
-    """A frozen decoder is not charged with gradients of its weights; its adapters are."""
+@pytest.mark.parametrize(
+    ("train", "rank"),
+    [(DEFAULT_TRAIN, 0), (DEFAULT_TRAIN, 4), ("vision,projector,gate_up", 0), ("projector", 0)],
+)
+def test_flops_of_forward_and_backward_match_what_torch_counts(train, rank):
+    """What is frozen is not charged with gradients of its weights; adapters are."""
     config = small_config()
     student = NanoVLM(config)
-    student.vision.requires_grad_(False)
+    train_only(student, train)
     if rank:
         pytest.importorskip("peft", reason="needs the extra: pip install ldistill[lora]")
         add_lora(student, rank)
@@ -132,6 +137,8 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(rank):
         student.lm_head(student(ids, pictures={"pixel_values": pixels})).sum().backward()
     counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     unneeded = 2 * linear_weights(student.projector) * config.mp_image_token_length * 2
+    if "vision" in train:  # of 16 patches of each picture, instead
+        unneeded = 2 * student.vision.embeddings.patch_embedding.weight.numel() * 16 * 2
     expected = counter.get_total_flops() + unneeded
     assert student_flops(student, counts) == pytest.approx(expected, rel=1e-6)
 
@@ -172,9 +179,29 @@ def test_curves_are_drawn_by_category(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_a_validation_has_a_line_of_its_own():
+    shown: list[str] = []
+    progress = ShortProgress({"vqav2": 4.0})
+    progress.training_bar = SimpleNamespace(write=shown.append)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    logs = {"eval_loss": 1.0, "eval_language/ce": 2.0, "eval_kd": 0.5, "eval_kd_rows": 2.0}
+    logs |= {"eval_source/vqav2/kd": 0.5, "eval_source/vqav2/kd_rows": 2.0}
+    progress.on_log(None, state, None, logs)
+    progress.on_log(None, state, None, {"eval_tiny_facts": 0.5})
+    progress.on_log(None, state, None, {"train_runtime": 0.5})
+    assert shown == ["validation at step 3/9: loss 1.000, CE lang 2.000, KD 2"]
+
+
 def test_short_line():
     logs = {"loss": 1.23456, "language/ce": 2.0, "tokens_per_second": 12345.6}
-    assert short_line(7, 9, logs) == "step 7/9: loss 1.235, CE lang 2.000, tok/s 12,346"
-    assert short_line(8, 9, {"loss": 0.2, "kd": 0.000573}) == "step 8/9: loss 0.200, KD 0.00057"
-    scaled = short_line(8, 9, {"loss": 0.2, "kd": 0.000573}, kd_scale=16.0)
-    assert scaled == "step 8/9: loss 0.200, KD 0.0092", "τ² KL, beside a CE of its kind"
+    assert short_line(7, 9, logs, {}) == "step 7/9: loss 1.235, CE lang 2.000, tok/s 12,346"
+    logs = {"loss": 0.2, "kd": 0.000573, "kd_rows": 4.0, "source/vsr/kd_rows": 0.0}
+    logs |= {"source/vqav2/kd": 0.000573, "source/vqav2/kd_rows": 4.0}
+    scales = {"vqav2": 1.0, "vsr": 1.0}
+    assert short_line(8, 9, logs, scales) == "step 8/9: loss 0.200, KD 0.00057"
+    scales = {"vqav2": 16.0, "vsr": 4.0}
+    shown = "step 8/9: loss 0.200, KD 0.0092"
+    assert short_line(8, 9, logs, scales) == shown, "τ² KL, beside a CE of its kind"
+    logs |= {"kd_rows": 16.0, "source/vsr/kd_rows": 12.0, "source/vsr/kd": 0.003}
+    expected = (4 * 16 * 0.000573 + 12 * 4 * 0.003) / 16
+    assert short_line(8, 9, logs, scales) == f"step 8/9: loss 0.200, KD {expected:.2g}"

@@ -18,7 +18,7 @@ from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackSampler, make_loader
-from ldistill.data.order import Plan
+from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import FetchingSampler, local_ranks, settle_reads
 from ldistill.data.remote.reader import (
     ObjectChanged,
@@ -109,7 +109,7 @@ def test_s3_gives_the_local_samples_and_no_byte_more(built, reading, reads, proc
         index = ShardIndex.load("s3://bucket/shards", reading=reading(reads))
         assert np.array_equal(index.samples, local.samples)
         sent.clear()
-        size = len(Plan(local, limit=LIMIT).epoch(0))
+        size = len(Order(local, limit=LIMIT).epoch(0))
         options = {"limit": LIMIT, "batch_size": 2, "stop_pack": size}
         remote = list(make_loader(index, processor, num_workers=2, **options))
         assert_same_batches(remote, list(make_loader(local, processor, **options)))
@@ -130,7 +130,7 @@ def test_s3_gives_the_local_samples_and_no_byte_more(built, reading, reads, proc
 @pytest.mark.parametrize("reads", ["whole", "ranged"])
 def test_a_remote_loader_gives_the_local_batches(built, processor, reading, reads, workers):
     local = ShardIndex.load(built)
-    size = len(Plan(local, limit=LIMIT).epoch(0))
+    size = len(Order(local, limit=LIMIT).epoch(0))
     options = {"limit": LIMIT, "batch_size": 2, "shuffle_window": 3, "stop_pack": size + 6}
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading(reads))
@@ -159,7 +159,7 @@ def test_one_machine_reads_every_shard_once_for_all_epochs(built, processor, rea
     index_bytes = sum(shard.bytes for shard in ShardIndex.load(built).shards)
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading())
-        size = len(Plan(index, limit=LIMIT).epoch(0))
+        size = len(Order(index, limit=LIMIT).epoch(0))
         for workers in (0, 2):  # the second finds everything in the cache
             loader = make_loader(
                 index,
@@ -176,8 +176,8 @@ def test_one_machine_reads_every_shard_once_for_all_epochs(built, processor, rea
 
 def test_ranks_on_many_machines_read_their_part_and_no_more(built, processor, reading):
     local = ShardIndex.load(built)
-    plan = Plan(local, limit=LIMIT)
-    size, ranks = len(plan.epoch(0)), 4
+    order = Order(local, limit=LIMIT)
+    size, ranks = len(order.epoch(0)), 4
     with FileServer(built) as server:
         parts, taken = [], 0
         for rank in range(ranks):
@@ -215,8 +215,8 @@ def test_what_does_not_fit_the_cache_twice_is_read_as_ranges(built, reading, mon
         ):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
             index = ShardIndex.load(server.url, reading=reading(cache_gb=gb))
-            plan = Plan(index, limit=LIMIT, shuffle_window=window)
-            told = settle_reads(index, plan, ranks)
+            order = Order(index, limit=LIMIT, shuffle_window=window)
+            told = settle_reads(index, order, ranks)
             assert index.store.whole is expected, (gb, window, ranks, local)
             assert ("whole" in told) is expected
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
@@ -229,9 +229,9 @@ def test_what_does_not_fit_the_cache_twice_is_read_as_ranges(built, reading, mon
 def test_shards_are_due_before_they_are_needed(built, reading, start):
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading("whole"))
-        plan = Plan(index, limit=LIMIT, shuffle_window=2, pack_window=8)
-        stop = len(plan.epoch(0)) + len(plan.epoch(1))
-        packs = PackSampler(plan, 2, start_pack=start, stop_pack=stop)
+        order = Order(index, limit=LIMIT, shuffle_window=2, pack_window=8)
+        stop = len(order.epoch(0)) + len(order.epoch(1))
+        packs = PackSampler(order, 2, start_pack=start, stop_pack=stop)
         due, needed_at_all, first = set(), set(), None
         for batch, shards in zip(packs, FetchingSampler(packs, index).shards_due(), strict=False):
             due |= set(shards)
@@ -246,7 +246,7 @@ def test_shards_are_due_before_they_are_needed(built, reading, start):
 def test_due_shards_are_fetched_in_the_background(built, reading):
     with FileServer(built) as server:
         index = ShardIndex.load(server.url, reading=reading("whole"))
-        packs = PackSampler(Plan(index, limit=LIMIT), 2)
+        packs = PackSampler(Order(index, limit=LIMIT), 2)
         server.faults = {index.shards[1].path.rpartition("/")[2]: [404] * 9}  # left to its reader
         sampler = FetchingSampler(packs, index)
         batches, plain = iter(sampler), iter(packs)

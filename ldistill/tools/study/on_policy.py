@@ -1,0 +1,88 @@
+"""On-policy distillation on text, by TRL: the LM corrects what a student's decoder says itself.
+
+    python -m ldistill.tools.study.on_policy --student runs/labels/student \
+        --lm HuggingFaceTB/SmolLM2-360M-Instruct --prompts chats.jsonl --out repaired/
+
+The decoder is exported as a plain LM, TRL's trainer lets it answer the prompts and pulls the
+distribution of its answers towards the LM's (reverse KL), and the result is put back into the
+student as `ldistill merge --weight 1` does. Needs `pip install 'ldistill[trl]'`. A line of the
+prompts is {"prompt": "..."}; without a file they are questions of the tiny world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DistillationConfig, DistillationTrainer
+
+from ldistill.common.locate import resolve
+from ldistill.tiny.corpus import replayed
+from ldistill.tiny.world import World
+from ldistill.tools.merge import merge
+from ldistill.training.export import export_decoder
+
+
+def main() -> None:
+    """Read the flags, train, put the decoder back."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for flag in ("student", "lm", "out"):
+        parser.add_argument(f"--{flag}", required=True)
+    parser.add_argument("--prompts")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=32, help="most tokens of an answer")
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=1)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as made:
+        decoder, trained = Path(made) / "decoder", Path(made) / "trained"
+        export_decoder(resolve(asked.student), decoder)
+        teacher = AutoModelForCausalLM.from_pretrained(resolve(asked.lm), dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(decoder, dtype="float32")
+        # Both must speak of the same tokens; the student's own ones come back in the merge.
+        model.resize_token_embeddings(teacher.config.vocab_size)
+        trainer = DistillationTrainer(
+            model=model,
+            teacher_model=teacher,
+            args=_settings(asked, Path(made)),
+            train_dataset=_prompts(asked.prompts),
+            processing_class=AutoTokenizer.from_pretrained(decoder),
+        )
+        trainer.train()
+        model.save_pretrained(trained)
+        merge(asked.student, str(trained), Path(asked.out), weight="1")
+
+
+def _settings(asked: argparse.Namespace, folder: Path) -> DistillationConfig:
+    return DistillationConfig(
+        output_dir=str(folder),
+        beta=1.0,  # reverse KL, over answers that are the student's own
+        max_completion_length=asked.length,
+        max_steps=asked.steps,
+        per_device_train_batch_size=asked.batch,
+        learning_rate=asked.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        seed=asked.seed,
+        bf16=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=10,
+    )
+
+
+def _prompts(path: str | None) -> Dataset:
+    if path is not None:
+        texts = load_dataset("json", data_files=path, split="train")["prompt"]
+    else:
+        texts = [turn.user for chat in replayed(World(), 4000) for turn in chat.turns]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
+
+
+if __name__ == "__main__":
+    main()
