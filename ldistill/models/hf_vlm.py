@@ -131,6 +131,7 @@ class HFVLM(Student):
         self.image_token_id = vlm.config.image_token_id
         self.base_vocab_size = None  # the configuration doesn't keep it
         self.both_ways = bool(self.family.sees)
+        self.reads_prompt_both_ways = self.family.sees == "prefix"
         self._own_masks = (
             self.family.sees == "pictures" or self.backbone.config.model_type == "gpt_oss"
         )

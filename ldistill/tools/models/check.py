@@ -25,7 +25,6 @@ from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
 from ldistill.distill.attention import recording
 from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.objective import COLUMNS
-from ldistill.distill.targets import SCOPES
 from ldistill.distill.teacher import Teacher
 from ldistill.models import formats
 from ldistill.models.logits import LogitScaling
@@ -64,7 +63,9 @@ def check_folders(student: Path, teacher: Path) -> Iterator[Verdict]:
     documents = _documents(pair)
     batch = _packed(pair, [documents[:2], documents[2:]])
     teacher_ = Teacher(pair.lm, "reference")
-    for scope in SCOPES:
+    # Where the LM's keys and values are its own at prompts, it must read them as the student does.
+    both_ways = pair.student.reads_prompt_both_ways
+    for scope in ("full", "prompt") if both_ways else ("full", "prompt", "visual"):
         made = Distiller(pair.student, teacher_, _WEIGHTS, kv_scope=scope)
         yield Verdict(f"identity, {scope}", _identity(made, batch))
     whole = Distiller(pair.student, teacher_, _WEIGHTS)
