@@ -362,8 +362,6 @@ def _check(recipe: Recipe) -> None:
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
-    if args.hub_model_id and not args.push_to_hub:
-        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     trained = parse_train(recipe.run.train)
     if recipe.run.vision_lr is not None and "vision" not in trained:
         raise ValueError("vision_lr is given, but vision does not train: --train vision,...")
@@ -371,6 +369,8 @@ def _check(recipe: Recipe) -> None:
         raise ValueError(
             f"lora_rank is given, but nothing of the decoder trains (--train {recipe.run.train})."
         )
+    if args.hub_model_id and not args.push_to_hub:
+        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
     _check_trackers(args)
 
 

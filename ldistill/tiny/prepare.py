@@ -87,12 +87,10 @@ def prepare(
                         told.advance()
                     yield sample
 
-            sources = {source: counted(source) for source in SOURCES}
-            sources |= {TEXT: replayed(world, texts)} if texts else {}
-            origin = {"licence": "apache-2.0"}
-            build_shards(
-                sources, folder / "shards", processor, extra={TEXT: "language"}, origin=origin
-            )
+            made = {source: counted(source) for source in SOURCES}
+            made |= {TEXT: replayed(world, texts)} if texts else {}
+            about = {"extra": {TEXT: "language"}, "origin": {"licence": "apache-2.0"}}
+            build_shards(made, folder / "shards", processor, **about)
         save_items(benchmark(world, items_per_task), folder / "items.jsonl")
         (folder / "recipe.json").write_text(
             json.dumps(made_from, indent=2) + "\n", encoding="utf-8"

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -54,11 +56,25 @@ def train(context: typer.Context) -> None:
     """
     if {"-h", "--help", "--help_all"} & set(context.args):
         raise typer.Exit(run_training(context.args))
-    command = launch_command(context.args)
+    command = launch_command([*free_port(context.args), *context.args])
     if not any(Path("/dev", name).exists() for name in ("nvidia0", "kfd", "dxg")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it must guess
     print("starting DeepSpeed's launcher ...", flush=True)
     os.execv(command[0], command)
+
+
+def free_port(args: list[str], usual: int = 29500) -> list[str]:
+    """An option for another port, where none is named and another run listens at the usual one."""
+    if any(arg.startswith("--master_port") for arg in args):
+        return []
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(OSError):
+            probe.bind(("", usual))
+            return []
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ["--master_port", str(probe.getsockname()[1])]
 
 
 def launch_command(args: list[str]) -> list[str]:

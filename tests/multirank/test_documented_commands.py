@@ -92,6 +92,9 @@ LISTED = {
         "test_compare.py",
     "ldistill study table3 --seeds 3 --out study/": "test_study.py",
     "ldistill study paper --shards shards --submit": "test_study.py",
+    "python -m ldistill.tools.study.on_policy --student runs/labels/student --lm LM "
+    "--out repaired/": "test_on_policy.py",
+    "pip install -e '.[trl]'": CI,
     # minutes to hours
     "ldistill torture --steps 12 --kills 3": "test_torture.py",
     "ldistill torture --steps 80 --kills 20 --fault none": "test_torture.py",

@@ -70,15 +70,15 @@ CELLS = [
     Cell("zero1", 2, "prompt through"),
     Cell("zero2", 1),
     Cell("zero2", 2, "lora visual through"),
-    Cell("zero2_offload", 1, "bf16 checkpointed compiled"),
+    Cell("zero2_offload", 1, "bf16 lora own checkpointed compiled"),
     Cell("zero2_offload", 2, "lora checkpointed"),
-    Cell("zero3", 1, "bf16 lora parts through"),
+    Cell("zero3", 1, "bf16 lora parts through compiled"),
     Cell("zero3", 2, "own parts checkpointed"),
     Cell("zero3_multinode", 1, "checkpointed tiny"),
     Cell("zero3_multinode", 2, "visual through compiled"),
     Cell("zero3_offload", 1, "visual parts checkpointed"),
     Cell("zero3_offload", 2, "bf16 visual through tiny"),
-    Cell("zero2", 3, "bf16 lora own through tiny compiled"),
+    Cell("zero2", 3, "own through tiny"),
     Cell("zero3", 4, "lora prompt checkpointed"),
 ]
 

@@ -5,8 +5,8 @@
 
 The decoder is exported as a plain LM, TRL's trainer lets it answer the prompts and pulls the
 distribution of its answers towards the LM's (reverse KL), and the result is put back into the
-student as `ldistill merge --weight 1` does. Needs `pip install trl`. A line of the prompts is
-{"prompt": "..."}; without a file they are questions of the tiny world.
+student as `ldistill merge --weight 1` does. Needs `pip install 'ldistill[trl]'`. A line of the
+prompts is {"prompt": "..."}; without a file they are questions of the tiny world.
 """
 
 from __future__ import annotations

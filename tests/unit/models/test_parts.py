@@ -72,7 +72,7 @@ def test_a_step_moves_the_chosen_parts_and_nothing_else(root, tmp_path):
     assert any("vision" not in name for name in moved)
 
 
-def test_adapters_lie_on_the_chosen_parts(root):
+def test_adapters_lie_on_the_chosen_parts_and_learn_from_labels_alone(root):
     pytest.importorskip("peft")
     student = load_student(root / "student")
     train_only(student, "projector,gate_up")
@@ -84,3 +84,8 @@ def test_adapters_lie_on_the_chosen_parts(root):
     assert {id(student.get_parameter(n)) for n in trained - adapters} == everything(
         student.projector
     )
+    distiller = Distiller(student, None, weights(alpha=(0.0, 0.0))).train()
+    batch = random_batch(student, [[30], [24]])
+    distiller(batch, distiller.supervise(batch), 10.0, False)["loss"].backward()
+    second = [student.get_parameter(n) for n in adapters if "lora_B" in n]  # the first begins at 0
+    assert all(p.grad.abs().max() > 0 for p in second)

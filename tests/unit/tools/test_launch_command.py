@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.tools.launch import CONFIGS, PACKAGE, launch_command
+from ldistill.tools.launch import CONFIGS, PACKAGE, free_port, launch_command
 
 TRAIN = str(PACKAGE / "train.py")
 RUNNER = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
@@ -38,6 +39,18 @@ def test_a_file_of_the_user_is_left_as_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("zero3").write_text("{}")
     assert launch_command(["--deepspeed", "zero3"])[-2:] == ["--deepspeed", "zero3"]
+
+
+def test_a_second_run_on_a_machine_listens_elsewhere():
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        option, port = free_port(["--max_steps", "3"], taken)
+        assert option == "--master_port"
+        assert int(port) != taken
+        assert free_port(["--master_port=1"], taken) == []
+    assert free_port([], taken) == []  # the usual one, where nobody is
 
 
 def test_help_needs_no_launcher():

@@ -10,9 +10,11 @@ import torch
 from ldistill.tools.study.warm import Warm
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is forked beside a GPU")
 def test_a_module_runs_as_a_program_and_its_libraries_are_there(tmp_path, monkeypatch):
     """Each in a process of its own: what one does to its modules the next one does not see."""
+    pytest.importorskip("lmms_eval", reason="is one of these libraries")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "a_program.py").write_text(
