@@ -29,6 +29,7 @@ from ldistill.recipe_values import (
     check_deepspeed,
     check_trainer_flags,
     settle_batch,
+    settle_evaluation,
     settle_values,
 )
 from ldistill.sources import OTHERS, by_source
@@ -93,6 +94,10 @@ class DataArguments:
     shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
     shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)
     shard_reads: str = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
+    validation: str | None = _doc(
+        "Share of every source's documents to hold out and validate on every --eval_steps: 1%."
+    )
+    eval_shards: str | None = _doc("Folder or URL of shards to validate on instead.")
     prepare: str | None = _doc(
         "package.module:function that makes shards before the run and returns their folders.", None
     )
@@ -274,14 +279,18 @@ def parse(argv: list[str]) -> Recipe:
     # Before the arguments exist, for in making them they fill DeepSpeed's configuration.
     sizes = settle_batch(asked, given, world_size(), notes)
     argv = [*argv, *(f"--{name}={size}" for name, size in sizes.items())]
+    best = asked.load_best_model_at_end  # transformers' own would want --save_steps to fit
+    argv.append("--load_best_model_at_end=false")
     pair, data, distil, run, training = parser.parse_args_into_dataclasses(argv)
     for name in ("alpha", "temperature"):
         own = by_source(name, values.get(name, getattr(defaults, name)), getattr(defaults, name))
         others = own[OTHERS] if isinstance(own, dict) else own
         setattr(distil, name, by_source(name, getattr(distil, name), others))
     recipe = Recipe(pair, data, distil, run, training, dict.fromkeys(given | set(values)), notes)
+    training.load_best_model_at_end = best
     _compile_by_blocks(recipe)
     _check(recipe)
+    settle_evaluation(training, data.validation, data.eval_shards, run.eval_suite, recipe.given)
     return recipe
 
 

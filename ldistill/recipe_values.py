@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
+from collections.abc import Container
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -153,6 +154,7 @@ per_device_eval_batch_size save_strategy save_steps save_total_limit save_only_m
 restore_callback_states_from_checkpoint dataloader_num_workers dataloader_pin_memory
 dataloader_prefetch_factor accelerator_config ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
 ddp_find_unused_parameters ddp_static_graph ddp_timeout
+load_best_model_at_end metric_for_best_model greater_is_better
 push_to_hub hub_model_id hub_private_repo
 """
 HEEDED = frozenset(_HEEDED.split())
@@ -172,14 +174,12 @@ _UNUSED = {
     "dataloader_drop_last": "the stream of rows has no end",
     "dataloader_persistent_workers": "the stream of rows has no end",
     "dataloader_in_order": "a run can be repeated",
-    "load_best_model_at_end": "a run's result is its last state",
 }
 _UNUSED_GROUPS = {
     "hub_": "--push_to_hub uploads the export once, when the run ends; a token is HF_TOKEN's",
     "fsdp": "sharding is DeepSpeed's: --deepspeed",
     "eval_ do_eval do_predict prediction_loss_only include_for_metrics batch_eval_metrics "
-    "bf16_full_eval fp16_full_eval": "evaluation is --eval_items and --eval_suite",
-    "metric_for_best_model greater_is_better": "a run's result is its last state",
+    "bf16_full_eval fp16_full_eval": "evaluation is --validation, --eval_items and --eval_suite",
 }
 
 
@@ -211,6 +211,48 @@ def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
                 f"{name} must be steps or no, got {getattr(asked, name)!r}: the stream of rows "
                 "has no epochs."
             )
+
+
+LOWER_IS_BETTER = ("loss", "ce", "kd", "extra_vocabulary_mass")
+
+
+def settle_evaluation(
+    args: TrainingArguments,
+    validation: str | None,
+    eval_shards: str | None,
+    eval_suite: str | None,
+    given: Container[str],
+) -> None:
+    """When to evaluate, and what makes one student better than another.
+
+    Args:
+        args: are settled.
+        validation, eval_shards, eval_suite: what to evaluate on.
+        given: fields that the recipe or the command line set.
+
+    Raises:
+        ValueError: nothing to evaluate on, or twice.
+    """
+    if validation and eval_shards:
+        raise ValueError("--validation and --eval_shards both say what to validate on: choose one.")
+    evaluates = validation or eval_shards or eval_suite
+    if not evaluates and args.eval_strategy != "no":
+        raise ValueError(
+            "--eval_strategy needs something to evaluate on: give --validation, --eval_shards or "
+            "--eval_suite, and --eval_steps."
+        )
+    args.eval_steps = args.eval_steps or args.save_steps
+    if not args.load_best_model_at_end:
+        return
+    if not evaluates or args.save_strategy == "no":
+        raise ValueError(
+            "load_best_model_at_end takes the checkpoint that was evaluated best: give "
+            "--validation, --eval_shards or --eval_suite, and leave out --save_strategy no."
+        )
+    metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    args.metric_for_best_model = f"eval_{metric}"
+    if "greater_is_better" not in given:
+        args.greater_is_better = not metric.rpartition("/")[2].endswith(LOWER_IS_BETTER)
 
 
 def check_deepspeed(config: str | dict[str, Any] | None) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,20 @@ def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Pat
     return target
 
 
-def retire(root: Path, keep: int | None) -> list[Path]:
+def retire(
+    root: Path,
+    keep: int | None,
+    best: Callable[[int], tuple[int, float] | None] = lambda step: None,
+) -> list[Path]:
     """Delete the oldest complete checkpoints beyond ``keep``, never the last one; None keeps all.
 
+    What was ``best`` up to the oldest that is kept is kept as well: a run may go on from there.
     Folders that are not complete checkpoints of this format are left alone.
     """
-    good = [found.path for found in survey(root) if found.problem is None]
-    gone = good[max(keep, 1) :] if keep else []
+    good = [found for found in survey(root) if found.problem is None]
+    kept = good[: max(keep, 1)] if keep else good
+    spared = best(kept[-1].step) if kept else None
+    gone = [f.path for f in good[len(kept) :] if spared is None or f.step != spared[0]]
     for path in reversed(gone):
         _set_aside(path)
     if (root / RETIRED).exists():

@@ -39,12 +39,19 @@ class Saver:
         about: what the manifest says of the run: its id, pair, data, layout.
         keep: complete checkpoints to keep; None for all.
         logs: this rank's, which a checkpoint is cut back to: durable before it is.
+        best: step and value of the best evaluation up to a step, whose checkpoint is kept besides.
     """
 
     def __init__(
-        self, folder: Path, about: dict[str, Any], keep: int | None, logs: Sequence[StepLog] = ()
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        keep: int | None,
+        logs: Sequence[StepLog] = (),
+        best: Callable[[int], tuple[int, float] | None] | None = None,
     ) -> None:
         self.folder, self.about, self.keep, self.logs = folder, about, keep, logs
+        self._best = best or (lambda step: None)
         self._failures: list[str] = []
         self._checked = False
 
@@ -114,7 +121,7 @@ class Saver:
     def _tidy(self, path: Path) -> None:
         """What may fail without harm to the checkpoint that was just published."""
         try:
-            checkpoint_folder.retire(self.folder, self.keep)
+            checkpoint_folder.retire(self.folder, self.keep, self._best)
             self._check_loadable(path)
         except OSError as error:
             ranks.say(f"warning: older checkpoints in {self.folder} could not be removed: {error}")

@@ -188,4 +188,6 @@ def make_loader(
         multiprocessing_context=multiprocessing_context if num_workers else None,
         prefetch_factor=prefetch_factor if num_workers else None,
         worker_init_fn=outlive_signals,
+        # Else its workers' seed is drawn from the run's own random numbers, and again on resuming.
+        generator=torch.Generator(),
     )

@@ -86,7 +86,7 @@ def repeats_of(
                 f"{float(repeats[-1]):.3g} times what it has: ask for less, or say that documents "
                 f"repeat with {name}={float(repeats[-1]):.3g}."
             )
-        if repeats[-1] * count < 1:
+        if name in mix and repeats[-1] * count < 1:
             raise ValueError(f"mix {name} is less than one of its {count} documents an epoch.")
     return repeats
 
@@ -123,6 +123,8 @@ def epoch_counts(documents: np.ndarray, repeats: Fraction, seed: int, epoch: int
         seed, epoch: of the order.
     """
     size = len(documents)
+    if not size:
+        return np.zeros(0, dtype=np.int64)
     first, last = (int(repeats * size * number) for number in (epoch, epoch + 1))
     whole, left = divmod(last - first, size)
     counts = np.full(size, whole, dtype=np.int64)

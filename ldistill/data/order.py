@@ -60,7 +60,8 @@ class Order:
     `over_long` says what happens to documents above `limit` tokens: "drop" and "truncate" are
     counted in the summary, "error" raises ValueError here. `shuffle_window` is in shards.
     `packing=False` gives one document per pack. `mix` says how often which source comes (see
-    `mixture`).
+    `mixture`). `chosen` is a mask of the samples there are (default all): what it leaves out is in
+    no count.
     """
 
     def __init__(
@@ -74,12 +75,13 @@ class Order:
         shuffle_window: int = 64,
         pack_window: int = PACK_WINDOW,
         mix: str | None = None,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self.limit, self.seed, self.packing = limit, seed, packing
         self.shuffle_window, self._pack_window = shuffle_window, pack_window
         self._shard_sizes = index.shard_sizes
         self._lengths = np.minimum(index.lengths, limit)
-        self._long = int((index.lengths > limit).sum())
+        self._chosen = np.ones(len(index), dtype=bool) if chosen is None else chosen
         self.drops: dict[str, int] = {}
         self._usable = self._select(index, over_long)
         self._sources, self._starts = index.sources, index.source_starts
@@ -100,12 +102,12 @@ class Order:
 
     def _select(self, index: ShardIndex, over_long: OverLong) -> np.ndarray:
         """Mask of documents that take part; fills `drops`."""
-        too_long = index.lengths > self.limit
-        if over_long == "error" and self._long:
-            worst = int(index.lengths.argmax())
+        too_long = self._chosen & (index.lengths > self.limit)
+        if over_long == "error" and too_long.any():
+            worst = int((index.lengths * self._chosen).argmax())
             _, _, key = index.locate(worst)
             raise ValueError(
-                f"{self._long} documents are longer than the limit of {self.limit} tokens (the "
+                f"{too_long.sum()} documents are longer than the limit of {self.limit} tokens (the "
                 f"longest is {key} with {index.lengths[worst]}): raise the limit, or say that "
                 "such documents are to be dropped or truncated"
             )
@@ -115,12 +117,12 @@ class Order:
         if lost.any():
             self.drops[reason] = int(lost.sum())
         self.truncated = 0 if over_long == "drop" else int((too_long & ~lost).sum())
-        return ~lost
+        return self._chosen & ~lost
 
     def _check_some_left(self, index: ShardIndex) -> None:
         for number, source in enumerate(index.sources):
             first, last = index.source_starts[number : number + 2]
-            if not self._usable[first:last].any():
+            if self._chosen[first:last].any() and not self._usable[first:last].any():
                 raise ValueError(
                     f"no document of {source} fits the limit of {self.limit} tokens (the shortest "
                     f"has {index.lengths[first:last].min()}): raise the limit or leave it out"
@@ -188,7 +190,7 @@ class Order:
         sources = {name: self._of_source(n, tokens) for n, name in enumerate(self._sources)}
         efficiency = tokens / (len(packs) * self.limit) if self.packing else 1.0
         return OrderSummary(
-            samples=len(self._usable),
+            samples=int(self._chosen.sum()),
             documents=len(packs.documents),
             packs=len(packs),
             tokens=tokens,

@@ -63,9 +63,13 @@ class ShortProgress(ProgressCallback):
             self._log.done = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or "loss" not in (logs or {}):
+        evaluated = {k.removeprefix("eval_"): v for k, v in (logs or {}).items() if "eval_" in k}
+        logs = logs if "loss" in (logs or {}) else evaluated
+        if not state.is_world_process_zero or "loss" not in logs:
             return
         line = short_line(state.global_step, state.max_steps, logs, self._kd_scales)
+        if logs is evaluated:
+            line = f"validation at {line}"
         if self.training_bar is not None:
             self.training_bar.write(line)
         elif self._log is not None:
@@ -100,8 +104,11 @@ class WriteMetrics(TrainerCallback):
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:
-    """Picture of CE and KD by source category over steps; False when there is nothing to draw."""
-    records = [r for r in read_metrics(metrics) if "ce" in r]
+    """Picture of CE and KD by source category over steps; False when there is nothing to draw.
+
+    Validation is dashed.
+    """
+    records = [r for r in read_metrics(metrics) if "ce" in r or "eval_ce" in r]
     if not records:
         return False
     import matplotlib
@@ -115,11 +122,11 @@ def plot_curves(metrics: Path, target: Path) -> bool:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
     for axis, (key, label) in zip(axes[0], panels, strict=True):
         for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
-            points = [
-                (r["step"], r[f"{category}/{key}"]) for r in records if f"{category}/{key}" in r
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, label=category)
+            for prefix, style, held in (("", "-", ""), ("eval_", "--", ", held out")):
+                metric = f"{prefix}{category}/{key}"
+                if points := [(r["step"], r[metric]) for r in records if metric in r]:
+                    shown = {"color": colour, "label": category + held}
+                    axis.plot(*zip(*points, strict=True), style, **shown)
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)

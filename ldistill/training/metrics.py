@@ -111,7 +111,7 @@ class Meter:
         seconds = time.perf_counter() - self._since
         counts = torch.tensor([self.counts[k] for k in _COUNTS], dtype=torch.float64)
         counts = ranks.sum_over(counts.to(self.device)).tolist()
-        logs = self._rows(ranks.sum_over(self.sums).double().cpu())
+        logs = of_sources(ranks.sum_over(self.sums).double().cpu(), self.weights)
         logs |= self._rates(dict(zip(_COUNTS, counts, strict=True)), seconds)
         right, judged = ranks.sum_over(self.health).tolist()
         if judged:
@@ -119,17 +119,6 @@ class Meter:
         logs |= self._drop_counts()
         logs["memory_gib"] = _peak_memory(self.device) / 2**30
         self._reset()
-        return logs
-
-    def _rows(self, sums: Tensor) -> dict[str, float]:
-        """Means and numbers of rows: of all, by category, by source."""
-        logs = _of_rows(sums.sum(0), "")
-        for category in CATEGORIES:
-            chosen = [i for i, c in enumerate(self.weights.categories) if c == category]
-            if chosen:
-                logs |= _of_rows(sums[chosen].sum(0), f"{category}/")
-        for index, name in enumerate(self.weights.names):
-            logs |= _of_rows(sums[index], f"source/{name}/")
         return logs
 
     def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
@@ -149,6 +138,18 @@ class Meter:
         for drops in ranks.gather(dict(self._drops)):
             total.update(drops)
         return {f"dropped/{reason}": float(n) for reason, n in sorted(total.items())}
+
+
+def of_sources(sums: Tensor, weights: SourceWeights) -> dict[str, float]:
+    """Means and counts of sums [sources, len(COLUMNS)]: of all, by category, by source."""
+    logs = _of_rows(sums.sum(0), "")
+    for category in CATEGORIES:
+        chosen = [i for i, c in enumerate(weights.categories) if c == category]
+        if chosen:
+            logs |= _of_rows(sums[chosen].sum(0), f"{category}/")
+    for index, name in enumerate(weights.names):
+        logs |= _of_rows(sums[index], f"source/{name}/")
+    return logs
 
 
 def _peak_memory(device: torch.device) -> int:

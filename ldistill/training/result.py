@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill.checkpoint.folder import sync
+from ldistill.checkpoint.resuming import step_of
 from ldistill.common import run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first, say
@@ -21,6 +22,7 @@ from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
 from ldistill.training.card import write_card
 from ldistill.training.trainer import DistillTrainer
+from ldistill.training.validation import Best
 
 
 def export_result(trainer: DistillTrainer, folder: Path) -> None:
@@ -30,7 +32,27 @@ def export_result(trainer: DistillTrainer, folder: Path) -> None:
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
-    take_result(last, folder)
+    take_result(choose_result(last, folder, trainer.best), folder)
+
+
+def choose_result(last: Path, folder: Path, best: Best | None) -> Path:
+    """The checkpoint whose student is the run's result: the last, or the best evaluated.
+
+    Raises:
+        FileNotFoundError: the best is no longer there.
+    """
+    if best is None:
+        return last
+    found = from_first(lambda: best.find(step_of(last)))
+    if found is None:
+        say(f"{best.metric} was never evaluated: the result is the last state.")
+        return last
+    step, value = found
+    say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
+    chosen = folder / f"checkpoint-{step}"
+    if not from_first(chosen.is_dir):
+        raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
+    return chosen
 
 
 def take_result(last: Path, folder: Path) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from ldistill.checkpoint import identity, resuming, universal
 from ldistill.checkpoint.saver import Saver
@@ -29,11 +29,9 @@ from ldistill.common.ranks import (
     is_first,
     say,
 )
-from ldistill.data.index import ShardIndex
-from ldistill.data.loader import make_loader
+from ldistill.data.loader import PackLoader, make_loader
 from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
-from ldistill.data.store import Reading
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
@@ -41,29 +39,28 @@ from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
-from ldistill.recipe import DistilArguments, Recipe, compute_dtype, zero_stage
-from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.recipe import DataArguments, Recipe, compute_dtype, zero_stage
+from ldistill.sources import SourceWeights
 from ldistill.training import hub, run_folder
 from ldistill.training.callbacks import ShortProgress, WriteMetrics
 from ldistill.training.card import origins
+from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
-from ldistill.training.result import evaluate_student, export_result, report, take_result
+from ldistill.training.result import (
+    choose_result,
+    evaluate_student,
+    export_result,
+    report,
+    take_result,
+)
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
 from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer
+from ldistill.training.validation import best_of, open_validation
 from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
-
-
-@dataclasses.dataclass
-class Data:
-    """What a run reads: shards, their order, and the weights of their sources."""
-
-    index: ShardIndex
-    order: Order
-    weights: SourceWeights
 
 
 def run(recipe: Recipe) -> Path:
@@ -94,7 +91,7 @@ def run(recipe: Recipe) -> Path:
         export_result(trainer, folder)
     else:
         say(f"{resume} is the last step: nothing is left to train.")
-        take_result(resume, folder)
+        take_result(choose_result(resume, folder, trainer.best), folder)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
     if repo is not None:
@@ -209,60 +206,9 @@ def _prepare(recipe: Recipe) -> None:
 
 def _open_whole_data(recipe: Recipe) -> Data:
     data = open_data(recipe)
-    data.index.check_files()
+    for index in (data.index, *(data.held or ())[:1]):
+        index.check_files()
     return data
-
-
-def open_data(recipe: Recipe) -> Data:
-    """Shards, order and source weights of a recipe.
-
-    Raises:
-        ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
-    """
-    options = recipe.data
-    if options.shards is None:
-        raise ValueError(
-            "no shards: make some with `ldistill shards build` and name them with --shards."
-        )
-    reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
-    declared_here = parse_extra(options.extra_sources)
-    everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
-    declared = dict(zip(everything.sources, everything.categories, strict=True))
-    extra = {n: c for n, c in declared.items() if n not in known_sources()}
-    extra |= declared_here
-    names = everything.sources
-    if options.sources != ALL:
-        names = resolve_sources(options.sources, extra)
-        _check_there(options.shards, options.sources, names, everything.sources)
-    index = ShardIndex.load(options.shards, names, reading)
-    args = recipe.training
-    order = Order(
-        index,
-        limit=options.max_length,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        over_long=options.on_long,
-        packing=options.packing,
-        shuffle_window=options.shuffle_window,
-        mix=options.mix,
-    )
-    weights = SourceWeights.build(
-        index.sources,
-        distil=recipe.distil.distil,
-        alpha=recipe.distil.alpha,
-        temperature=recipe.distil.temperature,
-        extra=extra,
-    )
-    return Data(index, order, weights)
-
-
-def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(
-            f"{shards} has no finished shards of {', '.join(missing)} (--sources {asked}); it has "
-            f"{', '.join(found)}. Train on what is there with --sources {ALL}, or build the others "
-            "with `ldistill shards build`."
-        )
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
@@ -319,13 +265,8 @@ def build_trainer(
     )
     if recipe.pair.compile_blocks:
         distiller.compile_blocks(**recipe.compile_options)
-    loader = partial(
-        _loader,
-        data=data,
-        pair=pair,
-        options=recipe.data,
-        args=args,
-    )
+    load = _loader(pair, recipe.data, args)
+    validation = open_validation(recipe, data.held, data.weights, load)
     about = identity.describe(
         run_files.run_id(folder),
         pair,
@@ -340,24 +281,29 @@ def build_trainer(
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     stop = StopRequest(recipe.run.stop_file)
     metrics = WriteMetrics(folder / run_files.METRICS, step)
+    best = best_of(recipe, folder / run_files.METRICS, validation)
     samples = SampleLog(folder, data.index, step) if recipe.run.log_samples else None
     logs = [writer.file for writer in (metrics, samples) if writer is not None]
     trainer = DistillTrainer(
         distiller,
         args,
         pair=pair,
-        loader=loader,
+        loader=partial(
+            load, data.index, order=data.order, batch_size=args.per_device_train_batch_size
+        ),
         meter=Meter(data.weights, device, rate),
         rates=_rates(recipe),
-        saver=Saver(folder, about, args.save_total_limit, logs),
+        saver=Saver(folder, about, args.save_total_limit, logs, best and best.find),
         health_steps=recipe.run.health_steps,
         resume=resume,
+        validation=validation,
+        best=best,
         evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
         stop=stop,
         converted=converted,
         sample_log=samples,
     )
-    _use_own_progress(trainer, metrics, distil)
+    _use_own_progress(trainer, metrics, distil.t_squared)
     use_patient_wandb(trainer)
     return trainer
 
@@ -369,33 +315,28 @@ def _rates(recipe: Recipe) -> Rates:
     return Rates(*(default if rate is None else rate for rate in asked))
 
 
-def _loader(start_pack: int, *, data: Data, pair: Pair, options: Any, args: Any) -> Any:
-    return make_loader(
-        data.index,
-        pair.processor,
+def _loader(pair: Pair, options: DataArguments, args: TrainingArguments) -> partial[PackLoader]:
+    return partial(
+        make_loader,
+        processor=pair.processor,
         limit=options.max_length,
-        batch_size=args.per_device_train_batch_size,
         rank=args.process_index,
         world_size=args.world_size,
-        start_pack=start_pack,
         packing=options.packing,
         on_bad_sample=options.on_bad_sample,
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        order=data.order,
     )
 
 
-def _use_own_progress(
-    trainer: DistillTrainer, metrics: WriteMetrics, distil: DistilArguments
-) -> None:
+def _use_own_progress(trainer: DistillTrainer, metrics: WriteMetrics, t_squared: bool) -> None:
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     weights = trainer.distiller.weights
-    scales = [tau**2 if distil.t_squared else 1.0 for tau in weights.temperature]
+    scales = [tau**2 if t_squared else 1.0 for tau in weights.temperature]
     trainer.progress = ShortProgress(dict(zip(weights.names, scales, strict=True)))
     if not trainer.args.disable_tqdm:
         trainer.add_callback(trainer.progress)
@@ -432,4 +373,5 @@ def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     total = sum(whole_numel(p) for p in pair.student.parameters())
     trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
+    kept += args.load_best_model_at_end  # which may be an older one
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))

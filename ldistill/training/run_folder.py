@@ -47,6 +47,7 @@ IDENTITY = (
     "teacher",
     "sources",
     "mix",
+    "validation",
     "max_length",
     "packing",
     "on_long",

@@ -122,17 +122,11 @@ def evaluator_of(
     """What a recipe's ``eval_suite`` and ``eval_steps`` ask for.
 
     Raises:
-        ValueError: transformers' own evaluation was asked for, or the suite cannot run here.
+        ValueError: the suite cannot run here.
     """
     args = recipe.training
     if recipe.run.eval_suite is None:
-        if str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
-            raise ValueError(
-                "--eval_strategy needs something to evaluate on: give --eval_suite and "
-                "--eval_steps instead."
-            )
         return None
-    args.eval_steps = args.eval_steps or args.save_steps
     given = "per_device_eval_batch_size" in recipe.given
     options: dict[str, Any] = {"tokenizer": recipe.pair.tokenizer}
     if recipe.data.tiling:

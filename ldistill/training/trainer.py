@@ -34,7 +34,7 @@ from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
 from ldistill.models.weights import gather_trained
 from ldistill.training.callbacks import ShortProgress
-from ldistill.training.metrics import Meter
+from ldistill.training.metrics import Meter, of_sources
 from ldistill.training.optimizer import (
     Rates,
     hold_options,
@@ -43,6 +43,7 @@ from ldistill.training.optimizer import (
 )
 from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopAtStep, StopRequest
+from ldistill.training.validation import Best, Validation
 
 STUDENT = "student"
 DATA_STATE = "data.json"
@@ -56,13 +57,15 @@ class DistillTrainer(Trainer):
         distiller: the module to train.
         args: transformers' arguments; ``max_steps`` must be set.
         pair: for export: where the student came from.
-        loader: ``start_pack -> DataLoader`` of this rank's micro-batches, without end.
+        loader: ``(start_pack=...) -> DataLoader`` of this rank's micro-batches, without end.
         meter: collects metrics.
         rates: learning rates of what trains.
         health_steps: interval of the teacher's own-memory accuracy; 0 for never.
         saver: writes the checkpoints.
         resume: checkpoint folder to continue from.
-        evaluator: ``(step, weight updates) -> scores``, run every ``args.eval_steps``.
+        validation: documents whose CE and KD are told every ``args.eval_steps``.
+        evaluator: ``(step, weight updates) -> scores``, as often.
+        best: what tells the best evaluation; its state is always saved.
         stop: how the run may be asked to stop; default by signal and by the environment's file.
         converted: ``resume`` is in DeepSpeed's universal format (see `universal.py`).
         sample_log: notes which samples each step trains on.
@@ -83,7 +86,9 @@ class DistillTrainer(Trainer):
         saver: Saver,
         health_steps: int = 0,
         resume: Path | None = None,
+        validation: Validation | None = None,
         evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None,
+        best: Best | None = None,
         stop: StopRequest | None = None,
         converted: bool = False,
         sample_log: SampleLog | None = None,
@@ -95,8 +100,8 @@ class DistillTrainer(Trainer):
             args.ddp_find_unused_parameters = False
         args.eval_strategy = IntervalStrategy.NO  # else the Trainer wants a data set for it
         super().__init__(model=distiller, args=args, **kwargs)
-        self._evaluator = evaluator
-        if evaluator is not None:
+        self._validation, self._evaluator, self.best = validation, evaluator, best
+        if evaluator is not None or validation is not None:
             args.eval_strategy = IntervalStrategy.STEPS
         # Our loss is already normalised over the global batch: never divide by accumulation again.
         self.model_accepts_loss_kwargs = True
@@ -129,7 +134,7 @@ class DistillTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Micro-batches of this rank, from the pack where the run stands."""
-        return self._make_loader(self._first_pack)
+        return self._make_loader(start_pack=self._first_pack)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -290,23 +295,59 @@ class DistillTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Scores of the student as it stands, logged as ``eval_...``; training time stands still.
+        """CE, KD and scores of the student as it stands, logged as ``eval_...``.
 
-        Every rank must call it (the Trainer does): the weights are gathered from all of them.
+        Training time stands still. Every rank must call it (the Trainer does).
         """
-        if self._evaluator is None:
-            raise ValueError("no evaluation was asked for: give --eval_suite.")
-        if self.control.should_save:  # first, for an evaluation may outlast the time that is left
-            self._save_checkpoint(self.model, None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        logs: dict[str, float] = {}
         with self.meter.paused():
-            trained = gather_trained(self.pair.student, keep=ranks.is_first())
-            updates = weight_updates(self.pair.student, trained)
-            scores = self._evaluator(self.state.global_step, updates)
-        logs = {f"eval_{name}": value for name, value in scores.items()}
-        self.log(dict(logs))
+            if self._validation is not None:
+                logs |= self._log_evaluation(self._validate())
+            if self.control.should_save:  # an evaluation by a suite may outlast the time left
+                self._save_now()
+            if self._evaluator is not None:
+                trained = gather_trained(self.pair.student, keep=ranks.is_first())
+                updates = weight_updates(self.pair.student, trained)
+                logs |= self._log_evaluation(self._evaluator(self.state.global_step, updates))
+                if self.control.should_save:
+                    self._save_now()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
+
+    def _log_evaluation(self, scores: dict[str, float]) -> dict[str, float]:
+        """Log scores; the best so far is to be saved, and so are those after it."""
+        logs = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(dict(logs))
+        step = self.state.global_step
+        if self.best is not None and self.best.metric in logs and step:
+            best = ranks.from_first(lambda: self.best.find(step))
+            there = ranks.from_first((self._saver.folder / f"checkpoint-{step}").is_dir)
+            self.control.should_save |= best is not None and best[0] == step and not there
+        return logs
+
+    def _save_now(self) -> None:
+        self._save_checkpoint(self.model, None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _validate(self) -> dict[str, float]:
+        sums = torch.zeros_like(self.meter.sums, dtype=torch.float64)
+        self.model_wrapped.eval()
+        # Alone, without its parts: text alone runs the vision tower too, as all ranks must.
+        self.distiller.student.training = True
+        with torch.no_grad():
+            batches = iter(self._validation.batches())
+            for _ in range(self._validation.passes):
+                read, problem = _read(batches, 1)
+                plans = [self.distiller.supervise(batch) for batch in read]
+                total, run_teacher = self._agree(plans, 1, problem)
+                inputs = {"batch": {k: v for k, v in read[0].items() if isinstance(v, Tensor)}}
+                inputs |= {"supervision": plans[0], "total": total, "run_teacher": run_teacher[0]}
+                sums += self.model_wrapped(**self._prepare_inputs(inputs))["metrics"]
+        self.model_wrapped.train()
+        return of_sources(ranks.sum_over(sums).cpu(), self.distiller.weights)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return False  # `best` tells
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if ranks.sum_over(1 - self._finite).item():

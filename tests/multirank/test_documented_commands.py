@@ -63,6 +63,9 @@ LISTED = {
         "test_shards_commands.py",
     "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
     "--mix vqav2=2,docvqa=0.5,smoltalk=25% --alpha vqav2=0.9": "test_resume_runs.py",
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
+    "--validation 1% --eval_steps 100 --load_best_model_at_end true --metric_for_best_model ce":
+        "test_validation.py",
     "ldistill eval --student runs/mine --suite paper": "test_lmms_eval.py",
     "ldistill export RUN --out DIR": "test_cli.py",
     "ldistill export RUN --out DIR --decoder-only": "test_cli.py",

@@ -17,7 +17,7 @@ from upload_hub import UploadHub
 from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.recipe import parse
 from ldistill.train import main
-from ldistill.training.run import open_data
+from ldistill.training.data import open_data
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_shards_of_own_sources_alone(capsys, world):
 def test_data_seed_alone_decides_the_order(world):
     def order(*flags: str) -> list[list[int]]:
         recipe = parse(["--recipe", str(world / "recipe.yaml"), *flags])
-        return [pack.tolist() for pack in open_data(recipe).plan.epoch(0)]
+        return [pack.tolist() for pack in open_data(recipe).order.epoch(0)]
 
     assert order("--data_seed", "7") == order() == order("--data_seed", "7", "--seed", "8")
     assert order("--data_seed", "8") == order("--seed", "8") != order()

@@ -152,7 +152,8 @@ def write_fake_index(root: Path, source: str, lengths: np.ndarray, shard_samples
     folder.mkdir(parents=True)
     samples = np.zeros(len(lengths), dtype=SAMPLE_DTYPE)
     samples["tokens"], samples["prompt"] = lengths, lengths - 8
-    samples["shard"] = np.arange(len(lengths)) // shard_samples
+    samples["row"] = np.arange(len(lengths))
+    samples["shard"] = samples["row"] // shard_samples
     counts = np.bincount(samples["shard"]).tolist()
     np.save(folder / "samples.npy", samples)
     shards = [

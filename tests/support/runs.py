@@ -127,4 +127,4 @@ def launch(
 
 
 def losses(folder: Path) -> list[float]:
-    return [r["loss"] for r in read_metrics(folder / "metrics.jsonl")]
+    return [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]

@@ -9,6 +9,7 @@
 | parquet file(s) with columns `texts` and `source` (FineVision) | `source` |
 | other parquet file, saved data set | the file's or folder's name |
 | JSON, JSON lines, either of them gzipped | the record's `source`, else the file's name |
+| WebDataset tars of others: a glob, a folder, a folder of folders | the name of the tars' folder |
 
 Rows are streamed and pictures stay encoded. Names are normalised (`ldistill.sources.normalise`).
 """
@@ -21,6 +22,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +34,7 @@ from ldistill import sources as known_sources
 from ldistill.common import readme
 from ldistill.data.build.build_types import FORMATS, InputError, InputOptions, SourceInput
 from ldistill.data.build.readers import PAIRS, RATINGS, Reader
+from ldistill.data.build.tars import TarReader, tar_rows
 
 EDGE = 1 << 16
 JSON = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
@@ -78,6 +81,8 @@ def open_inputs(dataset: str, options: InputOptions) -> list[SourceInput]:
     table of another format.
     """
     path = Path(dataset).expanduser()
+    if tars := _tars(path):
+        return _tar_inputs(dataset, tars, options)
     hub = not path.exists() and dataset.count("/") == 1 and dataset[0] not in "./~"
     if not path.exists() and (not hub or dataset.endswith((*JSON, ".parquet"))):
         _missing(dataset, "it is neither there nor a hub id")
@@ -205,6 +210,35 @@ def _line(line: bytes) -> Any:
         return json.loads(line)
     except ValueError:
         return line.decode(errors="replace")
+
+
+# tars --------------------------------------------------------------------------------------------
+
+
+def _tars(path: Path) -> list[Path]:
+    """Tars that a path, a glob or a folder (or one of folders) stands for, in order."""
+    if path.is_dir():
+        return sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
+    return sorted(path.parent.glob(path.name)) if path.suffix == ".tar" else []
+
+
+def _tar_inputs(dataset: str, tars: list[Path], options: InputOptions) -> list[SourceInput]:
+    if options.format != "auto" or options.min_ratings:
+        raise ValueError(f"{dataset} is of tars: leave --format and --min-rating out")
+    groups: dict[str, list[Path]] = {}
+    for file in tars:
+        groups.setdefault(known_sources.normalise(file.resolve().parent.name), []).append(file)
+    return [
+        SourceInput(
+            source=source,
+            category=known_sources.category_of(source, options.extra),
+            rows=partial(tar_rows, groups[source]),
+            convert=TarReader(source),
+            identity={"format": "tar", "files": [_file_identity(f) for f in groups[source]]},
+            bytes=sum(file.stat().st_size for file in groups[source]),
+        )
+        for source in _choose(list(groups), dataset, options)
+    ]
 
 
 # tables ------------------------------------------------------------------------------------------

@@ -30,7 +30,10 @@ UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 @app.command()
 def build(
     dataset: Annotated[
-        str, typer.Option(help="Hub id, parquet file or folder, saved data set, or JSON.")
+        str,
+        typer.Option(
+            help="Hub id, parquet file or folder, saved data set, JSON, or tars ('dir/*.tar')."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder per source.")],
     sources: Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ldistill.models.flops import (
 from ldistill.models.lora import add_lora
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.parts import DEFAULT_TRAIN, train_only
-from ldistill.training.callbacks import plot_curves, short_line
+from ldistill.training.callbacks import ShortProgress, plot_curves, short_line
 from ldistill.training.metrics import Meter, MetricsFile
 
 
@@ -176,6 +177,19 @@ def test_curves_are_drawn_by_category(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert plot_curves(path, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_a_validation_has_a_line_of_its_own():
+    shown: list[str] = []
+    progress = ShortProgress({"vqav2": 4.0})
+    progress.training_bar = SimpleNamespace(write=shown.append)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    logs = {"eval_loss": 1.0, "eval_language/ce": 2.0, "eval_kd": 0.5, "eval_kd_rows": 2.0}
+    logs |= {"eval_source/vqav2/kd": 0.5, "eval_source/vqav2/kd_rows": 2.0}
+    progress.on_log(None, state, None, logs)
+    progress.on_log(None, state, None, {"eval_tiny_facts": 0.5})
+    progress.on_log(None, state, None, {"train_runtime": 0.5})
+    assert shown == ["validation at step 3/9: loss 1.000, CE lang 2.000, KD 2"]
 
 
 def test_short_line():

@@ -1,0 +1,104 @@
+"""What a run reads: shards, order, weights of the sources, and what is held out to validate on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ldistill.common.ranks import say
+from ldistill.data.held_out import held_out, parse_share
+from ldistill.data.index import ShardIndex
+from ldistill.data.order import Order
+from ldistill.data.store import Reading
+from ldistill.recipe import Recipe
+from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
+
+
+@dataclass
+class Data:
+    """What a run reads: shards, their order, and the weights of their sources.
+
+    ``held``: index and order of what it is validated on.
+    """
+
+    index: ShardIndex
+    order: Order
+    weights: SourceWeights
+    held: tuple[ShardIndex, Order] | None = None
+
+
+def open_data(recipe: Recipe) -> Data:
+    """Shards, order and source weights of a recipe.
+
+    Raises:
+        ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
+    """
+    options = recipe.data
+    if options.shards is None:
+        raise ValueError(
+            "no shards: make some with `ldistill shards build` and name them with --shards."
+        )
+    reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
+    declared_here = parse_extra(options.extra_sources)
+    everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
+    declared = dict(zip(everything.sources, everything.categories, strict=True))
+    extra = {n: c for n, c in declared.items() if n not in known_sources()}
+    extra |= declared_here
+    names = everything.sources
+    if options.sources != ALL:
+        names = resolve_sources(options.sources, extra)
+        _check_there(options.shards, options.sources, names, everything.sources)
+    index = ShardIndex.load(options.shards, names, reading)
+    args = recipe.training
+    how = {
+        "limit": options.max_length,
+        "over_long": options.on_long,
+        "packing": options.packing,
+    }
+    held, chosen = None, None
+    if options.validation:
+        mask = held_out(index, parse_share(options.validation))
+        held, chosen = ShardIndex.load(options.shards, names, reading), ~mask
+        held = held, Order(held, chosen=mask, **how)
+    elif options.eval_shards:
+        held = _open_eval_shards(options.eval_shards, names, reading)
+        held = held, Order(held, **how)
+    order = Order(
+        index,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle_window=options.shuffle_window,
+        mix=options.mix,
+        chosen=chosen,
+        **how,
+    )
+    weights = SourceWeights.build(
+        index.sources,
+        distil=recipe.distil.distil,
+        alpha=recipe.distil.alpha,
+        temperature=recipe.distil.temperature,
+        extra=extra,
+    )
+    return Data(index, order, weights, held)
+
+
+def _open_eval_shards(shards: str, names: list[str], reading: Reading) -> ShardIndex:
+    """The run's sources among those of `--eval_shards`."""
+    found = ShardIndex.load(shards, reading=reading, also=names).sources
+    common = [name for name in names if name in found]
+    if not common:
+        raise ValueError(
+            f"--eval_shards {shards} has {', '.join(found)}, none of the run's sources "
+            f"({', '.join(names)})."
+        )
+    if left := sorted(set(found) - set(common)):
+        say(f"validation leaves out {', '.join(left)}: this run does not train on them.")
+    return ShardIndex.load(shards, common, reading)
+
+
+def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"{shards} has no finished shards of {', '.join(missing)} (--sources {asked}); it has "
+            f"{', '.join(found)}. Train on what is there with --sources {ALL}, or build the others "
+            "with `ldistill shards build`."
+        )

@@ -1,0 +1,141 @@
+"""CE and KD of documents that are not trained on, and the best student by any evaluated metric.
+
+Validation reads ``--validation 1%`` of the documents, or ``--eval_shards``, in an order of its own
+that never changes. Every rank runs equally many passes, for under ZeRO-3 a forward is a collective:
+what some lack is filled up with rows that count nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldistill.checkpoint.logs import read_metrics
+from ldistill.common import ranks
+from ldistill.common.documents import IGNORE
+from ldistill.common.errors import did_you_mean
+from ldistill.data.index import ShardIndex
+from ldistill.data.loader import PackLoader
+from ldistill.data.order import Order
+from ldistill.data.remote.read_ahead import settle_reads
+from ldistill.distill.objective import COLUMNS
+from ldistill.evaluation.suites import rows as suite_rows
+from ldistill.recipe import Recipe
+from ldistill.sources import SourceWeights
+from ldistill.training.metrics import of_sources
+
+
+@dataclass
+class Validation:
+    """What a run is validated on.
+
+    index, order: of the documents; the order's first epoch is read.
+    weights: of the run, which has every source of the index.
+    batch_size: packs of a pass on a rank.
+    load: ``make_loader`` for this rank, but for index, order, batch size and packs.
+    """
+
+    index: ShardIndex
+    order: Order
+    weights: SourceWeights
+    batch_size: int
+    load: partial[PackLoader]
+
+    @property
+    def passes(self) -> int:
+        """Passes of every rank."""
+        return math.ceil(self.order.size(0) / (self.batch_size * ranks.count()))
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """This rank's batches (see `collate`), as many as every rank's; sources are the run's."""
+        numbers = torch.tensor([self.weights.names.index(name) for name in self.index.sources])
+        each = self.batch_size * ranks.count()
+        packs = {"batch_size": self.batch_size, "stop_pack": each * self.passes}
+        for number, batch in enumerate(self.load(self.index, order=self.order, **packs)):
+            first = number * each + ranks.index()
+            row = first + ranks.count() * torch.arange(self.batch_size)
+            batch["labels"][row >= self.order.size(0)] = IGNORE  # of the next epoch
+            batch["doc_source"] = numbers[batch["doc_source"]]
+            yield batch
+
+    def metrics(self) -> set[str]:
+        """Names of what is logged."""
+        sums = torch.zeros(len(self.weights.names), len(COLUMNS))
+        for source, read in self.order.summary().sources.items():
+            number = self.weights.names.index(source)
+            taught = self.weights.alpha[number] > 0
+            columns = len(COLUMNS) if taught else COLUMNS.index("kd_rows")
+            sums[number, :columns] = min(read["documents"], 1)
+        return set(of_sources(sums, self.weights))
+
+
+class Best:
+    """The best evaluation so far, as ``metrics.jsonl`` tells: a resumed run needs no other state.
+
+    Args:
+        file: ``metrics.jsonl``; rank 0 reads it.
+        metric: as logged.
+        greater: whether more of it is better.
+    """
+
+    def __init__(self, file: Path, metric: str, greater: bool) -> None:
+        self.file, self.metric, self.greater = file, metric, greater
+
+    def find(self, last_step: int) -> tuple[int, float] | None:
+        """Step and value of the best, the first of equals, up to a step; on rank 0."""
+        records = [r for r in read_metrics(self.file) if self.metric in r]
+        records = [r for r in records if 0 < r["step"] <= last_step]  # 0 has no checkpoint
+        sign = -1 if self.greater else 1
+        best = min(records, key=lambda r: sign * r[self.metric], default=None)
+        return best and (int(best["step"]), best[self.metric])
+
+
+def open_validation(
+    recipe: Recipe,
+    held: tuple[ShardIndex, Order] | None,
+    weights: SourceWeights,
+    load: partial[PackLoader],
+) -> Validation | None:
+    """What a recipe validates on, checked against its processor.
+
+    Raises:
+        ValueError: the shards were built for another student.
+    """
+    if held is None:
+        return None
+    args, (index, order) = recipe.training, held
+    index.check(load.keywords["processor"])
+    if index.store.remote:
+        settle_reads(index, order, args.world_size)
+    given = "per_device_eval_batch_size" in recipe.given
+    rows = args.per_device_eval_batch_size if given else args.per_device_train_batch_size
+    ranks.say(f"validation every {args.eval_steps:g} steps: {order.summary()}")
+    return Validation(index, order, weights, rows, load)
+
+
+def best_of(recipe: Recipe, metrics: Path, validation: Validation | None) -> Best | None:
+    """By which metric the best student is known, if it is asked for.
+
+    Raises:
+        ValueError: a metric that nothing evaluates.
+    """
+    args = recipe.training
+    if not args.load_best_model_at_end:
+        return None
+    known = validation.metrics() if validation else set()
+    if recipe.run.eval_suite is not None:
+        rows = suite_rows(recipe.run.eval_suite)
+        known |= {row.key for row in rows} | {row.group for row in rows}
+    metric = args.metric_for_best_model
+    if (name := metric.removeprefix("eval_")) not in known:
+        raise ValueError(
+            f"metric_for_best_model {name!r} is not evaluated.{did_you_mean(name, known)} There "
+            f"are {', '.join(sorted(known))}."
+        )
+    return Best(metrics, metric, args.greater_is_better)
