@@ -56,6 +56,11 @@ class PairArguments:
         "auto",
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
+    teacher_rope: str = _doc(
+        "lm: a student with another rotary base than its LM's is refused; student: the teacher's "
+        "queries are rotated at the student's.",
+        "lm",
+    )
     attention: str = _doc(
         "Student attention: auto | sdpa | flash_attention_2 | varlen | flex_attention | eager.",
         "sdpa",
@@ -324,10 +329,12 @@ def _check(recipe: Recipe) -> None:
     from ldistill.distill.attention import BACKENDS
     from ldistill.distill.targets import SCOPES
     from ldistill.distill.teacher import ENGINES
+    from ldistill.models.fit import ROPES
 
     choices = {
         "attention": (recipe.pair.attention, BACKENDS),
         "teacher_engine": (recipe.pair.teacher_engine, ENGINES),
+        "teacher_rope": (recipe.pair.teacher_rope, ROPES),
         "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
         "kv_scope": (recipe.distil.kv_scope, SCOPES),
         "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),

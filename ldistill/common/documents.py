@@ -8,21 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Turn
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
+    from torch import Tensor
 
 IGNORE = -100
 """The label of a position that is not supervised."""
-Grid = tuple[int, int]
-"""(rows, cols) of a picture's tiles."""
+Size = tuple[int, int]
+"""(width, height) of a picture in pixels: all that its place in the text depends on."""
+Pictures = dict[str, "Tensor"]
+"""What a vision tower takes of some pictures, by the names that its model gives it."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Document:
 class Processor(Protocol):
     """Tokenizer, chat template and image settings of one student, as the data path sees them."""
 
-    images: ImageSettings
+    images: Any
+    """A dataclass: at least `tiling`, `max_images`, `tokens_per_tile`."""
+    image_token_id: int
     pad_token_id: int
     parts: dict[str, str]
     """SHA-256 of what ids depend on, part by part."""
@@ -65,15 +68,20 @@ class Processor(Protocol):
         ...
 
     def encode(
-        self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = (), system: str = ""
+        self, turns: Sequence[Turn], sizes: Sequence[Size] = (), system: str = ""
     ) -> Document:
-        """Tokenise a conversation; `tile_grids` holds the (rows, cols) of each picture."""
+        """Tokenise a conversation about pictures of these sizes. Raises BadImage for one that the
+        student cannot take."""
         ...
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB. Raises BadImage."""
         ...
 
-    def tiles(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
-        """(float32 [tiles, 3, S, S], (rows, cols))."""
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Tensors of a document's pictures, in order; none of none. Raises BadImage."""
+        ...
+
+    def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
+        """Rotary positions int64 [axes, n] where a student has several axes; None: they count."""
         ...

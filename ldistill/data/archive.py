@@ -39,9 +39,10 @@ SAMPLE_DTYPE = np.dtype(
         ("tokens", "<u4"),  # length of the document, image tokens included
         ("supervised", "<u4"),  # positions that carry a label
         ("prompt", "<u4"),  # positions before the first that carries a label
-        ("tiles", "<u2"),  # tiles of all pictures
+        ("tiles", "<u2"),  # image tokens of all pictures, in the student's `tokens_per_tile`
     ]
 )
+MOST_TILES = int(np.iinfo(np.uint16).max)
 
 
 class BadSample(ValueError):

@@ -4,8 +4,11 @@ A batch row is a pack: documents side by side, positions restarting in each, pad
 
     input_ids, position_ids, labels, document_ids    int64 [B, S]
     doc_batch, doc_start, doc_length, doc_source, doc_sample    int64 [documents], row-major
-    pixel_values    float32 [tiles, 3, H, W], in the order of the image tokens; [0, 3, H, W] if none
-    drops           {reason: count} of samples given up while reading
+    answers     bool [B, S], True from a document's first answer on
+    rotary      int64 [axes, B, S], only of students whose rotary positions have several axes
+    pictures    {name: tensor} as the student's processor makes them, in the order of the image
+                tokens: along the first dimension, padded with 0 in the others; {} without any
+    drops       {reason: count} of samples given up while reading
 
 `labels` are already shifted (the token after this one, -100 = none), `document_ids` count from 0
 in each row and are -1 in the padding, whose positions restart at 0 like a document's.
@@ -21,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldistill.common.documents import IGNORE, Document
+from ldistill.common.documents import IGNORE, Document, Pictures
 from ldistill.data.archive import BadSample
 
 Batch = dict[str, Any]
@@ -29,12 +32,13 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedDocument:
-    """A document ready for a batch; `pixels` is float32 [tiles, 3, H, W] or None."""
+    """A document ready for a batch; `rotary` is int64 [axes, n] where there are several."""
 
     sample: int
     source: int
     document: Document
-    pixels: torch.Tensor | None = None
+    pictures: Pictures = field(default_factory=dict)
+    rotary: torch.Tensor | None = None
 
 
 @dataclass
@@ -59,7 +63,6 @@ class Collate:
     """
 
     pad_token_id: int
-    tile_size: int
     length: int | None = None
 
     def __call__(self, packs: Sequence[LoadedPack]) -> Batch:
@@ -76,8 +79,9 @@ class Collate:
             drops.update(pack.drops)
         return {
             **{name: torch.from_numpy(values) for name, values in rows.items()},
+            **_rotary(packs, rows["position_ids"]),
             **_document_table(lengths, documents),
-            "pixel_values": self._pixels(documents),
+            "pictures": merge([document.pictures for document in documents]),
             "drops": dict(drops),
         }
 
@@ -88,6 +92,7 @@ class Collate:
             "position_ids": np.zeros(shape, dtype=np.int64),
             "labels": np.full(shape, IGNORE, dtype=np.int64),
             "document_ids": np.full(shape, -1, dtype=np.int64),
+            "answers": np.zeros(shape, dtype=bool),
         }
         for row, pack in enumerate(packs):
             start = 0
@@ -97,15 +102,52 @@ class Collate:
                 rows["position_ids"][row, start:end] = np.arange(end - start)
                 rows["labels"][row, start:end] = loaded.document.labels
                 rows["document_ids"][row, start:end] = number
+                rows["answers"][row, start + loaded.document.prompt + 1 : end] = True
                 start = end
             rows["position_ids"][row, start:] = np.arange(width - start)
         return rows
 
-    def _pixels(self, documents: Sequence[LoadedDocument]) -> torch.Tensor:
-        tiles = [loaded.pixels for loaded in documents if loaded.pixels is not None]
-        if not tiles:
-            return torch.zeros(0, 3, self.tile_size, self.tile_size)
-        return torch.cat(tiles)
+
+def merge(pictures: Sequence[Pictures]) -> Pictures:
+    """The pictures of several documents as one; their shapes are padded with 0."""
+    merged: Pictures = {}
+    for name in dict.fromkeys(name for some in pictures for name in some):
+        tensors = [some[name] for some in pictures if name in some]
+        largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        merged[name] = torch.cat([_padded(t, largest) for t in tensors])
+    return merged
+
+
+def _padded(tensor: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    behind = [(0, size - own) for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+    if not any(more for _, more in behind):
+        return tensor
+    return torch.nn.functional.pad(tensor, [n for pair in reversed(behind) for n in pair])
+
+
+def _rotary(packs: Sequence[LoadedPack], positions: np.ndarray) -> dict[str, torch.Tensor]:
+    axes = {len(d.rotary) for pack in packs for d in pack.documents if d.rotary is not None}
+    if not axes:
+        return {}
+    rotary = torch.from_numpy(positions).expand(axes.pop(), -1, -1).clone()
+    for row, pack in enumerate(packs):
+        start = 0
+        for loaded in pack.documents:
+            end = start + len(loaded.document.input_ids)
+            rotary[:, row, start:end] = loaded.rotary
+            start = end
+    return {"rotary": rotary}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all of its tensors on a device, those of its pictures too."""
+    return {
+        name: to_device(value, device)
+        if isinstance(value, dict)
+        else value.to(device, non_blocking=True)
+        for name, value in batch.items()
+        if name != "drops"
+    }
 
 
 def _document_table(

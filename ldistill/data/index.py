@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ldistill.common.documents import Processor
-from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Sample
 from ldistill.data.archive import (
     INDEX_NAME,
@@ -173,9 +172,9 @@ class ShardIndex:
     # checks ----------------------------------------------------------------------------------
 
     @property
-    def image_settings(self) -> ImageSettings:
+    def image_settings(self) -> dict[str, Any]:
         """The settings that the shards were counted with."""
-        return ImageSettings(**self.meta[self.sources[0]]["image_settings"])
+        return self.meta[self.sources[0]]["image_settings"]
 
     def check(self, processor: Processor) -> None:
         """Raise ValueError unless every source was counted with this processor."""
@@ -183,7 +182,14 @@ class ShardIndex:
         for source, entry in self.meta.items():
             if entry["processor"] == processor.fingerprint():
                 continue
-            differ = [k for k, v in parts.items() if entry["processor_parts"].get(k) != v]
+            theirs, settings = entry["processor_parts"], entry["image_settings"]
+            if "pictures" not in theirs and settings["tiling"] == processor.images.tiling:
+                # Older shards of transformers' students name tokens and tiles apart; each
+                # document's length, which reading it checks, says whether they still agree.
+                theirs = theirs | {k: v for k, v in parts.items() if k == "pictures"}
+            differ = [k for k, v in parts.items() if theirs.get(k) != v]
+            if not differ:
+                continue
             raise ValueError(
                 f"the shards of {source} in {self.store.root} were built for another student: "
                 f"different {', '.join(differ)}. {self._settings_difference(entry, processor)}"

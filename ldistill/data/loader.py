@@ -16,7 +16,6 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldistill.common.documents import IGNORE, Document, Processor
@@ -93,19 +92,27 @@ class PackedDataset(Dataset[LoadedPack]):
         return pack
 
     def load(self, sample: int) -> LoadedDocument:
-        """One document with its tiles. Raises BadSample."""
+        """One document with its pictures. Raises BadSample."""
         shard, record, key = self.index.locate(sample)
         stored = self.index.read(sample)
+        processor = self.processor
         try:
-            cut = [self.processor.tiles(self.processor.load_image(data)) for data in stored.images]
+            images = [processor.load_image(data) for data in stored.images]
+            sizes = [image.size for image in images]
+            document = processor.encode(stored.turns, sizes, stored.system)
+            pictures = processor.pictures(images)
         except BadImage as error:
             raise BadSample(error.reason, shard.path, key, error.detail) from error
-        document = self.processor.encode(stored.turns, [grid for _, grid in cut], stored.system)
         if len(document.input_ids) != record["tokens"]:
             detail = f"{len(document.input_ids)} tokens instead of {record['tokens']}"
             raise BadSample("other length than in the index", shard.path, key, detail)
-        pixels = torch.cat([tiles for tiles, _ in cut]) if cut else None
-        return LoadedDocument(sample, shard.source, truncate(document, self.limit), pixels)
+        rotary = processor.rotary(document.input_ids, pictures)
+        kept = truncate(document, self.limit)
+        if (document.input_ids[len(kept.input_ids) :] == processor.image_token_id).any():
+            detail = f"{len(document.input_ids)} tokens, cut at {self.limit}"
+            raise BadSample("picture beyond the length limit", shard.path, key, detail)
+        rotary = None if rotary is None else rotary[:, : len(kept.input_ids)]
+        return LoadedDocument(sample, shard.source, kept, pictures, rotary)
 
 
 def truncate(document: Document, limit: int) -> Document:
@@ -180,9 +187,7 @@ def make_loader(
     return PackLoader(
         PackedDataset(index, processor, limit, on_bad_sample),
         batch_sampler=sampler,
-        collate_fn=Collate(
-            processor.pad_token_id, processor.images.tile_size, limit if packing else None
-        ),
+        collate_fn=Collate(processor.pad_token_id, limit if packing else None),
         num_workers=num_workers,
         pin_memory=pin_memory,
         multiprocessing_context=multiprocessing_context if num_workers else None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from inspect import signature
 
 import torch
@@ -30,7 +31,6 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
 PREFIX = "ldistill_"
@@ -106,6 +106,7 @@ def _varlen(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     *,
     cu_seq_lens_q: Tensor,
     max_length_q: int,
@@ -117,7 +118,8 @@ def _varlen(
     # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     boundaries, longest = cu_seq_lens_q, max_length_q
-    options = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    before = sliding_window - 1 if sliding_window else -1
+    options = {"scale": scaling, "window_size": (before, 0)}  # causal
     if k.shape[1] != q.shape[1]:
         options |= _GROUPED
     out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
@@ -151,7 +153,7 @@ def _recording(attend: Callable) -> Callable:
 
 _ATTENTIONS = {
     "sdpa": (sdpa_attention_forward, shared_sdpa_mask),
-    "eager": (eager_attention_forward, eager_mask),
+    "eager": (None, eager_mask),  # the decoder's own, see `attach`
     "flash_attention_2": (_flash_attention_2, flash_attention_mask),
     "varlen": (_varlen, None),
     "flex_attention": (flex_attention_forward, flex_attention_mask),
@@ -204,10 +206,13 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     """
     name = PREFIX + backend
     attend, mask = _ATTENTIONS[backend]
+    backbone = decoder.base_model
+    if attend is None:  # soft caps and sinks are in those of the models that have them
+        own = import_module(type(backbone.layers[0].self_attn).__module__)
+        attend, name = own.eager_attention_forward, f"{name}_{backbone.config.model_type}"
     ALL_ATTENTION_FUNCTIONS.register(name, _recording(attend))
     if mask is not None:  # without one by that name transformers makes no mask
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    backbone = decoder.base_model
     backbone.config._attn_implementation = name
     slots = []
     for layer in backbone.layers:

@@ -22,6 +22,7 @@ from ldistill.distill.attention import (
 from ldistill.distill.objective import Objective
 from ldistill.distill.targets import Queries, Supervision, queries_for, supervise
 from ldistill.distill.teacher import Teacher
+from ldistill.models.logits import LogitScaling
 from ldistill.models.student import Student
 from ldistill.sources import SourceWeights
 from ldistill_kernels import plan_tiles
@@ -65,18 +66,18 @@ class Distiller(nn.Module):
         """Run the student's attention through another backend from now on."""
         self.attention, self.slots = backend, attach(self.student.backbone, backend)
 
-    @property
-    def teacher_vocab(self) -> int:
-        """Token ids the teacher knows; those beyond stand for the picture.
+    def known(self, ids: Tensor) -> Tensor:
+        """Of token ids, whether the teacher has their embeddings: bool, in their shape.
 
-        An LM may have more embeddings than tokens; the student's image token can be one of them.
+        Pictures stand at ids of their own, behind the LM's or (Qwen's, Mistral's) among them.
         """
-        image = self.student.image_token_id
-        return min(self.teacher.vocab_size, image) if self.teacher else image
+        pictures = torch.tensor(self.student.picture_token_ids, device=ids.device)
+        mine = ~torch.isin(ids, pictures)
+        return mine & (ids < self.teacher.vocab_size) if self.teacher else mine
 
     def supervise(self, batch: dict[str, Tensor]) -> Supervision:
         """Targets and queries of a batch that still lies on the CPU."""
-        supervision = supervise(batch, self.weights, self.kv_scope, self.teacher_vocab)
+        supervision = supervise(batch, self.weights, self.kv_scope, self.known)
         if self.teacher is not None:
             queries, config = supervision.queries, self.teacher.lm.config
             group = config.num_attention_heads // config.num_key_value_heads
@@ -111,7 +112,12 @@ class Distiller(nn.Module):
         # [batch, seq, hidden] → [targets, hidden]: the head runs on no other position.
         hidden = _autocast(hidden.flatten(0, 1)[targets.flat])
         judge = partial(
-            self.objective, targets=targets, total=total, sources=len(self.weights.names)
+            self.objective,
+            targets=targets,
+            total=total,
+            sources=len(self.weights.names),
+            scaling=LogitScaling.of(self.student.backbone.config),
+            teacher_scaling=self.teacher.scaling if self.teacher else LogitScaling(),
         )
 
         # Under ZeRO-3 a head's weight is whole only while the head is being called with the states
@@ -135,11 +141,11 @@ class Distiller(nn.Module):
     def _student(self, batch: dict[str, Tensor], record: bool) -> tuple[Tensor, SharedKV | None]:
         """States [batch, seq, hidden], and the K/V of every layer if they are asked for."""
         packed = document_boundaries(batch["position_ids"]) if self.attention in PACKED else {}
-        arguments = (batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        arguments = student_inputs(batch)
         if not record:
-            return self.student(*arguments, **packed), None
+            return self.student(**arguments, **packed), None
         with recording(self.slots) as recorded:
-            hidden = self.student(*arguments, **packed)
+            hidden = self.student(**arguments, **packed)
             shared = recorded()
         return hidden, shared if self.kv_grad == "through" else shared.detach()
 
@@ -179,16 +185,24 @@ class Distiller(nn.Module):
     def own_queries(self, batch: dict[str, Tensor], supervision: Supervision) -> Queries:
         """Queries for :meth:`teacher_alone`, of a batch that still lies on the CPU."""
         targets = supervision.targets
-        return queries_for(batch, targets.flat[targets.taught], "own", self.teacher_vocab)
+        return queries_for(batch, targets.flat[targets.taught], "own", self.known)
 
     def _blank_kv(self, batch: dict[str, Tensor]) -> SharedKV:
         """Shared K/V of the student's shape that nothing sees."""
         backbone = self.student.backbone
-        heads, head_dim = backbone.config.num_key_value_heads, backbone.layers[0].self_attn.head_dim
+        attention = backbone.layers[0].self_attn
+        key = getattr(attention, "qk_head_dim", None) or attention.head_dim
+        value = getattr(attention, "v_head_dim", key)  # DeepSeek's are narrower
         size, seq = batch["input_ids"].shape
-        zero = torch.zeros(size, heads, seq, head_dim, dtype=backbone.dtype)
-        zero = zero.to(batch["input_ids"].device)
-        return SharedKV(*[[zero] * backbone.config.num_hidden_layers] * 2)
+        device = batch["input_ids"].device
+        keys, values = (
+            torch.zeros(1, dtype=backbone.dtype, device=device).expand(
+                size, backbone.config.num_key_value_heads, seq, width
+            )
+            for width in (key, value)
+        )
+        layers = backbone.config.num_hidden_layers
+        return SharedKV([keys.contiguous()] * layers, [values.contiguous()] * layers)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -219,6 +233,12 @@ class Distiller(nn.Module):
         """`torch.compile` every decoder block, with its options: one graph serves all layers."""
         for layer in self.student.backbone.layers:
             layer.compile(**options)
+
+
+def student_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the student takes of a batch."""
+    names = ("input_ids", "position_ids", "pictures", "rotary", "answers")
+    return {name: batch[name] for name in names if name in batch}
 
 
 def _idle_query(shared: SharedKV, scope: str) -> Queries:

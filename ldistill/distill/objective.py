@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from ldistill.distill.targets import Targets
+from ldistill.models.logits import LogitScaling
 from ldistill_kernels import DistillLoss, distill_loss
 
 COMBINATIONS = ("convex", "additive")
 DIVERGENCES = ("forward", "reverse", "jsd")
 GATES = ("none", "agreement", "confidence")
+NO_SCALING = LogitScaling()
 _AT_ONCE = 1024  # teacher logits of so many targets exist at a time, for a gate
 
 # Columns of the metrics matrix, all sums over targets (called rows in what a run logs).
@@ -79,6 +81,8 @@ class Objective:
         *,
         total: float,
         sources: int,
+        scaling: LogitScaling = NO_SCALING,
+        teacher_scaling: LogitScaling = NO_SCALING,
     ) -> tuple[Tensor, Tensor]:
         """Loss of a micro-batch as its share of the global batch.
 
@@ -89,6 +93,7 @@ class Objective:
             targets: labels, α, τ, and which of them are taught.
             total: N.
             sources: number of sources, for the metrics.
+            scaling, teacher_scaling: of the student's and the teacher's logits.
 
         Returns:
             The scalar loss and detached sums by source, float32 [sources, len(COLUMNS)].
@@ -98,7 +103,7 @@ class Objective:
         if h_t is not None:
             w_t = w_t.to(h_t.dtype)
             if self.gate != "none":
-                gates = gate(self.gate, h_t, w_t, targets.label[targets.taught])
+                gates = gate(self.gate, h_t, w_t, targets.label[targets.taught], teacher_scaling)
         weights = self.weights(targets, gates)
         result = distill_loss(
             h_s,
@@ -110,8 +115,14 @@ class Objective:
             kd_weight=None if h_t is None else weights.kd / total,
             temperature=targets.temperature,
             kd_targets=None if h_t is None else targets.taught,
+            # Either may have rows behind its tokens that stand for none (InternVL's are fewer).
+            vocab=None if h_t is None else min(len(w_s), len(w_t)),
             kl=self.kl,
             t_squared=self.t_squared,
+            logit_scale_s=scaling.scale,
+            softcap_s=scaling.softcap,
+            logit_scale_t=teacher_scaling.scale,
+            softcap_t=teacher_scaling.softcap,
             kernels=self.kernels,
         )
         return result.loss, self._metrics(result, targets, weights, sources)
@@ -140,7 +151,13 @@ def _add_by_source(sums: Tensor, source: Tensor, columns: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def gate(kind: str, hidden: Tensor, weight: Tensor, label: Tensor) -> Tensor:
+def gate(
+    kind: str,
+    hidden: Tensor,
+    weight: Tensor,
+    label: Tensor,
+    scaling: LogitScaling = NO_SCALING,
+) -> Tensor:
     """How far to trust the teacher, target by target: an option beyond the paper.
 
     The teacher reads the picture through the student's keys and values and may misread it. A gate
@@ -156,12 +173,13 @@ def gate(kind: str, hidden: Tensor, weight: Tensor, label: Tensor) -> Tensor:
         hidden: teacher states, [taught, hidden].
         weight: the teacher's head, [teacher vocabulary, hidden].
         label: int64 [taught]; one that the teacher does not know counts as contradicted.
+        scaling: of the teacher's logits.
 
     Returns:
         float32 [taught].
     """
     parts = [
-        _gate(kind, (h @ weight.T).float(), y)
+        _gate(kind, scaling((h @ weight.T).float()), y)
         for h, y in zip(hidden.split(_AT_ONCE), label.split(_AT_ONCE), strict=True)
     ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

@@ -10,6 +10,7 @@ depends on no other query.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,6 +20,8 @@ from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
 SCOPES = ("full", "prompt", "visual", "own")
+Known = Callable[[Tensor], Tensor]
+"""int64 token ids → bool, whether the teacher knows them."""
 
 
 class _Tensors:
@@ -64,6 +67,17 @@ class Queries(_Tensors):
     def __len__(self) -> int:
         return self.token.shape[0]
 
+    def first_own_within(self, window: int, seq: int) -> Tensor:
+        """``start2`` for a layer whose queries see ``window`` positions, themselves included.
+
+        Args:
+            window: of the layer.
+            seq: length of a batch row.
+        """
+        flat = self.batch * seq + self.index  # ascending
+        first = torch.searchsorted(flat[self.own], flat - window + 1)
+        return torch.maximum(self.start2, first)
+
 
 @dataclass
 class Targets(_Tensors):
@@ -96,7 +110,7 @@ class Supervision(_Tensors):
 
 
 def supervise(
-    batch: dict[str, Tensor], weights: SourceWeights, scope: str, teacher_vocab: int
+    batch: dict[str, Tensor], weights: SourceWeights, scope: str, known: Known
 ) -> Supervision:
     """Targets and queries of a micro-batch.
 
@@ -104,22 +118,20 @@ def supervise(
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
         weights: α and τ by source.
         scope: one of ``SCOPES``.
-        teacher_vocab: tokens from this id on have no teacher embedding: image positions.
+        known: of token ids, which have an embedding of the teacher's; the others stand for
+            pictures, or are the student's own.
     """
     labels = batch["labels"].flatten()  # [batch × seq], as are all that follow until `flat`
     flat = torch.nonzero(labels != IGNORE).flatten()
     source = _source_at(batch)[flat]  # [targets] from here on
     alpha = torch.tensor(weights.alpha, dtype=torch.float32)[source]
     temperature = torch.tensor(weights.temperature, dtype=torch.float32)[source]
-    known = batch["input_ids"].flatten()[flat] < teacher_vocab
-    taught = torch.nonzero((alpha > 0) & known).flatten()
+    taught = torch.nonzero((alpha > 0) & known(batch["input_ids"].flatten()[flat])).flatten()
     targets = Targets(flat, labels[flat], source, alpha, temperature, taught)
-    return Supervision(targets, queries_for(batch, flat[taught], scope, teacher_vocab))
+    return Supervision(targets, queries_for(batch, flat[taught], scope, known))
 
 
-def queries_for(
-    batch: dict[str, Tensor], wanted: Tensor, scope: str, teacher_vocab: int
-) -> Queries:
+def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: str, known: Known) -> Queries:
     """What the teacher must compute to give its logits at ``wanted`` positions.
 
     Args:
@@ -127,7 +139,7 @@ def queries_for(
         wanted: int64 [taught], flat positions, ascending.
         scope: ``full``, ``prompt``, ``visual``, or ``own`` (text alone, no shared K/V at all: what
             the teacher knows without the picture).
-        teacher_vocab: as for :func:`supervise`.
+        known: as for :func:`supervise`.
     """
     if scope == "full":
         return _gather(batch, wanted)
@@ -136,7 +148,7 @@ def queries_for(
     ids, doc = batch["input_ids"].flatten(), _document_at(batch)
     distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)  # the last one for padding, -1
     distilling[doc[wanted]] = True
-    text = (ids < teacher_vocab) & (doc >= 0) & distilling[doc]
+    text = known(ids) & (doc >= 0) & distilling[doc]
     own_at = _answer_positions(batch["labels"]).flatten() & text if scope == "prompt" else text
     visible = torch.zeros_like(own_at) if scope == "own" else ~own_at
     needed = own_at.clone()
@@ -157,13 +169,14 @@ def queries_for(
 
 def _gather(batch: dict[str, Tensor], flat: Tensor) -> Queries:
     seq = batch["input_ids"].shape[1]
-    rotary = batch["position_ids"].flatten()[flat]
-    index = flat % seq
+    index, place = flat % seq, batch["position_ids"].flatten()[flat]
+    # Queries stand at text, where all axes of a rotary position are equal.
+    rotary = batch["rotary"][0].flatten()[flat] if "rotary" in batch else place
     return Queries(
         token=batch["input_ids"].flatten()[flat],
         rotary=rotary,
         batch=flat // seq,
-        start=index - rotary,  # rotary positions count from the document's first
+        start=index - place,
         index=index,
     )
 

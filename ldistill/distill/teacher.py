@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ldistill.distill.attention import SharedKV
 from ldistill.distill.targets import Queries
+from ldistill.models.logits import LogitScaling
 from ldistill.models.student import LMHead, keep_rotary_float32
 from ldistill_kernels import shared_kv_attention
 
@@ -42,16 +43,25 @@ def _read_shared(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: query [1, heads, queries, head_dim], rotated."""
+    """An attention function of transformers: query [1, heads, queries, head_dim], rotated.
+
+    Window, soft cap and sinks (``s_aux``) are the layer's, as its model hands them over.
+    """
     queries, shared, kernels = _reading.get()
     k, v = shared.keys[module.layer_idx], shared.values[module.layer_idx]
     own: dict[str, Tensor | None] = {}
     if queries.own is not None:
         # [1, kv_heads, queries, head_dim] → [own, kv_heads, head_dim]: those that others see, too
         key, value = (t[0].transpose(0, 1)[queries.own].to(k.dtype) for t in (key, value))
-        own = {"k2": key, "v2": value, "start2": queries.start2, "end2": queries.end2}
+        start2 = queries.start2
+        if sliding_window:
+            start2 = queries.first_own_within(sliding_window, k.shape[2])
+        own = {"k2": key, "v2": value, "start2": start2, "end2": queries.end2}
     out = shared_kv_attention(
         query[0].transpose(0, 1).to(k.dtype),  # a view: [queries, heads, head_dim]
         k,
@@ -61,6 +71,9 @@ def _read_shared(
         queries.index,
         visible=queries.visible,
         tiles=queries.tiles,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
         scale=scaling,
         kernels=kernels,
         # All layers ask with the same arrays, so the first one's look at them is enough.
@@ -114,6 +127,10 @@ class Teacher:
     @property
     def vocab_size(self) -> int:
         return self.lm.config.vocab_size
+
+    @property
+    def scaling(self) -> LogitScaling:
+        return LogitScaling.of(self.lm.config)
 
     def hidden(self, queries: Queries, shared: SharedKV, through: bool = False) -> Tensor:
         """Hidden states after the final norm of the queries whose logits are wanted.

@@ -18,10 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
+
+from ldistill.data.collate import merge, to_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -167,23 +170,28 @@ class StudentScorer(Scorer):
         return self.processor.clean(text)
 
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        rows, tiles = [], []
+        rows, pictures = [], []
         for question in questions:
-            cut_up = [self.processor.tiles(picture.convert("RGB")) for picture in question.pictures]
-            tiles += [tile for tile, _ in cut_up]
-            grids = [grid for _, grid in cut_up]
+            images = [picture.convert("RGB") for picture in question.pictures]
+            pictures.append(self.processor.pictures(images))
             rows.append(
-                self.processor.prompt((), question.text, grids)
+                self.processor.prompt((), question.text, [image.size for image in images])
                 if question.chat
-                else self._prompt_ids(question.text)
+                else np.asarray(self._prompt_ids(question.text), dtype=np.int32)
             )
-        return self._pad(rows) | {
-            "pixel_values": torch.cat(tiles).to(self.device) if tiles else None
-        }
+        seen = to_device({"pictures": merge(pictures)}, self.device)
+        pairs = zip(rows, pictures, strict=True)
+        self._rotary = [self.processor.rotary(row, picture) for row, picture in pairs]
+        return self._pad(rows) | seen
 
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         positions = _positions(inputs["attention_mask"])
-        return self.model.lm_head(self.model(position_ids=positions, **inputs)[:, -last:])
+        answers = torch.zeros_like(positions, dtype=torch.bool)
+        answers[:, 1 - last :] = True  # `last` counts the prompt's last position
+        options = inputs | {"position_ids": positions, "answers": answers}
+        if self._rotary[0] is not None:
+            options["rotary"] = _continued(self._rotary, positions, last - 1)
+        return self.model.lm_head(self.model(**options)[:, -last:])
 
 
 class TransformersScorer(Scorer):
@@ -335,6 +343,16 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def _positions(mask: Tensor) -> Tensor:
     """Positions that start at 0 behind the padding, [batch, seq]."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _continued(rotary: Sequence[Tensor], positions: Tensor, answer: int) -> Tensor:
+    """Rotary positions [axes, batch, seq] of left-padded prompts and of answers behind them."""
+    whole = positions.expand(len(rotary[0]), -1, -1).clone()
+    end = positions.shape[1] - answer
+    for row, prompt in enumerate(rotary):
+        behind = prompt[:, -1:] + torch.arange(1, answer + 1)
+        whole[:, row, end - prompt.shape[1] :] = torch.cat([prompt, behind], 1)
+    return whole
 
 
 def _append(inputs: Inputs, ids: Tensor, real: Tensor) -> Inputs:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ldistill.models.parts import trained_share
 from ldistill.models.student import Student
@@ -35,6 +35,7 @@ class StepCounts:
         queries: positions the teacher ran.
         query_pairs: (query, key) pairs of the teacher's attention.
         taught: positions its head ran.
+        image_tokens: positions of pictures; set where the tiles are a real batch's.
     """
 
     positions: int
@@ -44,6 +45,7 @@ class StepCounts:
     queries: int = 0
     query_pairs: int = 0
     taught: int = 0
+    image_tokens: int = 0
 
 
 def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
@@ -70,7 +72,7 @@ def step_flops(
     *,
     vision_flops_per_tile: float,
     projector_weights: int,
-    tokens_per_tile: int,
+    tokens_per_tile: float,
     kv_scope: str = "full",
     lora_rank: int = 0,
     trained: float = 1.0,
@@ -118,14 +120,14 @@ def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") 
     return step_flops(
         student.backbone.config,
         counts,
-        vision_flops_per_tile=vision_flops(student.vision.config),
+        vision_flops_per_tile=vision_flops_of(student.vision),
         projector_weights=linear_weights(student.projector),
-        tokens_per_tile=student.tokens_per_tile,
+        tokens_per_tile=counts.image_tokens / max(counts.tiles, 1),
         kv_scope=kv_scope,
         lora_rank=lora_rank(student.backbone),
         trained=trained_share(student.backbone.layers),
         head_trained=student.lm_head.weight.requires_grad,
-        vision_trained=trained_share(student.vision) > 0,
+        vision_trained=any(p.requires_grad for p in student.vision_parameters()),
     )
 
 
@@ -141,6 +143,15 @@ def linear_weights(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
+def vision_flops_of(tower: nn.Module) -> float:
+    """Forward FLOPs of a tower per tile; where pictures are of any size, per patch, of its products
+    alone: the attention among patches is then not counted."""
+    config = tower.config
+    if isinstance(getattr(config, "image_size", None), int) and config.model_type != "pixtral":
+        return vision_flops(config)
+    return 2 * linear_weights(tower)
+
+
 def vision_flops(config: Any) -> float:
     """Forward FLOPs of a SigLIP or CLIP tower on one tile."""
     hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
@@ -150,7 +161,7 @@ def vision_flops(config: Any) -> float:
     return config.num_hidden_layers * (2 * layer * patches + attention) + 2 * embed * patches
 
 
-def count_step(batch: dict[str, Tensor], supervision: Any) -> StepCounts:
+def count_step(student: Student, batch: dict[str, Any], supervision: Any) -> StepCounts:
     """Counts of a micro-batch, from tensors that still lie on the CPU."""
     lengths = batch["doc_length"]
     targets, queries = supervision.targets, supervision.queries
@@ -158,9 +169,10 @@ def count_step(batch: dict[str, Tensor], supervision: Any) -> StepCounts:
     return StepCounts(
         positions=batch["input_ids"].numel(),
         pairs=int((lengths * (lengths + 1) // 2).sum()),
-        tiles=batch["pixel_values"].shape[0],
+        tiles=student.tiles(batch["pictures"]),
         targets=len(targets),
         queries=len(queries),
         query_pairs=int((queries.index - queries.start + 1).sum()),
         taught=targets.taught.numel(),
+        image_tokens=int((batch["input_ids"] == student.image_token_id).sum()),
     )

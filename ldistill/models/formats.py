@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ldistill.common.locate import resolve
-from ldistill.models import hf_vlm_format, nanovlm_format
+from ldistill.models import hf_vlm_format, hf_vlm_processor, nanovlm_format
+from ldistill.models.hf_vlm import FAMILIES
 from ldistill.models.lora import LowRank
 from ldistill.models.processor import Processor
 from ldistill.models.student import Student
@@ -40,10 +41,10 @@ FORMATS = (
         nanovlm_format.export_like,
     ),
     Format(
-        "transformers' llava, idefics3, smolvlm (LLaVA-1.5, SmolVLM)",
+        f"transformers' {', '.join(FAMILIES)}",
         hf_vlm_format.reads,
         hf_vlm_format.load_hf_vlm,
-        hf_vlm_format.load_processor,
+        hf_vlm_processor.load_processor,
         hf_vlm_format.export_like,
     ),
 )

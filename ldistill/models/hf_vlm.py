@@ -1,58 +1,135 @@
-"""LLaVA and SmolVLM students: transformers' own classes, whole, with this program's entrances.
+"""Students of transformers' families: its own classes, whole, with this program's entrances.
 
-    LLaVA-1.5   CLIP → two linear layers → Llama (Vicuna), or SigLIP, Mistral, Qwen2 in their place
-    SmolVLM     SigLIP → pixel shuffle and one linear layer → Llama (SmolLM2); Idefics3's classes
-
-The model is kept as transformers built it, under ``vlm``; the parts it is made of are properties.
-`hf_vlm_format` reads and writes the checkpoint, `hf_vlm_processor` makes its inputs.
+The model is kept as transformers built it, under ``vlm``, and its own forward puts features in
+their places; what it is given are pictures as its processor made them, and positions that keep the
+documents of a packed row apart. `hf_vlm_format` reads and writes the checkpoint,
+`hf_vlm_processor` makes its inputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
+from ldistill.common.documents import Pictures
 from ldistill.common.partition import partitioned_by
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
+
+# As its processor writes a prompt: pictures, the start token, the question, a line feed.
+_PALIGEMMA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% if loop.first %}<bos>{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where one of transformers' VLM classes keeps its parts (attributes of ``vlm.model``).
+    """What must be said of one of transformers' VLM classes, beyond what it says itself.
 
-    image_dims: leading dimensions of the pixel values that its ``get_image_features`` takes.
+    tiling:   option of its image processor that cuts large pictures into tiles; ``always`` where
+              it cannot be turned off, None where pictures are seen whole.
+    sees:     positions that see what follows them: ``""`` none, ``pictures`` those of one picture
+              each other, ``prefix`` all before the first answer.
+    template: chat template, where its checkpoints have none.
     """
 
-    vision: str
-    projector: str
-    backbone: str
-    image_dims: int
+    tiling: str | None = None
+    sees: str = ""
+    template: str | None = None
+
+    def picture_options(self, kind: str, tiling: bool) -> dict[str, bool]:
+        """Options of the image processor. Raises ValueError for tiles where there are none."""
+        if tiling and self.tiling is None:
+            raise ValueError(
+                f"tiling: {kind} sees every picture whole; leave --tiling out, or use a family "
+                "that cuts them (SmolVLM, InternVL)."
+            )
+        return {} if self.tiling in (None, "always") else {self.tiling: tiling}
 
 
-_IDEFICS3 = Family("vision_model", "connector", "text_model", 2)
+_SPLIT, _CROP, _ALWAYS, _WHOLE = (
+    Family("do_image_splitting"),
+    Family("crop_to_patches"),
+    Family("always"),
+    Family(),
+)
 FAMILIES = {
-    "llava": Family("vision_tower", "multi_modal_projector", "language_model", 1),
-    "idefics3": _IDEFICS3,
-    "smolvlm": _IDEFICS3,
+    "llava": _WHOLE,
+    "llava_next": _ALWAYS,
+    "llava_onevision": _ALWAYS,
+    "idefics3": _SPLIT,
+    "smolvlm": _SPLIT,
+    "internvl": _CROP,
+    "qwen2_vl": _WHOLE,
+    "qwen2_5_vl": _WHOLE,
+    "qwen3_vl": _WHOLE,
+    "qwen3_vl_moe": _WHOLE,
+    "glm4v": _WHOLE,
+    "glm46v": _WHOLE,
+    "gemma3": Family("do_pan_and_scan", sees="pictures"),
+    "paligemma": Family(sees="prefix", template=_PALIGEMMA),
+    "mistral3": _WHOLE,
+    "ovis2": _CROP,
+    "aya_vision": _CROP,
+    "cohere2_vision": _CROP,
+    "kimi_k25": _WHOLE,
+    "video_llama_3": _WHOLE,
 }
+"""By ``model_type``. A class of the LLaVA kind is a line."""
+
+
+class ModelClasses(NamedTuple):
+    """transformers' class of a whole model, and of the one without its head."""
+
+    whole: type[PreTrainedModel]
+    base: type[PreTrainedModel]
+
+
+def model_classes(config: PretrainedConfig) -> ModelClasses:
+    return ModelClasses(
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], MODEL_MAPPING[type(config)]
+    )
 
 
 class HFVLM(Student):
-    """A student around one of transformers' ``...ForConditionalGeneration``."""
+    """A student around one of transformers' ``...ForConditionalGeneration``.
 
-    def __init__(self, vlm: PreTrainedModel) -> None:
+    Args:
+        vlm: the model.
+        blank: tensors of one picture, for batches that hold none.
+    """
+
+    def __init__(self, vlm: PreTrainedModel, blank: Pictures) -> None:
         super().__init__()
         self.vlm = vlm
         self.family = FAMILIES[vlm.config.model_type]
-        LMHead.wrap(vlm.lm_head)
+        LMHead.wrap(vlm.get_output_embeddings())
         keep_rotary_float32(vlm)
         self.image_token_id = vlm.config.image_token_id
-        self.tokens_per_tile = tokens_per_tile(vlm.config)
-        self.tile_size = vlm.config.vision_config.image_size
         self.base_vocab_size = None  # the configuration doesn't keep it
+        self._takes = set(signature(vlm.base_model.forward).parameters)
+        accepted = signature(vlm.base_model.get_image_features).parameters
+        self.blank = {name: value for name, value in blank.items() if name in accepted}
+        self._blank_due = False
+        vlm.get_input_embeddings().register_forward_hook(self._add_blank)
+        self._packed: dict[str, Any] = {}
+        self.backbone.register_forward_pre_hook(self._pack, with_kwargs=True)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -62,31 +139,127 @@ class HFVLM(Student):
     @property
     def vision(self) -> nn.Module:
         """The vision tower."""
-        return getattr(self.vlm.model, self.family.vision)
+        return self.vlm.get_encoder("image")
 
     @property
-    def projector(self) -> nn.Module:
-        """From patches to embeddings."""
-        return getattr(self.vlm.model, self.family.projector)
+    def projector(self) -> nn.ModuleList:
+        """All between tower and decoder: towers of Qwen and GLM hold their mergers themselves."""
+        vision, base = self.vision, self.vlm.base_model
+        inside = [m for name, m in vision.named_children() if "merger" in name]
+        beside = [m for m in base.children() if m not in (vision, self.backbone)]
+        loose = nn.ParameterList(base.parameters(recurse=False))
+        return nn.ModuleList([*inside, *beside, loose])
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The decoder without its head."""
-        return getattr(self.vlm.model, self.family.backbone)
+        return self.vlm.get_decoder()
 
     @property
     def lm_head(self) -> LMHead:
         """Head of the decoder."""
-        return self.vlm.lm_head
+        return self.vlm.get_output_embeddings()
 
-    def project(self, pixel_values: Tensor) -> Tensor:
-        """[tiles, 3, S, S], normalised → [tiles × tokens per tile, hidden], by transformers."""
-        pixels = pixel_values.to(self.backbone.dtype)
-        if self.family.image_dims == 2:  # Idefics3 counts samples and their images
-            pixels = pixels[None]
-        features = self.vlm.model.get_image_features(pixel_values=pixels)
-        features = getattr(features, "pooler_output", features)
-        return torch.cat(list(features)).flatten(0, -2)
+    @property
+    def picture_token_ids(self) -> tuple[int, ...]:
+        """Ovis2 has embeddings of its own around pictures, too."""
+        indicators = getattr(self.config, "visual_indicator_token_ids", None) or ()
+        return (self.image_token_id, *indicators)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        pictures: Pictures | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary: Tensor | None = None,
+        answers: Tensor | None = None,
+        **packed: Tensor | int,
+    ) -> Tensor:
+        if rotary is not None:  # documents are told apart by the first row: [4, batch, seq]
+            position_ids = torch.cat([position_ids[None], rotary])
+        # Not handed down from here: some vision towers would take them for their own.
+        self._packed = packed
+        self._blank_due = self.training and not pictures
+        output = self.vlm.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **self._pictures(pictures),
+            **self._types(input_ids, answers),
+        )
+        return output.last_hidden_state
+
+    def tiles(self, pictures: Pictures) -> int:
+        if not pictures:
+            return 0
+        pixels, patch = pictures["pixel_values"], self.vision.config.patch_size
+        if pixels.ndim == 4 and "image_sizes" in pictures:  # Pixtral's, padded to the largest
+            return int((pictures["image_sizes"] // patch).prod(1).sum())
+        if pixels.ndim == 5:  # pictures with less tiles than others are padded with 0
+            return int((pixels[..., 0, 0, 0] != 0).sum())
+        return len(pixels)
+
+    def _pictures(self, pictures: Pictures | None) -> Pictures:
+        dtype = self.backbone.dtype
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in (pictures or {}).items()
+        }
+
+    def _types(self, input_ids: Tensor, answers: Tensor | None) -> dict[str, Tensor]:
+        """What kind of token stands where, for those models that ask."""
+        pictures = (input_ids == self.image_token_id).long()
+        types = {}
+        if "mm_token_type_ids" in self._takes:
+            types["mm_token_type_ids"] = pictures
+        if self.family.sees:
+            prefix = torch.zeros_like(input_ids) if answers is None else answers.long()
+            types["token_type_ids"] = prefix if self.family.sees == "prefix" else pictures
+        return types
+
+    def _pack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Hand the documents' boundaries to the decoder."""
+        return args, kwargs | self._packed
+
+    def _add_blank(self, module: nn.Module, args: tuple, embeds: Tensor) -> Tensor | None:
+        """Add 0, by way of vision tower and projector: every rank must run the same modules.
+
+        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
+        projector would have no gradient to reduce. It happens here, behind the embedding, because
+        that is where a batch with pictures runs them.
+        """
+        if not self._blank_due:
+            return None
+        self._blank_due = False
+        blank = {name: value.to(embeds.device) for name, value in self.blank.items()}
+        seen = self.vlm.base_model.get_image_features(**self._pictures(blank), return_dict=True)
+        tensors = _tensors([seen.pooler_output, getattr(seen, "deepstack_features", None)])
+        return embeds + sum((t * 0).sum() for t in tensors).to(embeds.dtype)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pictures: Pictures | None = None,
+        attention_mask: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        criteria = {k: options.pop(k) for k in ("stopping_criteria",) if k in options}
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self._packed = {}
+        whole = self.vlm.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(**options),
+            **self._pictures(pictures),
+            **self._types(input_ids, None),
+            **criteria,
+        )
+        return whole[:, input_ids.shape[1] :]
 
     def causal_lm(self) -> PreTrainedModel:
         """A ``...ForCausalLM`` of the decoder's kind around this student's decoder and head."""
@@ -94,6 +267,12 @@ class HFVLM(Student):
             shell = AutoModelForCausalLM.from_config(self.backbone.config)
         shell.model, shell.lm_head = self.backbone, self.lm_head
         return shell.train(self.training)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    return [t for value in values or () for t in _tensors(value)]
 
 
 def tokens_per_tile(config: PretrainedConfig) -> int:

@@ -1,4 +1,4 @@
-"""LLaVA and SmolVLM checkpoints: read by transformers, written back file by file.
+"""Checkpoints of transformers' VLMs: read by transformers, written back file by file.
 
 An export is a copy of the folder in which only trained tensors differ: same safetensors files and
 index, same keys and dtypes, configuration, tokenizer and templates byte for byte. Tensors go
@@ -14,30 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PretrainedConfig,
-    ProcessorMixin,
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+    revert_weight_conversion,
 )
 
-from ldistill.common.images import ImageSettings
 from ldistill.common.locate import resolve
 from ldistill.common.partition import partitioned_by, partitioned_by_the_run
-from ldistill.models.hf_vlm import FAMILIES, HFVLM, tokens_per_tile
-from ldistill.models.hf_vlm_processor import (
-    HFProcessor,
-    Idefics3Settings,
-    Idefics3Tokens,
-    LlavaTokens,
-)
+from ldistill.models.hf_vlm import FAMILIES, HFVLM
+from ldistill.models.hf_vlm_processor import load_processor
 from ldistill.models.lora import LowRank, updated
-from ldistill.models.processor import check_token
 from ldistill.models.weights import (
     open_weights,
     read_model,
@@ -47,22 +42,8 @@ from ldistill.models.weights import (
 
 logger = logging.getLogger(__name__)
 
-# Names on disk, older first: LLaVA's checkpoints keep those of transformers before 4.52.
-_RENAMED = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("vision_tower.", "model.vision_tower."),
-)
-_PREFIX = "vlm."  # of our parameter names before transformers'
-
-
-def parameter_name(key: str) -> str:
-    """Our name of a tensor on disk (of the decoder or the projector)."""
-    for disk, current in _RENAMED:
-        if key.startswith(disk):
-            return _PREFIX + current + key.removeprefix(disk)
-    return _PREFIX + key
+BLANK = (64, 64)  # pixels of the picture that stands for none
+PREFIX = "vlm."  # of our parameter names before transformers'
 
 
 def load_hf_vlm(
@@ -83,8 +64,8 @@ def load_hf_vlm(
     disk = _disk_shapes(folder)
     with partitioned_by_the_run() if partition else partitioned_by(None):
         vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
-    model = HFVLM(vlm)
-    refuse_misfit(folder, problems + _unwritable(model, disk))
+    model = HFVLM(vlm, load_processor(folder).pictures([Image.new("RGB", BLANK)]))
+    refuse_misfit(folder, problems + _unwritable(model, disk, DiskNames(folder)))
     if unused:
         kept = ", ".join(unused[:5])
         logger.warning("%s: tensors kept on export but not used: %s", folder, kept)
@@ -100,18 +81,22 @@ def _disk_shapes(folder: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _unwritable(model: HFVLM, disk: Mapping[str, list[int]]) -> list[str]:
+def _unwritable(model: HFVLM, disk: Mapping[str, list[int]], disk_names: DiskNames) -> list[str]:
     """Parameters of decoder and projector that an export would find no tensor for."""
-    stored = {parameter_name(key): shape for key, shape in disk.items()}
+    stored: dict[str, list[int] | None] = {}
+    for key, shape in disk.items():
+        name, part = disk_names.parameter(key)
+        stored[name] = None if part else shape
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied pair is stored once
-    vision = {id(p) for p in model.vision.parameters()}
+    vision = {id(p) for p in model.vision_parameters()}
     shapes = {id(p): list(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
     return [
-        f"no tensor of shape {shapes[key]} for {aliases[0].removeprefix(_PREFIX)}"
+        f"no tensor of shape {shapes[key]} for {aliases[0].removeprefix(PREFIX)}"
         for key, aliases in names.items()
-        if key not in vision and shapes[key] not in [stored.get(name) for name in aliases]
+        if key not in vision
+        and not any(stored.get(name, ()) in (None, shapes[key]) for name in aliases)
     ]
 
 
@@ -128,10 +113,11 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
     for path in base.iterdir():
         if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
             shutil.copyfile(path, folder / path.name)
+    names = DiskNames(base)
     for name in weights:
         with safe_open(base / name, framework="pt") as file:
             tensors = {
-                key: updated(file.get_tensor(key), updates.get(parameter_name(key)))
+                key: updated(file.get_tensor(key), names.update_of(key, updates))
                 for key in file.keys()  # noqa: SIM118
             }
             metadata = dict(file.metadata() or {})
@@ -139,63 +125,37 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
         save_file(whole, folder / name, metadata=metadata or None)
 
 
-def load_processor(
-    name: str | Path, tokenizer: str | None = None, *, tiling: bool = False, max_images: int = 1
-) -> HFProcessor:
-    """Tokenizer, chat template and image processor of a student.
+class DiskNames:
+    """What a checkpoint's tensors are called in memory: transformers renames old names as it loads,
+    and fuses some (experts of a layer into one tensor)."""
 
-    Args:
-        name: student folder or hub id.
-        tokenizer: folder or hub id of a tokenizer, if not the student's own.
-        tiling: cut large pictures into tiles (SmolVLM's image splitting).
-        max_images: pictures of a sample that are used.
+    def __init__(self, folder: Path) -> None:
+        with torch.device("meta"), partitioned_by(None):
+            self._model = AutoModelForImageTextToText.from_config(
+                AutoConfig.from_pretrained(folder)
+            )
+        conversions = get_model_conversion_mapping(self._model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._fusions = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._state = self._model.state_dict()
+        self._model._weight_conversions = self._fusions or None  # of which to take fused ones apart
 
-    Raises:
-        ValueError: tiling asked of a model that has none, no chat template, or another tokenizer.
-    """
-    folder = resolve(name, weights=False)
-    config = AutoConfig.from_pretrained(folder)
-    source = resolve(tokenizer, weights=False) if tokenizer else folder
-    try:
-        tok = AutoTokenizer.from_pretrained(source)
-        image_processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the processor of {str(folder)!r} cannot be loaded: {error}") from error
-    values, _ = ProcessorMixin.get_processor_dict(folder)
-    tok.chat_template = values.get("chat_template") or tok.chat_template
-    family = _IMAGES[config.model_type]
-    images, tokens, options = family(config, image_processor, tiling, max_images)
-    check_token(tok, tokens.image, config.image_token_id, source)
-    return HFProcessor(tok, image_processor, images, tokens, options)
+    def parameter(self, key: str) -> tuple[str, bool]:
+        """Our name of a tensor on disk, and whether it is only a part of that."""
+        prefix = self._model.base_model_prefix
+        name, fusion = rename_source_key(key, self._renamings, self._fusions, prefix, self._state)
+        return PREFIX + name, fusion is not None
 
-
-def _llava_images(
-    config: PretrainedConfig, image_processor: Any, tiling: bool, max_images: int
-) -> tuple[ImageSettings, LlavaTokens, dict[str, Any]]:
-    if tiling:
-        raise ValueError(
-            "tiling: LLaVA-1.5 sees a picture as one tile; leave --tiling out, or use SmolVLM."
-        )
-    side = config.vision_config.image_size
-    settings = ImageSettings(side, tokens_per_tile(config), max_side=side, max_images=max_images)
-    return settings, LlavaTokens(), {}
-
-
-def _idefics3_images(
-    config: PretrainedConfig, image_processor: Any, tiling: bool, max_images: int
-) -> tuple[Idefics3Settings, Idefics3Tokens, dict[str, Any]]:
-    side = config.vision_config.image_size
-    settings = Idefics3Settings(
-        side,
-        tokens_per_tile(config),
-        max_side=image_processor.size["longest_edge"],
-        tiling=tiling,
-        max_images=max_images,
-    )
-    return settings, Idefics3Tokens(), {"do_image_splitting": tiling}
-
-
-_IMAGES = {"llava": _llava_images, "idefics3": _idefics3_images, "smolvlm": _idefics3_images}
+    def update_of(
+        self, key: str, updates: Mapping[str, Tensor | LowRank]
+    ) -> Tensor | LowRank | None:
+        """What training made of a tensor on disk; None: nothing."""
+        name, part = self.parameter(key)
+        update = updates.get(name)
+        if update is None or not part:
+            return update
+        parts = revert_weight_conversion(self._model, {name.removeprefix(PREFIX): update})
+        return parts[apply_renamings(key, self._renamings)]
 
 
 def reads(config: Mapping[str, Any]) -> bool:

@@ -1,128 +1,98 @@
-"""Inputs of LLaVA and SmolVLM students: the checkpoint's own template, tokenizer and pictures.
+"""Inputs of transformers' VLMs: the checkpoint's own template, tokenizer and processor.
 
-The chat template is the one in the checkpoint's folder, so a prompt has the ids that transformers'
-processor gives it. Training needs an end mark behind every answer; where the template writes none
-(LLaVA's), the tokenizer's end-of-text token is put there, as in LLaVA's own training.
+What stands for a picture in the text, and its tensors, are made by the checkpoint's own processor,
+so a prompt has the ids that transformers gives it; and as the text depends on a picture's size
+alone, shards are counted with blank pictures of that size, by the same code.
+
+Training needs an end mark behind every answer; where the template writes none (LLaVA's), the
+tokenizer's end-of-text token is put there, as in LLaVA's own training.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from ldistill.common.images import ImageSettings
-from ldistill.common.samples import Turn
-from ldistill.models.processor import Grid, ImageTokens, Processor
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, ProcessorMixin
+
+from ldistill.common.documents import Pictures, Size
+from ldistill.common.locate import resolve
+from ldistill.common.samples import BadImage, Turn
+from ldistill.models.hf_vlm import FAMILIES, model_classes
+from ldistill.models.processor import Processor, check_token
 
 if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-    from transformers import PreTrainedTokenizerBase
-    from transformers.image_processing_utils import BaseImageProcessor
+    from pathlib import Path
 
-_LARGEST = 4096  # no picture is made larger than this before it is cut (transformers' Idefics3)
-
-
-@dataclass(frozen=True)
-class LlavaTokens(ImageTokens):
-    """A picture is a run of ``<image>``."""
-
-    image: str = "<image>"
-    whole: str | None = None
+KNOWN_SIZES = 4096
+"""Documents' picture sizes whose text is remembered."""
+SAMPLE_SIZES = ((640, 480), (96, 1000), (1300, 1301))
+"""What these pictures become tells one way of cutting pictures from another."""
 
 
 @dataclass(frozen=True)
-class Idefics3Tokens(ImageTokens):
-    """Tiles first, a line a row, then the whole view; a fence around each."""
+class PictureSettings:
+    """What is chosen about pictures; all else is the checkpoint's processor's."""
 
-    image: str = "<image>"
-    whole: str | None = "<global-img>"
-    max_grid: int = 6
-    fence: str = "<fake_token_around_image>"
-
-    def all(self) -> list[str]:
-        """Every token."""
-        return [*super().all(), self.fence]
-
-    def needed(self, tiling: bool) -> list[str]:
-        """Those the tokenizer must have."""
-        return [*super().needed(tiling), self.fence]
-
-    def picture(self, grid: Grid, per_tile: int) -> str:
-        """The text of one picture, as transformers' Idefics3 processor writes it."""
-        rows, cols = grid
-        patches, text = self.image * per_tile, ""
-        if rows * cols > 1:
-            for row in range(1, rows + 1):
-                for col in range(1, cols + 1):
-                    text += self.fence + self.tile.format(row=row, col=col) + patches
-                text += "\n"
-            text += "\n"
-        return text + self.fence + (self.whole or "") + patches + self.fence
-
-
-@dataclass(frozen=True)
-class Idefics3Settings(ImageSettings):
-    """Idefics3's way from a picture's size to its tiles; ``max_side`` is its longest edge."""
-
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a tiled picture: the long side to ``max_side``, then whole tiles."""
-        width, height = _scaled(width, height, self.max_side, even=True)
-        if max(width, height) > _LARGEST:
-            width, height = _scaled(width, height, _LARGEST, even=False)
-        ratio, side = width / height, self.tile_size
-        if width >= height:
-            width = _up(width, side)
-            return width, _up(int(width / ratio), side)
-        height = _up(height, side)
-        return _up(int(height * ratio), side), height
-
-
-def _scaled(width: int, height: int, longest: int, *, even: bool) -> tuple[int, int]:
-    """The long side to ``longest``, the short one by the ratio (to an even number)."""
-    wide, ratio = width >= height, width / height
-    short = int(longest / ratio) if wide else int(longest * ratio)
-    short = max(short + (short % 2 if even else 0), 1)
-    return (longest, short) if wide else (short, longest)
-
-
-def _up(size: int, side: int) -> int:
-    return math.ceil(size / side) * side
+    tiling: bool = False
+    max_images: int = 1
+    tokens_per_tile: int = 1
+    """Shards count image tokens in these, for pictures of a family take no fixed number."""
 
 
 class HFProcessor(Processor):
-    """Tokenizer, chat template and image processor of a transformers VLM.
+    """Tokenizer, chat template and pictures of a transformers VLM.
 
     Args:
-        tokenizer: fast, its ``chat_template`` the one of the checkpoint's processor.
-        image_processor: transformers'.
-        images: tile size and tokens.
-        tokens: how a picture stands in the text.
-        options: passed to the image processor with every picture.
+        processor: the checkpoint's; its tokenizer is the one that is used.
+        config: of the whole model.
+        images: what is chosen about pictures.
 
     Raises:
-        ValueError: as :class:`Processor`, or the template does not render pictures and answers.
+        ValueError: as :class:`Processor`, the template does not render pictures and answers, or
+            the student's family does not cut pictures into tiles as it was asked to.
     """
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        image_processor: BaseImageProcessor,
-        images: ImageSettings,
-        tokens: ImageTokens,
-        options: Mapping[str, Any],
+        self, processor: ProcessorMixin, config: PretrainedConfig, images: PictureSettings
     ) -> None:
-        super().__init__(tokenizer, images, tokens)
-        self.image_processor, self._options = image_processor, dict(options)
+        self.processor, tokenizer = processor, processor.tokenizer
+        family, model = FAMILIES[config.model_type], model_classes(config)
+        tokenizer.chat_template = (
+            processor.chat_template or tokenizer.chat_template or family.template
+        )
+        chosen = family.picture_options(config.model_type, images.tiling)
+        self._options = processor._merge_kwargs(
+            tokenizer_init_kwargs=tokenizer.init_kwargs,
+            images_kwargs={"return_tensors": "pt", **chosen},
+        )["images_kwargs"]
+        self._placeholder = str(processor.image_token)  # what the template writes for a picture
+        self._inputs = set(signature(model.whole.forward).parameters)
+        self._known: dict[tuple[Size, ...], list[str]] = {}
+        self._rope = None
+        if hasattr(model.base, "get_rope_index"):  # it reads nothing but the configuration
+            self._rope = model.base.__new__(model.base)
+            self._rope.config = config
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        shown = self.picture_texts([SAMPLE_SIZES[0]])[0]
+        added = tokenizer.get_added_vocab()
+        literals = {self._placeholder, image_token} | {t for t in added if t in shown}
+        super().__init__(tokenizer, images, image_token, literals)
         self._end = ""  # put behind answers where the template puts nothing
         self._prefix, mark = self._around_answer()
         if not mark:
             self._end = mark = tokenizer.eos_token
+        self._in_order = self._keeps_order()
         stops = [tokenizer.eos_token_id, tokenizer.get_vocab().get(mark)]
         self._stops = list(dict.fromkeys(i for i in stops if i is not None))
+
+    # text --------------------------------------------------------------------------------------
 
     def _around_answer(self) -> tuple[str, str]:
         """What the template writes before an answer, and behind it without the blanks there."""
@@ -141,9 +111,16 @@ class HFProcessor(Processor):
             raise ValueError(problem)
         return before.removeprefix(asked), mark.strip()
 
+    def _keeps_order(self) -> bool:
+        """Whether the template leaves a picture amid a question where it is."""
+        picture = {"type": "image", "shown": [self._placeholder]}
+        asked = {"role": "user", "content": [_text("before"), picture, _text("after")]}
+        before, _, after = self._render([asked]).partition(self._placeholder)
+        return "before" in before and "after" in after
+
     @property
     def answer_prefix(self) -> str:
-        """A blank in both families: ``ASSISTANT: answer``, ``Assistant: answer``."""
+        """A blank in LLaVA's and SmolVLM's templates: ``ASSISTANT: answer``."""
         return self._prefix
 
     @property
@@ -152,33 +129,47 @@ class HFProcessor(Processor):
         return self._stops
 
     def _messages(
-        self, turns: Sequence[Turn], grids: Sequence[Grid], system: str = ""
+        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
     ) -> list[dict[str, Any]]:
-        messages = [_message("system", self.plain(system))] if system else []
-        for turn, pieces in zip(turns, self._pieces(turns, grids), strict=True):
-            front = list(takewhile(lambda piece: isinstance(piece, int), pieces))
-            pictures = [{"type": "image", "grids": [grids[number]]} for number in front]
-            rest = pieces[len(front) :]
-            # Templates put parts of type image in front: one amid the text stands there as a token.
-            text = "".join(p if isinstance(p, str) else self.tokens.image for p in rest)
-            amid = [grids[number] for number in rest if isinstance(number, int)]
-            messages.append(_message("user", text, amid, pictures))
-            messages.append(_message("assistant", self.plain(turn.assistant) + self._end))
+        """A part's ``shown`` are the texts of its pictures."""
+        messages = []
+        if system:
+            messages.append({"role": "system", "content": [_text(self.plain(system))]})
+        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
+            parts = [
+                _text(piece)
+                if isinstance(piece, str)
+                else {"type": "image", "shown": [shown[piece]]}
+                for piece in pieces
+            ]
+            front = sum(part["type"] == "image" for part in parts)
+            if parts[:front] != [part for part in parts if part["type"] == "image"]:
+                parts = parts if self._in_order else self._as_tokens(parts)
+            messages.append({"role": "user", "content": parts})
+            answer = self.plain(turn.assistant) + self._end
+            messages.append({"role": "assistant", "content": [_text(answer)]})
         return messages
+
+    def _as_tokens(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Pictures amid the text as the token itself: this template puts all others in front."""
+        front = []
+        while parts[0]["type"] == "image":
+            front, parts = [*front, parts[0]], parts[1:]
+        text = "".join(part.get("text", self._placeholder) for part in parts)
+        return [*front, _text(text, [s for part in parts for s in part["shown"]])]
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
         text = super()._render(messages, generation)
         if self._end and not generation:
             text = text.rstrip()  # what follows the end mark starts the next turn
-        first, *rest = text.split(self.tokens.image)
-        grids = [grid for m in messages for part in m["content"] for grid in part["grids"]]
-        if len(rest) != len(grids):
+        first, *rest = text.split(self._placeholder)
+        shown = [s for m in messages for part in m["content"] for s in part["shown"]]
+        if len(rest) != len(shown):
             raise ValueError(
-                f"the chat template writes {self.tokens.image} {len(rest)} times for {len(grids)} "
+                f"the chat template writes {self._placeholder} {len(rest)} times for {len(shown)} "
                 "pictures: it is not the template of this family"
             )
-        pictures = [self.tokens.picture(grid, self.images.tokens_per_tile) for grid in grids]
-        return first + "".join(p + after for p, after in zip(pictures, rest, strict=True))
+        return first + "".join(p + after for p, after in zip(shown, rest, strict=True))
 
     def _tokenise(self, text: str, **options: Any) -> Any:
         """With the tokenizer's start token, unless the template wrote it (transformers' rule)."""
@@ -186,24 +177,76 @@ class HFProcessor(Processor):
         written = start is not None and text.startswith(start)
         return self.tokenizer(text, add_special_tokens=not written, verbose=False, **options)
 
-    def tiles(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
-        """(float32 [tiles, 3, S, S], normalised by the image processor; (rows, cols))."""
-        grid = self.images.grid(*image.size)
-        made = self.image_processor(images=[image], return_tensors="pt", **self._options)
-        pixels = made["pixel_values"]
-        pixels = pixels.reshape(-1, *pixels.shape[-3:])
-        side = self.images.tile_size
-        if pixels.shape != (self.images.tiles(grid), 3, side, side):
-            raise ValueError(
-                f"the image processor made {list(pixels.shape)} of a picture of {image.size}, the "
-                f"vision tower takes {[self.images.tiles(grid), 3, side, side]}: its "
-                "preprocessor_config.json is not of this model"
-            )
-        return pixels, grid
+    # pictures ----------------------------------------------------------------------------------
+
+    def _process(self, images: Sequence[Image.Image]) -> tuple[Any, list[str]]:
+        """What transformers' processor makes of a document's pictures, and the text of each."""
+        marks = [self._placeholder * len(images)]
+        laid = self.processor.prepare_inputs_layout(images=list(images), text=marks)[0]
+        try:
+            return self.processor._process_images(laid, **self._options)
+        except (ValueError, ZeroDivisionError) as error:  # too narrow, too small
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise BadImage("refused picture", f"{sizes}: {error}") from error
+
+    def picture_texts(self, sizes: Sequence[Size]) -> list[str]:
+        """As transformers' processor writes it."""
+        key = tuple(map(tuple, sizes))
+        if key and key not in self._known:
+            if len(self._known) >= KNOWN_SIZES:
+                self._known.pop(next(iter(self._known)))
+            self._known[key] = self._process([Image.new("RGB", size) for size in key])[1]
+        return self._known[key] if key else []
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Those tensors that the model's ``forward`` takes, by its names."""
+        if not images:
+            return {}
+        made = {k: v for k, v in self._process(images)[0].items() if k in self._inputs}
+        return {name: torch.as_tensor(value) for name, value in made.items()}
+
+    def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
+        """By the model's own ``get_rope_index``; int64 [3, n]."""
+        if self._rope is None:
+            return None
+        ids = torch.from_numpy(input_ids.astype(np.int64))[None]
+        grids = {name: grid for name, grid in pictures.items() if name == "image_grid_thw"}
+        types = (ids == self.image_token_id).int()
+        return self._rope.get_rope_index(ids, mm_token_type_ids=types, **grids)[0][:, 0]
+
+    def _picture_parts(self) -> dict[str, object]:
+        samples = [self.picture_texts([size]) for size in SAMPLE_SIZES]
+        return {"pictures": [self._placeholder, self.images.tiling, samples]}
 
 
-def _message(
-    role: str, text: str, amid: Sequence[Grid] = (), front: Sequence[dict[str, Any]] = ()
-) -> dict[str, Any]:
-    """A message of pictures and text; `grids` of a part are those of its pictures."""
-    return {"role": role, "content": [*front, {"type": "text", "text": text, "grids": amid}]}
+def _text(text: str, shown: Sequence[str] = ()) -> dict[str, Any]:
+    return {"type": "text", "text": text, "shown": list(shown)}
+
+
+def load_processor(
+    name: str | Path, tokenizer: str | None = None, *, tiling: bool = False, max_images: int = 1
+) -> HFProcessor:
+    """Tokenizer, chat template and pictures of a student.
+
+    Args:
+        name: student folder or hub id.
+        tokenizer: folder or hub id of a tokenizer, if not the student's own.
+        tiling: cut large pictures into tiles, in families that can do without.
+        max_images: pictures of a sample that are used.
+
+    Raises:
+        ValueError: tiling asked of a family that has none, a processor that cannot be loaded, no
+            chat template, or another tokenizer.
+    """
+    folder = resolve(name, weights=False)
+    config = AutoConfig.from_pretrained(folder)
+    source = resolve(tokenizer, weights=False) if tokenizer else folder
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+        if tokenizer:
+            processor.tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"the processor of {str(folder)!r} cannot be loaded: {error}") from error
+    made = HFProcessor(processor, config, PictureSettings(tiling, max_images))
+    check_token(made.tokenizer, made.image_token, config.image_token_id, source)
+    return made

@@ -6,6 +6,7 @@ gradient checkpointing come for free. `nanovlm_format` reads and writes the nano
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -15,6 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from ldistill.common.documents import Pictures
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
 
@@ -48,8 +50,6 @@ class NanoVLM(Student):
         )
         self.decoder = build_decoder(config)
         self.image_token_id = config.image_token_id
-        self.tokens_per_tile = config.mp_image_token_length
-        self.tile_size = config.vit_img_size
         self.base_vocab_size = config.lm_base_vocab_size
 
     @property
@@ -68,8 +68,61 @@ class NanoVLM(Student):
         patches = self.vision(pixels).last_hidden_state  # no graph where vision is frozen
         return self.projector(patches).flatten(0, 1)
 
+    def embed(self, input_ids: Tensor, pictures: Pictures | None = None) -> Tensor:
+        """Token embeddings [batch, seq, hidden], those of pictures in their places, in order."""
+        embeds = self.backbone.get_input_embeddings()(input_ids)
+        if not pictures:
+            return embeds + self._unused_image(embeds) if self.training else embeds
+        image = self.project(pictures["pixel_values"]).to(embeds.dtype)
+        mask = (input_ids == self.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(mask, image)
+
+    def _unused_image(self, like: Tensor) -> Tensor:
+        """0, by way of vision tower and projector: every rank must run the same modules.
+
+        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
+        projector would have no gradient to reduce.
+        """
+        size = self.config.vit_img_size
+        blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
+        return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        pictures: Pictures | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        rotary: Tensor | None = None,
+        answers: Tensor | None = None,
+        **packed: Tensor | int,
+    ) -> Tensor:
+        output = self.backbone(
+            inputs_embeds=self.embed(input_ids, pictures),
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            **packed,
+        )
+        return output.last_hidden_state
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pictures: Pictures | None = None,
+        attention_mask: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        embeds = self.embed(input_ids, pictures)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        return self.decoder.generate(
+            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
+        )
+
     def causal_lm(self) -> LlamaForCausalLM:
-        """The decoder: a Llama as it is."""
         return self.decoder
 
 

@@ -6,6 +6,7 @@ that q, k and v of the vision tower are stacked on disk, and that a tied embeddi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ldistill.common.images import ImageSettings
 from ldistill.common.locate import resolve
 from ldistill.models.lora import LowRank, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.processor import ImageSettings, Processor, check_token
+from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
+from ldistill.models.processor import check_token
 from ldistill.models.weights import open_weights, refuse_misfit
 
 INV_FREQ = "decoder.rotary_embd.inv_freq"
@@ -169,7 +172,7 @@ def _write(
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
 
 
-def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> Processor:
+def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> NanoVLMProcessor:
     """Tokenizer, chat template and image settings of a student.
 
     Args:
@@ -189,7 +192,16 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -
     tok.pad_token = tok.eos_token
     for offset, token in enumerate(config.vlm_extra_tokens.values()):
         check_token(tok, token, config.lm_base_vocab_size + offset, source)
-    return Processor(tok, image_settings(config, **settings))
+    return NanoVLMProcessor(tok, image_settings(config, **settings), _image_tokens(config))
+
+
+def _image_tokens(config: NanoVLMConfig) -> ImageTokens:
+    """Early checkpoints (nanoVLM-222M) have 17 tokens: tiles of 4 × 4, none for the whole view."""
+    tokens = config.vlm_extra_tokens
+    places = sum(token.startswith("<row_") for token in tokens.values())
+    return ImageTokens(
+        tokens["image_token"], tokens.get("global_image_token"), max_grid=math.isqrt(places)
+    )
 
 
 def image_settings(config: NanoVLMConfig, **changes) -> ImageSettings:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ldistill.common.locate import resolve
+from ldistill.models.fit import borrow_rope, check_pair
 from ldistill.models.formats import export_like, format_of
 from ldistill.models.lora import weight_updates
 from ldistill.models.processor import Processor
@@ -31,11 +32,6 @@ from ldistill.models.weights import load_lm
 
 logger = logging.getLogger(__name__)
 
-# Decoders whose LM, run over the student's keys and values, gives the student's own logits: equal
-# weights, equal logits (the identity that tests hold for each of them).
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "smollm3")
-# Rotary embeddings whose frequencies transformers chooses anew by the longest position of a batch.
-_ROPE_BY_LENGTH = ("dynamic", "longrope")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -68,18 +64,20 @@ def load_pair(
     partition: bool = False,
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
+    teacher_rope: str = "lm",
     **image_settings: Any,
 ) -> Pair:
     """Load a pair from folders or hub ids and check that its decoders fit.
 
     Args:
-        student: checkpoint of a nanoVLM, LLaVA or SmolVLM (see ``ldistill.models.formats``).
+        student: checkpoint of a family that `ldistill models` lists.
         teacher: the LM it was built on; None loads none (a run on labels alone).
         tokenizer: tokenizer to use; default the student's own.
         zero_init: DeepSpeed configuration that partitions the LM while it loads.
         partition: let a living ZeRO-3 configuration partition the student while it loads.
         dtype: of the student's weights in memory.
-        max_length: longest row, for decoders with a sliding window; None: all their positions.
+        max_length: longest row: a sliding window that none outgrows may differ.
+        teacher_rope: ``student`` rotates the teacher's queries at the student's base.
         image_settings: ``tiling``: cut large pictures into tiles.
 
     Raises:
@@ -95,9 +93,14 @@ def load_pair(
     model = format_.load(student_folder, partition=partition, dtype=dtype)
     if teacher_folder is None:
         return Pair(model, processor, None, student_folder, None)
-    check_pair(model.backbone.config, config, model.base_vocab_size, max_length)
-    check_tokenizers(processor.tokenizer, teacher_folder, config.vocab_size)
-    lm = load_lm(teacher_folder, zero_init)
+    decoder = model.backbone.config
+    check_pair(decoder, config, model.base_vocab_size, max_length, teacher_rope)
+    if teacher_rope == "student" and (changed := borrow_rope(decoder, config)):
+        logger.warning("teacher_rope student: the teacher's rotary base is %s.", changed)
+    check_tokenizers(
+        processor.tokenizer, teacher_folder, min(config.vocab_size, decoder.vocab_size)
+    )
+    lm = load_lm(teacher_folder, zero_init, config)
     return Pair(model, processor, lm, student_folder, teacher_folder)
 
 
@@ -117,94 +120,6 @@ def _lm_config(folder: Path) -> PretrainedConfig:
             "built on, in transformers' format (are --student and --teacher swapped?)."
         )
     return AutoConfig.from_pretrained(folder)
-
-
-# ---- can the teacher read the student's keys? ----
-
-
-# What must be equal for a teacher query to read a student key: name → getter on the decoder config.
-_FIELDS: dict[str, Any] = {
-    "model_type": lambda c: c.model_type,
-    "num_hidden_layers": lambda c: c.num_hidden_layers,
-    "hidden_size": lambda c: c.hidden_size,
-    "num_attention_heads": lambda c: c.num_attention_heads,
-    "num_key_value_heads": lambda c: c.num_key_value_heads,
-    "head_dim": lambda c: getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-    "rope_type": lambda c: _rope(c).get("rope_type", "default"),
-    "rope_theta": lambda c: float(_rope(c).get("rope_theta", 0)),
-    "rope scaling": lambda c: {
-        k: v for k, v in _rope(c).items() if k not in ("rope_type", "rope_theta")
-    },
-    "rms_norm_eps": lambda c: getattr(c, "rms_norm_eps", None),
-    "attention_bias": lambda c: bool(getattr(c, "attention_bias", False)),
-    "layers with RoPE": lambda c: getattr(c, "no_rope_layers", None),
-}
-
-
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def check_pair(
-    student: PretrainedConfig,
-    teacher: PretrainedConfig,
-    base_vocab: int | None,
-    max_length: int | None = None,
-) -> None:
-    """Refuse a pair whose decoders differ in anything a shared key depends on.
-
-    Args:
-        student: the student decoder's configuration.
-        teacher: the LM's configuration.
-        base_vocab: vocabulary of the LM the student was built on; None where that is not known:
-            then the teacher's must fit into the student's.
-        max_length: longest row; None: as long as the decoder's positions go.
-
-    Raises:
-        ValueError: naming each differing field and both values, or what is not supported and why.
-    """
-    problems = [f"the {who} {why}" for who, why in (
-        ("student's decoder", _unsupported(student, max_length)),
-        ("teacher", _unsupported(teacher, max_length)),
-    ) if why]  # fmt: skip
-    found = [(name, get(student), get(teacher)) for name, get in _FIELDS.items()]
-    problems += [f"{name}: student {s}, teacher {t}" for name, s, t in found if s != t]
-    mine, its = student.vocab_size, teacher.vocab_size
-    if base_vocab is not None and base_vocab != its:
-        problems.append(f"base vocabulary: student {base_vocab}, teacher {its}")
-    if base_vocab is None and its > mine:
-        problems.append(
-            f"vocabulary: student {mine}, teacher {its} (must be no larger than the student's)"
-        )
-    if problems:
-        raise ValueError(
-            "student and teacher do not fit; the teacher must be the very LM the student was "
-            "built on:\n  " + "\n  ".join(problems)
-        )
-
-
-def _unsupported(config: PretrainedConfig, max_length: int | None) -> str | None:
-    """Why keys of such a decoder cannot be shared; None: they can."""
-    if (kind := _rope(config).get("rope_type")) in _ROPE_BY_LENGTH:
-        return (
-            f"chooses its rotary frequencies by the length of a batch (rope_type {kind!r}): the "
-            "teacher, which runs on a part of the positions, would query the student's keys with "
-            "other frequencies than they were rotated with. Use a pair with fixed ones."
-        )
-    if config.model_type not in DECODERS:
-        return (
-            f"is a {config.model_type!r} model; supported decoders are {', '.join(DECODERS)}: for "
-            "these equal weights are known to give equal logits."
-        )
-    longest = max_length or config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < longest:
-        return (
-            f"attends through a sliding window of {window} tokens, but rows have up to {longest}: "
-            "the teacher reads all keys and values of a document, which its window would hide. Use "
-            f"--max_length {window} or less, or a decoder without sliding_window."
-        )
-    return None
 
 
 def check_tokenizers(

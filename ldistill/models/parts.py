@@ -47,7 +47,9 @@ def train_only(student: Student, text: str = DEFAULT_TRAIN) -> None:
     student.requires_grad_("projector" in parts)  # with what lies in none of the three, if anything
     for module in (student.backbone, student.lm_head):
         module.requires_grad_(False)
-    student.vision.train("vision" in parts).requires_grad_("vision" in parts)
+    student.vision.train("vision" in parts)
+    for parameter in student.vision_parameters():
+        parameter.requires_grad_("vision" in parts)
     for name in parts & _DECODER.keys():
         chosen = [p for n, p in student.backbone.named_parameters() if re.search(_DECODER[name], n)]
         if not chosen:

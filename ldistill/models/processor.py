@@ -1,12 +1,12 @@
-"""From turns and pictures to token ids, labels and tiles.
+"""From turns and pictures to token ids and labels: what the processors of all families share.
 
 The chat template alone decides where an answer starts and ends: it is rendered turn by turn, the
 whole text is tokenised once, and character offsets carry the borders over to tokens. So the ids
 are those of the tokenizer's own `apply_chat_template`, and any template whose rendering of a
 conversation extends that of its beginning works, not only the one of SmolLM2.
 
-    processor = Processor(tokenizer, ImageSettings())
-    document = processor.encode(sample.turns, [(1, 1)])
+    processor = load_processor(student)
+    document = processor.encode(sample.turns, [image.size for image in images])
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from ldistill.common.documents import IGNORE, Document, Grid
-from ldistill.common.images import ImageSettings, cut_tiles, open_image
+from ldistill.common.documents import IGNORE, Document, Pictures, Size
+from ldistill.common.images import open_image
 from ldistill.common.samples import Turn
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 STAND_IN = 0x10_0000
@@ -37,101 +37,62 @@ STAND_IN = 0x10_0000
 STAND_INS = re.compile("[\U00100000-\U0010fffd]")
 
 
-@dataclass(frozen=True)
-class ImageTokens:
-    """The special tokens that stand for pictures. The defaults are nanoVLM's."""
+class Processor(ABC):
+    """Tokenizer, chat template and pictures of one student.
 
-    image: str = "<|image|>"
-    """Replaced by one embedding of the projector each."""
-    whole: str | None = "<|global_image|>"
-    """Opens the whole view of a picture; None: no such token."""
-    tile: str = "<row_{row}_col_{col}>"
-    """Opens one tile of a tiled picture; rows and columns count from 1."""
-    max_grid: int = 8
-    """Rows and columns for which tile tokens exist."""
+    Args:
+        tokenizer: a fast one of transformers, with a chat template.
+        images: a dataclass with at least ``tiling``, ``max_images`` and ``tokens_per_tile``.
+        image_token: stands where an embedding of a picture goes.
+        literals: tokens that stand for pictures, image_token among them: data holds none.
 
-    def all(self) -> list[str]:
-        """Every token, in the order of nanoVLM's vocabulary."""
-        places = range(1, self.max_grid + 1)
-        tiles = [self.tile.format(row=row, col=col) for row in places for col in places]
-        return [self.image, *([self.whole] if self.whole else []), *tiles]
-
-    def needed(self, tiling: bool) -> list[str]:
-        """Those the tokenizer must have."""
-        return self.all() if tiling else self.all()[: 1 + bool(self.whole)]
-
-    def picture(self, grid: Grid, per_tile: int) -> str:
-        """The text of one picture: its whole view, then its tiles row by row."""
-        rows, cols = grid
-        patches = self.image * per_tile
-        text = (self.whole or "") + patches
-        if rows * cols > 1:
-            text += "".join(
-                self.tile.format(row=row + 1, col=col + 1) + patches
-                for row in range(rows)
-                for col in range(cols)
-            )
-        return text
-
-
-class Processor:
-    """Tokenizer, chat template and image settings of one student.
-
-    `tokenizer` is a fast transformers tokenizer that has a chat template and the image tokens as
-    single tokens; ValueError otherwise.
+    Raises:
+        ValueError: the tokenizer is slow, or has no chat template.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        images: ImageSettings | None = None,
-        tokens: ImageTokens | None = None,
+        images: Any,
+        image_token: str,
+        literals: Collection[str],
     ) -> None:
-        self.tokenizer = tokenizer
-        self.images = images or ImageSettings()
-        self.tokens = tokens or ImageTokens()
-        vocabulary = tokenizer.get_vocab() if getattr(tokenizer, "is_fast", False) else {}
-        self._check_tokenizer(vocabulary)
-        self.image_token_id: int = tokenizer.convert_tokens_to_ids(self.tokens.image)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("the tokenizer must be a fast one: labels need character offsets")
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template")
+        self.tokenizer, self.images = tokenizer, images
+        self.image_token, self.literals = image_token, frozenset(literals)
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
-        self._literal = _any_of(token for token in self.tokens.all() if token in vocabulary)
+        self._literal = _any_of(self.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         template = str(tokenizer.chat_template)
         self._control = [t.content for t in added if t.special or t.content in template]
         self._control_text = _any_of(self._control)
 
-    def _check_tokenizer(self, vocabulary: Mapping[str, int]) -> None:
-        grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
-        needed = self.tokens.needed(self.images.tiling)
-        missing = [token for token in needed if token not in vocabulary]
-        problem = None
-        if not vocabulary:
-            problem = "the tokenizer must be a fast one: labels need character offsets"
-        elif not self.tokenizer.chat_template:
-            problem = "the tokenizer has no chat template: set tokenizer.chat_template"
-        elif self.images.tiling and grid > most:
-            problem = (
-                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
-                f"tokens exist for {most} x {most}: lower max_side"
-            )
-        elif missing:
-            problem = (
-                f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
-                "them with extra_special_tokens"
-            )
-        if problem:
-            raise ValueError(problem)
+    # what a family has to say ------------------------------------------------------------------
 
-    # text ------------------------------------------------------------------------------------
+    @abstractmethod
+    def picture_texts(self, sizes: Sequence[Size]) -> list[str]:
+        """The text that stands for each of a document's pictures. Raises BadImage."""
 
-    def image_text(self, grids: Sequence[Grid]) -> str:
-        """The text that stands for the pictures, one after the other."""
-        return "".join(self._picture_text(number, grids) for number in range(len(grids)))
+    @abstractmethod
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """Tensors of a document's RGB pictures, in order; {} of none. Raises BadImage."""
 
-    def _picture_text(self, number: int, grids: Sequence[Grid]) -> str:
-        text = self.tokens.picture(grids[number], self.images.tokens_per_tile)
-        return f"<image: {number}>{text}" if len(grids) > 1 else text
+    @abstractmethod
+    def _messages(
+        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
+    ) -> list[dict[str, Any]]:
+        """Messages for the chat template; `shown` is the text of each picture."""
+
+    def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
+        """Rotary positions int64 [axes, n] where the student has several axes; None: they count."""
+        return None
+
+    # text --------------------------------------------------------------------------------------
 
     def clean(self, text: str) -> str:
         """Text without literal image tokens, which would be taken for pictures."""
@@ -147,11 +108,11 @@ class Processor:
         text = self.clean(text)
         return self._control_text.sub(lambda m: chr(STAND_IN + self._control.index(m[0])), text)
 
-    def _pieces(self, turns: Sequence[Turn], grids: Sequence[Grid]) -> list[list[str | int]]:
+    def _pieces(self, turns: Sequence[Turn], pictures: int) -> list[list[str | int]]:
         """Each question as text and the numbers of pictures, in order; text is always last."""
         placed, shown, pieces = any(turn.images for turn in turns), 0, []
         for turn in turns:
-            places = turn.images if placed else (0,) * (len(grids) if not pieces else 0)
+            places = turn.images if placed else (0,) * (pictures if not pieces else 0)
             start, question = 0, []
             for place in places:
                 question += [self.plain(turn.user[start:place])] if place > start else []
@@ -159,16 +120,6 @@ class Processor:
                 start, shown = place, shown + 1
             pieces.append([*question, self.plain(turn.user[start:])])
         return pieces
-
-    def _messages(
-        self, turns: Sequence[Turn], grids: Sequence[Grid], system: str = ""
-    ) -> list[dict[str, Any]]:
-        messages = [{"role": "system", "content": self.plain(system)}] if system else []
-        for turn, pieces in zip(turns, self._pieces(turns, grids), strict=True):
-            asked = [p if isinstance(p, str) else self._picture_text(p, grids) for p in pieces]
-            messages.append({"role": "user", "content": "".join(asked)})
-            messages.append({"role": "assistant", "content": self.plain(turn.assistant)})
-        return messages
 
     @cached_property
     def takes_system(self) -> bool:
@@ -243,29 +194,30 @@ class Processor:
     # ids -------------------------------------------------------------------------------------
 
     def encode(
-        self, turns: Sequence[Turn], tile_grids: Sequence[Grid] = (), system: str = ""
+        self, turns: Sequence[Turn], sizes: Sequence[Size] = (), system: str = ""
     ) -> Document:
-        """Tokenise a conversation; `tile_grids` holds the (rows, cols) of each picture.
+        """Tokenise a conversation; `sizes` holds the (width, height) of each picture.
 
         A token is supervised when it ends inside an answer or its end mark. Raises ValueError when
-        there is no turn or the template is unsuitable.
+        there is no turn or the template is unsuitable, BadImage for a picture that is refused.
         """
         if not turns:
             raise ValueError("a document needs at least one turn")
-        messages = self._messages(turns, tile_grids, system)
+        shown = self.picture_texts(sizes)
+        messages = self._messages(turns, shown, system)
         text = self._render(messages)
         ids, ends = self._coded(text)
         target = np.zeros(len(ids), dtype=bool)
         for start, end in self._answer_spans(messages, text):
             target |= (ends > start) & (ends <= end)
-        self._check_image_tokens(ids, tile_grids)
+        self._check_image_tokens(ids, shown)
         labels = np.full(len(ids), IGNORE, dtype=np.int32)
         labels[:-1][target[1:]] = ids[1:][target[1:]]
         return Document(ids, labels)
 
-    def _check_image_tokens(self, ids: np.ndarray, grids: Sequence[Grid]) -> None:
+    def _check_image_tokens(self, ids: np.ndarray, shown: Sequence[str]) -> None:
         found = int((ids == self.image_token_id).sum())
-        wanted = sum(self.images.tiles(grid) for grid in grids) * self.images.tokens_per_tile
+        wanted = sum(text.count(self.image_token) for text in shown)
         if found != wanted:
             raise ValueError(
                 f"{found} image tokens after tokenising instead of {wanted}: the chat template or "
@@ -273,10 +225,11 @@ class Processor:
             )
 
     def prompt(
-        self, turns_so_far: Sequence[Turn], question: str, grids: Sequence[Grid] = ()
+        self, turns_so_far: Sequence[Turn], question: str, sizes: Sequence[Size] = ()
     ) -> np.ndarray:
         """Ids (int32 [n]) of a conversation up to where the next answer is to be generated."""
-        messages = self._messages([*turns_so_far, Turn(question, "")], grids)[:-1]
+        shown = self.picture_texts(sizes)
+        messages = self._messages([*turns_so_far, Turn(question, "")], shown)[:-1]
         return self._coded(self._render(messages, generation=True))[0]
 
     @property
@@ -289,15 +242,9 @@ class Processor:
         """Tokens at which an answer ends."""
         return [self.tokenizer.eos_token_id]
 
-    # pictures --------------------------------------------------------------------------------
-
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB; raises BadImage for a broken picture or a decompression bomb."""
         return open_image(data)
-
-    def tiles(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
-        """(float32 [tiles, 3, S, S] in [0, 1], (rows, cols)); untiled: one tile, (1, 1)."""
-        return cut_tiles(image, self.images)
 
     # identity --------------------------------------------------------------------------------
 
@@ -305,16 +252,17 @@ class Processor:
     def parts(self) -> dict[str, str]:
         """SHA-256 of what ids depend on, part by part, so that an error can say what differs."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # Callers switch padding and truncation, and max_images only selects samples: no ids change.
+        # Callers switch padding and truncation: no ids change.
         vocabulary = {k: v for k, v in backend.items() if k not in ("padding", "truncation")}
         return {
             "tokenizer": _sha(vocabulary),
             "chat template": _sha(self.tokenizer.chat_template),
-            "image tokens": _sha(asdict(self.tokens)),
-            "image settings": _sha(
-                {k: v for k, v in asdict(self.images).items() if k != "max_images"}
-            ),
+            **{name: _sha(value) for name, value in self._picture_parts().items()},
         }
+
+    @abstractmethod
+    def _picture_parts(self) -> dict[str, object]:
+        """What the text of a picture depends on, by name, as JSON knows it."""
 
     def fingerprint(self) -> str:
         """SHA-256 over tokenizer, template and image settings; shards carry it."""

@@ -1,8 +1,7 @@
 """What the rest of the program needs of a student, whatever its family.
 
-A student is a vision tower, a projector and a decoder. Subclasses say where these lie and how
-pictures become embeddings; packed rows, text-only batches and decoding are the same for all of
-them. Which checkpoints exist, and how each is read and written, is `formats`' business.
+A student is a vision tower, a projector and a decoder. Which checkpoints exist, and how each is
+read and written, is `formats`' business.
 """
 
 from __future__ import annotations
@@ -10,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from ldistill.common.documents import Pictures
 
 
 class LMHead(nn.Linear):
@@ -73,12 +73,10 @@ class Student(nn.Module):
     A subclass offers, as modules or properties:
 
     vision:             the vision tower, with a transformers ``config``.
-    projector:          from patches to embeddings.
+    projector:          from patches to embeddings; trained, also where it lies in the tower.
     backbone:           the decoder without its head (``layers``, ``norm``, ``config``).
     lm_head:            an :class:`LMHead`: call it, never read its weight (ZeRO-3 gathers on call).
     image_token_id:     id of the token that stands where an image embedding goes.
-    tokens_per_tile:    image tokens that one tile takes.
-    tile_size:          pixels of a tile's side.
     base_vocab_size:    vocabulary of the LM it was built on; None where its format doesn't say.
     """
 
@@ -87,78 +85,60 @@ class Student(nn.Module):
     backbone: PreTrainedModel
     lm_head: LMHead
     image_token_id: int
-    tokens_per_tile: int
-    tile_size: int
     base_vocab_size: int | None
     lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
 
-    def project(self, pixel_values: Tensor) -> Tensor:
-        """[tiles, 3, S, S] → [tiles × tokens per tile, hidden]."""
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Those of the tower; towers of Qwen and GLM hold the projector, which is not meant."""
+        projector = {id(p) for p in self.projector.parameters()}
+        return [p for p in self.vision.parameters() if id(p) not in projector]
 
-    def causal_lm(self) -> PreTrainedModel:
-        """Decoder and head as transformers' ``...ForCausalLM``, sharing this student's modules."""
-
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
-        """Token embeddings with the image tokens' places filled by the projector, in order.
-
-        Args:
-            input_ids: int64 [batch, seq].
-            pixel_values: [tiles, 3, S, S], or None or no tiles for text alone.
-
-        Returns:
-            [batch, seq, hidden].
-        """
-        embeds = self.backbone.get_input_embeddings()(input_ids)
-        if pixel_values is None or pixel_values.shape[0] == 0:
-            return embeds + self._unused_image(embeds) if self.training else embeds
-        image = self.project(pixel_values).to(embeds.dtype)
-        mask = (input_ids == self.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(mask, image)
-
-    def _unused_image(self, like: Tensor) -> Tensor:
-        """0, by way of vision tower and projector: every rank must run the same modules.
-
-        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
-        projector would have no gradient to reduce. Ones, for Idefics3 takes zeros for padding.
-        """
-        size = self.tile_size
-        blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
-        return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
+    @property
+    def picture_token_ids(self) -> tuple[int, ...]:
+        """Tokens at whose places stand pictures, or what the student alone has for them."""
+        return (self.image_token_id,)
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pictures: Pictures | None = None,
         attention_mask: Tensor | None = None,
-        **attention: Tensor | int,
+        *,
+        rotary: Tensor | None = None,
+        answers: Tensor | None = None,
+        **packed: Tensor | int,
     ) -> Tensor:
         """Hidden states after the final norm, [batch, seq, hidden].
 
         Position ids that restart at 0 mark the documents of a packed row: transformers builds the
         block-diagonal mask from them when no attention mask is given.
-        """
-        output = self.backbone(
-            inputs_embeds=self.embed(input_ids, pixel_values),
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=False,
-            **attention,
-        )
-        return output.last_hidden_state
 
-    @torch.no_grad()
+        Args:
+            input_ids: int64 [batch, seq].
+            position_ids: int64 [batch, seq], of each token within its document.
+            pictures: of the processor, in the order of the image tokens; None or {} without any.
+            attention_mask: [batch, seq], 0 on padding, where rows hold one document each.
+            rotary: int64 [axes, batch, seq], where rotary positions are not position ids.
+            answers: bool [batch, seq], True from a document's first answer on; None: nowhere.
+            packed: of :func:`ldistill.distill.attention.document_boundaries`.
+        """
+        raise NotImplementedError
+
+    def tiles(self, pictures: Pictures) -> int:
+        """What the vision tower runs on: tiles, or patches where pictures are of any size."""
+        return len(pictures["pixel_values"]) if pictures else 0
+
     def generate(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
+        pictures: Pictures | None = None,
         attention_mask: Tensor | None = None,
         **options,
     ) -> Tensor:
         """New tokens [batch, new] after left-padded prompts; options as in ``generate``."""
-        embeds = self.embed(input_ids, pixel_values)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        return self.causal_lm().generate(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
-        )
+        raise NotImplementedError
+
+    def causal_lm(self) -> PreTrainedModel:
+        """Decoder and head as transformers' ``...ForCausalLM``, sharing this student's modules."""
+        raise NotImplementedError

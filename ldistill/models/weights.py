@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ldistill.common.partition import partitioned_by
 
@@ -92,20 +92,27 @@ def refuse_misfit(folder: Path, problems: Sequence[str]) -> None:
         )
 
 
-def load_lm(folder: Path, zero_init: dict[str, Any] | None = None) -> PreTrainedModel:
+def load_lm(
+    folder: Path,
+    zero_init: dict[str, Any] | None = None,
+    config: PretrainedConfig | None = None,
+) -> PreTrainedModel:
     """The original LM from a transformers folder, all of its weights and no others.
 
     Args:
         folder: with ``config.json`` and weights.
         zero_init: DeepSpeed configuration under whose ZeRO-3 the weights are partitioned while
             loading; None keeps them whole even where the student is being partitioned.
+        config: default the folder's.
 
     Raises:
         OSError: a weight file is missing.
         ValueError: weights that cannot be read, or are not those of the configuration.
     """
     with partitioned_by(zero_init):
-        lm, problems, unused = read_model(AutoModelForCausalLM, folder, dtype="auto")
+        lm, problems, unused = read_model(
+            AutoModelForCausalLM, folder, dtype="auto", **({"config": config} if config else {})
+        )
     refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
     return lm
 

@@ -114,7 +114,7 @@ def look(
 
     from ldistill.common.documents import IGNORE
     from ldistill.common.samples import Turn
-    from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
+    from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
     from ldistill.distill.distiller import Distiller
     from ldistill.distill.teacher import Teacher
     from ldistill.sources import SourceWeights
@@ -127,25 +127,26 @@ def look(
             f"{len(images)} pictures, and the processor takes {processor.images.max_images}: load "
             "the pair with max_images."
         )
-    tiled = [processor.tiles(processor.load_image(image)) for image in images]
-    document = processor.encode([Turn(prompt, answer)], [grid for _, grid in tiled])
+    seen = [processor.load_image(image) for image in images]
+    document = processor.encode([Turn(prompt, answer)], [image.size for image in seen])
     if not document.supervised:
         raise ValueError(f"the answer {answer!r} has no token to judge.")
-    pixels = torch.cat([tiles for tiles, _ in tiled]) if tiled else None
-    pack = LoadedPack([LoadedDocument(0, 0, document, pixels)])
-    batch = Collate(processor.pad_token_id, processor.images.tile_size)([pack])
+    pictures = processor.pictures(seen)
+    rotary = processor.rotary(document.input_ids, pictures)
+    batch = Collate(processor.pad_token_id)(
+        [LoadedPack([LoadedDocument(0, 0, document, pictures, rotary)])]
+    )
 
     weights = SourceWeights(("look",), ("language",), (1.0,), (temperature,))
     judged = _Judged()
     distiller = Distiller(student, Teacher(pair.lm), weights, judged)
     supervision = distiller.supervise(batch)
     device, trained = student.lm_head.weight.device, student.training
-    on_device = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     student.eval()
     with torch.no_grad():
-        distiller(on_device, supervision.to(device), 1.0, run_teacher=True)
+        distiller(to_device(batch, device), supervision.to(device), 1.0, run_teacher=True)
         ids = torch.as_tensor(document.input_ids, dtype=torch.long)
-        text = ids < distiller.teacher_vocab  # what an LM without pictures can read
+        text = distiller.known(ids)  # what an LM without pictures can read
         alone = pair.lm(input_ids=ids[text][None].to(device), use_cache=False).logits[0]
     student.train(trained)
 

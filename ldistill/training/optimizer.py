@@ -25,7 +25,9 @@ def parameter_groups(student: Student, rates: Rates, weight_decay: float) -> lis
     """AdamW groups: vision, projector, decoder with rates of their own; no decay on norms."""
     groups = []
     known: set[int] = set()
-    for part, rate in zip((student.vision, student.projector, student), rates, strict=True):
+    # The projector first: a tower may hold it.
+    parts = (student.projector, rates.projector), (student.vision, rates.vision)
+    for part, rate in (*parts, (student, rates.decoder)):
         trained = [p for p in part.parameters() if p.requires_grad and id(p) not in known]
         known.update(map(id, trained))
         for params, decay in (

@@ -228,6 +228,7 @@ def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
         partition=True,
         dtype=dtype if zero_stage(recipe) >= 0 else torch.float32,  # autocast wants float32
         max_length=recipe.data.max_length,
+        teacher_rope=options.teacher_rope,
         tiling=recipe.data.tiling,
     )
     train_only(pair.student, recipe.run.train)

@@ -28,6 +28,7 @@ from ldistill.common.errors import (
     worker_died,
     writing,
 )
+from ldistill.data.collate import to_device
 from ldistill.distill.distiller import Distiller
 from ldistill.models.flops import count_step, student_flops
 from ldistill.models.lora import WeightUpdates, weight_updates
@@ -149,7 +150,7 @@ class DistillTrainer(Trainer):
         health = self._health_steps and self.state.global_step % self._health_steps == 0
         samples = []
         for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            counts = count_step(batch, plan)
+            counts = count_step(self.distiller.student, batch, plan)
             flops = student_flops(self.distiller.student, counts, self.distiller.kv_scope)
             self.meter.add_batch(batch, counts, flops)
             if self._sample_log is not None:
@@ -210,7 +211,7 @@ class DistillTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.args.device
-        batch = {k: v.to(device, non_blocking=True) for k, v in inputs["batch"].items()}
+        batch = to_device(inputs["batch"], device)
         moved = {k: inputs[k].to(device) for k in ("supervision", "own_queries") if k in inputs}
         return inputs | {"batch": batch} | moved
 

@@ -69,7 +69,7 @@ def test_cross_entropy_is_that_of_the_held_out_documents_one_by_one(world):
     )  # fmt: skip
     with torch.no_grad():
         for batch in loader:
-            pixels = batch["pixel_values"].double()
+            pixels = {k: v.double() for k, v in batch["pictures"].items()}
             logits = student.lm_head(student(batch["input_ids"], batch["position_ids"], pixels))
             ce = F.cross_entropy(logits[0], batch["labels"][0], reduction="none")
             sums[int(batch["doc_source"])] += ce[batch["labels"][0] != -100].tolist()

@@ -16,10 +16,11 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Sample, Turn
 from ldistill.data.archive import SAMPLE_DTYPE
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.processor import ImageSettings, ImageTokens, Processor
+from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"
@@ -64,10 +65,10 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_processor(**settings: object) -> Processor:
+def make_processor(**settings: object) -> NanoVLMProcessor:
     """A processor with 32-pixel tiles of 4 tokens, unless `settings` say otherwise."""
     small = {"tile_size": 32, "tokens_per_tile": 4, "max_side": 128}
-    return Processor(make_tokenizer(), ImageSettings(**{**small, **settings}))
+    return NanoVLMProcessor(make_tokenizer(), ImageSettings(**{**small, **settings}))
 
 
 def picture(width: int = 40, height: int = 30, kind: str = "PNG", seed: int = 0) -> bytes:
@@ -170,8 +171,7 @@ def assert_same_batches(batches: Iterable[dict], others: Iterable[dict]) -> None
     for one, other in zip(batches, others, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            same = torch.equal if isinstance(value, torch.Tensor) else dict.__eq__
-            assert same(value, other[name]), name
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0, msg=name)
 
 
 def digests(root):

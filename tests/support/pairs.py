@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ldistill.models.hf_vlm import HFVLM, tokens_per_tile
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import CHAT_TEMPLATE, NanoVLMConfig, extra_tokens
 from ldistill.models.nanovlm_format import save_nanovlm
@@ -141,7 +142,7 @@ def random_batch(
     the two sources.
     """
     generator = torch.Generator().manual_seed(seed)
-    size, per_tile = (len(rows), seq), student.tokens_per_tile
+    size, per_tile = (len(rows), seq), image_tokens(student)
     batch = {
         "input_ids": torch.full(size, 2),
         "position_ids": torch.zeros(size, dtype=torch.long),
@@ -171,9 +172,18 @@ def random_batch(
         batch["position_ids"][b, start:] = torch.arange(seq - start)
     batch |= {f"doc_{k}": torch.tensor(v, dtype=torch.long) for k, v in table.items()}
     tiles = len(table["batch"]) if images else 0
-    side = student.tile_size
-    batch["pixel_values"] = torch.rand(tiles, 3, side, side, generator=generator)
-    return batch
+    shape = (1, 3, 32, 32)
+    if isinstance(student, HFVLM):
+        shape = student.blank["pixel_values"].shape
+    pixels = torch.rand(tiles, *shape[1:], generator=generator)
+    return batch | {"pictures": {"pixel_values": pixels} if images else {}}
+
+
+def image_tokens(student: Student) -> int:
+    """Positions of one picture of one tile."""
+    if isinstance(student, HFVLM):
+        return tokens_per_tile(student.config)
+    return student.config.mp_image_token_length
 
 
 __all__ = ["SOURCES", "extra_tokens", "random_batch", "small_config", "weights", "write_pair"]

@@ -109,12 +109,14 @@ def test_generate_answers_about_pictures_and_text(pair_root, tmp_path):
     assert runner.invoke(app, [*base, *asked]).output == first.output
     assert runner.invoke(app, [*base, "--prompt", "what is this?"]).exit_code == 0
     model, processor = load_nanovlm(student).eval(), load_processor(student)
-    tiles, grid = processor.tiles(processor.load_image(image.read_bytes()))
-    ids = torch.as_tensor(processor.prompt([], "what is this?", [grid]), dtype=torch.long)[None]
+    seen = processor.load_image(image.read_bytes())
+    ids = torch.as_tensor(processor.prompt([], "what is this?", [seen.size]), dtype=torch.long)[
+        None
+    ]
     new = []
     with torch.no_grad():  # without a cache, token by token
         for _ in range(5):
-            logits = model.lm_head(model(ids, pixel_values=tiles)[:, -1])
+            logits = model.lm_head(model(ids, pictures=processor.pictures([seen]))[:, -1])
             new.append(int(logits.argmax()))
             if new[-1] == processor.tokenizer.eos_token_id:
                 break

@@ -22,7 +22,7 @@ from typing import Any
 from ldistill.common.documents import Processor
 from ldistill.common.images import storable
 from ldistill.common.samples import BadImage, Drop, Sample
-from ldistill.data.archive import pack_sample, sample_key
+from ldistill.data.archive import MOST_TILES, pack_sample, sample_key
 
 Convert = Callable[[int, Any], list[Sample | Drop]]
 ROWS_PER_TASK = 8
@@ -66,8 +66,8 @@ def _encode(result: Prepared, sample: Sample, source: str, processor: Processor)
         result.drops.append(Drop(reason[0], sample.id, detail=reason[1]))
         return
     stored = [storable(data) for data in sample.images]
-    grids = [processor.images.grid(int(d["width"]), int(d["height"])) for _, d in stored]
-    document = processor.encode(sample.turns, grids, sample.system)
+    sizes = [(int(d["width"]), int(d["height"])) for _, d in stored]
+    document = processor.encode(sample.turns, sizes, sample.system)
     if not document.supervised:
         result.drops.append(Drop("no answer", sample.id))
         return
@@ -76,7 +76,8 @@ def _encode(result: Prepared, sample: Sample, source: str, processor: Processor)
     result.block = pack_sample(sample_key(source, result.row), kept, [d for _, d in stored])
     result.tokens, result.supervised = len(document.input_ids), document.supervised
     result.prompt = document.prompt
-    result.tiles = sum(processor.images.tiles(grid) for grid in grids)
+    image_tokens = int((document.input_ids == processor.image_token_id).sum())
+    result.tiles = min(image_tokens // processor.images.tokens_per_tile, MOST_TILES)
 
 
 def _unusable(sample: Sample, processor: Processor) -> tuple[str, str] | None:

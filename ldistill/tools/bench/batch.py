@@ -145,9 +145,10 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
     packs = [LoadedPack() for _ in range(rows)]
     for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
         pixels = torch.from_numpy(rng.random((1, 3, side, side), dtype=np.float32))
-        document = LoadedDocument(number, drawn.source, _random_document(shape, drawn, rng), pixels)
+        made, pictures = _random_document(shape, drawn, rng), {"pixel_values": pixels}
+        document = LoadedDocument(number, drawn.source, made, pictures)
         packs[drawn.row].documents.append(document)
-    batch = Collate(pad_token_id=2, tile_size=side, length=limit)(packs)
+    batch = Collate(pad_token_id=2, length=limit)(packs)
     del batch["drops"]
     return batch
 

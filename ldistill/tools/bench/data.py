@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from ldistill.common.samples import Turn
@@ -70,7 +69,7 @@ class LoaderSetup:
     @property
     def collate(self) -> Collate:
         """One document a row."""
-        return Collate(self.processor.pad_token_id, self.processor.images.tile_size)
+        return Collate(self.processor.pad_token_id)
 
     def collate_tars(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
         return self.collate([self.from_tar(sample) for sample in samples])
@@ -85,10 +84,9 @@ class LoaderSetup:
         places = [f"{n}." if several else "" for n in range(1, len(described) + 1)]
         contents = [members[f"{p}{d['format']}"] for p, d in zip(places, described, strict=True)]
         files = [c if isinstance(c, bytes) else c["bytes"] for c in contents]
-        cut = [processor.tiles(processor.load_image(data)) for data in files]
-        document = truncate(processor.encode(turns, [grid for _, grid in cut]), self.limit)
-        pixels = torch.cat([tiles for tiles, _ in cut]) if cut else None
-        return LoadedPack([LoadedDocument(0, 0, document, pixels)])
+        images = [processor.load_image(data) for data in files]
+        document = truncate(processor.encode(turns, [i.size for i in images]), self.limit)
+        return LoadedPack([LoadedDocument(0, 0, document, processor.pictures(images))])
 
 
 def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Batch]:
@@ -292,7 +290,7 @@ def open_setup(
     Raises as `ShardIndex.load` and `load_processor` do, and ValueError when the two do not fit.
     """
     index = ShardIndex.load(shards, sources)
-    images = {"tiling": index.image_settings.tiling, "max_images": index.image_settings.max_images}
+    images = {name: index.image_settings[name] for name in ("tiling", "max_images")}
     processor = load_processor(student_of(student), tokenizer, **images)
     index.check(processor)
     return LoaderSetup(index, processor, **sizes)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ldistill.distill.attention import SharedKV, recording
-from ldistill.distill.distiller import Distiller
+from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.targets import Supervision
 from ldistill.models.flops import StepCounts
 
@@ -29,7 +29,7 @@ def naive_loss(
     Holds for the defaults: scope ``full``, detached, convex mix, τ², forward KL.
     """
     with recording(distiller.slots) as recorded:
-        hidden = distiller.student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        hidden = distiller.student(**student_inputs(batch))
         shared = recorded().detach()
     student = distiller.student.lm_head(hidden).float().flatten(0, 1)
     teacher = teacher_logits(distiller.teacher.lm, batch, shared).float().flatten(0, 1)

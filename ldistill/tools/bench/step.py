@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_utils import local_torch_dtype
 
 from ldistill.common.device import peak_flops, seconds, synchronise
+from ldistill.data.collate import to_device
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
@@ -189,7 +190,7 @@ class StepBench:
 
     def move_batch(self) -> None:
         """The batch on the device."""
-        self.batch = {name: value.to(self.device) for name, value in self.host_batch.items()}
+        self.batch = to_device(self.host_batch, self.device)
 
     def targets(self, mode: str) -> Any:
         """Targets and queries of the batch, on the host; labels alone have no queries."""
@@ -231,7 +232,7 @@ class StepBench:
 
     def flops(self, mode: str) -> float:
         """FLOPs of a step as this mode runs it; recomputed activations are not counted."""
-        counts = count_step(self.host_batch, self.targets(mode))
+        counts = count_step(self.distiller.student, self.host_batch, self.targets(mode))
         if mode == "naive":
             # the stock LM runs its k and v projections, which scope `full` leaves out
             return self.shape.step_flops(naive_counts(counts), kv_scope="visual")

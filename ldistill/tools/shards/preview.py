@@ -62,9 +62,12 @@ def preview(inputs: Iterable[SourceInput], processor: Any, count: int, page: Pat
 
 
 def _sample(sample: Sample, processor: Any) -> str:
-    cut = [processor.tiles(processor.load_image(data)) for data in sample.images]
-    document = processor.encode(sample.turns, [grid for _, grid in cut], sample.system)
-    pictures = "".join(_picture(tile) for tiles, _ in cut for tile in tiles)
+    images = [processor.load_image(data) for data in sample.images]
+    document = processor.encode(sample.turns, [i.size for i in images], sample.system)
+    shown = images
+    if images and (pixels := processor.pictures(images)["pixel_values"]).ndim > 3:
+        shown = [_stretched(tile) for tile in pixels.flatten(0, -4)]
+    pictures = "".join(map(_picture, shown))  # of patches in a row, the picture itself
     counts = f"{len(document.input_ids)} tokens, {document.supervised} of them learnt"
     tokens = _tokens(document, processor)
     return f'<h3>{html.escape(sample.id)}: {counts}</h3>{pictures}<p class="tokens">{tokens}</p>'
@@ -83,10 +86,15 @@ def _tokens(document: Document, processor: Any) -> str:
     return "".join(shown)
 
 
-def _picture(tile: torch.Tensor) -> str:
-    """One tile [3, S, S] as an image of the page; what a processor normalised is stretched back."""
+def _stretched(tile: torch.Tensor) -> Image.Image:
+    """One tile [3, S, S]; what a processor normalised is stretched back."""
     low, high = min(0.0, float(tile.min())), max(1.0, float(tile.max()))
     pixels = ((tile - low) * (255 / (high - low))).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
+
+
+def _picture(image: Image.Image) -> str:
+    """As an image of the page."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'

@@ -83,8 +83,8 @@ def test_every_mode_becomes_rgb(mode):
 def test_one_tile_is_the_resized_picture_in_unit_range():
     processor = make_processor()
     image = processor.load_image(picture(100, 60))
-    pixels, grid = processor.tiles(image)
-    assert (grid, pixels.shape, pixels.dtype) == ((1, 1), (1, 3, 32, 32), torch.float32)
+    pixels = processor.pictures([image])["pixel_values"]
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 32, 32), torch.float32)
     expected = np.array(image.resize((32, 32), Image.Resampling.BILINEAR)) / 255
     np.testing.assert_allclose(pixels[0].permute(1, 2, 0), expected, atol=1e-6)
 

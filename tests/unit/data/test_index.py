@@ -13,7 +13,7 @@ from ldistill.data.archive import BadSample
 from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
-from ldistill.models.processor import Processor
+from ldistill.models.nanovlm_processor import NanoVLMProcessor
 
 COUNTS = {"docvqa": 23, "vsr": 9, "own": 5}
 
@@ -90,7 +90,7 @@ def test_another_processor_is_named_part_by_part(built):
     grown = make_processor().tokenizer
     grown.add_tokens(["new"])
     with pytest.raises(ValueError, match=r"different tokenizer\. Build them again"):
-        index.check(Processor(grown, make_processor().images))
+        index.check(NanoVLMProcessor(grown, make_processor().images))
 
 
 def test_no_shards(tmp_path):

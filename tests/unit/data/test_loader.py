@@ -167,7 +167,7 @@ def test_batches_hold_the_documents_as_the_processor_encodes_them(built, process
         tiles = []
         for number, sample in enumerate(batch["doc_sample"].tolist()):
             stored = index.read(sample)
-            cut = [processor.tiles(processor.load_image(data))[0] for data in stored.images]
+            cut = [_tiles(processor, data) for data in stored.images]
             tiles += cut
             document = processor.encode(stored.turns, [(1, 1)] * len(cut))
             row, start = batch["doc_batch"][number], batch["doc_start"][number]
@@ -175,15 +175,20 @@ def test_batches_hold_the_documents_as_the_processor_encodes_them(built, process
             assert batch["input_ids"][row, place].tolist() == document.input_ids.tolist()
             assert batch["labels"][row, place].tolist() == document.labels.tolist()
             assert index.sources[batch["doc_source"][number]] == stored.source
+        assert bool(tiles) == bool(batch["pictures"])
         if tiles:
-            assert torch.equal(batch["pixel_values"], torch.cat(tiles))
+            assert torch.equal(batch["pictures"]["pixel_values"], torch.cat(tiles))
         per_tile = processor.images.tokens_per_tile
         image_tokens = (batch["input_ids"] == processor.image_token_id).sum()
-        assert image_tokens == per_tile * len(batch["pixel_values"])
+        assert image_tokens == per_tile * len(batch["pictures"].get("pixel_values", ()))
         if packing:
             assert batch["input_ids"].shape == (2, LIMIT)
         else:
             assert batch["input_ids"].shape[1] == batch["doc_length"].max()
+
+
+def _tiles(processor, data):
+    return processor.pictures([processor.load_image(data)])["pixel_values"]
 
 
 def test_tiled_pictures_match_their_tokens(tmp_path):
@@ -194,16 +199,20 @@ def test_tiled_pictures_match_their_tokens(tmp_path):
     index = ShardIndex.load(tmp_path)
     [batch] = make_loader(index, processor, limit=256, batch_size=1, stop_pack=1)
     grids = {(40, 30): (3, 4), (64, 64): (4, 4), (90, 20): (1, 4)}
-    assert len(batch["pixel_values"]) == sum(rows * cols + 1 for rows, cols in grids.values())
+    assert len(batch["pictures"]["pixel_values"]) == sum(
+        rows * cols + 1 for rows, cols in grids.values()
+    )
     tile = 0
     for number, sample in enumerate(batch["doc_sample"].tolist()):
         place = slice(batch["doc_start"][number], None)
         row = batch["input_ids"][batch["doc_batch"][number], place][: batch["doc_length"][number]]
         count = int((row == processor.image_token_id).sum()) // processor.images.tokens_per_tile
-        cut = [processor.tiles(processor.load_image(data))[0] for data in pictures[sample]]
-        assert torch.equal(batch["pixel_values"][tile : tile + count], torch.cat([*cut, EMPTY]))
+        cut = [_tiles(processor, data) for data in pictures[sample]]
+        assert torch.equal(
+            batch["pictures"]["pixel_values"][tile : tile + count], torch.cat([*cut, EMPTY])
+        )
         tile += count
-    assert tile == len(batch["pixel_values"])
+    assert tile == len(batch["pictures"]["pixel_values"])
 
 
 def test_workers_change_nothing(built, processor):
@@ -233,6 +242,15 @@ def test_resuming_gives_the_batches_of_the_uninterrupted_run(built, processor):
     for done in (1, size // 2, size // 2 + 2):
         resumed = make_loader(index, processor, start_pack=2 * done, **options)
         assert_same_batches(resumed, whole[done:])
+
+
+def test_a_picture_beyond_the_length_limit_is_a_bad_sample(tmp_path):
+    """Its features would go to the places of the next document's."""
+    processor, turns = make_processor(max_images=2), (LONG, Turn("and this?", "no", (0,)))
+    build_shards({"vsr": [Sample("l", "vsr", turns, (picture(),))]}, tmp_path, processor)
+    options = {"limit": 64, "batch_size": 1, "over_long": "truncate", "stop_pack": 1}
+    with pytest.raises(BadSample, match="picture beyond the length limit"):
+        list(make_loader(ShardIndex.load(tmp_path), processor, **options))
 
 
 def test_truncated_documents_in_a_batch(tmp_path, processor):

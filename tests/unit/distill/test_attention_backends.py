@@ -10,7 +10,7 @@ from pairs import random_batch, small_config, spread, weights
 from torch.nn import functional as F
 
 from ldistill.distill.attention import attach, choose_attention
-from ldistill.distill.distiller import Distiller
+from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.pair import load_pair
@@ -26,7 +26,7 @@ def hidden(backend: str) -> torch.Tensor:
     spread(student)
     attach(student.backbone, backend)
     with torch.no_grad():
-        return student(BATCH["input_ids"], BATCH["position_ids"], BATCH["pixel_values"])
+        return student(**student_inputs(BATCH))
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_all_layers_share_one_mask():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        student(BATCH["input_ids"], BATCH["position_ids"], BATCH["pixel_values"])
+        student(**student_inputs(BATCH))
     assert len(kept) == CONFIG.lm_n_blocks
     assert len(masks) == 1
 

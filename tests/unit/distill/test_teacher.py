@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import rotate_half
 
 from ldistill.distill.attention import recording
-from ldistill.distill.distiller import Distiller
+from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.objective import COLUMNS, Objective
 from ldistill.distill.targets import queries_for
 from ldistill.distill.teacher import Teacher
@@ -70,7 +70,7 @@ def dense_teacher_logits(distiller, batch, scope):
 
     slots = attach(student.backbone)
     with torch.no_grad(), recording(slots) as recorded:
-        student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        student(**student_inputs(batch))
         shared = recorded()
     vocab = lm.config.vocab_size
     ids, labels = batch["input_ids"], batch["labels"]
@@ -131,9 +131,9 @@ def test_queries_are_exact(any_pair_root, scope, turns):
     reference = dense_teacher_logits(distiller, batch, scope)
     supervision = distiller.supervise(batch)
     wanted = supervision.targets.flat[supervision.targets.taught]
-    rows = queries_for(batch, wanted, scope, distiller.teacher_vocab)
+    rows = queries_for(batch, wanted, scope, distiller.known)
     with torch.no_grad(), recording(distiller.slots) as recorded:
-        distiller.student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        distiller.student(**student_inputs(batch))
         hidden = distiller.teacher.hidden(rows, recorded())
     logits = distiller.teacher.head(hidden, F.linear)
     seq = batch["input_ids"].shape[1]
@@ -167,7 +167,7 @@ def test_identity(any_same_pair_root):
     batch = random_batch(distiller.student, ROWS)
     supervision = distiller.supervise(batch)
     with torch.no_grad(), recording(distiller.slots) as recorded:
-        hidden = distiller.student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        hidden = distiller.student(**student_inputs(batch))
         mine = distiller.teacher.hidden(supervision.queries, recorded())
     z_s = distiller.student.lm_head(hidden.flatten(0, 1)[supervision.targets.flat])
     z_t = distiller.teacher.head(mine, F.linear)
@@ -186,7 +186,7 @@ def test_shared_kv_are_views(any_pair_root):
     for layer in distiller.student.backbone.layers:
         layer.self_attn.v_proj.register_forward_hook(lambda m, i, o: values.append(o))
     with recording(distiller.slots) as recorded:
-        distiller.student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        distiller.student(**student_inputs(batch))
         shared = recorded()
     config = distiller.student.backbone.config
     assert len(shared.values) == config.num_hidden_layers
@@ -229,7 +229,7 @@ def test_nothing_leaks_between_documents(any_pair_root):
         supervision = distiller.supervise(batch)
         rows = distiller.supervise(b).queries
         with torch.no_grad(), recording(distiller.slots) as recorded:
-            hidden = distiller.student(b["input_ids"], b["position_ids"], b["pixel_values"])
+            hidden = distiller.student(**student_inputs(b))
             states.append((hidden.flatten(0, 1), distiller.teacher.hidden(rows, recorded())))
     untouched = batch["document_ids"].flatten() != 1
     torch.testing.assert_close(states[0][0][untouched], states[1][0][untouched])
@@ -251,7 +251,9 @@ def reference_loss(distiller, batch, total, mix="convex", t_squared=True, gate="
     """fp64, materialised, straight from the definition; teacher logits as constants."""
     student = copy.deepcopy(distiller.student).double()
     logits = student.lm_head(
-        student(batch["input_ids"], batch["position_ids"], batch["pixel_values"].double())
+        student(
+            batch["input_ids"], batch["position_ids"], batch["pictures"]["pixel_values"].double()
+        )
     )
     teacher = dense_teacher_logits(distiller, batch, distiller.kv_scope)
     loss = 0
@@ -349,7 +351,7 @@ def cut_batch(batch, by):
         if by == "documents":
             part["document_ids"] = torch.zeros_like(part["document_ids"])
             part["doc_start"] = torch.zeros_like(part["doc_start"])
-        yield part | {"pixel_values": batch["pixel_values"][docs]}
+        yield part | {"pixel_values": batch["pictures"]["pixel_values"][docs]}
 
 
 def test_kv_grad_through_reaches_the_student(pair_root):
@@ -369,7 +371,7 @@ def test_kv_grad_through_by_finite_differences(pair_root):
     distiller.double()
     distiller.teacher.lm.double()
     batch = random_batch(distiller.student, [[20, 20]])
-    batch["pixel_values"] = batch["pixel_values"].double()
+    batch["pictures"]["pixel_values"] = batch["pictures"]["pixel_values"].double()
     weight = distiller.student.backbone.layers[1].self_attn.v_proj.weight
     run(distiller, batch)["loss"].backward()
     grad = weight.grad.clone()

@@ -66,25 +66,22 @@ def some_items(images: bool) -> list[Item]:
 
 def sequence(
     processor, item: Item, answer: str | None
-) -> tuple[list[int], int, torch.Tensor | None]:
+) -> tuple[list[int], int, dict[str, torch.Tensor]]:
     """Ids of prompt and answer, length of the prompt, tiles: straight from the processor."""
-    tiles, grids = None, []
-    if item.image is not None:
-        tiles, grid = processor.tiles(processor.load_image(item.image))
-        grids = [grid]
+    images = [] if item.image is None else [processor.load_image(item.image)]
     tokenizer = processor.tokenizer
     if item.style == "text":
         prompt = tokenizer(item.prompt)["input_ids"]
         answer = answer and " " + answer
     else:
-        prompt = processor.prompt((), item.prompt, grids).tolist()
+        prompt = processor.prompt((), item.prompt, [image.size for image in images]).tolist()
     rest = tokenizer(answer)["input_ids"] if answer else []
-    return prompt + rest, len(prompt), tiles
+    return prompt + rest, len(prompt), processor.pictures(images)
 
 
 @torch.no_grad()
 def direct_logits(student, ids: list[int], tiles) -> torch.Tensor:
-    return student.lm_head(student(torch.tensor([ids]), pixel_values=tiles))[0].log_softmax(-1)
+    return student.lm_head(student(torch.tensor([ids]), pictures=tiles))[0].log_softmax(-1)
 
 
 def direct_answer(student, processor, item: Item, longest: int) -> str:

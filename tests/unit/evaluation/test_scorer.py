@@ -91,11 +91,11 @@ def test_nanovlm_log_likelihood_is_the_sum_over_its_tokens(models, folders):
     student = load_nanovlm(folders["nanovlm"]).eval()
     processor = load_processor(folders["nanovlm"])
     question = Question("what is it?", (picture(1), picture(2)))
-    tiles, grids = zip(*(processor.tiles(p) for p in question.pictures))
-    prompt = processor.prompt((), question.text, grids).tolist()
+    pictures = processor.pictures(question.pictures)
+    prompt = processor.prompt((), question.text, [p.size for p in question.pictures]).tolist()
     answer = processor.tokenizer("lazy dog", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([prompt + answer])
-    logp = student.lm_head(student(ids, pixel_values=torch.cat(tiles)))[0].log_softmax(-1)
+    logp = student.lm_head(student(ids, pictures=pictures))[0].log_softmax(-1)
     expected = sum(logp[len(prompt) + i - 1, t].item() for i, t in enumerate(answer))
     # In a chat the answer has no blank before it, whether the task puts one there or not.
     for text in ("lazy dog", " lazy dog"):
@@ -210,11 +210,11 @@ def test_pictures_are_cut_as_the_run_cut_them(folders, tmp_path, kind, trained):
         for name in (folder, tmp_path / "run"):
             inputs = load_scorer(str(name), tiling=asked)._prompts([Question(question, (seen,))])
             processor = formats.load_processor(folder, tiling=expected)
-            tiles, grid = processor.tiles(seen)
-            assert (len(tiles) > 1) == expected
-            pixels = inputs["pixel_values"]
-            assert torch.allclose(pixels.reshape(-1, *pixels.shape[-3:]), tiles)
-            ids = processor.prompt([], question, [grid])
+            tiles = processor.pictures([seen])["pixel_values"]
+            assert (tiles.shape[:-3].numel() > 1) == expected
+            pixels = inputs.get("pictures", inputs)["pixel_values"]
+            assert torch.allclose(pixels, tiles)
+            ids = processor.prompt([], question, [seen.size])
             assert inputs["input_ids"][0].tolist() == ids.tolist()
 
 

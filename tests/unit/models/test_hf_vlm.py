@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_pairs import SIDE, WRITERS, decoder_config, write_llava, write_smolvlm
+from hf_pairs import WRITERS, decoder_config, write_llava, write_smolvlm
 from pairs import VOCAB, random_batch, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,10 +26,10 @@ from ldistill.common.samples import Turn
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.evaluation.commands import generate
+from ldistill.models.fit import check_pair
 from ldistill.models.formats import export_like, load_processor, load_student
-from ldistill.models.hf_vlm_processor import Idefics3Settings
 from ldistill.models.lora import add_lora, weight_updates
-from ldistill.models.pair import check_pair, check_tokenizers, load_pair
+from ldistill.models.pair import check_tokenizers, load_pair
 from ldistill.models.parts import train_only
 from ldistill.models.weights import load_lm
 from ldistill.training.export import export_decoder, export_student
@@ -85,24 +85,11 @@ def test_prompts_are_those_of_transformers(roots, tiling, pictures):
             text=text, images=images or None, return_tensors="pt",
             add_special_tokens=not own_start, **(options if images else {}),
         )  # fmt: skip
-        cut = [ours.tiles(image) for image in images]
-        ids = ours.prompt([], "what is red?", [grid for _, grid in cut])
+        ids = ours.prompt([], "what is red?", [image.size for image in images])
         assert ids.tolist() == expected["input_ids"][0].tolist()
-        if images:
-            pixels = expected["pixel_values"].reshape(-1, 3, SIDE, SIDE)
-            real = pixels[(pixels != 0).flatten(1).any(1)]  # Idefics3 pads to the most tiles
-            assert torch.equal(torch.cat([tiles for tiles, _ in cut]), real)
-
-
-def test_grids_are_those_of_transformers(roots):
-    """The header's size alone must give the tiles that the picture is really cut into."""
-    ours = load_processor(roots["smolvlm"] / "student", tiling=True)
-    generator = torch.Generator().manual_seed(0)
-    for width, height in torch.randint(1, 200, (60, 2), generator=generator).tolist():
-        tiles, grid = ours.tiles(picture(width, height))  # raises where the two disagree
-        assert len(tiles) == ours.images.tiles(grid) <= 17
-    sizes = {Idefics3Settings(512, 64, tiling=True).grid(w, 480) for w in (30, 480, 640, 4000)}
-    assert len(sizes) > 2
+        seen = ours.pictures(images)
+        assert set(seen) == set(expected) - {"input_ids", "attention_mask"}
+        assert all(torch.equal(value, expected[name]) for name, value in seen.items())
 
 
 def test_answers_and_their_end_marks_are_supervised(roots):
@@ -124,7 +111,7 @@ def test_answers_and_their_end_marks_are_supervised(roots):
             " over", "over"
         ) == "".join(answers).replace(" yes", "yes").replace(" over", "over")
         text = tokenizer.decode(document.input_ids)
-        patches = "<image>" * processor.images.tokens_per_tile
+        patches = "<image>" * {"llava": 16, "smolvlm": 4}[kind]
         assert text.startswith(beginning.replace("<image>", patches))
         assert "and the  dog?" in text  # a literal <image> is no picture
         assert processor.stop_token_ids == [tokenizer.eos_token_id] + (
@@ -139,7 +126,7 @@ def test_control_tokens_in_data_are_words_in_every_family(root):
     processor = load_processor(root / "student")
     tokenizer = processor.tokenizer
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
-    image = set(processor.tokens.all())
+    image = processor.literals
     special = {t.content: n for n, t in added.items() if t.special and t.content not in image}
     plain = processor.encode([Turn("ask", "say"), Turn("ask", "say")], [(1, 1)]).input_ids
     assert len(special) > 1
@@ -156,9 +143,9 @@ def test_pictures_stay_where_they_are_in_every_family(root):
     processor = load_processor(root / "student", max_images=3)
     system = "be kind" if processor.takes_system else ""
     turns = [Turn("look at  here", "yes", (8,)), Turn("and this?", "no", (0, 9))]
-    document = processor.encode(turns, [(1, 1)] * 3, system)
+    document = processor.encode(turns, [(40, 30)] * 3, system)
     text = processor.tokenizer.decode(document.input_ids)
-    shown = processor.tokens.picture((1, 1), processor.images.tokens_per_tile)
+    [shown] = processor.picture_texts([(40, 30)])
     assert text.count(shown) == 3
     before, between, amid, after = text.split(shown)
     assert system in before
@@ -178,15 +165,14 @@ def test_student_computes_what_transformers_computes(root):
     student = load_student(root / "student").eval()
     vlm = AutoModelForImageTextToText.from_pretrained(root / "student").eval()
     batch = random_batch(student, [[30], [40]], seq=40)
-    ids, pixels = batch["input_ids"][1:], batch["pixel_values"][1:]
-    given = pixels if vlm.config.model_type == "llava" else pixels[None]
+    ids, pixels = batch["input_ids"][1:], batch["pictures"]["pixel_values"][1:]
     with torch.no_grad():
-        expected = vlm(input_ids=ids, pixel_values=given).logits
-        logits = student.lm_head(student(ids, pixel_values=pixels))
+        expected = vlm(input_ids=ids, pixel_values=pixels).logits
+        logits = student.lm_head(student(ids, pictures={"pixel_values": pixels}))
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "eos_token_id": 2}
-    new = student.generate(ids, pixels, **options)
-    whole = vlm.generate(input_ids=ids, pixel_values=given, **options)
+    new = student.generate(ids, {"pixel_values": pixels}, **options)
+    whole = vlm.generate(input_ids=ids, pixel_values=pixels, **options)
     assert torch.equal(new, whole[:, ids.shape[1] :])
 
 
@@ -410,11 +396,37 @@ def test_every_differing_field_is_named(roots, tmp_path):
     ):
         assert part in str(error.value)
     assert "hidden_size" not in str(error.value)
-    other = decoder_config("llama", 500)
-    with pytest.raises(ValueError, match="vocabulary: student 384, teacher 500"):
-        check_pair(decoder_config("llama", 384), other, None)
-    with pytest.raises(ValueError, match="model_type: student llama, teacher qwen2"):
-        check_pair(decoder_config("llama"), decoder_config("qwen2"), None)
+    kinds = [decoder_config(kind, num_key_value_heads=2) for kind in ("llama", "qwen2")]
+    with pytest.raises(ValueError, match=r"teacher qwen2; their tensors differ: .*q_proj.bias"):
+        check_pair(*kinds, None)
+
+
+def test_decoders_of_two_kinds_are_run_to_see_whether_they_are_one():
+    """Same tensors: Mistral without windows is a Llama, Gemma, which scales and shifts, is not."""
+    llama, mistral, gemma = (
+        decoder_config(k, num_key_value_heads=2, head_dim=8, sliding_window=None, hidden_act="silu")
+        for k in ("llama", "mistral", "gemma")
+    )
+    check_pair(llama, mistral, None)
+    gemma.hidden_activation = "silu"
+    with pytest.raises(ValueError, match=r"teacher gemma; with equal weights their outputs differ"):
+        check_pair(llama, gemma, None)
+    state = torch.random.get_rng_state()
+    check_pair(llama, mistral, None)
+    assert torch.equal(state, torch.random.get_rng_state())  # a run's own draws are not moved
+
+
+def test_a_raised_rotary_base_is_refused_or_borrowed(roots, tmp_path, caplog):
+    """--teacher_rope student: the teacher's queries are rotated at the student's base."""
+    raised = {"rope_type": "default", "rope_theta": 50000.0}
+    write_llava(tmp_path, rope_parameters=raised, seed=3)
+    pair = (str(tmp_path / "student"), str(roots["llava"] / "teacher"))
+    with pytest.raises(ValueError, match=r"rope_theta: student 50000.0.*--teacher_rope student"):
+        load_pair(*pair)
+    lm = load_pair(*pair, teacher_rope="student").lm
+    assert "rotary base is 50000 instead of its own 10000" in caplog.text
+    expected = 50000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(lm.model.rotary_emb.inv_freq, expected)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(roots, tmp_path):
@@ -457,14 +469,16 @@ def test_a_sentencepiece_teacher_is_compared(tmp_path):
         check_tokenizers(student(pieces), tmp_path, 340)
 
 
-def test_sliding_windows_only_where_rows_outgrow_them(tmp_path):
+def test_a_window_that_no_row_outgrows_is_none(tmp_path):
     write_llava(tmp_path, kind="mistral", sliding_window=64)
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(config | {"sliding_window": None}))
     where = (str(tmp_path / "student"), str(tmp_path / "teacher"))
     load_pair(*where, max_length=64)
-    with pytest.raises(ValueError, match=r"window of 64 tokens, but rows have up to 96.*--max_le"):
-        load_pair(*where, max_length=96)
-    with pytest.raises(ValueError, match="sliding window of 64"):
-        load_pair(*where)
+    for longest in (96, None):
+        with pytest.raises(ValueError, match="sliding_window: student 64, teacher None"):
+            load_pair(*where, max_length=longest)
 
 
 @pytest.mark.parametrize(
@@ -484,18 +498,24 @@ def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):
         return str(tmp_path)
 
     teacher = str(roots["llava"] / "teacher")
-    with pytest.raises(ValueError, match=r"'qwen2_vl' model, which is not.*Supported: nanoVLM"):
-        load_pair(with_config({"model_type": "qwen2_vl", "vision_config": {}}), teacher)
-    with pytest.raises(ValueError, match="'paligemma' model, which is not supported"):
-        load_pair(with_config({"model_type": "paligemma", "vision_config": {}}), teacher)
+    with pytest.raises(ValueError, match=r"'mllama' model, which is not.*Supported: nanoVLM"):
+        load_pair(with_config({"model_type": "mllama", "vision_config": {}}), teacher)
+    with pytest.raises(ValueError, match="'lfm2_vl' model, which is not supported"):
+        load_pair(with_config({"model_type": "lfm2_vl", "vision_config": {}}), teacher)
     with pytest.raises(ValueError, match=r"no vision tower.*swapped"):
         load_pair(teacher, teacher)
     with pytest.raises(ValueError, match="is a 'llava' model, which sees"):
         load_pair(str(roots["llava"] / "student"), str(roots["llava"] / "student"))
-    gemma = AutoConfig.for_model("gemma", hidden_size=48, num_hidden_layers=2)
-    with pytest.raises(ValueError, match=r"teacher is a 'gemma' model; supported.*llama, mistral"):
-        check_pair(decoder_config("llama"), gemma, None)
-    with pytest.raises(ValueError, match=r"layers with RoPE: student \[1, 0\], teacher \[1, 1\]"):
+    for kind, layers, reason in (
+        ("qwen3_5_text", ["linear_attention", "full_attention"], "has linear_attention layers"),
+        ("lfm2", ["conv", "full_attention"], "has conv layers"),
+        ("llama4_text", ["chunked_attention"] * 2, "attends in chunks"),
+        ("mllama_text_model", None, "through cross-attention layers"),
+    ):
+        config = AutoConfig.for_model(kind, num_hidden_layers=2, layer_types=layers)
+        with pytest.raises(ValueError, match=f"the student's decoder {reason}"):
+            check_pair(config, decoder_config("llama"), None)
+    with pytest.raises(ValueError, match=r"no_rope_layers: student \[1, 0\], teacher \[1, 1\]"):
         check_pair(
             decoder_config("smollm3"), decoder_config("smollm3", no_rope_layers=[1, 1]), None
         )
@@ -521,7 +541,8 @@ def test_the_image_token_may_lie_within_the_teachers_vocabulary(tmp_path):
     teacher.save_pretrained(tmp_path / "teacher")
     pair = load_pair(str(tmp_path / "student"), str(tmp_path / "teacher"))
     distiller = Distiller(pair.student, Teacher(pair.lm), weights(), kv_scope="visual")
-    assert distiller.teacher_vocab == VOCAB
+    ids = torch.tensor([2, VOCAB - 1, pair.student.image_token_id, VOCAB + 1, 340])
+    assert distiller.known(ids).tolist() == [True, True, False, True, False]
     batch = random_batch(pair.student, [[40]])
     rows = distiller.supervise(batch).queries
     assert pair.student.image_token_id not in rows.token.tolist()

@@ -129,7 +129,7 @@ def test_student_computes_what_nanovlm_computes(pair_root):
     pixels = torch.rand(2, 3, 32, 32, generator=generator)
     expected = ReferenceNanoVLM(pair_root / "student")(ids, pixels, model.image_token_id)
     with torch.no_grad():
-        logits = model.lm_head(model(ids, pixel_values=pixels))
+        logits = model.lm_head(model(ids, pictures={"pixel_values": pixels}))
     torch.testing.assert_close(logits.double(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -293,9 +293,10 @@ def test_generation_does_not_depend_on_padding(pair_root):
     long = torch.randint(3, 300, (1, 15), generator=generator)
     pixels = torch.rand(1, 3, 32, 32, generator=generator)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
-    alone = model.generate(short, pixels, **options)
+    alone = model.generate(short, {"pixel_values": pixels}, **options)
     padded = torch.cat([torch.full((1, 6), 2), short], 1)
     mask = torch.ones(2, 15, dtype=torch.long)
     mask[1, :6] = 0
-    both = model.generate(torch.cat([long, padded]), pixels, mask, **options)
+    prompts = torch.cat([long, padded])
+    both = model.generate(prompts, {"pixel_values": pixels}, mask, **options)
     assert torch.equal(both[1], alone[0])

@@ -1,4 +1,4 @@
-"""Ids, labels and identity of a Processor, against the tokenizer's own chat template."""
+"""Ids, labels and identity of a NanoVLMProcessor, against the tokenizer's own chat template."""
 
 import pickle
 import re
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from helpers_data import CHATML, make_processor, make_tokenizer
 
+from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Turn
-from ldistill.models.processor import IGNORE, ImageSettings, ImageTokens, Processor
+from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
+from ldistill.models.processor import IGNORE
 
 VICUNA = (
     "A chat between a user and an assistant. {% for message in messages %}"
@@ -41,7 +43,7 @@ def messages(turns, front=""):
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("template", [CHATML, VICUNA], ids=["chatml", "vicuna"])
 def test_ids_are_the_chat_templates_own(template, count):
-    processor = Processor(make_tokenizer(template), ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(make_tokenizer(template), ImageSettings(32, 4, 128))
     document = processor.encode(TURNS[:count], [(1, 1)])
     expected = processor.tokenizer.apply_chat_template(
         messages(TURNS[:count], "<|global_image|>" + TILE), tokenize=True, return_dict=False
@@ -59,7 +61,7 @@ def test_labels_are_the_answers_with_their_end_marks(turns):
 
 
 def test_labels_of_another_template():
-    processor = Processor(make_tokenizer(VICUNA), ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(make_tokenizer(VICUNA), ImageSettings(32, 4, 128))
     text = supervised_text(processor, processor.encode(TURNS[:1]))
     assert text == " 42.50 euros<|endoftext|>"
 
@@ -82,14 +84,14 @@ def test_an_answer_faked_in_user_text_is_not_supervised():
 
 
 def test_image_text_with_one_image_several_and_tiles():
-    processor = make_processor(tiling=True, max_images=3)
-    assert processor.image_text([]) == ""
-    assert processor.image_text([(1, 1)]) == "<|global_image|>" + TILE
+    processor = make_processor(tiling=True, max_images=3, resize_to_max_side=False)
+    assert processor.picture_texts([]) == []
+    assert processor.picture_texts([(20, 30)]) == ["<|global_image|>" + TILE]
     tiled = "<|global_image|>" + TILE + "<row_1_col_1>" + TILE + "<row_1_col_2>" + TILE
-    assert processor.image_text([(1, 2)]) == tiled
-    both = f"<image: 0>{tiled}<image: 1><|global_image|>{TILE}"
-    assert processor.image_text([(1, 2), (1, 1)]) == both
-    document = processor.encode(TURNS[:1], [(1, 2), (1, 1)])
+    assert processor.picture_texts([(64, 32)]) == [tiled]
+    both = [f"<image: 0>{tiled}", f"<image: 1><|global_image|>{TILE}"]
+    assert processor.picture_texts([(64, 32), (20, 30)]) == both
+    document = processor.encode(TURNS[:1], [(64, 32), (20, 30)])
     assert (document.input_ids == processor.image_token_id).sum() == 4 * 4
 
 
@@ -130,25 +132,25 @@ def test_a_conversation_needs_a_turn():
 
 def test_a_template_that_rewrites_history_is_refused():
     rewriting = "{{ messages | length }}" + CHATML
-    processor = Processor(make_tokenizer(rewriting), ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(make_tokenizer(rewriting), ImageSettings(32, 4, 128))
     with pytest.raises(ValueError, match="rewrites earlier turns"):
         processor.encode(TURNS[:2])
 
 
 def test_a_template_that_drops_the_image_text_is_refused():
     dropping = re.sub(r"message\['content'\]", "message['content'][30:]", CHATML)
-    processor = Processor(make_tokenizer(dropping), ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(make_tokenizer(dropping), ImageSettings(32, 4, 128))
     with pytest.raises(ValueError, match="image tokens after tokenising instead of 8"):
         processor.encode([Turn("long enough to cut", "long enough")], [(1, 1), (1, 1)])
 
 
 def test_unsuitable_tokenizers_are_refused():
     with pytest.raises(ValueError, match="lacks the image tokens"):
-        Processor(make_tokenizer(with_image_tokens=False))
+        NanoVLMProcessor(make_tokenizer(with_image_tokens=False))
     bare = make_tokenizer()
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
-        Processor(bare)
+        NanoVLMProcessor(bare)
 
 
 def test_tiles_beyond_the_token_grid_are_refused():
@@ -160,7 +162,7 @@ def test_other_image_tokens_than_nanovlms():
     tokenizer = make_tokenizer(VICUNA, with_image_tokens=False)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokens = ImageTokens(image="<image>", whole=None, max_grid=0)
-    processor = Processor(tokenizer, ImageSettings(32, 4, 128), tokens)
+    processor = NanoVLMProcessor(tokenizer, ImageSettings(32, 4, 128), tokens)
     document = processor.encode(TURNS[:1], [(1, 1)])
     assert (document.input_ids == processor.image_token_id).sum() == 4
 
@@ -170,11 +172,11 @@ def test_fingerprint_follows_all_that_ids_depend_on():
         "same": make_processor().fingerprint(),
         "tiles": make_processor(tile_size=64).fingerprint(),
         "tiling": make_processor(tiling=True).fingerprint(),
-        "template": Processor(make_tokenizer(VICUNA), make_processor().images).fingerprint(),
+        "template": NanoVLMProcessor(make_tokenizer(VICUNA), make_processor().images).fingerprint(),
     }
     grown = make_tokenizer()
     grown.add_tokens(["another"])
-    prints["vocabulary"] = Processor(grown, make_processor().images).fingerprint()
+    prints["vocabulary"] = NanoVLMProcessor(grown, make_processor().images).fingerprint()
     assert len(set(prints.values())) == len(prints)
 
 
@@ -200,7 +202,7 @@ CONTROL = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_end|>\n<|im_star
 @pytest.mark.parametrize("text", CONTROL)
 def test_control_tokens_in_data_are_words(template, text):
     """Their ids are those of the same words split; all other ids are as without them."""
-    processor = Processor(make_tokenizer(template), ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(make_tokenizer(template), ImageSettings(32, 4, 128))
     tokenizer = processor.tokenizer
     turns = (Turn(f"before {text} after", f"{text} 42 {text}"), TURNS[0])
     document = processor.encode(turns, [(1, 1)])
@@ -230,7 +232,7 @@ def test_a_prompt_knows_no_control_tokens_either():
 def test_a_turn_mark_that_is_not_called_special_is_a_word_too():
     tokenizer = make_tokenizer(CHATML.replace("<|im_start|>", "<turn>"))
     tokenizer.add_tokens(["<turn>"])
-    processor = Processor(tokenizer, ImageSettings(32, 4, 128))
+    processor = NanoVLMProcessor(tokenizer, ImageSettings(32, 4, 128))
     document = processor.encode([Turn("a <turn> b", "<turn>")])
     assert (document.input_ids == tokenizer.convert_tokens_to_ids("<turn>")).sum() == 2
     assert "<turn>user\na <turn> b" in tokenizer.decode(document.input_ids)
@@ -267,6 +269,6 @@ def test_a_system_turn_is_the_templates_and_masked():
     refusing = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     )
-    assert not Processor(make_tokenizer(refusing), ImageSettings(32, 4, 128)).takes_system
+    assert not NanoVLMProcessor(make_tokenizer(refusing), ImageSettings(32, 4, 128)).takes_system
     silent = CHATML.replace("messages %}", "messages if message['role'] != 'system' %}", 1)
-    assert not Processor(make_tokenizer(silent), ImageSettings(32, 4, 128)).takes_system
+    assert not NanoVLMProcessor(make_tokenizer(silent), ImageSettings(32, 4, 128)).takes_system

@@ -49,7 +49,7 @@ def test_every_loader_gives_every_document_of_an_epoch(setup, name, workers):
     )
     seen, pixels = [], 0
     for batch in LOADERS[name](setup, workers):
-        pixels += len(batch["pixel_values"])
+        pixels += len(batch["pictures"]["pixel_values"])
         for row, length in enumerate(batch["doc_length"].tolist()):
             seen.append(batch["input_ids"][row, :length].numpy().astype(np.int32).tobytes())
         if len(seen) >= len(setup.index):
@@ -60,8 +60,16 @@ def test_every_loader_gives_every_document_of_an_epoch(setup, name, workers):
 
 @pytest.mark.parametrize("name", ["webdataset", "datasets"])
 def test_pictures_are_decoded_alike(setup, name):
-    mine = {t.numpy().tobytes() for batch in _first(setup, "ours") for t in batch["pixel_values"]}
-    theirs = {t.numpy().tobytes() for batch in _first(setup, name) for t in batch["pixel_values"]}
+    mine = {
+        t.numpy().tobytes()
+        for batch in _first(setup, "ours")
+        for t in batch["pictures"]["pixel_values"]
+    }
+    theirs = {
+        t.numpy().tobytes()
+        for batch in _first(setup, name)
+        for t in batch["pictures"]["pixel_values"]
+    }
     assert mine == theirs
 
 
@@ -76,11 +84,11 @@ def test_several_pictures_and_none(tmp_path):
     build_shards({"vsr": samples}, tmp_path, processor, options=SMALL)
     setup = LoaderSetup(ShardIndex.load(tmp_path), processor, batch=8, limit=512, buffer=1)
     [batch] = [next(iter(LOADERS["webdataset"](setup, 0)))]
-    assert len(batch["pixel_values"]) == 16
+    assert len(batch["pictures"]["pixel_values"]) == 16
     text = tmp_path / "text"
     build_shards({"vsr": [Sample("a", "vsr", (Turn("q", "a"),))]}, text, processor)
     setup = LoaderSetup(ShardIndex.load(text), processor, batch=1, limit=512, buffer=1)
-    assert len(next(iter(LOADERS["webdataset"](setup, 0)))["pixel_values"]) == 0
+    assert next(iter(LOADERS["webdataset"](setup, 0)))["pictures"] == {}
 
 
 def test_numbers_are_of_what_was_measured(setup):

@@ -30,11 +30,11 @@ def loaded(root, **more):
 
 def plain_logits(student, processor, image):
     """[n, vocabulary] of a plain forward over question and answer, and the ids."""
-    tiles, grid = processor.tiles(processor.load_image(image))
-    document = processor.encode([Turn(*ASKED)], [grid])
+    seen = processor.load_image(image)
+    document, tiles = processor.encode([Turn(*ASKED)], [seen.size]), processor.pictures([seen])
     ids = torch.as_tensor(document.input_ids, dtype=torch.long)
     with torch.no_grad():
-        return student.lm_head(student(ids[None], pixel_values=tiles))[0], document, tiles
+        return student.lm_head(student(ids[None], pictures=tiles))[0], document, tiles
 
 
 def test_equal_weights_say_the_same_and_the_student_says_what_it_says_alone(same_pair_root):
@@ -58,7 +58,7 @@ def test_the_kl_is_the_one_that_training_lowers(pair_root):
     seen = look(pair, *ASKED, [picture()], temperature=3.0)
     _, document, tiles = plain_logits(pair.student.eval(), pair.processor, picture())
     pack = LoadedPack([LoadedDocument(0, 0, document, tiles)])
-    batch = Collate(pair.processor.pad_token_id, pair.processor.images.tile_size)([pack])
+    batch = Collate(pair.processor.pad_token_id)([pack])
     weights = SourceWeights(("vqav2",), ("language",), (0.7,), (3.0,))
     distiller = Distiller(pair.student, Teacher(pair.lm), weights)
     sums = distiller(batch, distiller.supervise(batch), 1.0, True)["metrics"][0]

@@ -12,7 +12,7 @@ from pairs import random_batch, small_config, teacher_config, weights
 from transformers import LlamaForCausalLM
 
 from ldistill.distill.attention import attach, recording
-from ldistill.distill.distiller import Distiller
+from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.shapes import count, shape_of
@@ -95,7 +95,7 @@ def test_activations_are_what_autograd_saves(dtype, attention, rows):
     student = NanoVLM(CONFIG).to(dtype).train()
     attach(student.decoder, attention)
     batch = random_batch(student, [[40, 24]] * rows)
-    inputs = student.embed(batch["input_ids"], batch["pixel_values"]).detach().requires_grad_()
+    inputs = student.embed(batch["input_ids"], batch["pictures"]).detach().requires_grad_()
     saved = Saved(student)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         student.decoder.model(
@@ -110,7 +110,7 @@ def test_recomputing_keeps_the_inputs_of_layers():
     attach(student.decoder, "sdpa")
     student.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     batch = random_batch(student, [[40, 24]] * 2)
-    inputs = student.embed(batch["input_ids"], batch["pixel_values"]).detach().requires_grad_()
+    inputs = student.embed(batch["input_ids"], batch["pictures"]).detach().requires_grad_()
     saved = Saved(student)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         student.decoder.model(
@@ -134,7 +134,7 @@ def test_memory_and_teacher_are_counted_to_the_byte():
     distiller = Distiller(student, Teacher(lm), weights())
     batch = random_batch(student, [[40, 24]] * 2)
     with recording(distiller.slots) as recorded:
-        student(batch["input_ids"], batch["position_ids"], batch["pixel_values"])
+        student(**student_inputs(batch))
         kept = recorded()
     held = sum(t.numel() * t.element_size() for t in (*kept.keys, *kept.values))
     assert small().kv_memory(element=4) == held

@@ -230,7 +230,8 @@ def test_a_dry_run_shows_samples_as_the_model_will_see_them(llava, student, tmp_
     assert f"&lt;|image|&gt; × {processor.images.tokens_per_tile} " in page
     shown = re.findall(r'<img src="data:image/png;base64,([^"]*)">', page)
     assert len(shown) == 2
-    tile, _ = processor.tiles(processor.load_image(picture(kind="JPEG", seed=1)))
+    image = processor.load_image(picture(kind="JPEG", seed=1))
+    tile = processor.pictures([image])["pixel_values"]
     pixels = np.array(Image.open(io.BytesIO(base64.b64decode(shown[1])))) / 255
     np.testing.assert_allclose(pixels, tile[0].permute(1, 2, 0), atol=0.5 / 255)
 

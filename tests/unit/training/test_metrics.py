@@ -102,7 +102,7 @@ def test_flops_match_what_torch_counts():
     ids[:, :4] = student.image_token_id
     pixels = torch.rand(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        student.lm_head(student(ids, pixel_values=pixels))
+        student.lm_head(student(ids, pictures={"pixel_values": pixels}))
     vision = vision_flops(student.vision.config)
     counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     step = step_flops(
@@ -134,7 +134,7 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(train, rank):
     ids[:, :4] = student.image_token_id
     pixels = torch.rand(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
-        student.lm_head(student(ids, pixel_values=pixels)).sum().backward()
+        student.lm_head(student(ids, pictures={"pixel_values": pixels})).sum().backward()
     counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     unneeded = 2 * linear_weights(student.projector) * config.mp_image_token_length * 2
     if "vision" in train:  # of 16 patches of each picture, instead

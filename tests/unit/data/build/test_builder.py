@@ -32,7 +32,7 @@ from ldistill.data.build.builder import build, build_shards
 from ldistill.data.build.workers import keep
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
-from ldistill.models.processor import Processor
+from ldistill.models.nanovlm_processor import NanoVLMProcessor
 
 SMALL = BuildOptions(shard_bytes=30_000)
 TURN = (Turn("q", "a"),)
@@ -123,7 +123,7 @@ def test_tiles_are_counted(tmp_path):
     [record] = ShardIndex.load(tmp_path).samples
     grids = [processor.images.grid(40, 30), processor.images.grid(64, 64)]
     assert record["tiles"] == sum(rows * cols + 1 for rows, cols in grids) == 13 + 17
-    assert record["tokens"] == len(processor.encode(TURN, grids).input_ids)
+    assert record["tokens"] == len(processor.encode(TURN, [(40, 30), (64, 64)]).input_ids)
 
 
 def test_every_row_is_kept_or_counted(tmp_path):
@@ -245,7 +245,7 @@ def test_a_sample_that_needs_nothing_new_has_the_bytes_it_had():
 
 def test_a_template_without_system_turns_drops_them_by_name(tmp_path):
     silent = CHATML.replace("messages %}", "messages if message['role'] != 'system' %}", 1)
-    processor = Processor(make_tokenizer(silent), make_processor().images)
+    processor = NanoVLMProcessor(make_tokenizer(silent), make_processor().images)
     rows = [Sample("0", "vsr", TURN), Sample("1", "vsr", TURN, system="Be brief.")]
     [report] = build_shards({"vsr": rows}, tmp_path, processor)
     assert (report.samples, report.drops) == (1, {"system turn": 1})

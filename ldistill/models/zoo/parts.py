@@ -1,0 +1,203 @@
+"""What the small checkpoints of the zoo share: a tokenizer, chat templates, sizes, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+VOCAB = 320  # of every LM
+STUDENT_VOCAB = 448  # of a student whose tokens lie behind the LM's
+SIDE, PATCH = 32, 8  # of a picture, or of a tile of one
+END = "<|im_end|>"
+
+
+def base_tokenizer(inside: Sequence[str] = (), *, bos: str | None = None, eos: str = END):
+    """An LM's tokenizer: bytes, some special tokens, and fillers up to VOCAB.
+
+    Args:
+        inside: tokens of the student that its LM's tokenizer has already (Qwen's and Gemma's do).
+        bos: a start token that it knows.
+        eos: what ends a turn.
+    """
+    special = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", END, "<pad>"]
+    special = list(dict.fromkeys([*special, *filter(None, (bos, eos)), *inside]))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
+    fillers = (f"<filler_{number}>" for number in range(VOCAB - len(vocabulary)))
+    vocabulary |= {token: len(special) + len(letters) + i for i, token in enumerate(fillers)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token="<pad>"
+    )
+
+
+def student_tokenizer(
+    lm: PreTrainedTokenizerFast, behind: Sequence[str], named: Mapping[str, str]
+) -> PreTrainedTokenizerFast:
+    """The LM's tokenizer with the student's tokens behind it.
+
+    Args:
+        lm: of :func:`base_tokenizer`.
+        behind: tokens that are added.
+        named: tokens that the family's processor asks for by attribute (``image_token``).
+    """
+    backend = Tokenizer.from_str(lm.backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken(token, special=True) for token in behind])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=lm.bos_token,
+        eos_token=lm.eos_token,
+        pad_token=lm.pad_token,
+        **({"extra_special_tokens": dict(named)} if named else {}),
+    )
+
+
+# ---- chat templates, in behaviour those of the published checkpoints ----
+
+
+def chat(turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = "") -> str:
+    """A template that writes the parts of a message in their order.
+
+    Args:
+        turn: before a message, itself a template of ``message``.
+        image: for a picture.
+        end: behind a message, a template too.
+        ask: before an answer that is to be generated.
+        start: before all messages.
+        text: how a part's text is written; as it is unless given.
+    """
+    text = text or "{{ part['text'] }}"
+    return (
+        f"{start}{{% for message in messages %}}{turn}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+        f"{image}{{% else %}}{text}{{% endif %}}{{% endfor %}}{end}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{ask}{{% endif %}}"
+    )
+
+
+def pictures_first(image: str, turn: str, end: str, ask: str, said: str, asked: str) -> str:
+    """A template that writes a message's pictures before its text.
+
+    Args:
+        image, turn, end, ask: as for :func:`chat`.
+        said, asked: an answer's and a question's text, templates of ``part``.
+    """
+    parts = "{{% for part in message['content'] | selectattr('type', 'equalto', '{}') %}}"
+    return (
+        f"{{% for message in messages %}}{turn}{parts.format('image')}{image}{{% endfor %}}"
+        f"{parts.format('text')}{{% if message['role'] == 'assistant' %}}{said}{{% else %}}{asked}"
+        f"{{% endif %}}{{% endfor %}}{end}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{ask}{{% endif %}}"
+    )
+
+
+_CHATML = "<|im_start|>{{ message['role'] }}\n"
+
+
+def chatml(image: str, system: str = "") -> str:
+    """``<|im_start|>role``, text, ``<|im_end|>``; a system message where the user gives none."""
+    start = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    start = f"{{% if messages[0]['role'] != 'system' %}}{start}{{% endif %}}" if system else ""
+    return chat(_CHATML, image, "<|im_end|>\n", "<|im_start|>assistant\n", start=start)
+
+
+# llava-hf/llava-1.5: no end mark behind an answer.
+LLAVA = pictures_first(
+    "<image>\n",
+    "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}",
+    "",
+    "ASSISTANT:",
+    "{{ part['text'] + ' ' }}",
+    "{{ part['text'] + ' ' }}",
+)
+# llava-hf/llava-v1.6-mistral and mistralai's.
+INST = pictures_first(
+    "<image>\n",
+    "{% if message['role'] == 'user' %}[INST] {% elif message['role'] == 'system' %}<<SYS>>\n"
+    "{% else %} {% endif %}",
+    "{% if message['role'] == 'user' %} [/INST]{% elif message['role'] == 'system' %}\n<</SYS>>\n\n"
+    "{% else %}</s>{% endif %}",
+    "",
+    "{{ part['text'] }}",
+    "{{ part['text'] }}",
+)
+# llava-hf/llava-onevision: what asks for an answer lacks the blank that stands before one.
+ONEVISION = pictures_first(
+    "<image>",
+    "<|im_start|>{{ message['role'] + ' ' }}",
+    "<|im_end|>",
+    "<|im_start|>assistant\n",
+    "{{ '\n' + part['text'] }}",
+    "{{ '\n' + part['text'] }}",
+)
+# HuggingFaceTB/SmolVLM: no blank behind the colon where a picture follows.
+SMOLVLM = chat(
+    "{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}",
+    "<image>",
+    "<end_of_utterance>\n",
+    "Assistant:",
+    start="<|im_start|>",
+)
+GEMMA = chat(
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n",
+    "<start_of_image>",
+    "<end_of_turn>\n",
+    "<start_of_turn>model\n",
+    start="{{ bos_token }}",
+    text="{{ part['text'] | trim }}",
+)
+MISTRAL3 = chat(
+    "{% if message['role'] == 'user' %}[INST]{% elif message['role'] == 'system' %}[SYSTEM_PROMPT]"
+    "{% endif %}",
+    "[IMG]",
+    "{% if message['role'] == 'user' %}[/INST]{% elif message['role'] == 'system' %}"
+    "[/SYSTEM_PROMPT]{% else %}</s>{% endif %}",
+    "",
+    start="{{ bos_token }}",
+)
+# zai-org/GLM-4.1V: the next role ends an answer.
+GLM = chat(
+    "<|{{ message['role'] }}|>\n",
+    "<|begin_of_image|><|image|><|end_of_image|>",
+    "",
+    "<|assistant|>\n",
+    start="[gMASK]<sop>",
+)
+COHERE = chat(
+    "<|START_OF_TURN_TOKEN|>{% if message['role'] == 'assistant' %}<|CHATBOT_TOKEN|>"
+    "{% else %}<|{{ message['role'] | upper }}_TOKEN|>{% endif %}",
+    "<image>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    start="{{ bos_token }}",
+)
+KIMI = chat(
+    "<|im_{{ message['role'] }}|>{{ message['role'] }}<|im_middle|>",
+    "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+    "<|im_end|>",
+    "<|im_assistant|>assistant<|im_middle|>",
+)
+
+
+# ---- weights ----
+
+
+def spread(model: nn.Module, seed: int) -> None:
+    """Weights large enough that wrong attention shows in the logits; biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.12, generator=generator)
+            elif "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            else:
+                parameter.normal_(0, 0.1, generator=generator)
