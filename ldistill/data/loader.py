@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Literal
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ldistill.common.documents import IGNORE, Document, Processor
