@@ -23,6 +23,7 @@ from ldistill.tools.bench.commands import app as bench_app
 from ldistill.tools.launch import scripts, train
 from ldistill.tools.look import command as look
 from ldistill.tools.merge import merge
+from ldistill.tools.models.commands import models
 from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
 from ldistill.tools.study.commands import study
@@ -50,6 +51,7 @@ app.command()(compare)
 app.command()(generate)
 app.command(name="look")(look)
 app.command()(merge)
+app.command()(models)
 app.command()(plan)
 app.command()(torture)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)

@@ -10,6 +10,7 @@ decoder block on its index: one graph serves all layers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from transformers.masking_utils import (
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "ldistill_"
 BACKENDS = ("auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager")
@@ -190,6 +193,39 @@ def choose_attention(asked: str, dtype: torch.dtype) -> str:
             "--bf16 true there, or choose sdpa."
         )
     return asked
+
+
+# What a decoder or its pictures may ask for that some backends do not compute.
+_CANNOT = {
+    "sdpa": {"soft caps", "sinks"},
+    "flash_attention_2": {"sinks", "positions that see what follows"},
+    "varlen": {"soft caps", "sinks", "positions that see what follows"},
+}
+
+
+def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool) -> str:
+    """The backend, or where it cannot compute this student's attention one that can; says so.
+
+    Args:
+        backend: one of ``BACKENDS`` but ``auto``.
+        decoder: of the student.
+        both_ways: whether some positions (a picture's) see what follows them.
+    """
+    needs = {"positions that see what follows"} if both_ways else set()
+    if getattr(decoder.config, "attn_logit_softcapping", None):
+        needs.add("soft caps")
+    if hasattr(decoder.layers[0].self_attn, "sinks"):
+        needs.add("sinks")
+    if not (lacking := needs & _CANNOT.get(backend, set())):
+        return backend
+    compiled = ["flex_attention"] if torch.cuda.is_available() else []
+    able = ["sdpa", *compiled, "eager"]
+    other = next(name for name in able if not needs & _CANNOT.get(name, set()))
+    logger.warning(
+        "attention %s has no %s, which this student's attention has: %s computes it.",
+        backend, " and no ".join(sorted(lacking)), other,
+    )  # fmt: skip
+    return other
 
 
 def varlen_available() -> bool:

@@ -17,6 +17,7 @@ from ldistill.distill.attention import (
     SharedKV,
     attach,
     document_boundaries,
+    fitting_attention,
     recording,
 )
 from ldistill.distill.objective import Objective
@@ -63,8 +64,10 @@ class Distiller(nn.Module):
         self.use_attention(attention)
 
     def use_attention(self, backend: str) -> None:
-        """Run the student's attention through another backend from now on."""
-        self.attention, self.slots = backend, attach(self.student.backbone, backend)
+        """Run the student's attention through another backend from now on, if it can do that."""
+        decoder = self.student.backbone
+        self.attention = fitting_attention(backend, decoder, self.student.both_ways)
+        self.slots = attach(decoder, self.attention)
 
     def known(self, ids: Tensor) -> Tensor:
         """Of token ids, whether the teacher has their embeddings: bool, in their shape.

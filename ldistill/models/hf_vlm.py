@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from ldistill.common.documents import Pictures
 from ldistill.common.partition import partitioned_by
@@ -94,6 +95,12 @@ FAMILIES = {
 """By ``model_type``. A class of the LLaVA kind is a line."""
 
 
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
 class ModelClasses(NamedTuple):
     """transformers' class of a whole model, and of the one without its head."""
 
@@ -123,6 +130,10 @@ class HFVLM(Student):
         keep_rotary_float32(vlm)
         self.image_token_id = vlm.config.image_token_id
         self.base_vocab_size = None  # the configuration doesn't keep it
+        self.both_ways = bool(self.family.sees)
+        self._own_masks = (
+            self.family.sees == "pictures" or self.backbone.config.model_type == "gpt_oss"
+        )
         self._takes = set(signature(vlm.base_model.forward).parameters)
         accepted = signature(vlm.base_model.get_image_features).parameters
         self.blank = {name: value for name, value in blank.items() if name in accepted}
@@ -179,6 +190,8 @@ class HFVLM(Student):
     ) -> Tensor:
         if rotary is not None:  # documents are told apart by the first row: [4, batch, seq]
             position_ids = torch.cat([position_ids[None], rotary])
+        if self._own_masks and attention_mask is None and position_ids is not None:
+            attention_mask = self._masks(input_ids, position_ids)
         # Not handed down from here: some vision towers would take them for their own.
         self._packed = packed
         self._blank_due = self.training and not pictures
@@ -219,6 +232,23 @@ class HFVLM(Student):
             prefix = torch.zeros_like(input_ids) if answers is None else answers.long()
             types["token_type_ids"] = prefix if self.family.sees == "prefix" else pictures
         return types
+
+    def _masks(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+        """Masks of packed rows by kind of layer, where the model's own do not keep documents apart.
+
+        Gemma 3 looks pictures up at positions within their document, where a later document's are
+        not; gpt-oss makes its masks without positions.
+        """
+        config, blocks = self.backbone.config, None
+        shape = torch.empty(*input_ids.shape, 1, dtype=self.backbone.dtype, device=input_ids.device)
+        if self.family.sees:
+            pictures = input_ids == self.image_token_id
+            first = pictures & ~nn.functional.pad(pictures, (1, -1))
+            blocks = torch.where(pictures, first.cumsum(1) - 1, -1)
+        return {
+            kind: make(config, shape, None, None, position_ids, block_sequence_ids=blocks)
+            for kind, make in _MASKS.items()
+        }
 
     def _pack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Hand the documents' boundaries to the decoder."""
@@ -273,13 +303,3 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
     return [t for value in values or () for t in _tensors(value)]
-
-
-def tokens_per_tile(config: PretrainedConfig) -> int:
-    """Image tokens that the projector makes of one tile."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if config.model_type != "llava":
-        return patches // config.scale_factor**2
-    class_token = vision.model_type == "clip_vision_model"
-    return patches + class_token - (config.vision_feature_select_strategy == "default")

@@ -85,6 +85,10 @@ class HFProcessor(Processor):
         literals = {self._placeholder, image_token} | {t for t in added if t in shown}
         super().__init__(tokenizer, images, image_token, literals)
         self._end = ""  # put behind answers where the template puts nothing
+        self._invited = (
+            "",
+            "",
+        )  # how it starts an answer, and how it invites one: OneVision's differ
         self._prefix, mark = self._around_answer()
         if not mark:
             self._end = mark = tokenizer.eos_token
@@ -97,8 +101,11 @@ class HFProcessor(Processor):
     def _around_answer(self) -> tuple[str, str]:
         """What the template writes before an answer, and behind it without the blanks there."""
         messages = self._messages([Turn("question", "answer")], [])
-        asked = self._render(messages[:1], generation=True)
+        plain, asked = self._render(messages[:1]), self._render(messages[:1], generation=True)
         before, found, mark = self._render(messages).rpartition("answer")
+        if asked.startswith(plain) and before.startswith(plain) and not before.startswith(asked):
+            self._invited = before.removeprefix(plain), asked.removeprefix(plain)
+            before = asked
         problem = None
         if not found or "question" not in asked or not before.startswith(asked):
             problem = (
@@ -159,7 +166,7 @@ class HFProcessor(Processor):
         return [*front, _text(text, [s for part in parts for s in part["shown"]])]
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        text = super()._render(messages, generation)
+        text = super()._render(messages, generation).replace(*self._invited)
         if self._end and not generation:
             text = text.rstrip()  # what follows the end mark starts the next turn
         first, *rest = text.split(self._placeholder)

@@ -6,10 +6,12 @@ decoder's kind, with the same tokenizer. A few seconds and a few hundred kilobyt
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,13 +21,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ldistill.models.fit import reduced
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import save_nanovlm
 from ldistill.models.zoo import parts
 from ldistill.models.zoo.families import FAMILIES, Family
 
-__all__ = ["FAMILIES", "Family", "copy_decoder", "write_pair"]
+__all__ = ["FAMILIES", "Family", "copy_decoder", "write_pair", "write_reduced"]
 
 _DECODER = {
     "hidden_size": 64,
@@ -67,7 +70,7 @@ def write_pair(name: str, root: Path, *, same_weights: bool = False, seed: int =
         _processor(family, tokenizer).save_pretrained(root / "student")
         decoder = student
     if same_weights:
-        copy_decoder(decoder, lm)
+        copy_decoder(decoder.get_decoder(), decoder.get_output_embeddings(), lm)
     lm.save_pretrained(root / "teacher")
     return root / "student"
 
@@ -125,25 +128,67 @@ def _processor(family: Family, tokenizer: PreTrainedTokenizerFast):
     )
 
 
-def copy_decoder(student: PreTrainedModel, lm: PreTrainedModel) -> None:
-    """Give an LM the weights of a student's decoder, up to its own vocabulary.
+def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> None:
+    """``root/student`` and ``root/teacher``: a user's pair, small and random, all else as it is.
+
+    Args:
+        student, teacher: folders with configurations, processor and tokenizer; weights are not
+            read.
+        root: where to write.
+        seed: of the weights.
+    """
+    whole, lm = (AutoConfig.from_pretrained(folder) for folder in (student, teacher))
+    text = whole.get_text_config()
+    small = {"text_config": reduced(text, text.vocab_size), "vision_config": _reduced_vision(whole)}
+    fields = {"hidden_size": 64} if "hidden_size" in whole.to_dict() else {}
+    config = type(whole)(**(whole.to_dict() | small | fields))
+    made = {
+        "student": AutoModelForImageTextToText.from_config(config),
+        "teacher": AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size)),
+    }
+    for (part, model), folder in zip(made.items(), (student, teacher), strict=True):
+        parts.spread(model, seed)
+        model.save_pretrained(root / part)
+        for file in folder.iterdir():
+            written = file.name == "config.json" or "safetensors" in file.name
+            if file.suffix in (".json", ".jinja", ".model", ".txt") and not written:
+                shutil.copyfile(file, root / part / file.name)
+
+
+def _reduced_vision(whole: PretrainedConfig) -> PretrainedConfig:
+    """Its tower with two layers (more, where features of some are taken), patches as they are."""
+    vision, sizes = whole.vision_config, {"hidden_size": 32, "embed_dim": 32, "num_heads": 2}
+    sizes |= {"intermediate_size": 64, "num_attention_heads": 2, "out_hidden_size": 64}
+    sizes |= {"num_hidden_layers": 3, "depth": 3, "projection_dim": 32, "head_dim": 16}
+    values = vision.to_dict()
+    small = {name: size for name, size in sizes.items() if values.get(name) is not None}
+    if "embed_dim" in values:  # Qwen2-VL calls the decoder's width hidden
+        small["hidden_size"] = 64
+    for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
+        if name in values:
+            small[name] = [0, 1] if name.startswith("deep") else [1]
+    return type(vision).from_dict(values | small)
+
+
+def copy_decoder(backbone: PreTrainedModel, head: nn.Linear, lm: PreTrainedModel) -> None:
+    """Give an LM the weights of a student's decoder; of both vocabularies, what they share.
 
     Raises:
         ValueError: tensors that only one of the two has, or of another shape.
     """
-    theirs = lm.base_model.state_dict()
-    mine = student.get_decoder().state_dict()
-    mine = {key: tensor[: len(theirs[key])] if key.startswith("embed_tokens.") else tensor
-            for key, tensor in mine.items()}  # fmt: skip
-    problems = [f"{key} is only in one" for key in sorted(set(theirs) ^ set(mine))]
-    problems += [
-        f"{key}: {list(mine[key].shape)} and {list(theirs[key].shape)}"
-        for key in sorted(set(theirs) & set(mine))
-        if mine[key].shape != theirs[key].shape
+    mine, its = backbone.state_dict(), lm.base_model.state_dict()
+    embedding = "embed_tokens.weight"
+    other = [
+        key
+        for key in its
+        if key not in mine or (key != embedding and mine[key].shape != its[key].shape)
     ]
-    if problems:
-        raise ValueError(f"not the decoder of this LM: {'; '.join(problems[:5])}.")
-    lm.base_model.load_state_dict(mine)
-    head = lm.get_output_embeddings().weight
+    other += [key for key in mine if key not in its]
+    if other:
+        raise ValueError(f"not the decoder of this LM, they differ in {', '.join(other[:3])}.")
+    out = lm.get_output_embeddings().weight
     with torch.no_grad():
-        head.copy_(student.get_output_embeddings().weight[: len(head)])
+        lm.base_model.load_state_dict(mine | {embedding: its[embedding]})
+        for to, weight in ((its[embedding], mine[embedding]), (out, head.weight)):
+            shared = min(len(to), len(weight))
+            to[:shared] = weight[:shared]

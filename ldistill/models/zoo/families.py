@@ -47,7 +47,6 @@ class Family:
         named: tokens that the processor asks the tokenizer for.
         vocab: of the student, where tokens are behind.
         bos, eos: of the LM's tokenizer.
-        must: checked by default; the others where they are named, or with ``--all``.
     """
 
     called: str
@@ -70,7 +69,6 @@ class Family:
     vocab: int = parts.STUDENT_VOCAB
     bos: str | None = None
     eos: str = END
-    must: bool = True
 
 
 _LLAVA = Family(
@@ -101,7 +99,6 @@ _LLAVA_SIGLIP = replace(
     image_options=_SQUARE,
     config={"image_seq_length": 16, "vision_feature_select_strategy": "full"},
     processor_options={"patch_size": PATCH, "vision_feature_select_strategy": "full"},
-    must=False,
     text={},
 )
 _GRID = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
@@ -402,7 +399,6 @@ _AYA = Family(
     inside=_COHERE_TOKENS,
     bos="<BOS_TOKEN>",
     eos="<|END_OF_TURN_TOKEN|>",
-    must=False,
 )
 _KIMI_TEXT = {
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
@@ -473,7 +469,7 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3-vl-moe": replace(
-        _QWEN3_VL, called="Qwen3-VL MoE", kind="qwen3_vl_moe", lm="qwen3_moe", must=False,
+        _QWEN3_VL, called="Qwen3-VL MoE", kind="qwen3_vl_moe", lm="qwen3_moe",
         text={"head_dim": 16, **_MOE},
     ),
     "kimi": Family(
@@ -489,7 +485,7 @@ FAMILIES: dict[str, Family] = {
              "vision_start_token_id": "<|media_begin|>", "vision_end_token_id": "<|media_end|>"},
         image_options={"patch_size": PATCH, "merge_size": 2, "max_patches": 64,
                        "size": {"max_height": 8, "max_width": 8}},
-        inside=_KIMI_TOKENS, bos="[BOS]", must=False,
+        inside=_KIMI_TOKENS, bos="[BOS]",
     ),
     "videollama3": replace(
         _QWEN2_VL, called="VideoLLaMA 3", kind="video_llama_3",
@@ -499,7 +495,7 @@ FAMILIES: dict[str, Family] = {
         },
         processor="VideoLlama3Processor", images="VideoLlama3ImageProcessor",
         videos="VideoLlama3VideoProcessor", template=parts.chatml("<|image_pad|>\n"),
-        student_text={}, must=False,
+        student_text={},
         ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
     ),
     "llava-qwen2": replace(_LLAVA_SIGLIP, called="LLaVA with Qwen2", lm="qwen2"),
@@ -521,7 +517,7 @@ FAMILIES: dict[str, Family] = {
         text={"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **_WINDOWS},
     ),
     "smolvlm-smollm3": replace(
-        _IDEFICS3, called="SmolVLM with SmolLM3", lm="smollm3", must=False,
+        _IDEFICS3, called="SmolVLM with SmolLM3", lm="smollm3",
         text={"no_rope_layers": [1, 0], "use_sliding_window": False},
     ),
     "mistral3-ministral3": replace(

@@ -510,7 +510,7 @@ def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):
         ("qwen3_5_text", ["linear_attention", "full_attention"], "has linear_attention layers"),
         ("lfm2", ["conv", "full_attention"], "has conv layers"),
         ("llama4_text", ["chunked_attention"] * 2, "attends in chunks"),
-        ("mllama_text_model", None, "through cross-attention layers"),
+        ("mllama_text_model", None, "sees pictures through cross-attention layers"),
     ):
         config = AutoConfig.for_model(kind, num_hidden_layers=2, layer_types=layers)
         with pytest.raises(ValueError, match=f"the student's decoder {reason}"):

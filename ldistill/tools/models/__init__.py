@@ -1,0 +1,1 @@
+"""`ldistill models`: which families fit, and whether they do with what is installed."""
