@@ -29,7 +29,8 @@ from ldistill.distill.targets import SCOPES
 from ldistill.distill.teacher import Teacher
 from ldistill.models import formats
 from ldistill.models.logits import LogitScaling
-from ldistill.models.pair import Pair, freeze_vision, load_pair
+from ldistill.models.pair import Pair, load_pair
+from ldistill.models.parts import train_only
 from ldistill.models.weights import gather_trained, weight_files
 from ldistill.models.zoo import copy_decoder
 from ldistill.sources import SourceWeights
@@ -57,7 +58,7 @@ def check_folders(student: Path, teacher: Path) -> Iterator[Verdict]:
         ValueError, OSError: the pair does not load or does not fit.
     """
     pair = load_pair(str(student), str(teacher))
-    freeze_vision(pair.student)
+    train_only(pair.student)
     copy_decoder(pair.student.backbone, pair.student.lm_head, pair.lm)
     pair.student.eval()
     documents = _documents(pair)
