@@ -66,7 +66,7 @@ class Distiller(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on, if it can do that."""
         decoder = self.student.backbone
-        self.attention = fitting_attention(backend, decoder, self.student.both_ways)
+        self.attention = fitting_attention(backend, decoder, bool(self.student.sees))
         self.slots = attach(decoder, self.attention)
 
     def known(self, ids: Tensor) -> Tensor:

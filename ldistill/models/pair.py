@@ -97,6 +97,12 @@ def load_pair(
     check_pair(decoder, config, model.base_vocab_size, max_length, teacher_rope)
     if teacher_rope == "student" and (changed := borrow_rope(decoder, config)):
         logger.warning("teacher_rope student: the teacher's rotary base is %s.", changed)
+    window = getattr(config, "sliding_window", None)
+    if model.sees == "prefix" and window and max_length and window < max_length:
+        raise ValueError(
+            f"this student reads a prompt both ways, beyond its window of {window} tokens as well, "
+            f"where its LM does not see: give --max_length {window} or less."
+        )
     check_tokenizers(
         processor.tokenizer, teacher_folder, min(config.vocab_size, decoder.vocab_size)
     )
