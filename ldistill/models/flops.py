@@ -21,6 +21,7 @@ from torch import nn
 
 from ldistill.models.parts import trained_share
 from ldistill.models.student import Student
+from ldistill.models.towers import Tower, tower_of
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,20 @@ def linear_weights(module: nn.Module) -> int:
     return sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def vision_flops_of(tower: nn.Module) -> float:
+def vision_flops_of(module: nn.Module) -> float:
     """Forward FLOPs of a tower per tile; where pictures are of any size, per patch, of its products
     alone: the attention among patches is then not counted."""
-    config = tower.config
-    if isinstance(getattr(config, "image_size", None), int) and config.model_type != "pixtral":
-        return vision_flops(config)
-    return 2 * linear_weights(tower)
+    tower = tower_of(module.config)
+    return 2 * linear_weights(module) if tower.any_size else vision_flops(tower)
 
 
-def vision_flops(config: Any) -> float:
-    """Forward FLOPs of a SigLIP or CLIP tower on one tile."""
-    hidden, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-    layer = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
-    embed = 3 * config.patch_size**2 * hidden
+def vision_flops(tower: Tower) -> float:
+    """Forward FLOPs of a tower on one tile, or on one usual picture where it takes any size."""
+    hidden, patches = tower.hidden_size, tower.patches
+    layer = 4 * hidden * hidden + 2 * hidden * tower.intermediate_size
+    embed = 3 * tower.patch_size**2 * hidden
     attention = 4 * hidden * patches * patches
-    return config.num_hidden_layers * (2 * layer * patches + attention) + 2 * embed * patches
+    return tower.layers * (2 * layer * patches + attention) + 2 * embed * patches
 
 
 def count_step(student: Student, batch: dict[str, Any], supervision: Any) -> StepCounts:

@@ -156,11 +156,6 @@ class HFVLM(Student):
         return self.vlm.config
 
     @property
-    def picture_token_ids(self) -> tuple[int, ...]:
-        """With Ovis2's indicators, which its vision tower has embeddings of."""
-        return (self.image_token_id, *getattr(self.config, "visual_indicator_token_ids", ()))
-
-    @property
     def vision(self) -> nn.Module:
         """The vision tower."""
         return self.vlm.get_encoder("image")
@@ -323,13 +318,3 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Tensor):
         return [values]
     return [t for value in values or () for t in _tensors(value)]
-
-
-def tokens_per_tile(config: PretrainedConfig) -> int:
-    """Image tokens that the projector makes of one tile."""
-    vision = config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    if config.model_type != "llava":
-        return patches // config.scale_factor**2
-    class_token = vision.model_type == "clip_vision_model"
-    return patches + class_token - (config.vision_feature_select_strategy == "default")

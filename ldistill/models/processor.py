@@ -181,7 +181,8 @@ class Processor(ABC):
         answers = (n for n, message in enumerate(messages) if message["role"] == "assistant")
         for answer in answers:
             before = self._render(messages[:answer], generation=True)
-            after = self._render(messages[: answer + 1])
+            last = answer + 1 == len(messages)  # rendered already, which is most of the work
+            after = text if last else self._render(messages[: answer + 1])
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     "the chat template rewrites earlier turns when a conversation goes on, so the "

@@ -13,10 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops, vision_flops
-from ldistill.models.hf_vlm import FAMILIES, tokens_per_tile
+from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
+from ldistill.models.towers import Tower, picture_tokens, tower_of
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,22 @@ class PairShape:
     Args:
         name: as it was asked for.
         decoder: transformers configuration of the student's decoder.
-        vision: transformers configuration of its vision tower.
+        vision: sizes of its vision tower.
         vision_weights, projector_weights, decoder_weights: of the student.
         teacher_weights, teacher_vocab: of the LM.
         image_tokens: positions one picture or tile takes in the decoder.
-        projector_width: features that enter the projector per image token.
         length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
     """
 
     name: str
     decoder: PretrainedConfig
-    vision: PretrainedConfig
+    vision: Tower
     vision_weights: int
     projector_weights: int
     decoder_weights: int
     teacher_weights: int
     teacher_vocab: int
     image_tokens: int
-    projector_width: int
     length: int = 1024
     micro_batch: int = 8
     global_batch: int = 128
@@ -123,29 +122,25 @@ def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
     student = NanoVLM(config)
     return {
         "decoder": student.decoder.config,
-        "vision": student.vision.config,
+        "vision": tower_of(student.vision.config),
         "vision_weights": count(student.vision),
         "projector_weights": count(student.projector),
         "decoder_weights": count(student.decoder),
         "image_tokens": config.mp_image_token_length,
-        "projector_width": config.vit_hidden_dim * config.mp_pixel_shuffle_factor**2,
     }
 
 
 def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
-    model = AutoModelForImageTextToText.from_config(config)
-    family = FAMILIES[config.model_type]
-    vision = getattr(model.model, family.vision)
-    projector, decoder = (getattr(model.model, n) for n in (family.projector, family.backbone))
-    shuffle = getattr(config, "scale_factor", 1)
+    student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
+    projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
+    tower = tower_of(config)
     return {
         "decoder": config.text_config,
-        "vision": config.vision_config,
-        "vision_weights": count(vision),
-        "projector_weights": count(projector),
-        "decoder_weights": count(decoder, model.lm_head),
-        "image_tokens": tokens_per_tile(config),
-        "projector_width": config.vision_config.hidden_size * shuffle**2,
+        "vision": tower,
+        "vision_weights": count(student) - projector - decoder,
+        "projector_weights": projector,
+        "decoder_weights": decoder,
+        "image_tokens": picture_tokens(config),
     }
 
 

@@ -236,7 +236,7 @@ def _chat_losses(
     for batch in batches(_examples(world, processor), phase.batch_size):
         ids, labels = pad(batch, processor.pad_token_id)
         pictures = [Image.open(io.BytesIO(picture)) for _, picture in batch]
-        embeds = student.embed(ids, _pixels(pictures))
+        embeds = student.embed(ids, {"pixel_values": _pixels(pictures)})
         yield label_loss(student.decoder, labels, inputs_embeds=embeds)
 
 

@@ -29,6 +29,7 @@ from ldistill.common.ranks import (
     is_first,
     say,
 )
+from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackLoader, make_loader
 from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads

@@ -16,7 +16,7 @@ from runs import REPO, environment
 
 from ldistill.checkpoint.logs import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 SHORT = ("--recipe", "tiny", "--save_steps", "1", "--logging_steps", "1")
 STAND_INS = {  # SLURM's commands, for one rank
     "srun": """while [[ $1 == -* ]]; do shift; done

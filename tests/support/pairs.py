@@ -8,11 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ldistill.models.hf_vlm import HFVLM, tokens_per_tile
+from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import CHAT_TEMPLATE, NanoVLMConfig, extra_tokens
 from ldistill.models.nanovlm_format import save_nanovlm
 from ldistill.models.student import Student
+from ldistill.models.towers import picture_tokens
 from ldistill.sources import SourceWeights
 
 VOCAB = 320
@@ -182,7 +183,7 @@ def random_batch(
 def image_tokens(student: Student) -> int:
     """Positions of one picture of one tile."""
     if isinstance(student, HFVLM):
-        return tokens_per_tile(student.config)
+        return picture_tokens(student.config)
     return student.config.mp_image_token_length
 
 

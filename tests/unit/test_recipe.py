@@ -216,7 +216,7 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--hub_token", "hf_secret"], "HF_TOKEN"),
     (["--hub_model_id", "me/mine"], "add --push_to_hub"),
     (["--bf16_full_eval", "true"], "--eval_items and --eval_suite"),
-    (["--load_best_model_at_end", "true"], "its last state"),
+    (["--load_best_model_at_end", "true"], "takes the checkpoint that was evaluated best"),
     (["--fsdp", "full_shard"], "--deepspeed"),
     (["--eval_strategy", "epoch", "--eval_suite", "tiny"], "must be steps or no, got 'epoch'"),
     (["--logging_strategy", "epoch"], "must be steps or no, got 'epoch'"),

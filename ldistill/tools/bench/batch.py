@@ -20,9 +20,9 @@ from torch import Tensor
 from ldistill.data.collate import Collate, Document, LoadedDocument, LoadedPack
 from ldistill.distill.targets import IGNORE
 from ldistill.models.flops import StepCounts
-from ldistill.models.hf_vlm import tokens_per_tile
 from ldistill.models.named_pairs import base_vocabulary
 from ldistill.models.nanovlm_config import NanoVLMConfig
+from ldistill.models.towers import picture_tokens
 from ldistill.sources import SourceWeights, category_of
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
@@ -66,7 +66,7 @@ def batch_shape(config: Any) -> BatchShape:
     if isinstance(config, NanoVLMConfig):
         tokens, size = config.mp_image_token_length, config.vit_img_size
     else:
-        tokens, size = tokens_per_tile(config), config.vision_config.image_size
+        tokens, size = picture_tokens(config), config.vision_config.image_size
     return BatchShape(tokens, size, config.image_token_id, base_vocabulary(config))
 
 

@@ -210,9 +210,8 @@ class Layout:
 
     def _vision(self) -> float:
         """Bytes of the frozen vision tower's fullest layer: residual, normed, q, k, v, MLP."""
-        config, tiles = self.shape.vision, self.micro_batch * self.rows.tiles
-        patches = (config.image_size // config.patch_size) ** 2
-        return 2 * tiles * patches * (6 * config.hidden_size + 2 * config.intermediate_size)
+        tower, tiles = self.shape.vision, self.micro_batch * self.rows.tiles
+        return 2 * tiles * tower.patches * (6 * tower.hidden_size + 2 * tower.intermediate_size)
 
     # ---- transfers of one optimizer step ----
 

@@ -135,7 +135,8 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(train, rank):
     pixels = torch.rand(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
         student.lm_head(student(ids, pictures={"pixel_values": pixels})).sum().backward()
-    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64, image_tokens=8)
+    sizes = {"image_tokens": 2 * config.mp_image_token_length}
+    counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64, **sizes)
     unneeded = 2 * linear_weights(student.projector) * config.mp_image_token_length * 2
     if "vision" in train:  # of 16 patches of each picture, instead
         unneeded = 2 * student.vision.embeddings.patch_embedding.weight.numel() * 16 * 2
