@@ -56,6 +56,11 @@ class Distiller(nn.Module):
         super().__init__()
         if weights.distils and teacher is None:
             raise ValueError("the recipe distils, but no teacher was given (--teacher).")
+        if weights.distils and kv_scope == "visual" and student.sees == "prefix":
+            raise ValueError(
+                "kv_scope visual: this student reads its prompt both ways, its LM does not, so the "
+                "LM's own keys and values there are others; use kv_scope full or prompt."
+            )
         self.student = student
         object.__setattr__(self, "teacher", teacher)
         self.weights = weights

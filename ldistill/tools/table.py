@@ -17,10 +17,15 @@ class Table(NamedTuple):
     left: Sequence[int] = (0,)
 
     def markdown(self) -> str:
-        """The first column left, the others right."""
+        """Columns left and right as they are said to be."""
         lines = [f"**{self.title}**", ""] if self.title else []
-        lines += ["| " + " | ".join(self.columns) + " |", "|---|" + "---:|" * len(self.columns[1:])]
+        lines += ["| " + " | ".join(self.columns) + " |", self._rule()]
         return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows)])
+
+    def _rule(self) -> str:
+        return "|" + "".join(
+            "---|" if i in self.left else "---:|" for i in range(len(self.columns))
+        )
 
     def rich(self) -> RichTable:
         """For a rich console."""
