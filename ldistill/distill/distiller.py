@@ -56,7 +56,7 @@ class Distiller(nn.Module):
         super().__init__()
         if weights.distils and teacher is None:
             raise ValueError("the recipe distils, but no teacher was given (--teacher).")
-        if weights.distils and kv_scope == "visual" and student.reads_prompt_both_ways:
+        if weights.distils and kv_scope == "visual" and student.sees == "prefix":
             raise ValueError(
                 "kv_scope visual: this student reads its prompt both ways, its LM does not, so the "
                 "LM's own keys and values there are others; use kv_scope full or prompt."
@@ -71,7 +71,7 @@ class Distiller(nn.Module):
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on, if it can do that."""
         decoder = self.student.backbone
-        self.attention = fitting_attention(backend, decoder, self.student.both_ways)
+        self.attention = fitting_attention(backend, decoder, bool(self.student.sees))
         self.slots = attach(decoder, self.attention)
 
     def known(self, ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
@@ -95,6 +96,15 @@ FAMILIES = {
 """By ``model_type``. A class of the LLaVA kind is a line."""
 
 
+_LM_KINDS = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "glm4v_text": "glm4",
+    "glm46v_text": "glm4",
+}
+"""Decoders that are an LM's with rotary positions of several axes."""
 _MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -130,11 +140,8 @@ class HFVLM(Student):
         keep_rotary_float32(vlm)
         self.image_token_id = vlm.config.image_token_id
         self.base_vocab_size = None  # the configuration doesn't keep it
-        self.both_ways = bool(self.family.sees)
-        self.reads_prompt_both_ways = self.family.sees == "prefix"
-        self._own_masks = (
-            self.family.sees == "pictures" or self.backbone.config.model_type == "gpt_oss"
-        )
+        self.sees = self.family.sees
+        self._own_masks = self.sees == "pictures" or self.backbone.config.model_type == "gpt_oss"
         self._takes = set(signature(vlm.base_model.forward).parameters)
         accepted = signature(vlm.base_model.get_image_features).parameters
         self.blank = {name: value for name, value in blank.items() if name in accepted}
@@ -229,9 +236,9 @@ class HFVLM(Student):
         types = {}
         if "mm_token_type_ids" in self._takes:
             types["mm_token_type_ids"] = pictures
-        if self.family.sees:
+        if self.sees:
             prefix = torch.zeros_like(input_ids) if answers is None else answers.long()
-            types["token_type_ids"] = prefix if self.family.sees == "prefix" else pictures
+            types["token_type_ids"] = prefix if self.sees == "prefix" else pictures
         return types
 
     def _masks(self, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -242,7 +249,7 @@ class HFVLM(Student):
         """
         config, blocks = self.backbone.config, None
         shape = torch.empty(*input_ids.shape, 1, dtype=self.backbone.dtype, device=input_ids.device)
-        if self.family.sees:
+        if self.sees:
             pictures = input_ids == self.image_token_id
             first = pictures & ~nn.functional.pad(pictures, (1, -1))
             blocks = torch.where(pictures, first.cumsum(1) - 1, -1)
@@ -294,9 +301,22 @@ class HFVLM(Student):
 
     def causal_lm(self) -> PreTrainedModel:
         """A ``...ForCausalLM`` of the decoder's kind around this student's decoder and head."""
+        config = self.backbone.config
+        kind = _LM_KINDS.get(config.model_type)
+        if kind:
+            values = config.to_dict() | {"model_type": kind}
+            rope = values["rope_parameters"]
+            values["rope_parameters"] = {k: v for k, v in rope.items() if "mrope" not in k}
+            config = AutoConfig.for_model(**values)
         with torch.device("meta"), partitioned_by(None):
-            shell = AutoModelForCausalLM.from_config(self.backbone.config)
-        shell.model, shell.lm_head = self.backbone, self.lm_head
+            shell = AutoModelForCausalLM.from_config(config)
+        if kind:  # the same parameters in modules of that kind, which rotate along one axis
+            state = self.backbone.state_dict(keep_vars=True)
+            shell.model.load_state_dict(state, assign=True)
+            shell.model.rotary_emb = type(shell.model.rotary_emb)(config)
+        else:
+            shell.model = self.backbone
+        shell.lm_head = self.lm_head
         return shell.train(self.training)
 
 

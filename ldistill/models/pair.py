@@ -94,15 +94,15 @@ def load_pair(
     if teacher_folder is None:
         return Pair(model, processor, None, student_folder, None)
     decoder = model.backbone.config
-    window = getattr(decoder, "sliding_window", None)
-    if model.reads_prompt_both_ways and window and window < (max_length or window):
-        raise ValueError(
-            f"rows of up to {max_length} tokens outgrow the window of {window} in which this "
-            f"student's answers, but not its prompts, see: use --max_length {window} or less."
-        )
     check_pair(decoder, config, model.base_vocab_size, max_length, teacher_rope)
     if teacher_rope == "student" and (changed := borrow_rope(decoder, config)):
         logger.warning("teacher_rope student: the teacher's rotary base is %s.", changed)
+    window = getattr(config, "sliding_window", None)
+    if model.sees == "prefix" and window and max_length and window < max_length:
+        raise ValueError(
+            f"this student reads a prompt both ways, beyond its window of {window} tokens as well, "
+            f"where its LM does not see: give --max_length {window} or less."
+        )
     check_tokenizers(
         processor.tokenizer, teacher_folder, min(config.vocab_size, decoder.vocab_size)
     )

@@ -86,8 +86,7 @@ class Student(nn.Module):
     lm_head: LMHead
     image_token_id: int
     base_vocab_size: int | None
-    both_ways = False  # whether some positions see what follows them
-    reads_prompt_both_ways: bool = False  # a prompt's positions see those that follow in it
+    sees = ""  # positions that see what follows them: of a picture (``pictures``), of a ``prefix``
     lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
 
     def vision_parameters(self) -> list[nn.Parameter]:

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from helpers_zero import SHAPE
 from pairs import small_config
-from runs import REPO, environment, free_port
+from runs import REPO, run_ranks
 
 from ldistill.models.shapes import shape_of
 from ldistill.tools.plan.hardware import ZEROS, Cluster
 from ldistill.tools.plan.layout import Layout
 
 RANKS, ACCUMULATION = 2, 2
-
-
-def run_ranks(config: Path, out: Path) -> dict:
-    """``helpers_zero.py`` on two gloo ranks."""
-    port, processes = str(free_port()), []
-    script = str(REPO / "tests/support/helpers_zero.py")
-    for rank in range(RANKS):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-        env = environment() | {k: str(v) for k, v in place.items()}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, script, str(config), str(ACCUMULATION), str(out)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=env, cwd=REPO, **pipes))
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-3000:]
-    return json.loads(out.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
@@ -60,7 +37,9 @@ def test_two_ranks_hold_and_send_what_is_planned(name, reuse, tmp_path):
         zero = replace(zero, node_partition=RANKS)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(values), encoding="utf-8")
-    found = run_ranks(config, tmp_path / "found.json")
+    out = tmp_path / "found.json"
+    run_ranks(REPO / "tests/support/helpers_zero.py", config, ACCUMULATION, out, ranks=RANKS)
+    found = json.loads(out.read_text(encoding="utf-8"))
     shape = shape_of("small", small_config(**SHAPE), {})
     sharded = zero.stage == 3
     teacher = "zero3" if sharded else "replicated"

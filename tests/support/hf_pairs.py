@@ -132,7 +132,7 @@ def _spread_all(model: torch.nn.Module) -> None:
 def _decoder_of(vlm: PreTrainedModel) -> PreTrainedModel:
     from ldistill.models.hf_vlm import HFVLM
 
-    return HFVLM(vlm).causal_lm()
+    return HFVLM(vlm, {}).causal_lm()
 
 
 def write_llava(

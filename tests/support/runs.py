@@ -83,6 +83,24 @@ def finish(processes: list[subprocess.Popen[str]], timeout: int) -> list[tuple]:
                 process.kill()
 
 
+def run_ranks(script: Path, *arguments: object, ranks: int = 2) -> None:
+    """A Python program as so many gloo ranks on this machine, each of which must end well."""
+    port, processes = str(free_port()), []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        env = environment() | {k: str(v) for k, v in place.items()}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(script), *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(command, env=env, cwd=REPO, **pipes))
+    try:
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)[-3000:]
+
+
 def launch(
     *args: str,
     ranks: int = 1,

@@ -448,7 +448,8 @@ FAMILIES: dict[str, Family] = {
     "gemma3": _GEMMA3,
     "paligemma": _PALIGEMMA,
     "paligemma2": replace(
-        _PALIGEMMA, called="PaliGemma 2", lm="gemma2", text={**_GEMMA, **_WINDOWS} | {"sliding_window": 256},
+        _PALIGEMMA, called="PaliGemma 2", lm="gemma2",
+        text={**_GEMMA, **_WINDOWS, "sliding_window": 512},
     ),
     "mistral3": _MISTRAL3,
     "glm4v": _GLM4V,

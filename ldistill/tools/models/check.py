@@ -36,6 +36,7 @@ from ldistill.sources import SourceWeights
 
 TOLERANCE = 1e-4
 """Largest difference of two float32 logits that are one, relative to their deviation."""
+_SHARED = ("full", "prompt", "visual")  # scopes with keys and values of the student's
 _WEIGHTS = SourceWeights(("a", "b"), ("language", "language"), (0.5, 0.5), (1.0, 1.0))
 
 
@@ -63,9 +64,8 @@ def check_folders(student: Path, teacher: Path) -> Iterator[Verdict]:
     documents = _documents(pair)
     batch = _packed(pair, [documents[:2], documents[2:]])
     teacher_ = Teacher(pair.lm, "reference")
-    # Where the LM's keys and values are its own at prompts, it must read them as the student does.
-    both_ways = pair.student.reads_prompt_both_ways
-    for scope in ("full", "prompt") if both_ways else ("full", "prompt", "visual"):
+    # A prompt read both ways is not what an LM's own keys and values are made of.
+    for scope in _SHARED[: 2 if pair.student.sees == "prefix" else 3]:
         made = Distiller(pair.student, teacher_, _WEIGHTS, kv_scope=scope)
         yield Verdict(f"identity, {scope}", _identity(made, batch))
     whole = Distiller(pair.student, teacher_, _WEIGHTS)

@@ -103,4 +103,4 @@ def test_text_alone_and_nothing_at_all():
 
 def test_a_pack_wider_than_the_rows_is_refused(packs):
     with pytest.raises(AssertionError):
-        Collate(PAD)(packs)
+        Collate(PAD, 8)(packs)

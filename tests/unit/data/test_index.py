@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -91,6 +92,21 @@ def test_another_processor_is_named_part_by_part(built):
     grown.add_tokens(["new"])
     with pytest.raises(ValueError, match=r"different tokenizer\. Build them again"):
         index.check(NanoVLMProcessor(grown, make_processor().images))
+
+
+def test_older_shards_of_transformers_students_are_read_where_tiling_agrees(built, tmp_path):
+    """They name the tokens and the tiles of a picture apart, where there now is one part."""
+    shutil.copytree(built, tmp_path / "shards")
+
+    class Later(NanoVLMProcessor):
+        def _picture_parts(self):
+            return {"pictures": "as the processor makes them"}
+
+    index = ShardIndex.load(tmp_path / "shards")
+    settings = make_processor().images
+    index.check(Later(make_processor().tokenizer, settings))
+    with pytest.raises(ValueError, match="different pictures"):
+        index.check(Later(make_processor().tokenizer, replace(settings, tiling=True)))
 
 
 def test_no_shards(tmp_path):

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from pairs import random_batch, weights
 
+from ldistill.data.collate import to_device
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
 from ldistill.distill.teacher import Teacher
@@ -41,7 +42,7 @@ def step(root, kernels: str, scope: str, kv_grad: str):
     teacher.place(torch.device(DEVICE), torch.float32)
     batch = random_batch(pair.student, [[16, 14], [20]], seq=40)
     supervision = distiller.supervise(batch)
-    moved = {k: v.to(DEVICE) for k, v in batch.items()}
+    moved = to_device(batch, torch.device(DEVICE))
     total = float(len(supervision.targets))
     output = distiller(moved, supervision.to(torch.device(DEVICE)), total, True)
     output["loss"].backward()

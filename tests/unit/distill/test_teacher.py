@@ -221,7 +221,7 @@ def test_nothing_leaks_between_documents(any_pair_root):
     """Contract 6: changing one document changes no other's student or teacher states."""
     distiller = load(any_pair_root, weights=weights(alpha=(0.5, 0.5)))
     batch = random_batch(distiller.student, ROWS)
-    other = {k: v.clone() for k, v in batch.items()}
+    other = copy.deepcopy(batch)
     second = (batch["document_ids"] == 1) & (batch["input_ids"] < 320)
     other["input_ids"][second] = (other["input_ids"][second] + 7) % 300 + 3
     states = []
@@ -250,10 +250,9 @@ def reference_gate(kind, z_t, label):
 def reference_loss(distiller, batch, total, mix="convex", t_squared=True, gate="none", tau=4.0):
     """fp64, materialised, straight from the definition; teacher logits as constants."""
     student = copy.deepcopy(distiller.student).double()
+    pixels = batch["pictures"]["pixel_values"]
     logits = student.lm_head(
-        student(
-            batch["input_ids"], batch["position_ids"], batch["pictures"]["pixel_values"].double()
-        )
+        student(batch["input_ids"], batch["position_ids"], {"pixel_values": pixels.double()})
     )
     teacher = dense_teacher_logits(distiller, batch, distiller.kv_scope)
     loss = 0
@@ -351,7 +350,7 @@ def cut_batch(batch, by):
         if by == "documents":
             part["document_ids"] = torch.zeros_like(part["document_ids"])
             part["doc_start"] = torch.zeros_like(part["doc_start"])
-        yield part | {"pixel_values": batch["pictures"]["pixel_values"][docs]}
+        yield part | {"pictures": {"pixel_values": batch["pictures"]["pixel_values"][docs]}}
 
 
 def test_kv_grad_through_reaches_the_student(pair_root):

@@ -523,7 +523,7 @@ def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):
 
 def test_processors_that_do_not_fit_are_refused(roots, tmp_path):
     student = roots["llava"] / "student"
-    with pytest.raises(ValueError, match="one tile"):
+    with pytest.raises(ValueError, match="llava sees every picture whole"):
         load_processor(student, tiling=True)
     with pytest.raises(ValueError, match="student expects 320"):
         load_processor(student, str(roots["llava"] / "teacher"))

@@ -93,5 +93,5 @@ def test_a_prompt_read_both_ways_has_no_scope_visual(tmp_path):
     pair = load_pair(*where, max_length=256)
     with pytest.raises(ValueError, match="reads its prompt both ways"):
         Distiller(pair.student, Teacher(pair.lm), check._WEIGHTS, kv_scope="visual")
-    with pytest.raises(ValueError, match="--max_length 256 or less"):
-        load_pair(*where, max_length=512)
+    with pytest.raises(ValueError, match="--max_length 512 or less"):
+        load_pair(*where, max_length=1024)
