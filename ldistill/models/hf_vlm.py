@@ -156,6 +156,11 @@ class HFVLM(Student):
         return self.vlm.config
 
     @property
+    def picture_token_ids(self) -> tuple[int, ...]:
+        """With Ovis2's indicators, which its vision tower has embeddings of."""
+        return (self.image_token_id, *getattr(self.config, "visual_indicator_token_ids", ()))
+
+    @property
     def vision(self) -> nn.Module:
         """The vision tower."""
         return self.vlm.get_encoder("image")

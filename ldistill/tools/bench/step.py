@@ -164,7 +164,7 @@ class StepBench:
             if isinstance(config, NanoVLMConfig):
                 student = NanoVLM(config)
             else:
-                student = HFVLM(AutoModelForImageTextToText.from_config(config))
+                student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
             if set(modes or options.modes) - {"ce"}:
                 lm = AutoModelForCausalLM.from_config(teacher_config(config))
                 teacher = Teacher(lm, options.kernels)

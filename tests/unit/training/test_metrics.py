@@ -25,6 +25,7 @@ from ldistill.models.flops import (
 from ldistill.models.lora import add_lora
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.parts import DEFAULT_TRAIN, train_only
+from ldistill.models.towers import tower_of
 from ldistill.training.callbacks import ShortProgress, plot_curves, short_line
 from ldistill.training.metrics import Meter, MetricsFile
 
@@ -103,7 +104,7 @@ def test_flops_match_what_torch_counts():
     pixels = torch.rand(2, 3, 32, 32)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         student.lm_head(student(ids, pictures={"pixel_values": pixels}))
-    vision = vision_flops(student.vision.config)
+    vision = vision_flops(tower_of(student.vision.config))
     counts = StepCounts(positions=64, pairs=2 * 32 * 32, tiles=2, targets=64)
     step = step_flops(
         student.decoder.config,
