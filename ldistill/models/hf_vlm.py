@@ -184,6 +184,12 @@ class HFVLM(Student):
         """Head of the decoder."""
         return self.vlm.get_output_embeddings()
 
+    @property
+    def picture_token_ids(self) -> tuple[int, ...]:
+        """Ovis2 has embeddings of its own around pictures, too."""
+        indicators = getattr(self.config, "visual_indicator_token_ids", None) or ()
+        return (self.image_token_id, *indicators)
+
     def forward(
         self,
         input_ids: Tensor,
