@@ -77,7 +77,9 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 def test_the_batch_keeps_the_papers_mix(mix):
     config = pair_config("nanovlm-460m")
     batch = paper_batch(batch_shape(config), 8, 1024)
-    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < config.lm_base_vocab_size)
+    plan = supervise(
+        batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < config.lm_base_vocab_size
+    )
     tokens = int(batch["doc_length"].sum())
     assert tokens > 0.95 * batch["input_ids"].numel()
     assert len(plan.targets) / tokens == pytest.approx(0.2, abs=0.01)

@@ -46,9 +46,7 @@ def test_zero_is_what_the_shipped_files_say():
 def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
     shape = batch_shape(student_config("nanovlm-460m"))
     batch = paper_batch(shape, 16, 1024)
-    plan = supervise(
-        batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < shape.vocabulary
-    )
+    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < shape.vocabulary)
     with torch.device("meta"):
         counts = count_step(NanoVLM(student_config("nanovlm-460m")), batch, plan)
     assert count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024) == counts
