@@ -155,11 +155,6 @@ class HFVLM(Student):
         return self.vlm.config
 
     @property
-    def picture_token_ids(self) -> tuple[int, ...]:
-        """With Ovis2's indicators, which its vision tower has embeddings of."""
-        return (self.image_token_id, *getattr(self.config, "visual_indicator_token_ids", ()))
-
-    @property
     def vision(self) -> nn.Module:
         """The vision tower."""
         return self.vlm.get_encoder("image")
@@ -265,7 +260,7 @@ class HFVLM(Student):
     def _enter_decoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]]:
-        """Hand the documents' boundaries to the decoder, and embeddings that have seen the tower."""
+        """Hand the documents' boundaries to the decoder, and embeddings that saw the tower."""
         kwargs = kwargs | self._packed
         if self._blank_due:
             self._blank_due = False

@@ -47,6 +47,7 @@ LENGTHS: dict[str, tuple[int, int, int]] = {
 }
 MIXES = {"paper": "language", "uniform": "all"}
 ANSWER_SHARE = 0.2
+_NESTED = ("idefics3", "smolvlm")
 _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
 
@@ -56,7 +57,7 @@ class BatchShape:
     """What a batch depends on of a student."""
 
     image_tokens: int  # positions of one picture
-    image_size: int  # its side in pixels
+    tile: tuple[int, ...]  # shape of its pixels
     image_token_id: int  # stands there
     vocabulary: int  # tokens of the LM; ids of text are drawn from it
 
@@ -67,7 +68,9 @@ def batch_shape(config: Any) -> BatchShape:
         tokens, size = config.mp_image_token_length, config.vit_img_size
     else:
         tokens, size = picture_tokens(config), config.vision_config.image_size
-    return BatchShape(tokens, size, config.image_token_id, base_vocabulary(config))
+    # Idefics3 counts samples and their tiles.
+    tile = (1, 3, size, size) if getattr(config, "model_type", "") in _NESTED else (3, size, size)
+    return BatchShape(tokens, tile, config.image_token_id, base_vocabulary(config))
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,10 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
     Raises:
         ValueError: a row has no room for one document.
     """
-    rng, side = np.random.default_rng(seed), shape.image_size
+    rng = np.random.default_rng(seed)
     packs = [LoadedPack() for _ in range(rows)]
     for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
-        pixels = torch.from_numpy(rng.random((1, 3, side, side), dtype=np.float32))
+        pixels = torch.from_numpy(rng.random((1, *shape.tile), dtype=np.float32))
         made, pictures = _random_document(shape, drawn, rng), {"pixel_values": pixels}
         document = LoadedDocument(number, drawn.source, made, pictures)
         packs[drawn.row].documents.append(document)

@@ -17,6 +17,7 @@ from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step, step_flops, vision_flops
 from ldistill.models.nanovlm import NanoVLM, decoder_config, vision_config
 from ldistill.models.shapes import shape_of
+from ldistill.models.towers import tower_of
 from ldistill.tools.bench import step as bench_step
 from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.commands import app
@@ -126,7 +127,7 @@ def test_the_arithmetic_leaves_room_below_a_tenth(pair):
         return step_flops(
             decoder_config(config),
             naive_counts(counts) if naive else counts,
-            vision_flops_per_tile=vision_flops(vision_config(config)),
+            vision_flops_per_tile=vision_flops(tower_of(vision_config(config))),
             projector_weights=config.mp_pixel_shuffle_factor**2
             * config.vit_hidden_dim
             * config.lm_hidden_dim,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from runs import REPO
 from typer.testing import CliRunner
 
@@ -15,6 +17,7 @@ from ldistill.cli import app
 from ldistill.distill.targets import supervise
 from ldistill.models.flops import count_step
 from ldistill.models.named_pairs import student_config
+from ldistill.models.nanovlm import NanoVLM
 from ldistill.recipe import parse
 from ldistill.tools.bench.batch import batch_shape, count_rows, mix_weights, paper_batch
 from ldistill.tools.pairs import pair_shape, recipe_of
@@ -49,7 +52,8 @@ def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
     plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < shape.vocabulary)
     with torch.device("meta"):
         counts = count_step(NanoVLM(student_config("nanovlm-460m")), batch, plan)
-    assert count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024) == counts
+    planned = count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024)
+    assert planned == replace(counts, image_tokens=0)
 
 
 def test_the_chosen_layout_fits_and_none_that_fits_is_a_tenth_faster():
