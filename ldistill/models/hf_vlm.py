@@ -146,9 +146,8 @@ class HFVLM(Student):
         accepted = signature(vlm.base_model.get_image_features).parameters
         self.blank = {name: value for name, value in blank.items() if name in accepted}
         self._blank_due = False
-        vlm.get_input_embeddings().register_forward_hook(self._add_blank)
         self._packed: dict[str, Any] = {}
-        self.backbone.register_forward_pre_hook(self._pack, with_kwargs=True)
+        self.backbone.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -258,23 +257,27 @@ class HFVLM(Student):
             for kind, make in _MASKS.items()
         }
 
-    def _pack(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Hand the documents' boundaries to the decoder."""
-        return args, kwargs | self._packed
+    def _enter_decoder(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Hand the documents' boundaries to the decoder, and embeddings that saw the tower."""
+        kwargs = kwargs | self._packed
+        if self._blank_due:
+            self._blank_due = False
+            kwargs["inputs_embeds"] = self._add_blank(kwargs["inputs_embeds"])
+        return args, kwargs
 
-    def _add_blank(self, module: nn.Module, args: tuple, embeds: Tensor) -> Tensor | None:
+    def _add_blank(self, embeds: Tensor) -> Tensor:
         """Add 0, by way of vision tower and projector: every rank must run the same modules.
 
         A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
-        projector would have no gradient to reduce. It happens here, behind the embedding, because
-        that is where a batch with pictures runs them.
+        projector would have no gradient to reduce. It happens between embedding and decoder, and
+        outside of both, because that is where a batch with pictures runs them, backward as well.
         """
-        if not self._blank_due:
-            return None
-        self._blank_due = False
         blank = {name: value.to(embeds.device) for name, value in self.blank.items()}
         seen = self.vlm.base_model.get_image_features(**self._pictures(blank), return_dict=True)
-        tensors = _tensors([seen.pooler_output, getattr(seen, "deepstack_features", None)])
+        # What is put among the embeddings, Qwen3-VL's deepstack and Ovis2's indicators too.
+        tensors = _tensors([value for name, value in seen.items() if name not in _INSIDE])
         return embeds + sum((t * 0).sum() for t in tensors).to(embeds.dtype)
 
     @torch.no_grad()
@@ -318,6 +321,9 @@ class HFVLM(Student):
             shell.model = self.backbone
         shell.lm_head = self.lm_head
         return shell.train(self.training)
+
+
+_INSIDE = ("last_hidden_state", "hidden_states", "attentions")  # of the tower: not what it gives
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -250,10 +250,15 @@ def load_processor(
     source = resolve(tokenizer, weights=False) if tokenizer else folder
     try:
         processor = AutoProcessor.from_pretrained(folder)
+        image_token = processor.tokenizer.convert_ids_to_tokens(config.image_token_id)
         if tokenizer:
             processor.tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"the processor of {str(folder)!r} cannot be loaded: {error}") from error
-    made = HFProcessor(processor, config, PictureSettings(tiling, max_images))
-    check_token(made.tokenizer, made.image_token, config.image_token_id, source)
-    return made
+    if image_token is None:
+        raise ValueError(
+            f"the tokenizer of {str(folder)!r} has no token of id {config.image_token_id}, which "
+            "its config.json calls the image token: copy both from one checkpoint."
+        )
+    check_token(processor.tokenizer, image_token, config.image_token_id, source)
+    return HFProcessor(processor, config, PictureSettings(tiling, max_images))

@@ -164,4 +164,4 @@ def _image_tokens(base: Path, student: Student) -> Tensor:
         return torch.arange(student.base_vocab_size, student.backbone.config.vocab_size)
     processor = load_processor(base)
     vocabulary = processor.tokenizer.get_vocab()
-    return torch.tensor([vocabulary[t] for t in processor.tokens.all() if t in vocabulary])
+    return torch.tensor([vocabulary[t] for t in sorted(processor.literals) if t in vocabulary])

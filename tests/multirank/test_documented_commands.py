@@ -110,6 +110,11 @@ LISTED = {
     "pytest tests/unit/data/test_packing.py": SUITE,
     "pytest tests/multirank/test_scale_measured.py tests/unit/tools/test_plan_memory.py": SUITE,
     "pytest tests/unit/kernels/test_distill_loss_memory.py": SUITE,
+    "ldistill models --check": "test_models.py",
+    "ldistill models --check NAME": "test_models.py",
+    "ldistill models --check --student DIR --teacher DIR": "test_models.py",
+    "ldistill models --markdown": "test_models.py",
+    "ldistill plan --pair NAME": "test_plan.py",
     # SLURM
     "sbatch slurm/selective.sh": "test_slurm.py",
     "sbatch slurm/llava7b.sh": "test_slurm.py",

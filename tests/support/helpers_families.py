@@ -22,7 +22,7 @@ from ldistill.models.weights import gather_trained
 from ldistill.sources import SourceWeights
 
 WEIGHTS = SourceWeights(("a",), ("language",), (0.5,), (2.0,))
-STEPS, RATE = 3, 0.05
+STEPS, RATE = 3, 0.01
 
 
 def open_pair(folder: Path) -> Pair:
@@ -58,6 +58,7 @@ def main(stage: int, world: Path) -> None:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "gradient_clipping": 0.0,
                 "zero_force_ds_cpu_optimizer": False,
                 "zero_allow_untested_optimizer": True,
             },

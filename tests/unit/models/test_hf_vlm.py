@@ -306,8 +306,10 @@ def test_run_folder_exports_and_generates(roots, tmp_path):
     """What `ldistill export` and `ldistill generate` do, on a folder as a run leaves it."""
     base = roots["smolvlm"] / "student"
     shutil.copytree(base, tmp_path / "run" / "student")
+    (tmp_path / "run" / "recipe.yaml").write_text("{recipe: mine, student: vlm, distil: language}")
     assert export_student(tmp_path / "run", tmp_path / "out") == tmp_path / "run" / "student"
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in base.iterdir()}
+    names = {p.name for p in base.iterdir()} | {"README.md"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == names
     picture(60, 40).save(tmp_path / "cat.png")
     for student in (tmp_path / "out", roots["llava"] / "student"):
         generate(str(student), "what is it?", [tmp_path / "cat.png"], max_new_tokens=4)

@@ -111,7 +111,7 @@ def test_tiling_and_max_images_reach_the_shards(llava, student, tmp_path):
     tiled = ("--tiling", "--max-images", 3)
     run("build", "--dataset", llava, "--out", tmp_path, "--student", student, *extra, *tiled)
     index = ShardIndex.load(tmp_path)
-    assert (index.image_settings.tiling, index.image_settings.max_images) == (True, 3)
+    assert (index.image_settings["tiling"], index.image_settings["max_images"]) == (True, 3)
     assert set(index.samples["tiles"].tolist()) == {13}
     index.check(load_processor(student, tiling=True))
 
