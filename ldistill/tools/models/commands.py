@@ -61,6 +61,7 @@ def _passes(name: str, student: str | None, teacher: str | None, reduced: bool) 
     from ldistill.tools.models.check import check_folders
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # small configurations, which transformers remarks on
     began, problems, held = time.monotonic(), [], 0
     torch.manual_seed(0)
     with TemporaryDirectory() as folder:
