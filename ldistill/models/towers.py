@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import ceil, prod
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PretrainedConfig
+
+from ldistill.common.documents import Pictures
 
 PICTURE = (640, 480)
 """Width and height of the picture that plans are made for, in families that take any size."""
@@ -30,16 +33,16 @@ def tower_of(config: PretrainedConfig) -> Tower:
     layers = getattr(vision, "num_hidden_layers", None) or vision.depth
     patch, side = (_one(getattr(vision, n, None)) for n in ("patch_size", "image_size"))
     any_size = _merge(config) > 1 or side is None or vision.model_type == "pixtral"
-    patches = ceil(PICTURE[0] / patch) * ceil(PICTURE[1] / patch) if any_size else None
-    return Tower(hidden, inter, layers, patch, patches or (side // patch) ** 2, any_size)
+    rows, cols = _cells(config, patch) if any_size else (1, 1)
+    patches = rows * cols * _merge(config) ** 2 if any_size else (side // patch) ** 2
+    return Tower(hidden, inter, layers, patch, patches, any_size)
 
 
 def picture_tokens(config: PretrainedConfig) -> int:
     """Positions in the decoder of one tile, or of one usual picture where there are no tiles."""
     tower = tower_of(config)
     if tower.any_size:
-        cell = tower.patch_size * _merge(config)
-        return ceil(PICTURE[0] / cell) * ceil(PICTURE[1] / cell)
+        return prod(_cells(config, tower.patch_size))
     if fixed := getattr(config, "mm_tokens_per_image", None):
         return fixed
     if config.model_type in ("idefics3", "smolvlm"):
@@ -51,6 +54,40 @@ def picture_tokens(config: PretrainedConfig) -> int:
     whole = config.vision_config.model_type == "clip_vision_model"
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return tower.patches + (whole and kept)
+
+
+def one_picture(config: PretrainedConfig) -> Pictures:
+    """Tensors of one blank tile, or of one usual picture, as the family's processor makes them.
+
+    Raises:
+        ValueError: a family whose tensors depend on more than a size.
+    """
+    tower, merge = tower_of(config), _merge(config)
+    rows, cols = (cells * merge for cells in _cells(config, tower.patch_size))
+    if config.vision_config.model_type == "pixtral":
+        size = rows * tower.patch_size, cols * tower.patch_size
+        return {"pixel_values": torch.ones(1, 3, *size), "image_sizes": torch.tensor([size])}
+    if config.model_type in _GRIDS:
+        width = 3 * config.vision_config.temporal_patch_size * tower.patch_size**2
+        grid = torch.tensor([[1, rows, cols]])
+        return {"pixel_values": torch.ones(rows * cols, width), "image_grid_thw": grid}
+    if tower.any_size or hasattr(config, "image_grid_pinpoints"):
+        raise ValueError(
+            f"benchmarks make no pictures for {config.model_type}, whose tensors depend on how it "
+            "cuts each of them: measure another pair, or train a few steps on shards."
+        )
+    side = _one(config.vision_config.image_size)
+    nested = (1,) if config.model_type in ("idefics3", "smolvlm") else ()
+    return {"pixel_values": torch.ones(1, *nested, 3, side, side)}
+
+
+_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v")
+
+
+def _cells(config: PretrainedConfig, patch: int) -> tuple[int, int]:
+    """Rows and columns of positions that the usual picture becomes."""
+    cell = patch * _merge(config)
+    return ceil(PICTURE[1] / cell), ceil(PICTURE[0] / cell)
 
 
 def _merge(config: PretrainedConfig) -> int:

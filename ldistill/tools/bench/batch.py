@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldistill.data.collate import Collate, Document, LoadedDocument, LoadedPack
-from ldistill.distill.targets import IGNORE
+from ldistill.common.documents import IGNORE, Document, Pictures
+from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
 from ldistill.models.flops import StepCounts
 from ldistill.models.named_pairs import base_vocabulary
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.towers import picture_tokens
+from ldistill.models.towers import one_picture, picture_tokens
 from ldistill.sources import SourceWeights, category_of
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
@@ -47,7 +47,6 @@ LENGTHS: dict[str, tuple[int, int, int]] = {
 }
 MIXES = {"paper": "language", "uniform": "all"}
 ANSWER_SHARE = 0.2
-_NESTED = ("idefics3", "smolvlm")
 _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
 
@@ -57,7 +56,7 @@ class BatchShape:
     """What a batch depends on of a student."""
 
     image_tokens: int  # positions of one picture
-    tile: tuple[int, ...]  # shape of its pixels
+    picture: Pictures  # tensors of one, blank
     image_token_id: int  # stands there
     vocabulary: int  # tokens of the LM; ids of text are drawn from it
 
@@ -65,12 +64,11 @@ class BatchShape:
 def batch_shape(config: Any) -> BatchShape:
     """Of a student's configuration."""
     if isinstance(config, NanoVLMConfig):
-        tokens, size = config.mp_image_token_length, config.vit_img_size
+        tokens, side = config.mp_image_token_length, config.vit_img_size
+        picture = {"pixel_values": torch.ones(1, 3, side, side)}
     else:
-        tokens, size = picture_tokens(config), config.vision_config.image_size
-    # Idefics3 counts samples and their tiles.
-    tile = (1, 3, size, size) if getattr(config, "model_type", "") in _NESTED else (3, size, size)
-    return BatchShape(tokens, tile, config.image_token_id, base_vocabulary(config))
+        tokens, picture = picture_tokens(config), one_picture(config)
+    return BatchShape(tokens, picture, config.image_token_id, base_vocabulary(config))
 
 
 @dataclass(frozen=True)
@@ -144,11 +142,12 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
     Raises:
         ValueError: a row has no room for one document.
     """
-    rng = np.random.default_rng(seed)
+    rng, blank = np.random.default_rng(seed), shape.picture["pixel_values"]
     packs = [LoadedPack() for _ in range(rows)]
     for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
-        pixels = torch.from_numpy(rng.random((1, *shape.tile), dtype=np.float32))
-        made, pictures = _random_document(shape, drawn, rng), {"pixel_values": pixels}
+        pixels = torch.from_numpy(rng.random(blank.shape, dtype=np.float32))
+        made = _random_document(shape, drawn, rng)
+        pictures = shape.picture | {"pixel_values": pixels}
         document = LoadedDocument(number, drawn.source, made, pictures)
         packs[drawn.row].documents.append(document)
     batch = Collate(pad_token_id=2, length=limit)(packs)
@@ -159,6 +158,7 @@ def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> d
 def _random_document(shape: BatchShape, drawn: _Document, rng: np.random.Generator) -> Document:
     """Random text; the picture comes first, the answer last."""
     ids = rng.integers(3, shape.vocabulary, drawn.length, dtype=np.int32)
+    ids[ids == shape.image_token_id] = 2  # where that lies among the tokens of the text
     ids[_HEAD : _HEAD + shape.image_tokens] = shape.image_token_id
     labels = np.full(drawn.length, IGNORE, dtype=np.int32)
     labels[-drawn.answer - 1 : -1] = ids[-drawn.answer :]  # shifted by one

@@ -42,6 +42,7 @@ from ldistill.models.named_pairs import teacher_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.parts import train_only
+from ldistill.models.towers import one_picture
 from ldistill.recipe import DEFAULT_RECIPE, load_recipe
 from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.naive import naive_counts, naive_loss
@@ -164,7 +165,8 @@ class StepBench:
             if isinstance(config, NanoVLMConfig):
                 student = NanoVLM(config)
             else:
-                student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
+                vlm = AutoModelForImageTextToText.from_config(config)
+                student = HFVLM(vlm, one_picture(config))
             if set(modes or options.modes) - {"ce"}:
                 lm = AutoModelForCausalLM.from_config(teacher_config(config))
                 teacher = Teacher(lm, options.kernels)

@@ -52,8 +52,8 @@ def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
     plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < shape.vocabulary)
     with torch.device("meta"):
         counts = count_step(NanoVLM(student_config("nanovlm-460m")), batch, plan)
-    planned = count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024)
-    assert planned == replace(counts, image_tokens=0)
+    counted = count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024)
+    assert counted == replace(counts, image_tokens=0)
 
 
 def test_the_chosen_layout_fits_and_none_that_fits_is_a_tenth_faster():
