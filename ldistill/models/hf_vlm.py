@@ -105,6 +105,19 @@ _LM_KINDS = {
     "glm46v_text": "glm4",
 }
 """Decoders that are an LM's with rotary positions of several axes."""
+
+
+def lm_config(decoder: PretrainedConfig) -> PretrainedConfig:
+    """Configuration of the LM that a student's decoder is: itself, or one of one rotary axis."""
+    kind = _LM_KINDS.get(decoder.model_type)
+    if kind is None:
+        return decoder
+    values = decoder.to_dict() | {"model_type": kind}
+    rope = values["rope_parameters"]
+    values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope_")}
+    return AutoConfig.for_model(**values)
+
+
 _MASKS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
@@ -304,16 +317,12 @@ class HFVLM(Student):
 
     def causal_lm(self) -> PreTrainedModel:
         """A ``...ForCausalLM`` of the decoder's kind around this student's decoder and head."""
-        config = self.backbone.config
-        kind = _LM_KINDS.get(config.model_type)
-        if kind:
-            values = config.to_dict() | {"model_type": kind}
-            rope = values["rope_parameters"]
-            values["rope_parameters"] = {k: v for k, v in rope.items() if "mrope" not in k}
-            config = AutoConfig.for_model(**values)
+        config = lm_config(self.backbone.config)
         with torch.device("meta"), partitioned_by(None):
             shell = AutoModelForCausalLM.from_config(config)
-        if kind:  # the same parameters in modules of that kind, which rotate along one axis
+        if (
+            config is not self.backbone.config
+        ):  # the same parameters in modules of that kind, which rotate along one axis
             state = self.backbone.state_dict(keep_vars=True)
             shell.model.load_state_dict(state, assign=True)
             shell.model.rotary_emb = type(shell.model.rotary_emb)(config)

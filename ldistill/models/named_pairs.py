@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ldistill.models.hf_vlm import FAMILIES
+from ldistill.models.hf_vlm import FAMILIES, lm_config
 from ldistill.models.nanovlm import decoder_config
 from ldistill.models.nanovlm_config import NanoVLMConfig
 
@@ -249,21 +250,8 @@ def teacher_config(config: NanoVLMConfig | PretrainedConfig) -> PretrainedConfig
         lm = decoder_config(config)
     else:
         text = config.text_config
-        kind = _LM_KINDS.get(text.model_type, text.model_type)
-        values = {k: v for k, v in text.to_dict().items() if k != "model_type"}
-        rope = values.get("rope_parameters") or {}
-        values["rope_parameters"] = {k: v for k, v in rope.items() if not k.startswith("mrope_")}
-        lm = AutoConfig.for_model(kind, **values)
+        lm = copy.deepcopy(lm_config(text))
         pair = _pair_of(config)
         lm.tie_word_embeddings = pair.tied if pair else text.tie_word_embeddings
     lm.vocab_size = base_vocabulary(config)
     return lm
-
-
-_LM_KINDS = {
-    "qwen2_vl_text": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe_text": "qwen3_moe",
-    "glm4v_text": "glm4",
-}
