@@ -138,7 +138,7 @@ def _comparable(config: PretrainedConfig, max_length: int | None) -> dict[str, A
         at = f"{kind} " if kind else ""
         found[f"{at}rope_type"] = rope.pop("rope_type", "default")
         found[f"{at}rope_theta"] = float(rope.pop("rope_theta", 0))
-        found[f"{at}rope scaling"] = rope
+        found[f"{at}rope scaling"] = {"partial_rotary_factor": 1.0} | rope
     return found
 
 

@@ -218,6 +218,7 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
     (["--bf16_full_eval", "true"], "--eval_items and --eval_suite"),
     (["--load_best_model_at_end", "true"], "takes the checkpoint that was evaluated best"),
     (["--fsdp", "full_shard"], "--deepspeed"),
+    (["--eval_strategy", "steps", "--eval_steps", "5"], "needs something to evaluate on"),
     (["--eval_strategy", "epoch", "--eval_suite", "tiny"], "must be steps or no, got 'epoch'"),
     (["--logging_strategy", "epoch"], "must be steps or no, got 'epoch'"),
     (["--save_only_model", "true"], "no run can go on"),
@@ -230,6 +231,12 @@ def test_deepspeed_learns_the_accumulation(monkeypatch):
 def test_refusals(argv, message):
     with pytest.raises(ValueError, match=message):
         parse(argv)
+
+
+def test_evaluation_goes_with_the_checkpoints_unless_told():
+    argv = ["--eval_suite", "tiny", "--save_steps", "50"]
+    assert parse(argv).training.eval_steps == 50
+    assert parse([*argv, "--eval_steps", "7"]).training.eval_steps == 7
 
 
 def test_every_flag_of_the_trainer_is_heeded_or_refused():

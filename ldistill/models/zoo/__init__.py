@@ -6,6 +6,7 @@ decoder's kind, with the same tokenizer. A few seconds and a few hundred kilobyt
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def _text_config(
     names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
     ids = {name: getattr(tokenizer, name) for name in names}
     values = _DECODER | ids | dict(family.text) | {"vocab_size": vocab} | changes
+    values = copy.deepcopy(values)  # a configuration completes the rotary parameters it is given
     return AutoConfig.for_model(family.lm, **values)
 
 

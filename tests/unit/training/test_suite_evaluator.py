@@ -155,11 +155,8 @@ def test_the_evaluation_runs_on_the_first_ranks_device(monkeypatch):
 
 
 def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
-    def recipe(suite, strategy="no", eval_steps=None, given=()):
-        args = SimpleNamespace(
-            eval_strategy=strategy, eval_steps=eval_steps, save_steps=50, device=CPU,
-            per_device_eval_batch_size=8,
-        )  # fmt: skip
+    def recipe(suite, given=()):
+        args = SimpleNamespace(device=CPU, per_device_eval_batch_size=8)
         run = SimpleNamespace(eval_suite=suite, eval_limit=3)
         pair, data = SimpleNamespace(tokenizer=None), SimpleNamespace(tiling=True)
         return SimpleNamespace(run=run, training=args, pair=pair, data=data, given=given)
@@ -167,12 +164,7 @@ def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
     pair = SimpleNamespace(student_folder=pair_root / "student")
     monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
     assert evaluator_of(recipe(None), pair, tmp_path, bool) is None
-    with pytest.raises(ValueError, match="--eval_suite"):
-        evaluator_of(recipe(None, "steps"), pair, tmp_path, bool)
-    asked = recipe("tiny")
-    made = evaluator_of(asked, pair, tmp_path, bool)
-    assert asked.training.eval_steps == 50
+    made = evaluator_of(recipe("tiny"), pair, tmp_path, bool)
     assert (made.limit, made.batch_size, made.options["tiling"]) == (3, None, True)
-    given = recipe("tiny", eval_steps=7, given={"per_device_eval_batch_size"})
+    given = recipe("tiny", given={"per_device_eval_batch_size"})
     assert evaluator_of(given, pair, tmp_path, bool).batch_size == 8
-    assert given.training.eval_steps == 7
