@@ -109,7 +109,7 @@ def push(
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, GPU, compilers, disk; one line of advice per problem."""
-    from ldistill.tools.doctor.doctor import run
+    from ldistill.tools.doctor import run
 
     raise typer.Exit(run())
 

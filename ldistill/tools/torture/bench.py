@@ -207,8 +207,7 @@ class Bench:
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:
         """The run that nothing happens to; run once under its name.
 
-        Raises:
-            ChildProcessError: it fails, so that nothing can be tried on this machine.
+        Raises ChildProcessError: it fails, so that nothing can be tried on this machine.
         """
         run = self.root / name
         if (run / "student").exists():
