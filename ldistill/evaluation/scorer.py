@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ldistill.data.collate import merge, to_device
+from ldistill.models.logits import LogitScaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,6 +164,7 @@ class StudentScorer(Scorer):
     def __init__(self, model: Any, processor: Processor) -> None:
         super().__init__(model, processor.tokenizer)
         self.processor = processor
+        self.scaling = LogitScaling.of(model.backbone.config)
         self.answer_prefix = processor.answer_prefix
         self.ending["eos_token_id"] = processor.stop_token_ids
 
@@ -191,7 +193,7 @@ class StudentScorer(Scorer):
         options = inputs | {"position_ids": positions, "answers": answers}
         if self._rotary[0] is not None:
             options["rotary"] = _continued(self._rotary, positions, last - 1)
-        return self.model.lm_head(self.model(**options)[:, -last:])
+        return self.scaling(self.model.lm_head(self.model(**options)[:, -last:]))
 
 
 class TransformersScorer(Scorer):
@@ -291,6 +293,14 @@ class VLMScorer(TransformersScorer):
             for name, value in inputs.items()
             if torch.is_tensor(value)
         }
+
+    def _logits(self, inputs: Inputs, last: int) -> Tensor:
+        """As the decoder's own class makes them of the head's product: not all VLM classes do."""
+        products: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        with head.register_forward_hook(lambda *call: products.append(call[-1])):
+            super()._logits(inputs, last)
+        return LogitScaling.of(self.model.config.get_text_config())(products[0][:, -last:])
 
     def _blank_before_answers(self) -> str:
         """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
