@@ -74,21 +74,28 @@ def recipes() -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="Run folder, one of its checkpoints, or a student for its decoder."),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write.")],
     decoder_only: Annotated[
         bool, typer.Option(help="Also write the decoder as a plain transformers LM: OUT/decoder.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
 ) -> None:
-    """Write the student of a run as the checkpoint it came from."""
+    """Write the student of a run as the checkpoint it came from, or any student's decoder."""
+    from ldistill.common.locate import resolve
     from ldistill.training.export import export_decoder, export_student
 
-    decoder = out / "decoder"
-    source = export_student(run, out, also=(decoder.name,) if decoder_only else ())
-    typer.echo(f"student  {out}  (from {source})")
+    decoder, student, folder = out / "decoder", out, Path(run)
+    if decoder_only and ((folder / "config.json").is_file() or not folder.is_dir()):
+        student = resolve(run)  # of no run: as it is, there is nothing to export beside the decoder
+    else:
+        source = export_student(folder, out, also=(decoder.name,) if decoder_only else ())
+        typer.echo(f"student  {out}  (from {source})")
     if decoder_only:
-        export_decoder(out, decoder, tokenizer)
+        export_decoder(student, decoder, tokenizer)
         typer.echo(f"decoder  {decoder}")
 
 
