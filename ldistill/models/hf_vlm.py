@@ -24,20 +24,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from ldistill.common.documents import Pictures
 from ldistill.common.partition import partitioned_by
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
-
-# As its processor writes a prompt: pictures, the start token, the question, a line feed.
-_PALIGEMMA = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% if loop.first %}<bos>{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
-    "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,12 +39,10 @@ class Family:
               it cannot be turned off, None where pictures are seen whole.
     sees:     positions that see what follows them: ``""`` none, ``pictures`` those of one picture
               each other, ``prefix`` all before the first answer.
-    template: chat template, where its checkpoints have none.
     """
 
     tiling: str | None = None
     sees: str = ""
-    template: str | None = None
 
     def picture_options(self, kind: str, tiling: bool) -> dict[str, bool]:
         """Options of the image processor. Raises ValueError for tiles where there are none."""
@@ -85,7 +74,7 @@ FAMILIES = {
     "glm4v": _WHOLE,
     "glm46v": _WHOLE,
     "gemma3": Family("do_pan_and_scan", sees="pictures"),
-    "paligemma": Family(sees="prefix", template=_PALIGEMMA),
+    "paligemma": Family(sees="prefix"),
     "mistral3": _WHOLE,
     "ovis2": _CROP,
     "aya_vision": _CROP,
@@ -229,10 +218,12 @@ class HFVLM(Student):
         if not pictures:
             return 0
         pixels, patch = pictures["pixel_values"], self.vision.config.patch_size
-        if pixels.ndim == 4 and "image_sizes" in pictures:  # Pixtral's, padded to the largest
+        if "pixel_attention_mask" in pictures:  # 0 where a picture has less tiles than others
+            return int(pictures["pixel_attention_mask"].flatten(2).any(2).sum())
+        if hasattr(self.config, "image_grid_pinpoints"):
+            return sum(cut_tiles(self.config, pictures))
+        if "image_sizes" in pictures:  # Pixtral's, padded to the largest
             return int((pictures["image_sizes"] // patch).prod(1).sum())
-        if pixels.ndim == 5:  # pictures with less tiles than others are padded with 0
-            return int((pixels[..., 0, 0, 0] != 0).sum())
         return len(pixels)
 
     def _pictures(self, pictures: Pictures | None) -> Pictures:
@@ -330,6 +321,18 @@ class HFVLM(Student):
             shell.model = self.backbone
         shell.lm_head = self.lm_head
         return shell.train(self.training)
+
+
+def cut_tiles(config: PretrainedConfig, pictures: Pictures) -> list[int]:
+    """Tiles of each picture of LLaVA-NeXT's kind; OneVision cuts one alone in a document."""
+    sizes = pictures["image_sizes"].tolist()
+    together = pictures.get("batch_num_images", torch.ones(len(sizes), dtype=torch.int64)).tolist()
+    alone = [count == 1 for count in together for _ in range(count)]
+    side, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    return [
+        image_size_to_num_patches(size, grid, side) if cut else 1
+        for size, cut in zip(sizes, alone, strict=True)
+    ]
 
 
 _INSIDE = ("last_hidden_state", "hidden_states", "attentions")  # of the tower: not what it gives

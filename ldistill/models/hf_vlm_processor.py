@@ -36,6 +36,19 @@ SAMPLE_SIZES = ((640, 480), (96, 1000), (1300, 1301))
 """What these pictures become tells one way of cutting pictures from another."""
 
 
+# As its processor writes a prompt: pictures, the start token, the question, a line feed.
+_PALIGEMMA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% if loop.first %}<bos>{% endif %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+)
+TEMPLATES = {"paligemma": _PALIGEMMA}
+"""Chat templates of families whose checkpoints have none."""
+
+
 @dataclass(frozen=True)
 class PictureSettings:
     """What is chosen about pictures; all else is the checkpoint's processor's."""
@@ -65,7 +78,7 @@ class HFProcessor(Processor):
         self.processor, tokenizer = processor, processor.tokenizer
         family, model = FAMILIES[config.model_type], model_classes(config)
         tokenizer.chat_template = (
-            processor.chat_template or tokenizer.chat_template or family.template
+            processor.chat_template or tokenizer.chat_template or TEMPLATES.get(config.model_type)
         )
         chosen = family.picture_options(config.model_type, images.tiling)
         self._options = processor._merge_kwargs(

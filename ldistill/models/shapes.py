@@ -30,7 +30,7 @@ class PairShape:
         vision: sizes of its vision tower.
         vision_weights, projector_weights, decoder_weights: of the student.
         teacher_weights, teacher_vocab: of the LM.
-        image_tokens: positions one picture or tile takes in the decoder.
+        image_tokens: positions one picture takes in the decoder, or one tile of it.
         length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
     """
 
@@ -88,7 +88,7 @@ class PairShape:
         return step_flops(
             self.decoder,
             counts,
-            vision_flops_per_tile=vision_flops(self.vision),
+            vision_flops_per_tile=self.vision.tiles * vision_flops(self.vision),
             projector_weights=self.projector_weights,
             tokens_per_tile=self.image_tokens,
             kv_scope=kv_scope,

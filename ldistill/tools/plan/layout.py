@@ -210,7 +210,8 @@ class Layout:
 
     def _vision(self) -> float:
         """Bytes of the frozen vision tower's fullest layer: residual, normed, q, k, v, MLP."""
-        tower, tiles = self.shape.vision, self.micro_batch * self.rows.tiles
+        tower = self.shape.vision
+        tiles = self.micro_batch * self.rows.tiles * tower.tiles
         return 2 * tiles * tower.patches * (6 * tower.hidden_size + 2 * tower.intermediate_size)
 
     # ---- transfers of one optimizer step ----
