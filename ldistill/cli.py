@@ -20,14 +20,9 @@ from ldistill.common.errors import exit_code
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.commands import look, merge, models, plan, study, torture
 from ldistill.tools.launch import scripts, train
-from ldistill.tools.look import command as look
-from ldistill.tools.merge import merge
-from ldistill.tools.models.commands import models
-from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
-from ldistill.tools.study.commands import study
-from ldistill.tools.torture.commands import torture
 
 app = typer.Typer(
     help="Give a vision-language model its language back.",
@@ -49,7 +44,7 @@ app.command(
 app.command(name="eval")(evaluate_command)
 app.command()(compare)
 app.command()(generate)
-app.command(name="look")(look)
+app.command()(look)
 app.command()(merge)
 app.command()(models)
 app.command()(plan)
