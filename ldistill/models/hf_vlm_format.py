@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -30,15 +29,10 @@ from transformers.core_model_loading import (
 
 from ldistill.common.locate import resolve
 from ldistill.common.partition import partitioned_by, partitioned_by_the_run
-from ldistill.models.hf_vlm import FAMILIES, HFVLM
+from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.hf_vlm_processor import load_processor
 from ldistill.models.lora import LowRank, updated
-from ldistill.models.weights import (
-    open_weights,
-    read_model,
-    refuse_misfit,
-    weight_files,
-)
+from ldistill.models.weights import open_weights, read_model, refuse_misfit, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -49,65 +43,23 @@ PREFIX = "vlm."  # of our parameter names before transformers'
 def load_hf_vlm(
     name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
 ) -> HFVLM:
-    """Student from a folder or hub id.
-
-    Args:
-        name: folder or hub id.
-        partition: let a living ZeRO-3 configuration partition the weights while they load.
-        dtype: of the weights in memory, whatever they are on disk.
-
-    Raises:
-        FileNotFoundError: no such checkpoint, or a weight file is missing.
-        ValueError: weights that do not fit the configuration, or cannot be read.
-    """
+    """As :func:`ldistill.models.formats.load_student`."""
     folder = resolve(name)
-    disk = _disk_shapes(folder)
+    for name in weight_files(folder):
+        with open_weights(folder / name):  # there and whole, before any of them is read
+            pass
     with partitioned_by_the_run() if partition else partitioned_by(None):
         vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
     model = HFVLM(vlm, load_processor(folder).pictures([Image.new("RGB", BLANK)]))
-    refuse_misfit(folder, problems + _unwritable(model, disk, DiskNames(folder)))
+    refuse_misfit(folder, problems)
     if unused:
         kept = ", ".join(unused[:5])
         logger.warning("%s: tensors kept on export but not used: %s", folder, kept)
     return model
 
 
-def _disk_shapes(folder: Path) -> dict[str, list[int]]:
-    shapes = {}
-    for name in weight_files(folder):
-        with open_weights(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118
-                shapes[key] = file.get_slice(key).get_shape()
-    return shapes
-
-
-def _unwritable(model: HFVLM, disk: Mapping[str, list[int]], disk_names: DiskNames) -> list[str]:
-    """Parameters of decoder and projector that an export would find no tensor for."""
-    stored: dict[str, list[int] | None] = {}
-    for key, shape in disk.items():
-        name, part = disk_names.parameter(key)
-        stored[name] = None if part else shape
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)  # a tied pair is stored once
-    vision = {id(p) for p in model.vision_parameters()}
-    shapes = {id(p): list(getattr(p, "ds_shape", p.shape)) for p in model.parameters()}
-    return [
-        f"no tensor of shape {shapes[key]} for {aliases[0].removeprefix(PREFIX)}"
-        for key, aliases in names.items()
-        if key not in vision
-        and not any(stored.get(name, ()) in (None, shapes[key]) for name in aliases)
-    ]
-
-
 def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
-    """Copy a checkpoint folder with trained tensors in it.
-
-    Args:
-        base: folder the training began from.
-        updates: whole tensors, or low-rank additions, by our parameter names.
-        folder: where to write; its files are replaced.
-    """
+    """As :func:`ldistill.models.formats.export_like`, file by file."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = weight_files(base)
     for path in base.iterdir():
@@ -156,8 +108,3 @@ class DiskNames:
             return update
         parts = revert_weight_conversion(self._model, {name.removeprefix(PREFIX): update})
         return parts[apply_renamings(key, self._renamings)]
-
-
-def reads(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is of one of these families."""
-    return config.get("model_type") in FAMILIES

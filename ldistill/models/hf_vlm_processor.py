@@ -19,12 +19,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PretrainedConfig, ProcessorMixin
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    ProcessorMixin,
+)
 
 from ldistill.common.documents import Pictures, Size
 from ldistill.common.locate import resolve
 from ldistill.common.samples import BadImage, Turn
-from ldistill.models.hf_vlm import FAMILIES, model_classes
+from ldistill.models.hf_vlm import FAMILIES, bare_model
 from ldistill.models.processor import Processor, check_token
 
 if TYPE_CHECKING:
@@ -68,15 +75,14 @@ class HFProcessor(Processor):
         images: what is chosen about pictures.
 
     Raises:
-        ValueError: as :class:`Processor`, the template does not render pictures and answers, or
-            the student's family does not cut pictures into tiles as it was asked to.
+        ValueError: as :class:`Processor`, or the template does not render pictures and answers.
     """
 
     def __init__(
         self, processor: ProcessorMixin, config: PretrainedConfig, images: PictureSettings
     ) -> None:
         self.processor, tokenizer = processor, processor.tokenizer
-        family, model = FAMILIES[config.model_type], model_classes(config)
+        family = FAMILIES[config.model_type]
         tokenizer.chat_template = (
             processor.chat_template or tokenizer.chat_template or TEMPLATES.get(config.model_type)
         )
@@ -86,28 +92,24 @@ class HFProcessor(Processor):
             images_kwargs={"return_tensors": "pt", **chosen},
         )["images_kwargs"]
         self._placeholder = str(processor.image_token)  # what the template writes for a picture
-        self._inputs = set(signature(model.whole.forward).parameters)
+        whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+        self._inputs = set(signature(whole.forward).parameters)
         self._known: dict[tuple[Size, ...], list[str]] = {}
-        self._rope = None
-        if hasattr(model.base, "get_rope_index"):  # it reads nothing but the configuration
-            self._rope = model.base.__new__(model.base)
-            self._rope.config = config
+        self._rope_index = getattr(bare_model(config), "get_rope_index", None)
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
         shown = self.picture_texts([SAMPLE_SIZES[0]])[0]
         added = tokenizer.get_added_vocab()
         literals = {self._placeholder, image_token} | {t for t in added if t in shown}
         super().__init__(tokenizer, images, image_token, literals)
         self._end = ""  # put behind answers where the template puts nothing
-        self._invited = (
-            "",
-            "",
-        )  # how it starts an answer, and how it invites one: OneVision's differ
-        self._prefix, mark = self._around_answer()
+        self._invited = "", ""  # how it starts an answer, and how it invites one, where they differ
+        # The first is a blank in LLaVA's and SmolVLM's templates: ``ASSISTANT: answer``.
+        self.answer_prefix, mark = self._around_answer()
         if not mark:
             self._end = mark = tokenizer.eos_token
         self._in_order = self._keeps_order()
         stops = [tokenizer.eos_token_id, tokenizer.get_vocab().get(mark)]
-        self._stops = list(dict.fromkeys(i for i in stops if i is not None))
+        self.stop_token_ids = list(dict.fromkeys(i for i in stops if i is not None))
 
     # text --------------------------------------------------------------------------------------
 
@@ -137,16 +139,6 @@ class HFProcessor(Processor):
         asked = {"role": "user", "content": [_text("before"), picture, _text("after")]}
         before, _, after = self._render([asked]).partition(self._placeholder)
         return "before" in before and "after" in after
-
-    @property
-    def answer_prefix(self) -> str:
-        """A blank in LLaVA's and SmolVLM's templates: ``ASSISTANT: answer``."""
-        return self._prefix
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Tokens at which an answer ends: the tokenizer's and the template's."""
-        return self._stops
 
     def _messages(
         self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
@@ -227,12 +219,12 @@ class HFProcessor(Processor):
 
     def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
         """By the model's own ``get_rope_index``; int64 [3, n]."""
-        if self._rope is None:
+        if self._rope_index is None:
             return None
         ids = torch.from_numpy(input_ids.astype(np.int64))[None]
         grids = {name: grid for name, grid in pictures.items() if name == "image_grid_thw"}
         types = (ids == self.image_token_id).int()
-        return self._rope.get_rope_index(ids, mm_token_type_ids=types, **grids)[0][:, 0]
+        return self._rope_index(ids, mm_token_type_ids=types, **grids)[0][:, 0]
 
     def _picture_parts(self) -> dict[str, object]:
         samples = [self.picture_texts([size]) for size in SAMPLE_SIZES]
@@ -246,18 +238,7 @@ def _text(text: str, shown: Sequence[str] = ()) -> dict[str, Any]:
 def load_processor(
     name: str | Path, tokenizer: str | None = None, *, tiling: bool = False, max_images: int = 1
 ) -> HFProcessor:
-    """Tokenizer, chat template and pictures of a student.
-
-    Args:
-        name: student folder or hub id.
-        tokenizer: folder or hub id of a tokenizer, if not the student's own.
-        tiling: cut large pictures into tiles, in families that can do without.
-        max_images: pictures of a sample that are used.
-
-    Raises:
-        ValueError: tiling asked of a family that has none, a processor that cannot be loaded, no
-            chat template, or another tokenizer.
-    """
+    """As :func:`ldistill.models.formats.load_processor`."""
     folder = resolve(name, weights=False)
     config = AutoConfig.from_pretrained(folder)
     source = resolve(tokenizer, weights=False) if tokenizer else folder

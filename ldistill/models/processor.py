@@ -50,6 +50,9 @@ class Processor(ABC):
         ValueError: the tokenizer is slow, or has no chat template.
     """
 
+    answer_prefix = ""
+    """What the template writes between the generation prompt and an answer."""
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -66,6 +69,7 @@ class Processor(ABC):
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
+        self.stop_token_ids: list[int] = [tokenizer.eos_token_id]  # at which an answer ends
         self._literal = _any_of(self.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         template = str(tokenizer.chat_template)
@@ -231,16 +235,6 @@ class Processor(ABC):
         shown = self.picture_texts(sizes)
         messages = self._messages([*turns_so_far, Turn(question, "")], shown)[:-1]
         return self._coded(self._render(messages, generation=True))[0]
-
-    @property
-    def answer_prefix(self) -> str:
-        """What the template writes between the generation prompt and an answer."""
-        return ""
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Tokens at which an answer ends."""
-        return [self.tokenizer.eos_token_id]
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB; raises BadImage for a broken picture or a decompression bomb."""

@@ -6,13 +6,18 @@ Models are built by their real classes on the meta device: parameters are counte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops, vision_flops
+from ldistill.models.flops import (
+    StepCounts,
+    decoder_layer_weights,
+    head_dim,
+    step_flops,
+    vision_flops,
+)
 from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
@@ -59,8 +64,7 @@ class PairShape:
 
     @property
     def head_dim(self) -> int:
-        config = self.decoder
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim(self.decoder)
 
     @property
     def kv_width(self) -> int:
@@ -107,41 +111,26 @@ def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str,
         run: fields of :class:`PairShape` about the usual run.
     """
     with torch.device("meta"):
-        parts = (_nanovlm_parts if isinstance(config, NanoVLMConfig) else _hf_parts)(config)
+        if isinstance(config, NanoVLMConfig):
+            student = NanoVLM(config)
+            tower, tokens = tower_of(student.vision.config), config.mp_image_token_length
+        else:
+            student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
+            tower, tokens = tower_of(config), picture_tokens(config)
         teacher = AutoModelForCausalLM.from_config(teacher_config(config))
+    projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
     return PairShape(
         name=name,
+        decoder=student.backbone.config,
+        vision=tower,
+        vision_weights=count(student) - projector - decoder,
+        projector_weights=projector,
+        decoder_weights=decoder,
         teacher_weights=count(teacher),
         teacher_vocab=base_vocabulary(config),
-        **parts,
+        image_tokens=tokens,
         **run,
     )
-
-
-def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
-    student = NanoVLM(config)
-    return {
-        "decoder": student.decoder.config,
-        "vision": tower_of(student.vision.config),
-        "vision_weights": count(student.vision),
-        "projector_weights": count(student.projector),
-        "decoder_weights": count(student.decoder),
-        "image_tokens": config.mp_image_token_length,
-    }
-
-
-def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
-    student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
-    projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
-    tower = tower_of(config)
-    return {
-        "decoder": config.text_config,
-        "vision": tower,
-        "vision_weights": count(student) - projector - decoder,
-        "projector_weights": projector,
-        "decoder_weights": decoder,
-        "image_tokens": picture_tokens(config),
-    }
 
 
 def count(*modules: nn.Module) -> int:

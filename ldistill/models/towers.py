@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ldistill.common.documents import Pictures
-from ldistill.models.hf_vlm import cut_tiles, model_classes
+from ldistill.models.hf_vlm import bare_model, cut_tiles
 
 PICTURE = (640, 480)
 """Width and height of the picture that plans are made for, in families that take any size."""
@@ -66,13 +66,10 @@ def picture_tokens(config: PretrainedConfig) -> int:
 
 def _packed_tokens(config: PretrainedConfig, tower: Tower) -> int:
     """What the model's own code makes of the usual picture's tiles."""
-    base = model_classes(config).base
-    model = base.__new__(base)  # it reads nothing but the configuration
-    model.config = config
     features, how = [torch.zeros(tower.tiles, tower.patches, 1)], {"image_newline": torch.zeros(1)}
     if config.model_type == "llava_next":
         how["vision_feature_select_strategy"] = config.vision_feature_select_strategy
-    return len(model.pack_image_features(features, _SIZES, **how)[0][0])
+    return len(bare_model(config).pack_image_features(features, _SIZES, **how)[0][0])
 
 
 def one_picture(config: PretrainedConfig) -> Pictures:
@@ -114,8 +111,8 @@ def _merge(config: PretrainedConfig) -> int:
     """Patches a side that become one position, of towers that take pictures of any size."""
     vision = getattr(config, "vision_config", config)
     names = ("spatial_merge_size", "merge_kernel_size")
-    found = [getattr(c, name, None) for name in names for c in (config, vision)]
-    return next((_one(value) for value in found if value), 1)
+    found = (getattr(c, name, None) for name in names for c in (config, vision))
+    return _one(next(filter(None, found), 1))
 
 
 def _one(value: Any) -> Any:
