@@ -26,27 +26,16 @@ from ldistill.models.towers import Tower, tower_of
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step ran, over one rank.
+    """What a step ran, over one rank."""
 
-    Args:
-        positions: [batch × seq] the decoder ran, padding included.
-        pairs: visible (query, key) pairs of the student's attention, one head.
-        tiles: images the vision tower ran.
-        targets: positions with a label (the student's head ran there).
-        queries: positions the teacher ran.
-        query_pairs: (query, key) pairs of the teacher's attention.
-        taught: positions its head ran.
-        image_tokens: positions of pictures; set where the tiles are a real batch's.
-    """
-
-    positions: int
-    pairs: int
-    tiles: int
-    targets: int
-    queries: int = 0
-    query_pairs: int = 0
-    taught: int = 0
-    image_tokens: int = 0
+    positions: int  # [batch × seq] the decoder ran, padding included
+    pairs: int  # visible (query, key) pairs of the student's attention, one head
+    tiles: int  # images the vision tower ran
+    targets: int  # positions with a label (the student's head ran there)
+    queries: int = 0  # positions the teacher ran
+    query_pairs: int = 0  # (query, key) pairs of the teacher's attention
+    taught: int = 0  # positions its head ran
+    image_tokens: int = 0  # positions of pictures; set where the tiles are a real batch's
 
 
 def head_dim(config: Any) -> int:

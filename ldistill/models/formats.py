@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldistill.common.locate import resolve
-from ldistill.models import hf_vlm_format, hf_vlm_processor, nanovlm_format
+from ldistill.models import hf_vlm_format, nanovlm_format
 from ldistill.models.hf_vlm import FAMILIES
 from ldistill.models.lora import LowRank
 from ldistill.models.processor import Processor
@@ -44,7 +44,7 @@ FORMATS = (
         f"transformers' {', '.join(FAMILIES)}",
         lambda config: config.get("model_type") in FAMILIES,
         hf_vlm_format.load_hf_vlm,
-        hf_vlm_processor.load_processor,
+        hf_vlm_format.load_processor,
         hf_vlm_format.export_like,
     ),
 )

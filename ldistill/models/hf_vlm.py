@@ -2,8 +2,7 @@
 
 The model is kept as transformers built it, under ``vlm``, and its own forward puts features in
 their places; what it is given are pictures as its processor made them, and positions that keep the
-documents of a packed row apart. `hf_vlm_format` reads and writes the checkpoint,
-`hf_vlm_processor` makes its inputs.
+documents of a packed row apart. `hf_vlm_format` reads and writes checkpoints and makes inputs.
 """
 
 from __future__ import annotations
@@ -288,9 +287,9 @@ class HFVLM(Student):
 
 def cut_tiles(config: PretrainedConfig, pictures: Pictures) -> list[int]:
     """Tiles of each picture of LLaVA-NeXT's kind; OneVision cuts one alone in a document."""
-    sizes = pictures["image_sizes"].tolist()
-    together = pictures.get("batch_num_images", torch.ones(len(sizes), dtype=torch.int64)).tolist()
-    alone = [count == 1 for count in together for _ in range(count)]
+    sizes, together = pictures["image_sizes"].tolist(), pictures.get("batch_num_images")
+    counts = [1] * len(sizes) if together is None else together.tolist()
+    alone = [count == 1 for count in counts for _ in range(count)]
     side, grid = config.vision_config.image_size, config.image_grid_pinpoints
     return [
         image_size_to_num_patches(size, grid, side) if cut else 1

@@ -41,13 +41,10 @@ _PIXTRAL = {
 
 
 def _qwen3_vit(out: int) -> dict[str, Any]:
-    large = out > 4000
-    return {
-        "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024, "num_heads": 16,
-        "intermediate_size": 4304 if large else 4096, "patch_size": 16, "out_hidden_size": out,
-        "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17],
-        "num_position_embeddings": 2304,
-    }  # fmt: skip
+    names = ("depth", "hidden_size", "intermediate_size", "deepstack_visual_indexes")
+    sizes = (27, 1152, 4304, [8, 16, 24]) if out > 4000 else (24, 1024, 4096, [5, 11, 17])
+    rest = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
+    return dict(zip(names, sizes, strict=True)) | rest | {"out_hidden_size": out}
 
 
 def _text(

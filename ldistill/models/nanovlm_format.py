@@ -178,8 +178,7 @@ def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Te
 
 # ---- inputs ----
 
-Grid = tuple[int, int]
-"""(rows, cols) of a picture's tiles."""
+Grid = tuple[int, int]  # rows and columns of a picture's tiles
 
 
 @dataclass(frozen=True)

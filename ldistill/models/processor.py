@@ -214,19 +214,15 @@ class Processor(ABC):
         target = np.zeros(len(ids), dtype=bool)
         for start, end in self._answer_spans(messages, text):
             target |= (ends > start) & (ends <= end)
-        self._check_image_tokens(ids, shown)
-        labels = np.full(len(ids), IGNORE, dtype=np.int32)
-        labels[:-1][target[1:]] = ids[1:][target[1:]]
-        return Document(ids, labels)
-
-    def _check_image_tokens(self, ids: np.ndarray, shown: Sequence[str]) -> None:
         found = int((ids == self.image_token_id).sum())
-        wanted = sum(text.count(self.image_token) for text in shown)
-        if found != wanted:
+        if found != (wanted := sum(text.count(self.image_token) for text in shown)):
             raise ValueError(
                 f"{found} image tokens after tokenising instead of {wanted}: the chat template or "
                 "the tokenizer changes the image text"
             )
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        labels[:-1][target[1:]] = ids[1:][target[1:]]
+        return Document(ids, labels)
 
     def prompt(
         self, turns_so_far: Sequence[Turn], question: str, sizes: Sequence[Size] = ()

@@ -27,29 +27,19 @@ from ldistill.models.towers import Tower, picture_tokens, tower_of
 
 @dataclass(frozen=True)
 class PairShape:
-    """Sizes of a pair; weights are numbers of parameters, a tied head counted once.
+    """Sizes of a pair; weights are numbers of parameters, a tied head counted once."""
 
-    Args:
-        name: as it was asked for.
-        decoder: transformers configuration of the student's decoder.
-        vision: sizes of its vision tower.
-        vision_weights, projector_weights, decoder_weights: of the student.
-        teacher_weights, teacher_vocab: of the LM.
-        image_tokens: positions one picture takes in the decoder, or one tile of it.
-        length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
-    """
-
-    name: str
-    decoder: PretrainedConfig
-    vision: Tower
+    name: str  # as it was asked for
+    decoder: PretrainedConfig  # transformers configuration of the student's
+    vision: Tower  # sizes of its vision tower
     vision_weights: int
     projector_weights: int
     decoder_weights: int
     teacher_weights: int
-    teacher_vocab: int
-    image_tokens: int
-    length: int = 1024
-    micro_batch: int = 8
+    teacher_vocab: int  # of the LM
+    image_tokens: int  # positions one picture takes in the decoder, or one tile of it
+    length: int = 1024  # of the usual run's packed rows
+    micro_batch: int = 8  # rows
     global_batch: int = 128
     steps: int = 4000
 
@@ -110,25 +100,22 @@ def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str,
         config: a student's.
         run: fields of :class:`PairShape` about the usual run.
     """
+    nano = isinstance(config, NanoVLMConfig)
     with torch.device("meta"):
-        if isinstance(config, NanoVLMConfig):
-            student = NanoVLM(config)
-            tower, tokens = tower_of(student.vision.config), config.mp_image_token_length
-        else:
-            student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
-            tower, tokens = tower_of(config), picture_tokens(config)
+        make = AutoModelForImageTextToText.from_config
+        student = NanoVLM(config) if nano else HFVLM(make(config), {})
         teacher = AutoModelForCausalLM.from_config(teacher_config(config))
     projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
     return PairShape(
         name=name,
         decoder=student.backbone.config,
-        vision=tower,
+        vision=tower_of(student.vision.config if nano else config),
         vision_weights=count(student) - projector - decoder,
         projector_weights=projector,
         decoder_weights=decoder,
         teacher_weights=count(teacher),
         teacher_vocab=base_vocabulary(config),
-        image_tokens=tokens,
+        image_tokens=config.mp_image_token_length if nano else picture_tokens(config),
         **run,
     )
 

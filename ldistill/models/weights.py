@@ -136,13 +136,10 @@ def is_complete(folder: Path) -> bool:
 
 
 def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """Trained parameters, whole, on the CPU: fp32 master weights where an optimizer holds them.
+    """Trained parameters by name, whole, on the CPU: fp32 masters where an optimizer has them.
 
     Every rank must call it: under ZeRO each parameter is gathered from all of them, one at a time.
-
-    Args:
-        student: parameters under their own names; those that don't require gradients are left out.
-        keep: whether this rank wants the result (others take part and get an empty dict).
+    Those that ``keep`` nothing take part and get an empty dict.
     """
     whole: dict[int, Tensor | None] = {}
     state: dict[str, Tensor] = {}

@@ -35,31 +35,24 @@ _DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_e
 _DECODER |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": ROPE}
 
 
-def write_pair(name: str, root: Path, *, same_weights: bool = False, seed: int = 0) -> Path:
-    """``root/student``, which is returned, and ``root/teacher``: checkpoints of a family by name.
-
-    ``same_weights`` gives the LM the student decoder's, so that its logits must be equal.
-    """
+def write_pair(name: str, root: Path) -> Path:
+    """``root/student``, which is returned, and ``root/teacher``: checkpoints of a family."""
     family = FAMILIES[name]
     lm_tokenizer = parts.base_tokenizer(family.inside, bos=family.bos, eos=family.eos)
     lm_tokenizer.save_pretrained(root / "teacher")
     lm = AutoModelForCausalLM.from_config(_text_config(family, lm_tokenizer, parts.VOCAB))
-    parts.spread(lm, seed + 1)
+    parts.spread(lm, 1)
+    lm.save_pretrained(root / "teacher")
     if family.kind == "nanovlm":
         student = NanoVLM(_nanovlm_config(family, root))
-        parts.spread(student, seed)
+        parts.spread(student, 0)
         save_nanovlm(student, root / "student")
-        decoder = student.decoder
     else:
         tokenizer = parts.student_tokenizer(lm_tokenizer, family.behind, family.named)
         student = AutoModelForImageTextToText.from_config(_student_config(family, tokenizer))
-        parts.spread(student, seed)
+        parts.spread(student, 0)
         student.save_pretrained(root / "student", max_shard_size="200KB")  # several files
         _processor(family, tokenizer).save_pretrained(root / "student")
-        decoder = student
-    if same_weights:
-        copy_decoder(decoder.get_decoder(), decoder.get_output_embeddings(), lm)
-    lm.save_pretrained(root / "teacher")
     return root / "student"
 
 
@@ -115,7 +108,7 @@ def _processor(family: Family, tokenizer: Tokenizer):
     return processor(**made, chat_template=family.template, **family.processor_options)
 
 
-def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> None:
+def write_reduced(student: Path, teacher: Path, root: Path) -> None:
     """``root/student`` and ``root/teacher``: a user's pair of folders, small and random, all else
     as it is; weights are not read."""
     whole, lm = (AutoConfig.from_pretrained(folder) for folder in (student, teacher))
@@ -128,7 +121,7 @@ def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> No
         "teacher": AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size)),
     }
     for (part, model), folder in zip(made.items(), (student, teacher), strict=True):
-        parts.spread(model, seed)
+        parts.spread(model, 0)
         model.save_pretrained(root / part)
         for file in folder.iterdir():
             written = file.name == "config.json" or "safetensors" in file.name

@@ -19,41 +19,25 @@ Fields = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of student and the kind of LM it was built on.
+    """One kind of student and the kind of LM it was built on."""
 
-    Args:
-        called: what people call it.
-        kind, lm: ``model_type`` of the student and of its LM.
-        vision, text, config: of the tower's, the decoder's (beyond what all share) and the whole
-            student's configuration.
-        student_text: of the decoder's too, but not of the LM's.
-        ids: of the student's configuration, the ids of these tokens.
-        template: its chat template, of :mod:`parts`; None where the checkpoints have none.
-        images: class of its image processor, where it is not the kind's own.
-        image_options, processor_options: arguments of the image processor, of the whole one.
-        behind, inside: its tokens, behind the LM's vocabulary or in it.
-        named: tokens that the processor asks the tokenizer for.
-        vocab: of the student, where tokens are behind.
-        bos, eos: of the LM's tokenizer.
-    """
-
-    called: str
-    kind: str
-    lm: str
-    vision: Fields = field(default_factory=dict)
-    text: Fields = field(default_factory=dict)
-    config: Fields = field(default_factory=dict)
-    student_text: Fields = field(default_factory=dict)
-    ids: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
-    template: str | None = None
-    images: str = ""
-    image_options: Fields = field(default_factory=dict)
-    processor_options: Fields = field(default_factory=dict)
-    behind: Sequence[str] = ()
-    inside: Sequence[str] = ()
-    named: Mapping[str, str] = field(default_factory=dict)
-    vocab: int = parts.STUDENT_VOCAB
-    bos: str | None = None
+    called: str  # what people call it
+    kind: str  # ``model_type`` of the student
+    lm: str  # and of its LM
+    vision: Fields = field(default_factory=dict)  # of its tower's configuration
+    text: Fields = field(default_factory=dict)  # of the decoder's, beyond what all share
+    config: Fields = field(default_factory=dict)  # of the whole student's
+    student_text: Fields = field(default_factory=dict)  # of the decoder's too, but not of the LM's
+    ids: Fields = field(default_factory=dict)  # of the student's: the ids of these tokens
+    template: str | None = None  # of :mod:`parts`; None where the checkpoints have none
+    images: str = ""  # class of its image processor, where it is not the kind's own
+    image_options: Fields = field(default_factory=dict)  # arguments of the image processor
+    processor_options: Fields = field(default_factory=dict)  # and of the whole one
+    behind: Sequence[str] = ()  # its tokens behind the LM's vocabulary
+    inside: Sequence[str] = ()  # its tokens in it
+    named: Mapping[str, str] = field(default_factory=dict)  # what the processor asks for by name
+    vocab: int = parts.STUDENT_VOCAB  # of the student, where tokens are behind
+    bos: str | None = None  # of the LM's tokenizer
     eos: str = END
 
 
@@ -98,16 +82,12 @@ LLAVA = Family(
         "num_additional_image_tokens": 1,
     },
 )  # fmt: skip
+FULL = {"vision_feature_select_strategy": "full"}
 LLAVA_SIGLIP = replace(
-    LLAVA,
-    vision=SIGLIP,
-    text={},
-    images="SiglipImageProcessor",
-    image_options=SQUARE,
-    config={"image_seq_length": 16, "vision_feature_select_strategy": "full"},
-    processor_options={"patch_size": PATCH, "vision_feature_select_strategy": "full"},
-)
-ANYRES = {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
+    LLAVA, vision=SIGLIP, text={}, images="SiglipImageProcessor", image_options=SQUARE,
+    config={"image_seq_length": 16, **FULL}, processor_options={"patch_size": PATCH, **FULL},
+)  # fmt: skip
+ANYRES = {**FULL, "vision_aspect_ratio": "anyres_max_9"}
 IDEFICS3 = Family(
     called="Idefics3", kind="idefics3", lm="llama", bos="<|im_start|>", template=parts.SMOLVLM,
     vision={"model_type": "idefics3_vision", **TOWER}, config={"scale_factor": 2},

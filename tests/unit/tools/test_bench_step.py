@@ -245,8 +245,12 @@ def test_other_families_run_through_the_same_bench(family, tmp_path, monkeypatch
     torch.manual_seed(1)
     spread(bench.distiller.student)
     spread(bench.distiller.teacher.lm)
-    ours, naive = bench.loss("ours").item(), bench.loss("naive").item()
-    assert naive == pytest.approx(ours, rel=1e-5)
+    ours = bench.loss("ours").item()
+    if family == "kimi":
+        with pytest.raises(ValueError, match=r"caches no keys.*--modes ce,ours"):
+            bench.loss("naive")
+    else:
+        assert bench.loss("naive").item() == pytest.approx(ours, rel=1e-5)
     assert ours != pytest.approx(bench.loss("ce").item(), rel=1e-3)
     assert bench.flops("naive") > bench.flops("ours") > bench.flops("ce") > 0
 
