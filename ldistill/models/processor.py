@@ -260,11 +260,8 @@ class Processor(ABC):
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, source: Path) -> None:
-    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects.
-
-    Raises:
-        ValueError: with both ids.
-    """
+    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects:
+    ValueError, with both."""
     if (got := tokenizer.convert_tokens_to_ids(token)) != want:
         raise ValueError(
             f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "
