@@ -12,9 +12,10 @@ import dataclasses
 import importlib.resources
 import os
 import sys
+from argparse import Action
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
@@ -23,7 +24,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
-from ldistill.distill.objective import COMBINATIONS, DIVERGENCES, GATES
+from ldistill.data.loader import OnBadSample
+from ldistill.data.mixture import parse_mix
+from ldistill.data.order import OverLong
+from ldistill.data.store import Reads
+from ldistill.distill.attention import Backend
+from ldistill.distill.objective import Combination, Divergence, Gate
+from ldistill.distill.targets import Scope
+from ldistill.distill.teacher import Engine
+from ldistill.models.fit import Rope
 from ldistill.models.parts import DEFAULT_TRAIN, parse_train
 from ldistill.recipe_values import (
     check_deepspeed,
@@ -51,21 +60,23 @@ class PairArguments:
         "The LM the student was built on: folder or hub id.", "HuggingFaceTB/SmolLM2-360M-Instruct"
     )
     tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
-    teacher_engine: str = _doc(
+    teacher_engine: Engine = _doc(
         "auto (zero3 with ZeRO-3, else replicated) | replicated | zero3 | deepspeed-inference.",
         "auto",
     )
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
-    teacher_rope: str = _doc(
+    teacher_rope: Rope = _doc(
         "lm: a student with another rotary base than its LM's is refused; student: the teacher's "
         "queries are rotated at the student's.",
         "lm",
     )
-    attention: str = _doc(
+    attention: Backend = _doc(
         "Student attention: auto | sdpa | flash_attention_2 | varlen | flex_attention | eager.",
         "sdpa",
     )
-    kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
+    kernels: Literal["auto", "triton", "reference"] = _doc(
+        "auto (Triton on CUDA) | triton | reference.", "auto"
+    )
     compile_blocks: bool = _doc(
         "torch.compile every decoder block of the student; --torch_compile does the same.", False
     )
@@ -92,13 +103,15 @@ class DataArguments:
     )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
-    on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
-    on_bad_sample: str = _doc("Sample that cannot be read: error | drop (counted).", "error")
+    on_long: OverLong = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
+    on_bad_sample: OnBadSample = _doc(
+        "Sample that cannot be read: error | drop (counted).", "error"
+    )
     tiling: bool = _doc("Cut large images into tiles; false: one tile an image.", False)
     shuffle_window: int = _doc("Shards whose samples are shuffled together.", 32)
     shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
     shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)
-    shard_reads: str = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
+    shard_reads: Reads = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
     validation: str | None = _doc(
         "Share of every source's documents to hold out and validate on every --eval_steps: 1%."
     )
@@ -118,12 +131,14 @@ class DistilArguments:
         "Weight of the KD term on distilling sources, and of named ones: 0.7 or 0.7,vqav2=0.9.", 0.7
     )
     temperature: str = _doc("Softmax temperature of the KD term, as alpha by source.", 4.0)
-    combine: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
+    combine: Combination = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
-    kl: str = _doc("forward | reverse | jsd.", "forward")
-    gate: str = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
-    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual | own.", "full")
-    kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
+    kl: Divergence = _doc("forward | reverse | jsd.", "forward")
+    gate: Gate = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
+    kv_scope: Scope = _doc("Memory the teacher reads: full | prompt | visual | own.", "full")
+    kv_grad: Literal["detached", "through"] = _doc(
+        "detached | through: whether the KL reaches the student's K/V.", "detached"
+    )
 
 
 @dataclass
@@ -305,15 +320,23 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.rstrip('.')}. See --help.")
 
+    def _check_value(self, action: Action, value: Any) -> None:
+        """Called by argparse for what was typed; below for what a recipe says."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise ValueError(f"{action.dest} must be one of {choices}, got {value!r}.")
+
+    def set_defaults(self, **values: Any) -> None:
+        for action in self._actions:
+            if values.get(action.dest) is not None:
+                self._check_value(action, values[action.dest])
+        super().set_defaults(**values)
+
 
 def _recipe_name(argv: list[str]) -> str:
-    name = DEFAULT_RECIPE
-    for index, arg in enumerate(argv):  # the last one counts, as with every other flag
-        if arg == "--recipe" and index + 1 < len(argv):
-            name = argv[index + 1]
-        if arg.startswith("--recipe="):
-            name = arg.removeprefix("--recipe=")
-    return name
+    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE)
+    return parser.parse_known_args(argv)[0].recipe
 
 
 def _check_flags(given: set[str]) -> None:
@@ -324,30 +347,6 @@ def _check_flags(given: set[str]) -> None:
 
 
 def _check(recipe: Recipe) -> None:
-    from ldistill.data.mixture import parse_mix
-    from ldistill.data.store import READS
-    from ldistill.distill.attention import BACKENDS
-    from ldistill.distill.targets import SCOPES
-    from ldistill.distill.teacher import ENGINES
-    from ldistill.models.fit import ROPES
-
-    choices = {
-        "attention": (recipe.pair.attention, BACKENDS),
-        "teacher_engine": (recipe.pair.teacher_engine, ENGINES),
-        "teacher_rope": (recipe.pair.teacher_rope, ROPES),
-        "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
-        "kv_scope": (recipe.distil.kv_scope, SCOPES),
-        "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
-        "combine": (recipe.distil.combine, COMBINATIONS),
-        "kl": (recipe.distil.kl, DIVERGENCES),
-        "gate": (recipe.distil.gate, GATES),
-        "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
-        "shard_reads": (recipe.data.shard_reads, READS),
-        "on_bad_sample": (recipe.data.on_bad_sample, ("error", "drop")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
     if recipe.pair.attention == "flex_attention" and not torch.cuda.is_available():
         raise ValueError(
             "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."

@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Container
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -50,6 +50,8 @@ def settle_values(values: dict[str, Any], groups: tuple[type, ...], recipe: str)
 
 
 def _settled(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:  # which of its choices is the parser's to check
+        hint = str
     kinds = (hint,) if hint in _KINDS else get_args(hint)
     [kind] = [k for k in kinds if k is not NoneType]
     if value is None:

@@ -9,6 +9,7 @@ share that work) and every pickle is searched for anything that is not plain dat
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,9 @@ def _bytes_problem(path: Path) -> str | None:
         own = str(error)
     except OSError as error:
         unread = str(error)
-    found = ranks.gather((own, unread))
-    if texts := [text for _, text in found if text]:
-        raise ranks.shared(_unreadable(path, texts[0]))
-    if texts := [text for text, _ in found if text]:
-        return texts[0]
-    return ranks.from_first(lambda: foreign_code(path))
+    ranks.relay(unread, lambda found: _unreadable(path, next(iter(found.values()))))
+    problems = filter(None, ranks.gather(own))
+    return next(problems, None) or ranks.from_first(lambda: foreign_code(path))
 
 
 def _unreadable(path: Path, why: str) -> TransientError:
@@ -161,10 +159,20 @@ def foreign_code(checkpoint: Path) -> str | None:
     return None
 
 
-def fit(
-    checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any
-) -> tuple[Path | None, bool]:
-    """The checkpoint as this run can load it, and whether it had to be converted.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or from a checkpoint that may have been converted for it."""
+
+    checkpoint: Path | None = None
+    converted: bool = False
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint)
+
+
+def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
+    """Where a run begins: the checkpoint as this run can load it.
 
     Args:
         checkpoint: found by :func:`find_checkpoint`.
@@ -176,12 +184,12 @@ def fit(
         ValueError: it belongs to another run, pair or data set, or cannot be converted.
     """
     if checkpoint is None:
-        return None, False
+        return Start()
     found = checkpoint_folder.read_manifest(checkpoint).about
     own = {"run": run_id(checkpoint.parent)}
     identity.check_belongs(checkpoint, found, about | own)
     if found["layout"] == about["layout"]:
-        return checkpoint, False
+        return Start(checkpoint)
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
 
     def convert() -> str:
@@ -192,7 +200,7 @@ def fit(
     target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Path(target), True
+    return Start(Path(target), converted=True)
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -133,22 +133,26 @@ class Saver:
         self._checked = True
 
     def _agree(self, step: int) -> None:
-        found = [(r, text) for r, part in enumerate(ranks.gather(self._failures)) for text in part]
-        if not found:
-            return
-        if ranks.is_first():
-            with suppress(OSError):  # of the same disk: what is told is why nothing was saved
-                checkpoint_folder.clear(self.folder)  # make room
-        rank, text = found[0]
-        last = "earlier ones are untouched"
-        with suppress(OSError):
-            good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
-            last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
-        error = CheckpointError(
-            f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
-            f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint auto."
-        )
-        raise ranks.shared(error)
+        """Go on where every rank could do its part; else clear away, and raise on all."""
+
+        def told(found: dict[int, list[str]]) -> CheckpointError:
+            rank, [text, *_] = next(iter(found.items()))
+            if ranks.is_first():
+                with suppress(OSError):  # of the same disk: what is told is why nothing was saved
+                    checkpoint_folder.clear(self.folder)  # make room
+            last = "earlier ones are untouched"
+            with suppress(OSError):
+                good = [f for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+                last = "there is no earlier one"
+                if good:
+                    last = f"{good[0].path.name} is complete and untouched"
+            return CheckpointError(
+                f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
+                f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint "
+                "auto."
+            )
+
+        ranks.relay(self._failures, told)
 
     def guard(self, engine: Any) -> None:
         """Let a DeepSpeed engine write through :meth:`attempt`, without its scripts."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from transformers.utils import is_flash_attn_2_available
 logger = logging.getLogger(__name__)
 
 PREFIX = "ldistill_"
-BACKENDS = ("auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager")
+Backend = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 PACKED = ("flash_attention_2", "varlen")
 """Backends that take documents by their boundaries (:func:`document_boundaries`), not by a mask."""
 
@@ -163,7 +164,7 @@ _ATTENTIONS = {
 }
 
 
-def choose_attention(asked: str, dtype: torch.dtype) -> str:
+def choose_attention(asked: Backend, dtype: torch.dtype) -> str:
     """``auto`` is a variable-length kernel where one runs, else ``sdpa``.
 
     flash-attn's where it is installed, PyTorch's own on any other GPU it knows; both compute in
@@ -171,7 +172,7 @@ def choose_attention(asked: str, dtype: torch.dtype) -> str:
     `ldistill bench step --attention auto` to measure, which tries them all.
 
     Args:
-        asked: one of ``BACKENDS``.
+        asked: of a recipe.
         dtype: that the student computes in.
 
     Raises:
@@ -207,7 +208,7 @@ def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool) -
     """The backend, or where it cannot compute this student's attention one that can; says so.
 
     Args:
-        backend: one of ``BACKENDS`` but ``auto``.
+        backend: what :func:`choose_attention` gives, so not ``auto``.
         decoder: of the student.
         both_ways: whether some positions (a picture's) see what follows them.
     """
@@ -238,7 +239,7 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
 
     Args:
         decoder: with attention modules in ``layers[l].self_attn``, with or without its head.
-        backend: one of ``BACKENDS`` but ``auto``: what :func:`choose_attention` gives.
+        backend: what :func:`fitting_attention` gives.
     """
     name = PREFIX + backend
     attend, mask = _ATTENTIONS[backend]

@@ -7,7 +7,7 @@ The teacher hangs beside the module tree, so it is neither trained, broadcast, s
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ldistill.distill.attention import (
     recording,
 )
 from ldistill.distill.objective import Objective
-from ldistill.distill.targets import Queries, Supervision, queries_for, supervise
+from ldistill.distill.targets import Queries, Scope, Supervision, queries_for, supervise
 from ldistill.distill.teacher import Teacher
 from ldistill.models.logits import LogitScaling
 from ldistill.models.student import Student
@@ -49,8 +49,8 @@ class Distiller(nn.Module):
         weights: SourceWeights,
         objective: Objective | None = None,
         *,
-        kv_scope: str = "full",
-        kv_grad: str = "detached",
+        kv_scope: Scope = "full",
+        kv_grad: Literal["detached", "through"] = "detached",
         attention: str = "sdpa",
     ) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ heads' weights alone: who calls it sees to it that the weights are whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from ldistill.distill.targets import Targets
 from ldistill.models.logits import LogitScaling
 from ldistill_kernels import DistillLoss, distill_loss
 
-COMBINATIONS = ("convex", "additive")
-DIVERGENCES = ("forward", "reverse", "jsd")
-GATES = ("none", "agreement", "confidence")
+Combination = Literal["convex", "additive"]
+Divergence = Literal["forward", "reverse", "jsd"]
+Gate = Literal["none", "agreement", "confidence"]
 NO_SCALING = LogitScaling()
 _AT_ONCE = 1024  # teacher logits of so many targets exist at a time, for a gate
 
@@ -52,11 +52,11 @@ class Weights(NamedTuple):
 class Objective:
     """How CE and KL are mixed; see ``ldistill.recipe`` for what each switch means."""
 
-    combine: str = "convex"
+    combine: Combination = "convex"
     t_squared: bool = True
-    kl: str = "forward"
+    kl: Divergence = "forward"
     kernels: str = "auto"
-    gate: str = "none"
+    gate: Gate = "none"
 
     def weights(self, targets: Targets, gates: Tensor | None = None) -> Weights:
         """CE and KD weight of every target, before the division by N.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
-SCOPES = ("full", "prompt", "visual", "own")
+Scope = Literal["full", "prompt", "visual", "own"]
 Known = Callable[[Tensor], Tensor]
 """int64 token ids → bool, whether the teacher knows them."""
 
@@ -110,14 +111,14 @@ class Supervision(_Tensors):
 
 
 def supervise(
-    batch: dict[str, Tensor], weights: SourceWeights, scope: str, known: Known
+    batch: dict[str, Tensor], weights: SourceWeights, scope: Scope, known: Known
 ) -> Supervision:
     """Targets and queries of a micro-batch.
 
     Args:
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
         weights: α and τ by source.
-        scope: one of ``SCOPES``.
+        scope: of the shared K/V.
         known: of token ids, which have an embedding of the teacher's; the others stand for
             pictures, or are the student's own.
     """
@@ -131,7 +132,7 @@ def supervise(
     return Supervision(targets, queries_for(batch, flat[taught], scope, known))
 
 
-def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: str, known: Known) -> Queries:
+def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: Scope, known: Known) -> Queries:
     """What the teacher must compute to give its logits at ``wanted`` positions.
 
     Args:

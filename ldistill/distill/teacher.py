@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ldistill.models.student import LMHead, keep_rotary_float32
 from ldistill_kernels import shared_kv_attention
 
 T = TypeVar("T")
-ENGINES = ("auto", "replicated", "zero3", "deepspeed-inference")
+Engine = Literal["auto", "replicated", "zero3", "deepspeed-inference"]
 ATTENTION = "ldistill_teacher"
 
 _reading: ContextVar[tuple[Queries, SharedKV, str] | None] = ContextVar("_reading", default=None)
@@ -248,7 +248,7 @@ def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
     }
 
 
-def choose_engine(asked: str, zero_stage: int) -> str:
+def choose_engine(asked: Engine, zero_stage: int) -> str:
     """``auto`` is ``zero3`` where the student is at stage 3, else ``replicated``.
 
     Raises:

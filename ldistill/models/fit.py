@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModel, PretrainedConfig
 
 from ldistill.common.partition import partitioned_by
 
-ROPES = ("lm", "student")
+Rope = Literal["lm", "student"]
 # Rotary embeddings whose frequencies transformers chooses anew by the longest position of a batch.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 _KEYED = ("full_attention", "sliding_attention")

@@ -10,7 +10,6 @@ from ldistill.common import readme, run_files
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import is_complete, weight_dtype
 from ldistill.training.card import write_card
-from ldistill.training.trainer import STUDENT
 
 
 def find_student(run: Path) -> Path:
@@ -21,10 +20,10 @@ def find_student(run: Path) -> Path:
     """
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
-    candidates = [run / run_files.STUDENT, run / STUDENT]
+    candidates = [run / run_files.STUDENT]
     # Newest first, but what is known to be whole before what is not.
     checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
-    candidates += [found.path / STUDENT for found in checkpoints]
+    candidates += [found.path / run_files.STUDENT for found in checkpoints]
     for candidate in candidates:
         if is_complete(candidate):
             return candidate

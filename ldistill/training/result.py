@@ -25,41 +25,41 @@ from ldistill.training.trainer import DistillTrainer
 from ldistill.training.validation import Best
 
 
-def export_result(trainer: DistillTrainer, folder: Path) -> None:
-    """The last state of the student, in the format it came in."""
-    everywhere(trainer.sync_logs)
+def save_last(trainer: DistillTrainer, folder: Path) -> Path:
+    """The last state of a training: its checkpoint, or what is saved of it now."""
+    everywhere(trainer.parts.saver.sync_logs)
     last = folder / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
-    take_result(choose_result(last, folder, trainer.best), folder)
+    return last
 
 
-def choose_result(last: Path, folder: Path, best: Best | None) -> Path:
-    """The checkpoint whose student is the run's result: the last, or the best evaluated.
+def export_result(last: Path, folder: Path, best: Best | None) -> None:
+    """The run's result, in the format the student came in; every rank must call it.
+
+    Args:
+        last: checkpoint of the last state.
+        folder: the run's.
+        best: where the best evaluated student is asked for instead.
 
     Raises:
         FileNotFoundError: the best is no longer there.
+        TransientError: there is no room for it.
     """
-    if best is None:
-        return last
-    found = from_first(lambda: best.find(step_of(last)))
-    if found is None:
+    chosen = last
+    found = from_first(lambda: best and best.find(step_of(last)))
+    if found is not None:
+        step, value = found
+        say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
+        chosen = folder / f"checkpoint-{step}"
+        if not from_first(chosen.is_dir):
+            raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
+    elif best is not None:
         say(f"{best.metric} was never evaluated: the result is the last state.")
-        return last
-    step, value = found
-    say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
-    chosen = folder / f"checkpoint-{step}"
-    if not from_first(chosen.is_dir):
-        raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
-    return chosen
-
-
-def take_result(last: Path, folder: Path) -> None:
-    """The student of a checkpoint as the result of the run; every rank must call it."""
-    source, result = last / run_files.STUDENT, folder / run_files.STUDENT
+    result = folder / run_files.STUDENT
     say(f"exporting the student to {result}")
-    from_first(lambda: copy_student(source, result))
+    from_first(lambda: copy_student(chosen / run_files.STUDENT, result))
 
 
 def copy_student(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ldistill.common import ranks
 from ldistill.data.worker_signals import STOP_SIGNALS
@@ -43,8 +43,10 @@ class Stopped(Exception):
         )
 
 
-class StopRequest:
+class StopRequest(TrainerCallback):
     """Whether the ranks of a run were asked to stop, and whether they all know.
+
+    The Trainer's loop ends after the step in which they agreed, with a checkpoint.
 
     Args:
         stop_file: its appearance is a request; default the environment's, if any. Rank 0 looks.
@@ -95,6 +97,11 @@ class StopRequest:
             os.write(2, b"\nasked to stop: a checkpoint is saved after this step\n")
         self._signal = signal.Signals(number).name
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take longer than there is
+
     def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
         """End a run that was stopped before its last step; every rank calls it.
 
@@ -118,21 +125,3 @@ class StopRequest:
             print(f"\n{stopped}", flush=True)
         ranks.wait()  # a launcher may kill the other ranks as soon as one has left
         raise stopped
-
-
-class StopAtStep(TrainerCallback):
-    """Ends the Trainer's loop after the step in which the ranks agreed, with a checkpoint."""
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if self.request.agreed:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it may take longer than there is
