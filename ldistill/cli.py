@@ -35,26 +35,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(shards_app, name="shards")
-app.add_typer(bench_app, name="bench")
-app.add_typer(tiny_app, name="tiny")
-app.add_typer(scripts, name="scripts")
-app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)(train)
-app.command(name="eval")(evaluate_command)
-app.command()(compare)
-app.command()(generate)
-app.command(name="look")(look)
-app.command()(merge)
-app.command()(models)
-app.command()(plan)
-app.command()(torture)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
+for name, group in {
+    "shards": shards_app,
+    "bench": bench_app,
+    "tiny": tiny_app,
+    "scripts": scripts,
+}.items():
+    app.add_typer(group, name=name)
+# Their further options are another program's.
+_PASSING = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_PASSING | {"help_option_names": []})(train)
+for name, command in {
+    "eval": evaluate_command, "compare": compare, "generate": generate, "look": look,
+    "merge": merge, "models": models, "plan": plan, "torture": torture,
+}.items():  # fmt: skip
+    app.command(name)(command)
+app.command(context_settings=_PASSING)(study)
 
 
 @app.callback(invoke_without_command=True)

@@ -104,19 +104,18 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if not distributed():
         return make()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
             with partitioned_by(None):
-                box = [(make(), None)]
+                box[0] = make()
         except (ValueError, OSError) as error:
-            box = [(None, error)]
+            box[1] = error
     wait_for_first()
     dist.broadcast_object_list(box)
-    result, error = box[0]
-    if error is not None:
-        raise shared(error)
-    return result
+    if box[1] is not None:
+        raise shared(box[1])
+    return box[0]
 
 
 def everywhere(make: Callable[[], T]) -> T:

@@ -88,6 +88,7 @@ def _flash_attention_2(
 
     query [batch, heads, seq, head_dim], key and value with kv_heads → [batch, seq, heads, head_dim]
     """
+    # flash-attn wants heads behind positions: [batch, seq, heads, head_dim], views.
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -122,6 +123,7 @@ def _varlen(
     # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     boundaries, longest = cu_seq_lens_q, max_length_q
+    # A window counts the position itself, this kernel only those before it; -1 is no window.
     before = sliding_window - 1 if sliding_window else -1
     options = {"scale": scaling, "window_size": (before, 0)}  # causal
     if k.shape[1] != q.shape[1]:
@@ -136,8 +138,8 @@ def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Ten
     Given a boolean one, SDPA widens it anew in every layer, and autograd keeps every copy until
     backward; this one tensor serves all layers.
     """
-    visible = sdpa_mask(*args, **kwargs)
-    if visible is None:
+    visible = sdpa_mask(*args, **kwargs)  # bool [batch, 1, queries, keys]
+    if visible is None:  # plain causal: SDPA's own flag does without a mask
         return None
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
@@ -149,7 +151,7 @@ def _recording(attend: Callable) -> Callable:
         query, key = query.to(value.dtype), key.to(value.dtype)
         slot = getattr(module, "kv_slot", None)
         if slot is not None and slot.active:
-            slot.key, slot.value = key, value
+            slot.key, slot.value = key, value  # [batch, kv_heads, seq, head_dim], before repeating
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     return attention
@@ -293,9 +295,11 @@ def document_boundaries(position_ids: Tensor) -> dict[str, Tensor | int]:
     Returns:
         ``cu_seq_lens_*``: int32 [documents + 1] over the flattened batch; ``max_length_*``.
     """
+    # Rows end to end, [batch × seq]: a document begins wherever the count is 0 again; padding
+    # counts on by itself, as one more document that nobody reads.
     starts = torch.nonzero(position_ids.flatten() == 0).flatten().to(torch.int32)
     total = torch.tensor([position_ids.numel()], dtype=torch.int32, device=position_ids.device)
-    boundaries = torch.cat([starts, total])
+    boundaries = torch.cat([starts, total])  # [documents + 1]
     longest = position_ids.shape[1]  # a bound; the true one would have to be waited for
     return {
         "cu_seq_lens_q": boundaries,

@@ -75,7 +75,7 @@ class Queries(_Tensors):
             window: of the layer.
             seq: length of a batch row.
         """
-        flat = self.batch * seq + self.index  # ascending
+        flat = self.batch * seq + self.index  # [queries], ascending
         first = torch.searchsorted(flat[self.own], flat - window + 1)
         return torch.maximum(self.start2, first)
 
@@ -150,17 +150,19 @@ def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: Scope, known: K
     distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)  # the last one for padding, -1
     distilling[doc[wanted]] = True
     text = known(ids) & (doc >= 0) & distilling[doc]
+    # Its own text under `prompt` is the answer; under the other two scopes, all of the text.
     own_at = _answer_positions(batch["labels"]).flatten() & text if scope == "prompt" else text
     visible = torch.zeros_like(own_at) if scope == "own" else ~own_at
     needed = own_at.clone()
     needed[wanted] = True
     flat = torch.nonzero(needed).flatten()
     queries = _gather(batch, flat)
+    # [batch × seq] → [batch, seq], as the kernel has the shared K/V.
     queries.visible = visible.view(batch["input_ids"].shape)
     # Own positions are numbered through the batch; a query sees those of its document up to itself.
     is_own = own_at[flat]
     queries.own = torch.nonzero(is_own).flatten()
-    queries.end2 = is_own.long().cumsum(0)
+    queries.end2 = is_own.long().cumsum(0)  # [queries]: own ones up to here, itself included
     first_of_document = torch.searchsorted(doc[flat], doc[flat], right=False)
     before = torch.cat([torch.zeros(1, dtype=torch.long), queries.end2])
     queries.start2 = before[first_of_document]

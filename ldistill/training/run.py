@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-from ldistill.checkpoint import identity, resuming, universal
+from ldistill.checkpoint import resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
 from ldistill.common.device import peak_flops
-from ldistill.common.partition import whole_numel
 from ldistill.common.ranks import everywhere, from_first, is_first, say
 from ldistill.data.loader import make_loader
 from ldistill.data.order import Order
@@ -36,14 +35,13 @@ from ldistill.models.parts import train_only
 from ldistill.recipe import Recipe, compute_dtype, zero_stage
 from ldistill.sources import SourceWeights
 from ldistill.training import hub, run_folder
-from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
 from ldistill.training.card import origins
 from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
 from ldistill.training.result import evaluate_student, export_result, report, save_last
-from ldistill.training.sample_log import SampleLog
 from ldistill.training.stopping import StopRequest
 from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer, Parts
@@ -62,15 +60,14 @@ def run(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.training.seed)
     if recipe.training.deepspeed:
         announce_compiling()
-    device = recipe.training.device  # also starts torch.distributed
-    check_launcher(recipe.training.n_gpu)
+    check_launcher(recipe.training.n_gpu)  # asking for it starts torch.distributed, too
     check_clocks()
     for note in recipe.notes:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
         repo = _settle_repo(recipe, folder)
-        trainer, before = _set_up(recipe, folder, resume, device)
+        trainer, before = _set_up(recipe, folder, resume)
         parts = trainer.parts
         if left := parts.start.step < recipe.training.max_steps:
             with parts.stop.listening(folder), closing(parts.progress):
@@ -158,11 +155,11 @@ def _own_folder(recipe: Recipe) -> Path:
 
 
 def _set_up(
-    recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
+    recipe: Recipe, folder: Path, resume: Path | None
 ) -> tuple[DistillTrainer, dict[str, float] | None]:
     """The trainer of a claimed folder, and the student's scores before training."""
     _prepare(recipe)
-    data = everywhere(lambda: _open_whole_data(recipe))
+    data = everywhere(lambda: open_data(recipe))
     pair = open_pair(recipe, data.weights)
     data.index.check(pair.processor)
     if data.index.store.remote:
@@ -172,7 +169,7 @@ def _set_up(
     if is_first():
         _write_down(recipe, pair, data, folder)
     before = evaluate_student(recipe, pair.student_folder, "before training")
-    return build_trainer(recipe, pair, data, folder, resume, device), before
+    return build_trainer(recipe, pair, data, folder, resume), before
 
 
 def _prepare(recipe: Recipe) -> None:
@@ -191,13 +188,6 @@ def _prepare(recipe: Recipe) -> None:
     made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
-
-
-def _open_whole_data(recipe: Recipe) -> Data:
-    data = open_data(recipe)
-    for index in (data.index, *(data.held or ())[:1]):
-        index.check_files()
-    return data
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
@@ -240,11 +230,11 @@ def make_teacher(recipe: Recipe, pair: Pair) -> Teacher | None:
 
 
 def build_trainer(
-    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None, device: torch.device
+    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None
 ) -> DistillTrainer:
     """Distiller and trainer of a recipe."""
     args, distil, options = recipe.training, recipe.distil, recipe.data
-    dtype, names = compute_dtype(recipe), data.weights.names
+    dtype, rows = compute_dtype(recipe), args.per_device_train_batch_size
     distiller = Distiller(
         pair.student,
         make_teacher(recipe, pair),
@@ -270,27 +260,26 @@ def build_trainer(
     )
     validation = open_validation(recipe, data.held, data.weights, load)
     layout = universal.layout(args.deepspeed_plugin, args.world_size, dtype)
-    about = identity.describe(run_files.run_id(folder), pair, data.index, data.order, layout)
+    about = resuming.describe(run_files.run_id(folder), pair, data.index, data.order, layout)
     start = resuming.fit(resume, about, folder, args.deepspeed_plugin)
     say(f"attention of the student: {distiller.attention}.")
-    rate, source = peak_flops(device, dtype)
+    rate, source = peak_flops(args.device, dtype)
     say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
     metrics = WriteMetrics(folder / run_files.METRICS, start.step)
     samples = SampleLog(folder, data.index, start.step) if recipe.run.log_samples else None
     best = best_of(recipe, folder / run_files.METRICS, validation)
     logs = [writer.file for writer in (metrics, samples) if writer is not None]
-    stop = StopRequest(recipe.run.stop_file)
+    stop, own = StopRequest(recipe.run.stop_file), recipe.run
+    asked_rates = (own.vision_lr, own.projector_lr, own.decoder_lr)
     scales = [tau**2 if distil.t_squared else 1.0 for tau in data.weights.temperature]
     parts = Parts(
         distiller=distiller,
         pair=pair,
-        load=partial(
-            load, data.index, order=data.order, batch_size=args.per_device_train_batch_size
-        ),
-        rates=_rates(recipe),
-        meter=Meter(data.weights, device, rate),
+        load=partial(load, data.index, order=data.order, batch_size=rows),
+        rates=Rates(*(args.learning_rate if rate is None else rate for rate in asked_rates)),
+        meter=Meter(data.weights, args.device, rate),
         metrics=metrics,
-        progress=ShortProgress(dict(zip(names, scales, strict=True))),
+        progress=ShortProgress(dict(zip(data.weights.names, scales, strict=True))),
         saver=Saver(folder, about, args.save_total_limit, logs, best and best.find),
         start=start,
         stop=stop,
@@ -303,22 +292,15 @@ def build_trainer(
     return DistillTrainer(args, parts)
 
 
-def _rates(recipe: Recipe) -> Rates:
-    """Learning rates of what trains; at 0, it stays as it is."""
-    default, own = recipe.training.learning_rate, recipe.run
-    asked = (own.vision_lr, own.projector_lr, own.decoder_lr)
-    return Rates(*(default if rate is None else rate for rate in asked))
-
-
 def _write_down(recipe: Recipe, pair: Pair, data: Data, folder: Path) -> None:
     """What an epoch reads and leaves out; what the model card says of pair and data."""
     summary = data.order.summary()
     say(f"data: {summary}")
     found = origins(pair, recipe.pair.student, recipe.pair.teacher, data.index)
-    for name, value in (
-        (run_files.ORDER, dataclasses.asdict(summary)),
-        (run_files.ORIGINS, found),
-    ):
+    for name, value in {
+        run_files.ORDER: dataclasses.asdict(summary),
+        run_files.ORIGINS: found,
+    }.items():
         (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
@@ -333,8 +315,9 @@ def _settle_steps(recipe: Recipe, order: Order) -> None:
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     args = recipe.training
-    total = sum(whole_numel(p) for p in pair.student.parameters())
-    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
+    # Of whole parameters, also where a rank holds only its part of them.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in pair.student.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, p in sizes if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
     kept += args.load_best_model_at_end  # which may be an older one
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))

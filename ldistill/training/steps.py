@@ -116,14 +116,14 @@ def _stop_unreadable(problem: Exception | None, done: int) -> None:
 
     def told(found: dict[int, tuple[str, bool]]) -> Exception:
         rank, (text, passing) = min(found.items(), key=lambda one: one[1][1])
-        told = f"{text} (step {done + 1}, rank {rank}). Nothing was trained on it"
+        what = f"{text} (step {done + 1}, rank {rank}). Nothing was trained on it"
         again = "go on with --resume_from_checkpoint auto"
         error: Exception = ValueError(
-            f"{told}: mend the shards (`ldistill shards verify` names all that is damaged) and "
+            f"{what}: mend the shards (`ldistill shards verify` names all that is damaged) and "
             f"{again}, or let bad samples be dropped and counted with --on_bad_sample drop."
         )
         if passing:
-            error = TransientError(f"{told}: {again}.")
+            error = TransientError(f"{what}: {again}.")
         error.__cause__ = problem
         return error
 

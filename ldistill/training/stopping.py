@@ -28,7 +28,6 @@ from ldistill.training.launch import leave_code
 from ldistill.training.wandb_run import close_wandb
 
 STOPPED_EXIT_CODE = 85
-STOP_FILE_VARIABLE = "LDISTILL_STOP_FILE"
 STOPPED = "stopped.json"
 
 
@@ -53,31 +52,28 @@ class StopRequest(TrainerCallback):
     """
 
     def __init__(self, stop_file: str | Path | None = None) -> None:
-        named = stop_file or os.environ.get(STOP_FILE_VARIABLE)
+        named = stop_file or os.environ.get("LDISTILL_STOP_FILE")
         self.stop_file = Path(named) if named else None
         self.agreed = False
         self._signal: str | None = None
 
     @property
-    def asked(self) -> bool:
-        """Whether this rank knows of a request."""
-        return self._signal is not None or self._file_is_there()
+    def why(self) -> str | None:
+        """What asked this rank, in words."""
+        if self._signal is None and self.stop_file and ranks.is_first() and self.stop_file.exists():
+            return f"the file {self.stop_file}"
+        return self._signal
 
     @property
-    def why(self) -> str:
-        """What asked, in words, as far as this rank knows."""
-        file = f"the file {self.stop_file}" if self._file_is_there() else "another rank"
-        return self._signal or file
-
-    def _file_is_there(self) -> bool:
-        return self.stop_file is not None and ranks.is_first() and self.stop_file.exists()
+    def asked(self) -> bool:
+        """Whether this rank knows of a request."""
+        return self.why is not None
 
     @contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
         """While training runs, signals are requests; before and after they do what they always do.
 
-        Args:
-            folder: the run's, whose `stopped.json` of an earlier stop goes.
+        The run's `stopped.json` of an earlier stop goes.
         """
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
@@ -110,11 +106,8 @@ class StopRequest(TrainerCallback):
         """
         if not self.agreed or state.global_step >= state.max_steps:
             return
-        why = ranks.gather(self.why)
-        stopped = Stopped(
-            next((w for w in why if w != "another rank"), why[0]),
-            folder / f"checkpoint-{state.global_step}",
-        )
+        why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone
+        stopped = Stopped(why, folder / f"checkpoint-{state.global_step}")
         if ranks.is_first():
             record = {"step": state.global_step, "of": state.max_steps, "why": stopped.why}
             (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -34,10 +34,9 @@ from ldistill.models.flops import count_step, student_flops
 from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
 from ldistill.models.weights import gather_trained
-from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
 from ldistill.training.metrics import Meter, of_sources
 from ldistill.training.optimizer import Rates, hold_options, parameter_groups, part_step_counters
-from ldistill.training.sample_log import SampleLog
 from ldistill.training.steps import Steps
 from ldistill.training.stopping import StopRequest
 from ldistill.training.validation import Best, Validation
@@ -49,26 +48,11 @@ WEIGHTS = "trained.safetensors"
 
 @dataclass
 class Parts:
-    """What a run trains with, beside transformers' arguments.
-
-    distiller:     the module to train.
-    pair:          for export: where the student came from.
-    load:          ``(start_pack=...) -> DataLoader`` of this rank's micro-batches, without end.
-    rates:         learning rates of what trains.
-    meter:         collects metrics; ``metrics`` writes them, ``progress`` shows them.
-    saver:         writes the checkpoints.
-    start:         where the run goes on from.
-    stop:          how the run may be asked to stop.
-    validation:    documents whose CE and KD are told every ``eval_steps``.
-    evaluator:     ``(step, weight updates) -> scores``, as often.
-    best:          what tells the best evaluation; its state is always saved.
-    samples:       notes which samples each step trains on.
-    health_steps:  interval of the teacher's own-memory accuracy; 0 for never.
-    """
+    """What a run trains with, beside transformers' arguments."""
 
     distiller: Distiller
-    pair: Pair
-    load: Callable[..., Any]
+    pair: Pair  # whose format an export has
+    load: Callable[..., Any]  # (start_pack=...) -> this rank's micro-batches, without end
     rates: Rates
     meter: Meter
     metrics: WriteMetrics
@@ -76,11 +60,11 @@ class Parts:
     saver: Saver
     start: Start
     stop: StopRequest
-    validation: Validation | None = None
-    evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None
-    best: Best | None = None
+    validation: Validation | None = None  # evaluates every eval_steps, as the next one does
+    evaluator: Callable[[int, WeightUpdates], dict[str, float]] | None = None  # of step, weights
+    best: Best | None = None  # tells the best evaluation, whose state is always saved
     samples: SampleLog | None = None
-    health_steps: int = 0
+    health_steps: int = 0  # interval of the teacher's own-memory accuracy; 0: never
 
 
 class DistillTrainer(Trainer):
@@ -325,9 +309,4 @@ class DistillTrainer(Trainer):
 def _read_data_state(resume: Path | None) -> dict[str, Any]:
     if resume is None:
         return {"packs": 0, "step": 0, "ranks": []}
-    path = resume / DATA_STATE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{resume} holds no {DATA_STATE}: not a checkpoint of this program."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads((resume / DATA_STATE).read_text(encoding="utf-8"))
