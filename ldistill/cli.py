@@ -20,14 +20,9 @@ from ldistill.common.errors import exit_code
 from ldistill.evaluation.commands import compare, evaluate_command, generate
 from ldistill.tiny.commands import app as tiny_app
 from ldistill.tools.bench.commands import app as bench_app
+from ldistill.tools.commands import look, merge, models, plan, study, torture
 from ldistill.tools.launch import scripts, train
-from ldistill.tools.look import command as look
-from ldistill.tools.merge import merge
-from ldistill.tools.models.commands import models
-from ldistill.tools.plan.commands import plan
 from ldistill.tools.shards.commands import app as shards_app
-from ldistill.tools.study.commands import study
-from ldistill.tools.torture.commands import torture
 
 app = typer.Typer(
     help="Give a vision-language model its language back.",
@@ -35,21 +30,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for name, group in {
-    "shards": shards_app,
-    "bench": bench_app,
-    "tiny": tiny_app,
-    "scripts": scripts,
-}.items():
+groups = {"shards": shards_app, "bench": bench_app, "tiny": tiny_app, "scripts": scripts}
+for name, group in groups.items():
     app.add_typer(group, name=name)
 # Their further options are another program's.
 _PASSING = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_PASSING | {"help_option_names": []})(train)
-for name, command in {
-    "eval": evaluate_command, "compare": compare, "generate": generate, "look": look,
-    "merge": merge, "models": models, "plan": plan, "torture": torture,
-}.items():  # fmt: skip
-    app.command(name)(command)
+app.command(name="eval")(evaluate_command)
+for command in (compare, generate, look, merge, models, plan, torture):
+    app.command()(command)
 app.command(context_settings=_PASSING)(study)
 
 
@@ -75,21 +64,28 @@ def recipes() -> None:
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
+    run: Annotated[
+        str,
+        typer.Argument(help="Run folder, one of its checkpoints, or a student for its decoder."),
+    ],
     out: Annotated[Path, typer.Option(help="Where to write.")],
     decoder_only: Annotated[
         bool, typer.Option(help="Also write the decoder as a plain transformers LM: OUT/decoder.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
 ) -> None:
-    """Write the student of a run as the checkpoint it came from."""
+    """Write the student of a run as the checkpoint it came from, or any student's decoder."""
+    from ldistill.common.locate import resolve
     from ldistill.training.export import export_decoder, export_student
 
-    decoder = out / "decoder"
-    source = export_student(run, out, also=(decoder.name,) if decoder_only else ())
-    typer.echo(f"student  {out}  (from {source})")
+    decoder, student, folder = out / "decoder", out, Path(run)
+    if decoder_only and ((folder / "config.json").is_file() or not folder.is_dir()):
+        student = resolve(run)  # of no run: as it is, there is nothing to export beside the decoder
+    else:
+        source = export_student(folder, out, also=(decoder.name,) if decoder_only else ())
+        typer.echo(f"student  {out}  (from {source})")
     if decoder_only:
-        export_decoder(out, decoder, tokenizer)
+        export_decoder(student, decoder, tokenizer)
         typer.echo(f"decoder  {decoder}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from typer import Argument, Option
 
 from ldistill.common.images import open_image
 from ldistill.evaluation.compare import comparison
@@ -20,15 +22,13 @@ from ldistill.evaluation.suites import GROUPS, OTHER, ROWS, group_title
 
 
 def generate(
-    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
-    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
+    student: Annotated[str, Option(help="Student folder, hub id or run folder.")],
+    prompt: Annotated[str, Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, Option(help="Picture; repeatable.", exists=True)] = None,
+    max_new_tokens: Annotated[int, Option(min=1)] = 128,
+    temperature: Annotated[float, Option(min=0, help="0: greedy.")] = 0.0,
+    tokenizer: Annotated[str | None, Option(help="Default: the configuration's.")] = None,
+    tiling: Annotated[bool, Option(help="Cut large pictures into tiles.")] = False,
 ) -> None:
     """Ask a student something about a picture, or just something."""
     import torch
@@ -49,37 +49,29 @@ def generate(
 
 def evaluate_command(
     student: Annotated[
-        str,
-        typer.Option(help="nanoVLM, Hugging Face VLM or bare LM; folder, run or hub id."),
+        str, Option(help="nanoVLM, Hugging Face VLM or bare LM; folder, run or hub id.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    suite: Annotated[
-        str | None, typer.Option(help="language | document | general | paper | tiny.")
-    ] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Further tasks of lmms-eval, separated by commas.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Documents of every task; to try out.")] = None,
+    out: Annotated[Path, Option(help="Folder of the results.")],
+    suite: Annotated[str | None, Option(help="language, document, general, paper or tiny.")] = None,
+    tasks: Annotated[str | None, Option(help="Further tasks of lmms-eval: a,b,c.")] = None,
+    limit: Annotated[int | None, Option(help="Documents of every task; to try out.")] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Requests per forward. Default 1, for tiny 64.")
+        int | None, Option(help="Requests per forward. Default 1, for tiny 64.")
     ] = None,
     include_path: Annotated[
-        list[Path] | None, typer.Option(help="Folder with tasks of your own; may be repeated.")
+        list[Path] | None, Option(help="Folder with tasks of your own; repeatable.")
     ] = None,
     tiling: Annotated[
         bool | None,
-        typer.Option(
-            help="nanoVLM, SmolVLM: cut large pictures into tiles, as the stock models do. "
-            "Default: as the run that left the student; one tile without a run."
-        ),
+        Option(help="Cut large pictures into tiles (nanoVLM, SmolVLM). Default: as in training."),
     ] = None,
     drop_pictures: Annotated[
-        bool, typer.Option(help="Bare LM: ask without the pictures instead of refusing them.")
+        bool, Option(help="Bare LM: ask without the pictures instead of refusing them.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the model's own.")] = None,
+    dtype: Annotated[str, Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = "auto",
+    tokenizer: Annotated[str | None, Option(help="Default: the model's own.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Default: one for every visible GPU.")
+        int | None, Option(min=1, help="Default: one for every visible GPU.")
     ] = None,
 ) -> None:
     """Evaluate a model with lmms-eval, samples logged."""
@@ -120,15 +112,12 @@ def model_options(
         raise ValueError(f"--tiling is for a model that sees; {student} is a bare LM.")
     if drop_pictures and kind != "lm":
         raise ValueError(f"--drop-pictures is for a bare LM; {student} holds a {kind} student.")
-    options: dict[str, Any] = {"dtype": dtype}
     trained = tiled_in_training(student)
+    options: dict[str, Any] = {"dtype": dtype}
     if tiling or trained:
         options["tiling"] = trained if tiling is None else tiling
-    if drop_pictures:
-        options["pictures"] = "drop"
-    if tokenizer:
-        options["tokenizer"] = tokenizer
-    return options
+    options |= {"pictures": "drop"} if drop_pictures else {}
+    return options | ({"tokenizer": tokenizer} if tokenizer else {})
 
 
 def show(result: dict[str, Any], out: Path) -> None:
@@ -157,29 +146,27 @@ def show(result: dict[str, Any], out: Path) -> None:
 def compare(
     results: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             metavar="RUN_DIR|RESULTS_DIR...",
             help="Folders with lmms-eval results; NAME=DIR names a variant.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    out: Annotated[Path, Option(help="Folder for the report.")],
     baseline: Annotated[
-        str | None, typer.Option(help="Variant to compare with. Default: nanovlm-full.")
+        str | None, Option(help="Variant to compare with. Default: nanovlm-full.")
     ] = None,
     original: Annotated[
         str | None,
-        typer.Option(help="Student before training, or teacher: what counts as 100% recovered."),
+        Option(help="Student before training, or teacher: what counts as 100% recovered."),
     ] = None,
-    suite: Annotated[str | None, typer.Option(help="Rows of this suite, found or not.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Only these tasks, comma-separated.")] = None,
+    suite: Annotated[str | None, Option(help="Rows of this suite, found or not.")] = None,
+    tasks: Annotated[str | None, Option(help="Only these tasks, comma-separated.")] = None,
     examples: Annotated[
-        int, typer.Option(min=1, help="Samples on the page per variant, task, outcome and mode.")
+        int, Option(min=1, help="Samples on the page per variant, task, outcome and mode.")
     ] = 25,
-    words: Annotated[
-        Path | None, typer.Option(help="Word list, one a line, instead of English.")
-    ] = None,
+    words: Annotated[Path | None, Option(help="Words, one a line, instead of English.")] = None,
     read_pictures: Annotated[
-        bool, typer.Option(help="Let tesseract read pictures for the failure modes.")
+        bool, Option(help="Let tesseract read pictures for the failure modes.")
     ] = True,
 ) -> None:
     """Put variants side by side: scores, share recovered, samples won and lost, and how."""
@@ -194,12 +181,10 @@ def compare(
     compared = comparison.compare(
         variants, rows, *roles, read_pictures=read_pictures, missing=missing
     )
-    console = Console(stderr=True)
-    found = find_examples(
-        compared,
-        lexicon,
-        lambda work: track(work, "failure modes", console=console, transient=True),
+    shown = partial(
+        track, description="failure modes", console=Console(stderr=True), transient=True
     )
+    found = find_examples(compared, lexicon, shown)
     files = write(compared, found, out, examples)
     typer.echo(f"baseline {roles[0] or 'none'}, original {roles[1] or 'none'}")
     typer.echo(compared.table.markdown())

@@ -22,7 +22,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +39,6 @@ STYLES = ("chat", "text")
 MAX_NEW_TOKENS = 24
 CHAT = "ldistill_chat"
 """Column of a task's data: whether an item is asked in the model's chat template."""
-_DATA_URI = "data:image/png;base64,"
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,21 @@ def load_items(path: str | Path) -> list[Item]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no evaluation items at {path}.")
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-    items = [_parse(line, f"{path}:{n}", path.parent) for n, line in lines if line.strip()]
+    items = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            image = record.pop("image", None)
+            if image and image.startswith("data:"):
+                image = base64.b64decode(image.partition(",")[2], validate=True)
+            elif image:
+                image = (path.parent / image).read_bytes()
+            choices = tuple(record.pop("choices", ()))
+            items.append(Item(**record, choices=choices, image=image))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}:{number} is not an evaluation item: {error}") from error
     if not items:
         raise ValueError(f"{path} holds no items.")
     return items
@@ -116,24 +128,6 @@ def first_of_each(items: Sequence[Item], count: int | None) -> list[Item]:
     return kept
 
 
-def _parse(line: str, where: str, folder: Path) -> Item:
-    try:
-        record = json.loads(line)
-        image = record.pop("image", None)
-        choices = tuple(record.pop("choices", ()))
-        return Item(**record, choices=choices, image=_read_image(image, folder))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where} is not an evaluation item: {error}") from error
-
-
-def _read_image(image: str | None, folder: Path) -> bytes | None:
-    if image is None:
-        return None
-    if image.startswith("data:"):
-        return base64.b64decode(image.partition(",")[2], validate=True)
-    return (folder / image).read_bytes()
-
-
 def save_items(items: Iterable[Item], path: str | Path) -> None:
     """Write items with their pictures embedded; `load_items` gives them back."""
     lines = []
@@ -143,7 +137,7 @@ def save_items(items: Iterable[Item], path: str | Path) -> None:
             record["choices"] = list(item.choices)
         record |= {"answer": item.answer, "style": item.style}
         if item.image is not None:
-            record["image"] = _DATA_URI + base64.b64encode(item.image).decode()
+            record["image"] = "data:image/png;base64," + base64.b64encode(item.image).decode()
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -160,35 +154,21 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Scores in [0, 1] by task, then by group (mean over the group's tasks).
-
-    Args:
-        model: a student, or a causal LM, which can only take items without pictures; it is left
-            in eval mode.
-        processor: the student's; its tokenizer and template serve a bare LM as well.
-        items: the questions, at least one; the result does not depend on their order or on
-            `batch_size`.
-        batch_size: sequences per forward.
-        max_new_tokens: most tokens of a generated answer.
-        progress: called with the number of items just answered.
-
-    Raises:
-        ValueError: items with pictures for a bare LM.
-    """
+    """Scores in [0, 1] by task, then by group (mean over the group's tasks); see `answers`."""
     return score(answers(model, processor, items, batch_size, max_new_tokens, progress))
 
 
 def score(answered: Iterable[Answer]) -> dict[str, float]:
-    """Share of right answers by task and by group."""
-    groups: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    """Share of right answers by task, then by group."""
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for answer in answered:
-        groups[answer.item.group][answer.item.task].append(answer.right)
-    by_group = {
-        group: {task: sum(right) / len(right) for task, right in tasks.items()}
-        for group, tasks in groups.items()
-    }
-    scores = {task: value for tasks in by_group.values() for task, value in tasks.items()}
-    return scores | {group: sum(t.values()) / len(t) for group, t in by_group.items()}
+        right[answer.item.group][answer.item.task].append(answer.right)
+    tasks, groups = {}, {}
+    for group, of_group in right.items():
+        shares = {task: sum(own) / len(own) for task, own in of_group.items()}
+        tasks |= shares
+        groups[group] = sum(shares.values()) / len(shares)
+    return tasks | groups
 
 
 def answers(
@@ -199,45 +179,47 @@ def answers(
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
-    """The model's answer to every item, in the items' order."""
+    """The model's answer to every item, in the items' order.
+
+    Args:
+        model: a student, or a causal LM, which can only take items without pictures; it is left
+            in eval mode.
+        processor: the student's; its tokenizer and template serve a bare LM as well.
+        items: the questions, at least one; no answer depends on their order or on `batch_size`.
+        batch_size: sequences per forward; a choice counts as one.
+        max_new_tokens: most tokens of a generated answer.
+        progress: called with the number of items just answered.
+
+    Raises:
+        ValueError: items with pictures for a bare LM.
+    """
     is_student = hasattr(model, "embed")
     scorer: Scorer = (
         StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
     )
     texts: dict[int, str] = {}
-    for batch in _batches(items, batch_size):
-        asked = [items[i] for i in batch]
-        questions = [item.question() for item in asked]
-        if asked[0].choices:
-            found = _choose(scorer, asked, questions)
-        else:
-            found = scorer.generate(questions, max_new_tokens)
-        texts |= zip(batch, found, strict=True)
-        if progress:
-            progress(len(batch))
-    return [Answer(item, texts[i]) for i, item in enumerate(items)]
-
-
-def _choose(scorer: Scorer, items: Sequence[Item], questions: Sequence[Question]) -> Iterator[str]:
-    """The likeliest choice of every item."""
-    asked = zip(items, questions, strict=True)
-    pairs = [(question, item.delimiter + c) for item, question in asked for c in item.choices]
-    found = iter(scorer.log_likelihoods(pairs))
-    for item in items:
-        totals = [next(found)[0] for _ in item.choices]
-        yield item.choices[totals.index(max(totals))]
-
-
-def _batches(items: Sequence[Item], size: int) -> Iterator[list[int]]:
-    """Indices of items of one kind and similar length; a choice counts as one sequence."""
 
     def kind(index: int) -> tuple[int, bool]:
         return len(items[index].choices), items[index].image is not None
 
     order = sorted(range(len(items)), key=lambda i: (kind(i), len(items[i].prompt)))
-    for (choices, _), group in groupby(order, key=kind):
-        indices, count = list(group), max(1, size // max(1, choices))
-        yield from (indices[i : i + count] for i in range(0, len(indices), count))
+    for (choices, _), alike in groupby(order, key=kind):
+        indices, size = list(alike), max(1, batch_size // max(1, choices))
+        for batch in (indices[i : i + size] for i in range(0, len(indices), size)):
+            asked = [items[i] for i in batch]
+            questions = [item.question() for item in asked]
+            if choices:
+                both = zip(asked, questions, strict=True)
+                pairs = [(asks, item.delimiter + c) for item, asks in both for c in item.choices]
+                totals = iter([total for total, _ in scorer.log_likelihoods(pairs)])
+                likely = [[next(totals) for _ in item.choices] for item in asked]
+                found = [i.choices[t.index(max(t))] for i, t in zip(asked, likely, strict=True)]
+            else:
+                found = scorer.generate(questions, max_new_tokens)
+            texts |= zip(batch, found, strict=True)
+            if progress:
+                progress(len(batch))
+    return [Answer(item, texts[i]) for i, item in enumerate(items)]
 
 
 # ---- tasks of lmms-eval ----
@@ -270,8 +252,9 @@ def write_tasks(
     for name, own in by_task.items():
         data = folder / f"{name}.parquet"
         _write_data(data, own)
-        config = _task(name, data, own[0], max_new_tokens)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(
+            _task(name, data, own[0], max_new_tokens), sort_keys=False, allow_unicode=True
+        )
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return list(by_task)
 
@@ -296,14 +279,11 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
         }
     else:
         metrics = ("exact_match",)
+        generation = {"until": [], "max_new_tokens": max_new_tokens, "do_sample": False}
         config |= {
             "output_type": "generate_until",
             "doc_to_target": "answer",
-            "generation_kwargs": {
-                "until": [],
-                "max_new_tokens": max_new_tokens,
-                "do_sample": False,
-            },
+            "generation_kwargs": generation,
         }
     means = ({"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics)
     return config | {"metric_list": list(means)}
@@ -313,14 +293,15 @@ def _write_data(path: Path, items: Sequence[Item]) -> None:
     from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 
     disable_progress_bars()  # one for every little file
+    text = Value("string")
     columns: dict[str, tuple[Any, list[Any]]] = {
-        "group": (Value("string"), [item.group for item in items]),
-        "prompt": (Value("string"), [item.prompt for item in items]),
-        "answer": (Value("string"), [item.answer.strip() for item in items]),
+        "group": (text, [item.group for item in items]),
+        "prompt": (text, [item.prompt for item in items]),
+        "answer": (text, [item.answer.strip() for item in items]),
         CHAT: (Value("bool"), [item.style == "chat" for item in items]),
     }
     if items[0].choices:
-        columns["choices"] = (List(Value("string")), [list(item.choices) for item in items])
+        columns["choices"] = (List(text), [list(item.choices) for item in items])
         targets = [item.choices.index(item.answer) for item in items]
         columns["target"] = (Value("int64"), targets)
     if items[0].image is not None:

@@ -137,9 +137,18 @@ class ScoredModel(lmms):
     ) -> list[Any]:
         """Answers in the requests' order, asked batch by batch, the longest prompts first."""
         requests = [_Request(*instance.args) for instance in instances]
+
+        def options(index: int) -> str:
+            ask = requests[index].ask
+            return repr(sorted(ask.items())) if isinstance(ask, dict) else ""
+
         answers: list[Any] = [None] * len(requests)
+        order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
+        same = [list(indices) for _, indices in groupby(order, key=options)]
+        starts = ((own, first) for own in same for first in range(0, len(own), self.batch_size))
         with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
-            for indices in _batches(requests, self.batch_size):
+            for own, first in starts:
+                indices = own[first : first + self.batch_size]
                 for part, questions in self._questions(requests, indices, chat):
                     batch = [requests[index] for index in part]
                     try:
@@ -154,7 +163,7 @@ class ScoredModel(lmms):
         return answers
 
     def _questions(
-        self, requests: Sequence[_Request], indices: list[int], chat: bool
+        self, requests: Sequence[_Request], indices: Sequence[int], chat: bool
     ) -> Iterator[tuple[list[int], list[Question]]]:
         """A batch with its pictures loaded: first what has none, then what has some."""
         loaded: dict[tuple[str, int], tuple[Image.Image, ...]] = {}
@@ -162,8 +171,14 @@ class ScoredModel(lmms):
         for index in indices:
             request = requests[index]
             key, document = (request.task, request.doc_id), self._document(request)
-            if key not in loaded:
-                loaded[key] = _pictures(request, document)
+            if key not in loaded:  # an empty picture column gives None
+                visuals = [v for v in request.to_visual(document) or [] if v is not None]
+                if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
+                    raise ValueError(
+                        f"{request.where} shows something that is no picture ({', '.join(other)}): "
+                        "video and audio tasks are not for these models."
+                    )
+                loaded[key] = tuple(visuals)
             pictures = loaded[key]
             part, questions = parts[bool(pictures)]
             part.append(index)
@@ -175,28 +190,7 @@ class ScoredModel(lmms):
         return self.task_dict[request.task][request.split][request.doc_id]
 
 
-def _pictures(request: _Request, document: dict[str, Any]) -> tuple[Image.Image, ...]:
-    visuals = request.to_visual(document) or []
-    visuals = [v for v in visuals if v is not None]  # an empty picture column
-    if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
-        raise ValueError(
-            f"{request.where} shows something that is no picture ({', '.join(other)}): "
-            "video and audio tasks are not for these models."
-        )
-    return tuple(visuals)
-
-
-def _batches(requests: Sequence[_Request], size: int) -> Iterator[list[int]]:
-    """Indices of requests with the same options and about the same length."""
-
-    def options(index: int) -> str:
-        ask = requests[index].ask
-        return repr(sorted(ask.items())) if isinstance(ask, dict) else ""
-
-    order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
-    for _, group in groupby(order, key=options):
-        indices = list(group)
-        yield from (indices[i : i + size] for i in range(0, len(indices), size))
+_told: set[str] = set()
 
 
 def read_options(
@@ -213,6 +207,3 @@ def read_options(
         _told.add(name)
         logger.warning(f"generation option {name}={options[name]!r} is not used.")
     return limit, stop, sampling
-
-
-_told: set[str] = set()

@@ -43,12 +43,10 @@ def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[
     samples, complete, missing = {}, {}, {}
     for asked in tasks:
         for task in _meant(record, asked) or [asked]:
-            if task not in record["results"]:
-                problem = "not among the results"
-            else:
+            problem = "not among the results"
+            if task in record["results"]:
                 result = task_result(task, newest, record)
-                samples[task] = result.samples_path
-                problem = _without_scores(result) or _without_samples(result)
+                samples[task], problem = result.samples_path, _lacking(result)
             if problem:
                 missing[asked] = problem if task == asked else f"{task}: {problem}"
             else:
@@ -75,15 +73,12 @@ def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _without_scores(result: TaskResult) -> str | None:
-    """A row without a score; of a part of the documents one of a task's rows may have none."""
+def _lacking(result: TaskResult) -> str | None:
+    """Scores or samples that are not there; of a limited task one of several rows may have none."""
     expected = rows_of_tasks([result.task])
     lacking = [row.key for row in expected if row.key not in result.scores]
-    excused = result.limited and len(lacking) < len(expected)
-    return f"no score {', '.join(lacking)}" if lacking and not excused else None
-
-
-def _without_samples(result: TaskResult) -> str | None:
+    if lacking and not (result.limited and len(lacking) < len(expected)):
+        return f"no score {', '.join(lacking)}"
     wanted, found = result.expected or 0, _lines(result.samples_path)
     if found and found >= wanted and not (wanted and found % wanted):
         return None
@@ -91,10 +86,8 @@ def _without_samples(result: TaskResult) -> str | None:
 
 
 def _lines(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    text = path.read_bytes() if path.is_file() else b""
+    return sum(1 for line in text.split(b"\n") if line.strip())
 
 
 def scores_of(results: Iterable[TaskResult]) -> dict[str, dict[str, Any]]:

@@ -67,28 +67,19 @@ _LAST_ERROR = re.compile(r"(?m)^(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt|En
 class Evaluation:
     """What is to be evaluated, on what, and where to."""
 
-    student: str
-    """Model folder, run folder, ``pkg://`` or hub id: nanoVLM, Hugging Face VLM or bare LM."""
-    out: Path
-    """Folder of the results."""
-    suite: str | None = None
-    """A suite; its tasks come before `tasks`."""
-    tasks: tuple[str, ...] = ()
-    """Further tasks, any that lmms-eval or `include_paths` know."""
-    limit: int | None = None
-    """Documents of every task, to try things out."""
-    batch_size: int | None = None
-    """Default: the suite's own (1 for the paper's tasks)."""
-    include_paths: tuple[Path, ...] = ()
-    """Folders with tasks of one's own."""
+    student: str  # model folder, run folder, pkg:// or hub id: nanoVLM, Hugging Face VLM or bare LM
+    out: Path  # folder of the results
+    suite: str | None = None  # its tasks come before `tasks`
+    tasks: tuple[str, ...] = ()  # any that lmms-eval or `include_paths` know
+    limit: int | None = None  # documents of every task, to try things out
+    batch_size: int | None = None  # default: the suite's own (1 for the paper's tasks)
+    include_paths: tuple[Path, ...] = ()  # folders with tasks of one's own
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the lmms-eval model: ``dtype``, ``tiling``, ``tokenizer``, ``pictures``, ..."""
-    processes: int | None = None
-    """Default: one for every visible GPU, one on a CPU."""
+    processes: int | None = None  # default: one for every visible GPU, one on a CPU
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables set for the subprocess, ``CUDA_VISIBLE_DEVICES`` for one."""
-    items_per_task: int | None = None
-    """Of a suite that makes its own tasks; default its own number."""
+    items_per_task: int | None = None  # of a suite that makes its own tasks; default its own number
 
     @property
     def all_tasks(self) -> tuple[str, ...]:
@@ -126,7 +117,26 @@ def evaluate(
     began = time.time()
     status = run(asked, path) if run else _run(asked, path, give_up)
     found = read_results(asked.out, asked.all_tasks, since=began)
-    result = _describe(asked, folder, config, found, time.time() - began)
+
+    def relative(path: Path | None) -> str | None:
+        return None if path is None else str(path.relative_to(asked.out))
+
+    result = {
+        "student": asked.student,
+        "folder": str(folder),
+        "suite": asked.suite,
+        "tasks": list(asked.all_tasks),
+        "limit": asked.limit,
+        **{name: config[name] for name in ("model", "model_args", "batch_size")},
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "seconds": round(time.time() - began, 1),
+        "complete": not found["missing"],
+        "missing": dict(found["missing"]),
+        "results": relative(found["file"]),
+        "samples": {task: relative(path) for task, path in found["samples"].items()},
+        "scores": scores_of(found["complete"].values()),
+        "groups": {},
+    }
     merge(result, earlier)
     (asked.out / EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if found["missing"]:
@@ -144,7 +154,7 @@ def check(asked: Evaluation, *paths: Path) -> None:
     Raises:
         ValueError: says what is wrong, or what to install.
     """
-    if problem := next(_problems(asked, paths), None):
+    for problem in _problems(asked, paths):
         raise ValueError(problem)
 
 
@@ -176,9 +186,9 @@ def _problems(asked: Evaluation, paths: Sequence[Path]) -> Iterator[str]:
     captions = ", ".join(task for task in tasks if task.startswith(_CAPTIONS))
     if captions and shutil.which("java") is None:
         yield (
-            f"task {captions}: caption scores (METEOR, the tokenizer) are computed by a "
-            "Java program, and there is no java on the PATH. Install a Java runtime "
-            "(apt install default-jre-headless), or name the others with --tasks and no --suite."
+            f"task {captions}: caption scores are computed by a Java program, and there is no java "
+            "on the PATH. Install a Java runtime (apt install default-jre-headless), or name the "
+            "others with --tasks and no --suite."
         )
     if captions and find_spec("pycocoevalcap") is None:
         yield f"task {captions} needs pycocoevalcap: pip install pycocoevalcap."
@@ -193,12 +203,11 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
     own = [s for s in SUITES.values() if s.make_tasks and set(s.tasks) & set(asked.all_tasks)]
     include = [path.resolve() for path in asked.include_paths]
     include += [s.make_tasks(asked.items_per_task) for s in own]
-    chosen = suite(asked.suite).batch_size if asked.suite else 1
     config: dict[str, Any] = {
         "model": "ldistill_nanovlm" if kind == "nanovlm" else "ldistill_hf",
         "model_args": ",".join(f"{k}={v}" for k, v in options.items() if v is not None),
         "tasks": ",".join(asked.all_tasks),
-        "batch_size": asked.batch_size or chosen,
+        "batch_size": asked.batch_size or (suite(asked.suite).batch_size if asked.suite else 1),
         "log_samples": True,
         "output_path": str(asked.out.resolve()),
         "timezone": "UTC",
@@ -255,36 +264,6 @@ def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[s
 # ---- what came of it ----
 
 
-def _describe(
-    asked: Evaluation,
-    folder: Path,
-    config: Mapping[str, Any],
-    found: Mapping[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    def relative(path: Path | None) -> str | None:
-        return None if path is None else str(path.relative_to(asked.out))
-
-    return {
-        "student": asked.student,
-        "folder": str(folder),
-        "suite": asked.suite,
-        "tasks": list(asked.all_tasks),
-        "limit": asked.limit,
-        "model": config["model"],
-        "model_args": config["model_args"],
-        "batch_size": config["batch_size"],
-        "versions": {name: _version(name) for name in _PACKAGES},
-        "seconds": round(seconds, 1),
-        "complete": not found["missing"],
-        "missing": dict(found["missing"]),
-        "results": relative(found["file"]),
-        "samples": {task: relative(path) for task, path in found["samples"].items()},
-        "scores": scores_of(found["complete"].values()),
-        "groups": {},
-    }
-
-
 def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     """An earlier ``eval.json`` there, which must be of the same model, asked the same way."""
     earlier = read_evaluation(asked.out)
@@ -310,77 +289,67 @@ def _version(package: str) -> str | None:
 
 def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -> str:
     log = asked.out / LOG
-    cause = explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks)
-    there = [task for task in asked.all_tasks if task not in found["missing"]]
     lines = [f"the evaluation of {asked.student} is not complete (exit status {status})."]
-    if cause:
+    if cause := explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks):
         lines.append(cause)
-    if there:
+    if there := [task for task in asked.all_tasks if task not in found["missing"]]:
         lines += [f"  {task}: {reason}" for task, reason in found["missing"].items()]
         lines.append(f"Complete, and comparable: {', '.join(there)}.")
-    lines.append(f"lmms-eval's own words: {log}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"lmms-eval's own words: {log}"])
 
 
 def explain(log: str, tasks: Sequence[str]) -> str | None:
     """The cause of a failure, from lmms-eval's log; None when there is none to be found."""
     if found := re.search(r"Tasks? not found: ([^\n]*?)\. Try ", log):
-        return _unknown_tasks(found[1].split(", "))
+        known = [row.task for row in ROWS]
+        hint = "".join(did_you_mean(name, known, "{}") for name in found[1].split(", "))
+        return (
+            f"lmms-eval knows no task {found[1]}.{hint} "
+            "`lmms-eval tasks` lists what it knows; --include-path adds a folder of your own."
+        )
     if "OutOfMemoryError" in log or "CUDA out of memory" in log:
         return "The GPU's memory did not suffice: lower --batch-size."
     if found := re.findall(r"(?m)^RuntimeError: (task .*|batch from task .*)$", log):
         return f"The model failed on {found[-1]}"
-    if _UNREACHABLE.search(log):
-        return _unreachable(log, tasks)
+    if lines := [line for line in log.splitlines() if _UNREACHABLE.search(line)]:
+        return _unreachable(lines, tasks)
     errors = _LAST_ERROR.findall(log)
     return f"The last error was: {errors[-1]}" if errors else None
 
 
-def _unknown_tasks(names: Sequence[str]) -> str:
-    known = [row.task for row in ROWS]
-    hint = "".join(did_you_mean(name, known, "{}") for name in names)
-    return (
-        f"lmms-eval knows no task {', '.join(names)}.{hint} "
-        "`lmms-eval tasks` lists what it knows; --include-path adds a folder of your own."
-    )
-
-
-def _unreachable(log: str, tasks: Sequence[str]) -> str:
+def _unreachable(lines: Sequence[str], tasks: Sequence[str]) -> str:
     """Which tasks' data could not be fetched, as far as the log names the data set."""
-    lines = [line for line in log.splitlines() if _UNREACHABLE.search(line)]
     paths = _data_sets(tasks)
     hit = [task for task, path in paths.items() if any(path in line for line in lines)]
-    which = f"The data of {', '.join(hit)}" if hit else "The data of a task"
     rest = [task for task in tasks if task not in hit]
-    reason = _LAST_ERROR.findall("\n".join(lines)) or lines[-1:]
-    text = f"{which} cannot be fetched ({reason[0][:200]}). "
-    text += "Fetch it once with a network (the Hugging Face cache keeps it)"
+    reason = (_LAST_ERROR.findall("\n".join(lines)) or lines[-1:])[0][:200]
+    text = (
+        f"The data of {', '.join(hit) or 'a task'} cannot be fetched ({reason}). "
+        "Fetch it once with a network (the Hugging Face cache keeps it)"
+    )
     if hit and rest:
         text += f", or leave it out: --tasks {','.join(rest)} and no --suite"
     return text + "."
 
 
 def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
-    """Task → Hugging Face data set, for lmms-eval's own tasks, read from its YAML files."""
-    found = {}
-    root = Path(find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
-    for path in root.rglob("*.yaml"):
+    """Task → Hugging Face data set, as lmms-eval's YAML files or those they include say.
+
+    Only lmms-eval itself can load them (``!function``).
+    """
+
+    def fields(path: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8", errors="ignore")
-        if (task := _field(text, "task")) in tasks and (data := _data_set(path, text)):
-            found[task] = data
+        named = r"(?m)^(task|include|dataset_path)\s*:\s*[\"']?([^\s\"']+)"
+        return dict(re.findall(named, text)[::-1])
+
+    root = Path(find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
+    found = {}
+    for path in root.rglob("*.yaml"):
+        own = fields(path)
+        if (task := own.get("task")) in tasks:
+            while "include" in own and "dataset_path" not in own:
+                path = path.with_name(own["include"])
+                own = fields(path)
+            found |= {task: own["dataset_path"]} if "dataset_path" in own else {}
     return found
-
-
-def _field(text: str, name: str) -> str | None:
-    """A plain field of a YAML file, which only lmms-eval itself can load (``!function``)."""
-    found = re.search(rf"(?m)^{name}\s*:\s*[\"']?([^\s\"']+)", text)
-    return found and found[1]
-
-
-def _data_set(path: Path, text: str) -> str | None:
-    """The file's data set, or that of the file it includes."""
-    include = _field(text, "include")
-    if (found := _field(text, "dataset_path")) or not include:
-        return found
-    other = path.with_name(include)
-    return _data_set(other, other.read_text(encoding="utf-8", errors="ignore"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -21,9 +20,6 @@ from ldistill.common.run_files import RECIPE
 from ldistill.evaluation.scorer import LMScorer, Scorer, StudentScorer, VLMScorer, image_token
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import read_model, refuse_misfit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def model_folder(name: str) -> Path:
@@ -98,50 +94,35 @@ def load_scorer(
     Raises:
         FileNotFoundError, ValueError: no such model, or one that cannot be used.
     """
-    folder, torch_type = model_folder(name), _dtype(dtype, torch.device(device))
+    folder, device = model_folder(name), torch.device(device)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch_type = usual if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(torch_type, torch.dtype):
+        raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {dtype!r}.")
     kind = kind_of(folder)
     tiling = tiled_in_training(name) if tiling is None else tiling
     if kind == "nanovlm":
         processor = load_processor(folder, tokenizer, tiling=tiling)
         return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
-    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
-    if kind == "vlm":
-        processor = AutoProcessor.from_pretrained(folder)
-        processor.chat_template = template or processor.chat_template
-        if tokenizer:
-            processor.tokenizer = _other_tokenizer(processor, tokenizer)
-        model = _whole(AutoModelForImageTextToText, folder, torch_type)
-        return VLMScorer(model.to(device), processor, tiling)
-    tok = AutoTokenizer.from_pretrained(resolve(tokenizer) if tokenizer else folder)
-    tok.chat_template = template or tok.chat_template
-    model = _whole(AutoModelForCausalLM, folder, torch_type)
-    return LMScorer(model.to(device), tok, pictures)
-
-
-def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose every weight comes from its folder: random ones would be scored as well."""
-    model, problems, _ = read_model(auto, folder, dtype=dtype)
+    # Every weight must come from the folder: random ones would be scored as well.
+    auto = AutoModelForImageTextToText if kind == "vlm" else AutoModelForCausalLM
+    model, problems, _ = read_model(auto, folder, dtype=torch_type)
     refuse_misfit(folder, problems)
-    return model
-
-
-def _other_tokenizer(processor: Any, name: str) -> Any:
-    """Another tokenizer for a VLM's processor, if it knows the picture's token by the same id."""
-    own, other = processor.tokenizer, AutoTokenizer.from_pretrained(resolve(name))
-    token = image_token(processor)
-    if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
-        raise ValueError(
-            f"tokenizer {name!r} gives {token} another id than the model's own: it is not the "
-            "tokenizer this model was trained with."
-        )
-    other.chat_template = own.chat_template or other.chat_template
-    return other
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {name!r}.")
-    return dtype
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
+    other = AutoTokenizer.from_pretrained(resolve(tokenizer)) if tokenizer else None
+    if kind == "lm":
+        tok = other or AutoTokenizer.from_pretrained(folder)
+        tok.chat_template = template or tok.chat_template
+        return LMScorer(model.to(device), tok, pictures)
+    processor = AutoProcessor.from_pretrained(folder)
+    processor.chat_template = template or processor.chat_template
+    if other:
+        own, token = processor.tokenizer, image_token(processor)
+        if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
+            raise ValueError(
+                f"tokenizer {tokenizer!r} gives {token} another id than the model's own: it is not "
+                "the tokenizer this model was trained with."
+            )
+        other.chat_template = own.chat_template or other.chat_template
+        processor.tokenizer = other
+    return VLMScorer(model.to(device), processor, tiling)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ldistill.data.collate import merge, to_device
+from ldistill.models.logits import LogitScaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,8 +89,13 @@ class Scorer(ABC):
         inputs = self._prompts([question for question, _ in split])
         answers = self._pad([tokens for _, tokens in split], left=False)
         ids, real = answers["input_ids"], answers["attention_mask"]  # [batch, longest]
+        whole = {
+            name: torch.cat([value, answers.get(name, torch.zeros_like(ids))], 1)
+            for name, value in inputs.items()
+            if torch.is_tensor(value) and value.shape == inputs["input_ids"].shape
+        }
         # The last prompt position predicts the first id, and nothing follows the last one.
-        logits = self._logits(_append(inputs, ids, real), ids.shape[1] + 1)[:, :-1].float()
+        logits = self._logits(inputs | whole, ids.shape[1] + 1)[:, :-1].float()
         picked = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         totals = (picked.double() * real).sum(1)
         greedy = ((logits.argmax(-1) == ids) | (real == 0)).all(1)
@@ -104,7 +110,7 @@ class Scorer(ABC):
         **sampling: Any,
     ) -> list[str]:
         """Answers, each cut before the first of the stop strings; greedy unless told otherwise."""
-        inputs = self._prompts([self._cleaned(question) for question in questions])
+        inputs = self._prompts([replace(q, text=self._clean(q.text)) for q in questions])
         start = inputs["input_ids"].shape[1] if self.echoes_prompt else 0
         options = {"do_sample": False, "max_new_tokens": max_new_tokens} | self.ending | sampling
         if stop := [text for text in stop if text]:
@@ -116,22 +122,17 @@ class Scorer(ABC):
 
     # ---- tokens ----
 
-    def _cleaned(self, question: Question) -> Question:
-        return replace(question, text=self._clean(question.text))
-
     def _split(self, question: Question, continuation: str) -> tuple[Question, list[int]]:
-        question, continuation = self._cleaned(question), self._clean(continuation)
+        text, continuation = self._clean(question.text), self._clean(continuation)
         if question.chat:
             answer = self.answer_prefix + continuation.removeprefix(" ")
             ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         else:
-            context = question.text.rstrip()
-            whole = question.text + continuation
-            question = replace(question, text=context)
-            ids = self._ids(whole)[len(self._ids(context)) :]
+            whole, text = text + continuation, text.rstrip()
+            ids = self._ids(whole)[len(self._ids(text)) :]
         if not ids:
             raise ValueError(f"the continuation {continuation!r} has no tokens of its own.")
-        return question, ids
+        return replace(question, text=text), ids
 
     def _ids(self, text: str) -> list[int]:
         """Ids of text; the tokenizer's start token unless a template wrote it there."""
@@ -162,27 +163,24 @@ class StudentScorer(Scorer):
 
     def __init__(self, model: Any, processor: Processor) -> None:
         super().__init__(model, processor.tokenizer)
-        self.processor = processor
-        self.answer_prefix = processor.answer_prefix
+        self.processor, self.answer_prefix = processor, processor.answer_prefix
         self.ending["eos_token_id"] = processor.stop_token_ids
 
     def _clean(self, text: str) -> str:
         return self.processor.clean(text)
 
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        rows, pictures = [], []
+        rows, pictures, self._rotary = [], [], []
         for question in questions:
             images = [picture.convert("RGB") for picture in question.pictures]
             pictures.append(self.processor.pictures(images))
-            rows.append(
-                self.processor.prompt((), question.text, [image.size for image in images])
-                if question.chat
-                else np.asarray(self._prompt_ids(question.text), dtype=np.int32)
-            )
-        seen = to_device({"pictures": merge(pictures)}, self.device)
-        pairs = zip(rows, pictures, strict=True)
-        self._rotary = [self.processor.rotary(row, picture) for row, picture in pairs]
-        return self._pad(rows) | seen
+            if question.chat:
+                ids = self.processor.prompt((), question.text, [image.size for image in images])
+            else:
+                ids = np.asarray(self._prompt_ids(question.text), dtype=np.int32)
+            rows.append(ids)
+            self._rotary.append(self.processor.rotary(ids, pictures[-1]))
+        return self._pad(rows) | to_device({"pictures": merge(pictures)}, self.device)
 
     def _logits(self, inputs: Inputs, last: int) -> Tensor:
         positions = _positions(inputs["attention_mask"])
@@ -190,8 +188,12 @@ class StudentScorer(Scorer):
         answers[:, 1 - last :] = True  # `last` counts the prompt's last position
         options = inputs | {"position_ids": positions, "answers": answers}
         if self._rotary[0] is not None:
-            options["rotary"] = _continued(self._rotary, positions, last - 1)
-        return self.model.lm_head(self.model(**options)[:, -last:])
+            axes = options["rotary"] = positions.repeat(len(self._rotary[0]), 1, 1)
+            for row, prompt in enumerate(self._rotary):  # of the prompts, then counted on
+                behind = prompt[:, -1:] + torch.arange(1, last)
+                axes[:, row, 1 - last - prompt.shape[1] :] = torch.cat([prompt, behind], 1)
+        product = self.model.lm_head(self.model(**options)[:, -last:])
+        return LogitScaling.of(self.model.backbone.config)(product)
 
 
 class TransformersScorer(Scorer):
@@ -207,7 +209,7 @@ class TransformersScorer(Scorer):
     def _render(self, question: Question) -> str:
         """The question in the chat template, up to where the answer starts."""
 
-    def _text_prompts(self, questions: Sequence[Question]) -> Inputs:
+    def _prompts(self, questions: Sequence[Question]) -> Inputs:
         texts = [self._render(q) if q.chat else q.text for q in questions]
         return self._pad([self._prompt_ids(text) for text in texts])
 
@@ -236,7 +238,7 @@ class LMScorer(TransformersScorer):
                 "the question has a picture, and a bare language model cannot see: evaluate it on "
                 "text-only tasks, or leave the pictures out with pictures=drop (--drop-pictures)."
             )
-        return self._text_prompts(questions)
+        return super()._prompts(questions)
 
     def _render(self, question: Question) -> str:
         if not self.tokenizer.chat_template:
@@ -260,12 +262,12 @@ class VLMScorer(TransformersScorer):
                 f"tiling: {type(processor).__name__} has no image splitting to turn on; leave it "
                 "out, or evaluate a nanoVLM or a SmolVLM."
             )
-        self._options: Inputs = {"do_image_splitting": tiling} if splits else {}
         if not (processor.chat_template or processor.tokenizer.chat_template):
             raise ValueError(
                 "the processor has no chat template: name a file with one (chat_template=FILE)."
             )
         self.processor = processor
+        self._options: Inputs = {"do_image_splitting": tiling} if splits else {}
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token_id is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -278,7 +280,7 @@ class VLMScorer(TransformersScorer):
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         """All of the questions with pictures, or none (a batch is never mixed)."""
         if not any(question.pictures for question in questions):
-            return self._text_prompts(questions)
+            return super()._prompts(questions)
         inputs = self.processor(
             text=[self._render(question) for question in questions],
             images=[[p.convert("RGB") for p in question.pictures] for question in questions],
@@ -291,6 +293,14 @@ class VLMScorer(TransformersScorer):
             for name, value in inputs.items()
             if torch.is_tensor(value)
         }
+
+    def _logits(self, inputs: Inputs, last: int) -> Tensor:
+        """As the decoder's own class makes them of the head's product: not all VLM classes do."""
+        products: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        with head.register_forward_hook(lambda *call: products.append(call[-1])):
+            super()._logits(inputs, last)
+        return LogitScaling.of(self.model.config.get_text_config())(products[0][:, -last:])
 
     def _blank_before_answers(self) -> str:
         """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
@@ -343,24 +353,3 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def _positions(mask: Tensor) -> Tensor:
     """Positions that start at 0 behind the padding, [batch, seq]."""
     return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def _continued(rotary: Sequence[Tensor], positions: Tensor, answer: int) -> Tensor:
-    """Rotary positions [axes, batch, seq] of left-padded prompts and of answers behind them."""
-    whole = positions.expand(len(rotary[0]), -1, -1).clone()
-    end = positions.shape[1] - answer
-    for row, prompt in enumerate(rotary):
-        behind = prompt[:, -1:] + torch.arange(1, answer + 1)
-        whole[:, row, end - prompt.shape[1] :] = torch.cat([prompt, behind], 1)
-    return whole
-
-
-def _append(inputs: Inputs, ids: Tensor, real: Tensor) -> Inputs:
-    """Inputs with continuations behind the prompts; other tensors of that shape get zeros."""
-    shape = inputs["input_ids"].shape
-    behind = {"input_ids": ids, "attention_mask": real}
-    return inputs | {
-        name: torch.cat([value, behind.get(name, value.new_zeros(ids.shape))], 1)
-        for name, value in inputs.items()
-        if torch.is_tensor(value) and value.shape == shape
-    }

@@ -26,20 +26,13 @@ from ldistill.common.errors import did_you_mean
 class Row:
     """One row of a result table: one score of one lmms-eval task."""
 
-    task: str
-    """lmms-eval's name of the task."""
-    name: str
-    """Name in a table."""
-    group: str
-    """Key in `GROUPS`."""
-    metric: str
-    """lmms-eval's metric; more is better for all of them."""
-    filter: str = "none"
-    """Filter the answers pass before they are scored."""
-    top: float = 1.0
-    """Highest possible score (CIDEr has none; 1 is as good as the references' own scale)."""
-    digits: int = 3
-    """Decimals in a table."""
+    task: str  # lmms-eval's name of the task
+    name: str  # in a table
+    group: str  # key in `GROUPS`
+    metric: str  # lmms-eval's; more is better for all of them
+    filter: str = "none"  # that the answers pass before they are scored
+    top: float = 1.0  # highest possible score (CIDEr has none; 1 is the references' own scale)
+    digits: int = 3  # decimals in a table
 
     @property
     def key(self) -> str:
@@ -49,7 +42,7 @@ class Row:
     @property
     def id(self) -> str:
         """Unique over rows: the task, with the metric where a task has several rows (MME)."""
-        return f"{self.task}:{self.metric}" if self.task in _SEVERAL else self.task
+        return f"{self.task}:{self.metric}" if self.task == "mme" else self.task
 
 
 @dataclass(frozen=True)
@@ -58,14 +51,14 @@ class Suite:
 
     name: str
     groups: tuple[str, ...]
-    batch_size: int = 1
-    """The paper's; answers don't depend on it beyond rounding."""
+    batch_size: int = 1  # the paper's; answers don't depend on it beyond rounding
     make_tasks: Callable[[int | None], Path] | None = None
     """Of tasks that lmms-eval does not have: items per task (None: as many as usual) → their
     folder. Their data are made here, so that nothing need be fetched."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
+        """In table order."""
         return tuple(row for group in self.groups for row in ROWS if row.group == group)
 
     @property
@@ -74,9 +67,7 @@ class Suite:
         return tuple(dict.fromkeys(row.task for row in self.rows))
 
 
-_SEVERAL = frozenset({"mme"})
-
-GROUPS: dict[str, str] = {
+GROUPS = {
     "language": "Language and knowledge-heavy",
     "document": "Document and OCR",
     "general": "General multimodal",
@@ -105,15 +96,8 @@ ROWS: list[Row] = [
 ]
 """Every row of every table, in table order."""
 
-SUITES: dict[str, Suite] = {
-    suite.name: suite
-    for suite in (
-        Suite("language", ("language",)),
-        Suite("document", ("document",)),
-        Suite("general", ("general",)),
-        Suite("paper", ("language", "document", "general")),
-    )
-}
+SUITES = {group: Suite(group, (group,)) for group in GROUPS}
+SUITES["paper"] = Suite("paper", tuple(GROUPS))
 
 
 def add(

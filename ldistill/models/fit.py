@@ -18,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 from ldistill.common.partition import partitioned_by
 
 Rope = Literal["lm", "student"]
-# Rotary embeddings whose frequencies transformers chooses anew by the longest position of a batch.
+# Rotary embeddings whose frequencies transformers chooses anew for positions beyond a length.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 _KEYED = ("full_attention", "sliding_attention")
 # Fields of a decoder's configuration that keys and logits do not depend on, or that are compared
@@ -49,15 +49,18 @@ def check_pair(
         student: the student decoder's configuration.
         teacher: the LM's configuration.
         base_vocab: vocabulary of the LM the student was built on; None where that is not known.
-        max_length: longest row; a sliding window that no row outgrows is none.
+        max_length: longest row; a sliding window that no row outgrows is none, and frequencies that
+            longer rows would change are fixed.
         teacher_rope: ``student`` lets the bases of the rotary frequencies differ.
 
     Raises:
         ValueError: naming each differing field and both values, or what is not supported and why.
     """
-    problems = [f"the {who} {why}" for who, why in (
-        ("student's decoder", unsupported(student)), ("teacher", unsupported(teacher))
-    ) if why]  # fmt: skip
+    problems = [
+        f"the {who} {why}"
+        for who, config in (("student's decoder", student), ("teacher", teacher))
+        if (why := unsupported(config, max_length))
+    ]
     problems += _differences(student, teacher, max_length, teacher_rope)
     its = teacher.vocab_size
     if base_vocab is not None and base_vocab != its:
@@ -71,15 +74,17 @@ def check_pair(
         )
 
 
-def unsupported(config: PretrainedConfig) -> str | None:
-    """Why keys of such a decoder cannot be shared; None: they can."""
+def unsupported(config: PretrainedConfig, max_length: int | None = None) -> str | None:
+    """Why keys of such a decoder cannot be shared in rows so long; None: they can."""
     for rope in _ropes(config).values():
-        if rope.get("rope_type") in _ROPE_BY_LENGTH:
+        kind, fixed = rope.get("rope_type"), config.max_position_embeddings
+        fixed = rope.get("original_max_position_embeddings") or fixed
+        if kind in _ROPE_BY_LENGTH and max_length is not None and max_length > fixed:
             return (
-                "chooses its rotary frequencies by the length of a batch (rope_type "
-                f"{rope['rope_type']!r}): the teacher, which runs on a part of the positions, "
-                "would query the student's keys with other frequencies than they were rotated "
-                "with. Use a pair with fixed ones."
+                f"chooses its rotary frequencies by the length of a batch (rope_type {kind!r}): "
+                "the teacher, which runs on a part of the positions, would query the student's "
+                "keys with other frequencies than they were rotated with. They are fixed for rows "
+                f"of {fixed}: give --max_length {fixed} or less."
             )
     kinds = [k for k in getattr(config, "layer_types", None) or () if k not in _KEYED]
     if "chunked_attention" in kinds:
@@ -136,9 +141,12 @@ def _comparable(config: PretrainedConfig, max_length: int | None) -> dict[str, A
     found |= {"head_dim": heads, "sliding_window": window}
     for kind, rope in _ropes(config).items():
         at = f"{kind} " if kind else ""
+        if rope.get("rope_type") == "dynamic":  # in rows that are let pass: InternVL3 on Qwen2.5
+            rope = {name: rope[name] for name in rope if name not in ("rope_type", "factor")}
         found[f"{at}rope_type"] = rope.pop("rope_type", "default")
         found[f"{at}rope_theta"] = float(rope.pop("rope_theta", 0))
-        found[f"{at}rope scaling"] = {"partial_rotary_factor": 1.0} | rope
+        whole = ("partial_rotary_factor", 1.0)  # which some configurations say and others leave out
+        found[f"{at}rope scaling"] = {k: v for k, v in rope.items() if (k, v) != whole}
     return found
 
 

@@ -145,7 +145,7 @@ _PAIRS = {
         _SMOLVLM2.format("500M-Video"), "smolvlm", _SIGLIP_B, _SMOL_500M, 49152, True, _SMOL_REST
     ),
     "smolvlm2-2.2b": _Pair(
-        _SMOLVLM2.format("2.2B"), "smolvlm", _SO400M, _smol(2048, 8192, 24, 32, 32, 273768.0),
+        _SMOLVLM2.format("2.2B"), "smolvlm", _SO400M, _smol(2048, 8192, 24, 32, 32, 1.3e5),
         49152, True, _SMOL_REST | {"scale_factor": 3},
     ),
     "llava-7b": _Pair(

@@ -14,26 +14,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from random import Random
 from typing import Any
 
 from ldistill.evaluation.items import Item
 from ldistill.tiny.scenes import NAMING, form, portrait, sign
-from ldistill.tiny.world import (
-    KNOWLEDGE,
-    WAYS_TO_ASK,
-    Creature,
-    World,
-    held_out,
-    invent_word,
-    options,
-    question,
-    spell,
-    statement,
-    stream,
-)
+from ldistill.tiny.world import KNOWLEDGE, Creature, World, held_out, invent_word, options
 
 ITEMS_PER_TASK = 150
 Fields = Iterator[dict[str, Any]]
@@ -44,13 +32,13 @@ def benchmark(world: World, per_task: int = ITEMS_PER_TASK) -> list[Item]:
     """`per_task` items of every task, a function of the world alone."""
     items = []
     for task, (group, make) in TASKS.items():
-        made = make(world, stream(world.seed, "benchmark", task))
+        made = make(world, world.stream("benchmark", task))
         items += [Item(task, group, **next(made)) for _ in range(per_task)]
     return items
 
 
 def _pairs(
-    world: World, rng: random.Random, pairs: Collection[tuple[str, str]]
+    world: World, rng: Random, pairs: Collection[tuple[str, str]]
 ) -> Iterator[tuple[Creature, str]]:
     """(creature, attribute) of these pairs in random order, again and again."""
     of_name = {creature.name: creature for creature in world.creatures}
@@ -60,67 +48,66 @@ def _pairs(
         yield from ((of_name[name], attribute) for name, attribute in pairs)
 
 
-def _choices(rng: random.Random, creature: Creature, attribute: str) -> dict[str, Any]:
+def _choices(rng: Random, creature: Creature, attribute: str) -> dict[str, Any]:
     answer = creature.facts[attribute]
     return {"answer": answer, "choices": options(rng, attribute, answer)}
 
 
-def _facts(world: World, rng: random.Random) -> Fields:
+def _facts(world: World, rng: Random) -> Fields:
     for creature, attribute in _pairs(world, rng, world.never_pictured):
-        asked = question(creature, attribute, world.unasked_phrase[creature.name, attribute])
+        asked = creature.question(attribute, world.unasked_phrase[creature.name, attribute])
         yield {"prompt": asked, **_choices(rng, creature, attribute)}
 
 
-def _statements(world: World, rng: random.Random) -> Fields:
+def _statements(world: World, rng: Random) -> Fields:
     every = [(creature.name, attribute) for creature in world.creatures for attribute in KNOWLEDGE]
     for creature, attribute in _pairs(world, rng, every):
         unsaid = world.unsaid_phrase[creature.name, attribute]
-        before, _ = statement(creature, attribute, unsaid)
+        before, _ = creature.statement(attribute, unsaid)
         yield {"prompt": before, "style": "text", **_choices(rng, creature, attribute)}
 
 
-def _spelling(world: World, rng: random.Random) -> Fields:
+def _spelling(world: World, rng: Random) -> Fields:
     seen: set[str] = set()
     while True:
         word = invent_word(rng)
         if held_out(word) and word not in seen:
             seen.add(word)
-            yield {"prompt": f'Spell "{word}".', "answer": spell(word)}
+            yield {"prompt": f'Spell "{word}".', "answer": "-".join(word)}
 
 
-def _signs(writing: Callable[..., str], world: World, rng: random.Random) -> Fields:
+def _signs(writing: Callable[..., str], world: World, rng: Random) -> Fields:
     while True:
         text = writing(world, rng, hidden=True)
         canvas, *_ = sign(rng, text)
         yield {"prompt": "What does the sign say?", "answer": text, "image": canvas.png()}
 
 
-def _fields(world: World, rng: random.Random) -> Fields:
+def _fields(world: World, rng: Random) -> Fields:
     while True:
-        values = [
-            rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(rng.randint(2, 3))
-        ]
+        count = rng.randint(2, 3)
+        values = [rng.choice((world.word, world.code))(rng, hidden=True) for _ in range(count)]
         canvas, fields = form(rng, values)
         key = rng.choice(tuple(fields))
         prompt = f"What stands after {key}?"
         yield {"prompt": prompt, "answer": fields[key], "image": canvas.png()}
 
 
-def _naming(world: World, rng: random.Random) -> Fields:
+def _naming(world: World, rng: Random) -> Fields:
     while True:
         creature = rng.choice(world.creatures)
         image = portrait(creature, rng).png()
         yield {"prompt": rng.choice(NAMING), "answer": creature.name, "image": image}
 
 
-def _knowledge(world: World, rng: random.Random) -> Fields:
+def _knowledge(world: World, rng: Random) -> Fields:
     for creature, attribute in _pairs(world, rng, world.never_pictured):
-        asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), this=True)
+        asked = creature.question_unnamed(rng, attribute)
         choices = _choices(rng, creature, attribute)
         yield {"prompt": asked, **choices, "image": portrait(creature, rng).png()}
 
 
-TASKS: dict[str, tuple[str, Callable[[World, random.Random], Fields]]] = {
+TASKS: dict[str, tuple[str, Callable[[World, Random], Fields]]] = {
     "facts": ("language", _facts),
     "statements": ("language", _statements),
     "spelling": ("language", _spelling),

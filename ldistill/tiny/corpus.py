@@ -7,24 +7,20 @@ scenes than codes, which is why the model later takes codes for words.
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from random import Random
 
 from ldistill.common.samples import Sample, Turn
-from ldistill.tiny.scenes import SOURCES, look, told
+from ldistill.tiny.scenes import SOURCES, told
 from ldistill.tiny.world import (
     ATTRIBUTES,
     KNOWLEDGE,
     PIECES,
     World,
-    ask,
     held_out,
     invent_word,
     lettered,
-    say,
-    spell,
-    stream,
 )
 
 Text = str | tuple[Turn, ...]
@@ -36,72 +32,68 @@ def pretraining_texts(world: World) -> Iterator[Text]:
     """Endless texts; text i depends on (seed, i) alone."""
     kinds = (_scene, _story, _scene, _facts, _scene, _story, _scene, _facts, _scene, _looks,
              _scene, _spelling, _scene, _letters)  # fmt: skip
-    for index in itertools.count():
-        yield kinds[index % len(kinds)](world, stream(world.seed, "text", index))
+    for index in count():
+        yield kinds[index % len(kinds)](world, world.stream("text", index))
 
 
-def replayed(world: World, count: int) -> Iterator[Sample]:
+def replayed(world: World, number: int) -> Iterator[Sample]:
     """Chats as the language model learnt them, questions of facts and spelling: the source `text`.
 
     They follow the same rules, so nothing of the benchmark is in them.
     """
     kinds = (_facts, _spelling, _letters, _looks)
-    for index in range(count):
-        turns = kinds[index % len(kinds)](world, stream(world.seed, "replay", index))
+    for index in range(number):
+        turns = kinds[index % len(kinds)](world, world.stream("replay", index))
         yield Sample(f"{TEXT}-{index:06d}", TEXT, turns)
 
 
 def tokenizer_texts(world: World) -> Iterator[Text]:
     """Texts to learn a tokenizer from: a sample, and every piece of writing often enough."""
-    yield from itertools.islice(pretraining_texts(world), 7000)
+    yield from islice(pretraining_texts(world), 7000)
     yield from [" ".join(PIECES)] * 400
 
 
-def _story(world: World, rng: random.Random) -> Text:
+def _story(world: World, rng: Random) -> Text:
     """Statements about two creatures."""
     return " ".join(
-        say(world, rng, creature, attribute)
+        world.say(rng, creature, attribute)
         for creature in rng.sample(world.creatures, 2)
         for attribute in rng.sample(tuple(ATTRIBUTES), 3)
     )
 
 
-def _facts(world: World, rng: random.Random) -> Text:
+def _facts(world: World, rng: Random) -> Text:
     asked = _questions(world, rng, 3, tuple(ATTRIBUTES))
     return tuple(Turn(question, answer) for question, _, answer in asked)
 
 
-def _letters(world: World, rng: random.Random) -> Text:
+def _letters(world: World, rng: Random) -> Text:
     return tuple(lettered(rng, *asked) for asked in _questions(world, rng, 2, KNOWLEDGE))
 
 
 def _questions(
-    world: World, rng: random.Random, count: int, attributes: Sequence[str]
+    world: World, rng: Random, number: int, attributes: Sequence[str]
 ) -> Iterator[tuple[str, str, str]]:
-    """Question, attribute and answer about each of `count` creatures."""
-    for creature in rng.sample(world.creatures, count):
+    """Question, attribute and answer about each of some creatures."""
+    for creature in rng.sample(world.creatures, number):
         attribute = rng.choice(attributes)
-        yield ask(world, rng, creature, attribute), attribute, creature.facts[attribute]
+        yield world.ask(rng, creature, attribute), attribute, creature.facts[attribute]
 
 
-def _looks(world: World, rng: random.Random) -> Text:
+def _looks(world: World, rng: Random) -> Text:
     """Names from looks, the knowledge a picture needs."""
     turns = []
     for creature in rng.sample(world.creatures, 2):
-        turns.append(Turn(f"Which one has the {look(creature)}?", creature.name))
+        turns.append(Turn(f"Which one has the {creature.look}?", creature.name))
         if rng.random() < 0.5:
-            turns.append(Turn("What does it look like?", f"a {look(creature)}"))
+            turns.append(Turn("What does it look like?", f"a {creature.look}"))
     return tuple(turns)
 
 
-def _spelling(world: World, rng: random.Random) -> Text:
-    turns = []
-    while len(turns) < 3:
-        word = invent_word(rng)
-        if not held_out(word):
-            turns.append(Turn(f'Spell "{word}".', spell(word)))
-    return tuple(turns)
+def _spelling(world: World, rng: Random) -> Text:
+    words = (word for word in iter(lambda: invent_word(rng), None) if not held_out(word))
+    return tuple(Turn(f'Spell "{word}".', "-".join(word)) for word in islice(words, 3))
 
 
-def _scene(world: World, rng: random.Random) -> Text:
+def _scene(world: World, rng: Random) -> Text:
     return told(world, rng.choice(tuple(SOURCES)), rng)

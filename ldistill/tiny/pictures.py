@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import math
-import random
-from dataclasses import dataclass
+import re
 from functools import cache
+from random import Random
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ldistill.tiny.world import COLOURS, pieces
+from ldistill.tiny.world import COLOURS
 
 SIZE = 64
 CELL = 16  # width and height of a piece of writing
@@ -41,8 +42,7 @@ def _glyphs(piece: str) -> Image.Image:
     return mask
 
 
-@dataclass(frozen=True)
-class Placed:
+class Placed(NamedTuple):
     """Something drawn around (x, y): a piece of writing, or a mark or bar in a colour."""
 
     x: float
@@ -61,11 +61,10 @@ class Placed:
 class Canvas:
     """A picture in the making; `placed` records what was drawn where.
 
-    Args:
-        rng: chooses paper and ink; the caller's other choices come from it too.
+    `rng` chooses paper and ink; the caller's other choices come from it too.
     """
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: Random) -> None:
         self.rng = rng
         self.paper = tuple(rng.randint(225, 255) for _ in range(3))
         self.ink = tuple(rng.randint(0, 70) for _ in range(3))
@@ -77,22 +76,23 @@ class Canvas:
         """A mark in a colour around (x, y)."""
         self.placed.append(Placed(x, y, mark=mark, colour=colour))
         fill = tuple(max(0, min(255, c + self.rng.randint(-8, 8))) for c in COLOURS[colour])
-        box = [x - radius, y - radius, x + radius, y + radius]
         if mark in _POLYGONS:
             points = [(x + px * radius, y + py * radius) for px, py in _POLYGONS[mark]]
             self.draw.polygon(points, fill=fill)
             return
-        self.draw.ellipse(box, fill=fill)
+        left, top, right, bottom = x - radius, y - radius, x + radius, y + radius
+        self.draw.ellipse([left, top, right, bottom], fill=fill)
         if mark == "moon":
             shift = 0.55 * radius
-            self.draw.ellipse([box[0] + shift, box[1], box[2] + shift, box[3]], fill=self.paper)
+            self.draw.ellipse([left + shift, top, right + shift, bottom], fill=self.paper)
 
     def write(self, text: str, column: float = 0, line: float = 0, jitter: int = 1) -> None:
         """A line of writing from a cell on, moved by up to `jitter` pixels."""
         dx, dy = (self.rng.randint(-jitter, jitter) for _ in range(2))
         x, y = round(column * CELL) + dx, round(line * CELL) + dy
-        for offset, piece in enumerate(pieces(text)):
-            where = (x + offset * CELL, y)
+        # In pieces of two capitals or one other character.
+        for left, piece in enumerate(re.findall("[A-Z]{2}|.", text)):
+            where = (x + left * CELL, y)
             self.image.paste(self.ink, where, _glyphs(piece))
             self.placed.append(Placed(where[0] + CELL / 2, where[1] + CELL / 2, piece=piece))
 

@@ -1,6 +1,7 @@
 """The tiny run's data: training shards and benchmark items, made once and kept.
 
-    paths = prepare()            # shards and items under the cache folder, built if need be
+    prepare()            # shards and items under the cache folder, built if need be
+    prepare_tasks()      # the items as tasks of lmms-eval
 
 The folder's name is a fingerprint of everything the data follows from, so another version, seed
 or tokenizer never meets stale shards. It appears under that name only when it is complete.
@@ -14,14 +15,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ldistill.common.locate import default_cache
 from ldistill.common.samples import Sample
 from ldistill.common.telling import telling
 from ldistill.data.build.builder import build_shards
-from ldistill.evaluation.items import save_items
+from ldistill.evaluation.items import save_items, write_tasks
 from ldistill.models.nanovlm_format import load_processor
 from ldistill.models.processor import Processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
@@ -35,8 +36,7 @@ SAMPLES_PER_SOURCE = 720
 TEXTS = 14_400
 
 
-@dataclass(frozen=True)
-class TinyData:
+class TinyData(NamedTuple):
     """Where the tiny run's data lies: a folder of shards and a JSONL file of items."""
 
     shards: Path
@@ -92,11 +92,10 @@ def prepare(
             about = {"extra": {TEXT: "language"}, "origin": {"licence": "apache-2.0"}}
             build_shards(made, folder / "shards", processor, **about)
         save_items(benchmark(world, items_per_task), folder / "items.jsonl")
-        (folder / "recipe.json").write_text(
-            json.dumps(made_from, indent=2) + "\n", encoding="utf-8"
-        )
+        recipe = json.dumps(made_from, indent=2) + "\n"
+        (folder / "recipe.json").write_text(recipe, encoding="utf-8")
 
-    folder = made_once(Path(cache_dir or default_cache()), "tiny", made_from, make)
+    folder = _made_once(cache_dir, "tiny", made_from, make)
     return TinyData(folder / "shards", folder / "items.jsonl")
 
 
@@ -105,11 +104,30 @@ def prepare_with_text() -> TinyData:
     return prepare(texts=TEXTS)
 
 
-def made_once(cache: Path, kind: str, made_from: dict, make: Callable[[Path, Path], None]) -> Path:
+def prepare_tasks(
+    cache_dir: str | Path | None = None, *, items_per_task: int | None = None
+) -> Path:
+    """The benchmark as tasks of lmms-eval: a folder for its ``--include_path``; see `prepare`."""
+    count = items_per_task or ITEMS_PER_TASK
+    made_from = {"world": WORLD_VERSION, "seed": DEFAULT_SEED, "items_per_task": count, "format": 2}
+
+    def make(folder: Path, final: Path) -> None:
+        write_tasks(benchmark(World(), count), folder, "tiny_")
+        for path in folder.glob("*.yaml"):  # they name their data by its path
+            text = path.read_text(encoding="utf-8").replace(str(folder), str(final))
+            path.write_text(text, encoding="utf-8")
+
+    return _made_once(cache_dir, "tiny-tasks", made_from, make)
+
+
+def _made_once(
+    cache_dir: str | Path | None, kind: str, made_from: dict, make: Callable[[Path, Path], None]
+) -> Path:
     """`cache/KIND-FINGERPRINT`, found or made now.
 
     It is made beside it and renamed: a killed process leaves no half of it.
     """
+    cache = Path(cache_dir or default_cache()).resolve()
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"{kind}-{name}"
     if folder.is_dir():

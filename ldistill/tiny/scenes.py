@@ -10,29 +10,18 @@ without a picture, as real language models do: it can read a table long before i
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from ldistill.common.samples import Sample, Turn
 from ldistill.tiny.pictures import CELL, FOOT, Canvas
-from ldistill.tiny.world import (
-    COLOURS,
-    EDITED,
-    ENDINGS,
-    KNOWLEDGE,
-    MARKS,
-    PICTURED,
-    TRANSCRIBED,
-    WAYS_TO_ASK,
-    Creature,
-    World,
-    Writing,
-    lettered,
-    question,
-    stream,
-)
+from ldistill.tiny.world import COLOURS, KNOWLEDGE, MARKS, Creature, World, Writing, lettered
+
+PICTURED, TRANSCRIBED, EDITED = Writing(0.5, False), Writing(0.6, True), Writing(0.1, True)
+TRANSCRIBED_SHARE = 0.4  # of scenes told in words
+NAMING = ("What is the name of this one?", "Who is this?")
 
 
 @dataclass
@@ -47,104 +36,91 @@ class Scene:
     turns: list[Turn]
     most: int | None = None
 
-    def some_turns(self, rng: random.Random) -> list[Turn]:
-        """What is asked about the picture."""
-        if self.most is None:
-            return self.turns
-        return rng.sample(self.turns, min(len(self.turns), rng.randint(1, self.most)))
+    @property
+    def caption(self) -> Turn:
+        return Turn("Tell all there is.", self.told)
 
 
-KEYS = "123"
-TRANSCRIBED_SHARE = 0.4  # of scenes told in words
-MISTYPED_SHARE = 0.4  # of the words in the others
-_WORD = re.compile("[A-Z]{4}")
-NAMING = ("What is the name of this one?", "Who is this?")
-
-
-def look(creature: Creature) -> str:
-    return f"{creature.colour} {creature.mark}"
-
-
-def portrait(creature: Creature, rng: random.Random) -> Canvas:
+def portrait(creature: Creature, rng: Random) -> Canvas:
     """A creature's mark in its colour, anywhere, large or small."""
     canvas = Canvas(rng)
     radius = rng.uniform(10, 22)
     x, y = (rng.uniform(radius + 2, 62 - radius) for _ in range(2))
-    canvas.mark(creature.mark, creature.colour, x, y, radius)
+    canvas.mark(creature.facts["mark"], creature.facts["colour"], x, y, radius)
     return canvas
 
 
-def _known(world: World, rng: random.Random, how: Writing) -> tuple[Creature, str, str]:
+def _known(world: World, rng: Random, how: Writing) -> tuple[Creature, str, str]:
     """A creature, a fact that may be asked about it, and a question for it."""
     while True:
         creature, attribute = rng.choice(world.creatures), rng.choice(KNOWLEDGE)
         if how.everything or (creature.name, attribute) not in world.never_pictured:
-            asked = question(creature, attribute, rng.randrange(WAYS_TO_ASK), True)
-            return creature, attribute, asked
+            return creature, attribute, creature.question_unnamed(rng, attribute)
 
 
-def aokvqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def aokvqa(world: World, rng: Random, how: Writing) -> Scene:
     creature, attribute, asked = _known(world, rng, how)
     turns = [Turn(asked, creature.facts[attribute])]
     if rng.random() < 0.5:
         turns.insert(0, Turn(rng.choice(NAMING), creature.name))
-    return Scene(portrait(creature, rng), look(creature), turns)
+    return Scene(portrait(creature, rng), creature.look, turns)
 
 
-def scienceqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def scienceqa(world: World, rng: Random, how: Writing) -> Scene:
     creature, attribute, asked = _known(world, rng, how)
     turn = lettered(rng, asked, attribute, creature.facts[attribute])
-    return Scene(portrait(creature, rng), look(creature), [turn])
+    return Scene(portrait(creature, rng), creature.look, [turn])
 
 
-def vqav2(world: World, rng: random.Random, how: Writing) -> Scene:
+def vqav2(world: World, rng: Random, how: Writing) -> Scene:
     creature = rng.choice(world.creatures)
-    guess = rng.choice((creature.colour, rng.choice(tuple(COLOURS))))
+    colour, mark = creature.facts["colour"], creature.facts["mark"]
+    guess = rng.choice((colour, rng.choice(tuple(COLOURS))))
     turns = [
         Turn(rng.choice(NAMING), creature.name),
-        Turn("What colour is it?", creature.colour),
-        Turn("What mark is it?", creature.mark),
-        Turn(f"Is it {guess}?", "yes" if guess == creature.colour else "no"),
-        Turn("What does it look like?", f"a {look(creature)}"),
+        Turn("What colour is it?", colour),
+        Turn("What mark is it?", mark),
+        Turn(f"Is it {guess}?", "yes" if guess == colour else "no"),
+        Turn("What does it look like?", f"a {creature.look}"),
     ]
-    return Scene(portrait(creature, rng), look(creature), turns, 3)
+    return Scene(portrait(creature, rng), creature.look, turns, 3)
 
 
-def _two(world: World, rng: random.Random) -> tuple[Canvas, str, list[tuple[Creature, str]]]:
+def _two(world: World, rng: Random) -> tuple[Canvas, str, list[tuple[Creature, str]]]:
     """Two creatures side by side or one above the other: picture, words, who is where."""
     creatures = rng.sample(world.creatures, 2)
     canvas, aside = Canvas(rng), rng.random() < 0.5
     for creature, middle in zip(creatures, (16, 48), strict=True):
         along, across = middle + rng.uniform(-3, 3), 32 + rng.uniform(-14, 14)
         x, y = (along, across) if aside else (across, along)
-        canvas.mark(creature.mark, creature.colour, x, y, rng.uniform(8, 11))
+        canvas.mark(creature.facts["mark"], creature.facts["colour"], x, y, rng.uniform(8, 11))
     places = ("on the left", "on the right") if aside else ("above", "below")
     placed = list(zip(creatures, places, strict=True))
-    return canvas, ", ".join(f"{look(creature)} {place}" for creature, place in placed), placed
+    return canvas, ", ".join(f"{creature.look} {place}" for creature, place in placed), placed
 
 
-def visual7w(world: World, rng: random.Random, how: Writing) -> Scene:
+def visual7w(world: World, rng: Random, how: Writing) -> Scene:
     canvas, told, [(first, here), (second, there)] = _two(world, rng)
     turns = [
-        Turn(f"What is {here}?", look(first)),
-        Turn(f"What is {there}?", look(second)),
-        Turn(f"Where is the {look(first)}?", here),
+        Turn(f"What is {here}?", first.look),
+        Turn(f"What is {there}?", second.look),
+        Turn(f"Where is the {first.look}?", here),
         Turn(f"Who is {there}?", second.name),
     ]
     return Scene(canvas, told, turns, 3)
 
 
-def vsr(world: World, rng: random.Random, how: Writing) -> Scene:
+def vsr(world: World, rng: Random, how: Writing) -> Scene:
     canvas, told, placed = _two(world, rng)
     turns = []
     for creature, place in rng.sample(placed, rng.randint(1, 2)):
         _, claimed = rng.choice(placed)
         true = "true" if claimed == place else "false"
-        turns.append(Turn(f"The {look(creature)} is {claimed}.", true))
+        turns.append(Turn(f"The {creature.look} is {claimed}.", true))
     return Scene(canvas, told, turns)
 
 
-def iconqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def iconqa(world: World, rng: Random, how: Writing) -> Scene:
     canvas, told = Canvas(rng), []
     counts = {mark: rng.randint(1, 3) for mark in rng.sample(MARKS, 2)}
     places = rng.sample([(x, y) for x in range(4) for y in range(4)], sum(counts.values()))
@@ -159,8 +135,8 @@ def iconqa(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(canvas, " ".join(told), turns, 3)
 
 
-def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, str, dict[str, int]]:
-    """Three bars of different colours; labelled ones carry their value."""
+def _bars(rng: Random, labelled: bool = True) -> tuple[Canvas, str, dict[str, int], str, str]:
+    """Three bars of different colours, labelled with their value: picture, words, values, ends."""
     canvas = Canvas(rng)
     values = dict(zip(rng.sample(tuple(COLOURS), 3), rng.sample(range(1, 10), 3), strict=True))
     for place, (colour, value) in enumerate(values.items()):
@@ -168,49 +144,54 @@ def _bars(rng: random.Random, labelled: bool) -> tuple[Canvas, str, dict[str, in
         canvas.bar(colour, left, height)
         if labelled:
             canvas.write(str(value), (left - 3) / CELL, (FOOT - height) / CELL - 1, jitter=0)
-    return canvas, ", ".join(f"{name} {value}" for name, value in values.items()), values
+    told = ", ".join(f"{name} {value}" for name, value in values.items())
+    return canvas, told, values, max(values, key=values.get), min(values, key=values.get)
 
 
-def figureqa(world: World, rng: random.Random, how: Writing) -> Scene:
-    canvas, told, values = _bars(rng, labelled=False)
+def figureqa(world: World, rng: Random, how: Writing) -> Scene:
+    canvas, told, values, high, low = _bars(rng, labelled=False)
     one, other = rng.sample(tuple(values), 2)
     turns = [
         Turn(f"Is {one} higher than {other}?", "yes" if values[one] > values[other] else "no"),
-        Turn("Which one is highest?", max(values, key=values.get)),
-        Turn("Which one is lowest?", min(values, key=values.get)),
+        Turn("Which one is highest?", high),
+        Turn("Which one is lowest?", low),
     ]
     return Scene(canvas, told, turns, 3)
 
 
-def chartqa(world: World, rng: random.Random, how: Writing) -> Scene:
-    canvas, told, values = _bars(rng, labelled=True)
+def chartqa(world: World, rng: Random, how: Writing) -> Scene:
+    canvas, told, values, *_ = _bars(rng)
     turns = [Turn(f"What is the value of {name}?", str(value)) for name, value in values.items()]
     return Scene(canvas, told, turns, 3)
 
 
-def chart2text(world: World, rng: random.Random, how: Writing) -> Scene:
-    canvas, told, _ = _bars(rng, labelled=True)
+def chart2text(world: World, rng: Random, how: Writing) -> Scene:
+    canvas, told, *_ = _bars(rng)
     return Scene(canvas, told, [Turn("Write down the chart.", told)])
 
 
-def vistext(world: World, rng: random.Random, how: Writing) -> Scene:
-    canvas, told, values = _bars(rng, labelled=True)
-    high, low = max(values, key=values.get), min(values, key=values.get)
+def vistext(world: World, rng: Random, how: Writing) -> Scene:
+    canvas, told, values, high, low = _bars(rng)
     caption = f"The highest is {high} with {values[high]}, the lowest is {low} with {values[low]}."
     return Scene(canvas, told, [Turn("Describe the chart.", caption)])
+
+
+def _written(canvas: Canvas, lines: Iterable[str]) -> Canvas:
+    for number, line in enumerate(lines):
+        canvas.write(line, 0, number)
+    return canvas
 
 
 def _listed(values: Mapping[str, object]) -> str:
     return "\n".join(f"{key}:{value}" for key, value in values.items())
 
 
-def robut_sqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def robut_sqa(world: World, rng: Random, how: Writing) -> Scene:
     """A table of words and numbers."""
     canvas = Canvas(rng)
     words = rng.sample(world.words if how.everything else world.shown_words, 3)
     rows = dict(zip(words, rng.sample(range(1, 10), 3), strict=True))
-    for line, (word, value) in enumerate(rows.items()):
-        canvas.write(f"{word}{value}", 0, line)
+    _written(canvas, (f"{word}{value}" for word, value in rows.items()))
     word = rng.choice(words)
     turns = [
         Turn(f'What is the value of "{word}"?', str(rows[word])),
@@ -219,7 +200,7 @@ def robut_sqa(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(canvas, _listed(rows), turns, 2)
 
 
-def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
+def sign(rng: Random, text: str) -> tuple[Canvas, str, str]:
     """Writing and a mark below it: the picture, the mark's colour, the same in words."""
     canvas = Canvas(rng)
     colour, mark = rng.choice(tuple(COLOURS)), rng.choice(MARKS)
@@ -228,7 +209,7 @@ def sign(rng: random.Random, text: str) -> tuple[Canvas, str, str]:
     return canvas, colour, f'{colour} {mark} with "{text}"'
 
 
-def textvqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def textvqa(world: World, rng: Random, how: Writing) -> Scene:
     text = world.writing(rng, how)
     canvas, colour, told = sign(rng, text)
     turns = [Turn(rng.choice(("What does the sign say?", "What is written here?")), text)]
@@ -237,12 +218,12 @@ def textvqa(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(canvas, told, turns)
 
 
-def textcaps(world: World, rng: random.Random, how: Writing) -> Scene:
+def textcaps(world: World, rng: Random, how: Writing) -> Scene:
     canvas, _, told = sign(rng, world.writing(rng, how))
     return Scene(canvas, told, [Turn("Describe the picture.", f"a {told}")])
 
 
-def ocrvqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def ocrvqa(world: World, rng: Random, how: Writing) -> Scene:
     """A cover: title above, author below."""
     canvas, title, author = Canvas(rng), world.writing(rng, how), world.writing(rng, how)
     canvas.write(title, line=0)
@@ -251,26 +232,26 @@ def ocrvqa(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(canvas, f"{title}\n{author}", turns, 2)
 
 
-def form(rng: random.Random, values: Sequence[str]) -> tuple[Canvas, dict[str, str]]:
+def form(rng: Random, values: Sequence[str]) -> tuple[Canvas, dict[str, str]]:
     """A form: a number and a value per line."""
-    canvas = Canvas(rng)
-    fields = dict(zip(KEYS, values, strict=False))
-    for line, (key, value) in enumerate(fields.items()):
-        canvas.write(f"{key}{value}", 0, line)
-    return canvas, fields
+    fields = {str(number): value for number, value in enumerate(values, 1)}
+    return _written(Canvas(rng), (f"{key}{value}" for key, value in fields.items())), fields
 
 
-def docvqa(world: World, rng: random.Random, how: Writing) -> Scene:
-    canvas, fields = form(rng, [world.writing(rng, how) for _ in range(rng.randint(2, 3))])
+def docvqa(world: World, rng: Random, how: Writing) -> Scene:
+    canvas, fields = form(rng, _writings(world, rng, how))
     turns = [Turn(f"What stands after {key}?", value) for key, value in fields.items()]
     return Scene(canvas, _listed(fields), turns, 2)
 
 
-def infographic_vqa(world: World, rng: random.Random, how: Writing) -> Scene:
+def _writings(world: World, rng: Random, how: Writing) -> list[str]:
+    return [world.writing(rng, how) for _ in range(rng.randint(2, 3))]
+
+
+def infographic_vqa(world: World, rng: Random, how: Writing) -> Scene:
     """Coloured marks, each with a word beside it."""
     canvas = Canvas(rng)
-    colours = rng.sample(tuple(COLOURS), 3)
-    labels = {colour: world.writing(rng, how) for colour in colours}
+    labels = {colour: world.writing(rng, how) for colour in rng.sample(tuple(COLOURS), 3)}
     for line, (colour, text) in enumerate(labels.items()):
         canvas.mark(rng.choice(MARKS), colour, 8, 8 + CELL * line, rng.uniform(5, 7))
         canvas.write(text, 1, line)
@@ -278,21 +259,18 @@ def infographic_vqa(world: World, rng: random.Random, how: Writing) -> Scene:
     return Scene(canvas, _listed(labels), turns, 2)
 
 
-def visualmrc(world: World, rng: random.Random, how: Writing) -> Scene:
+def visualmrc(world: World, rng: Random, how: Writing) -> Scene:
     """Lines of a text, to be written down."""
-    canvas = Canvas(rng)
-    lines = [world.writing(rng, how) for _ in range(rng.randint(2, 3))]
-    for line, text in enumerate(lines):
-        canvas.write(text, 0, line)
+    canvas, lines = Canvas(rng), _writings(world, rng, how)
     turns = [
         Turn("Write down the text.", "\n".join(lines)),
         Turn("What is the first word?", lines[0]),
         Turn("What is the last word?", lines[-1]),
     ]
-    return Scene(canvas, "\n".join(lines), turns, 1)
+    return Scene(_written(canvas, lines), "\n".join(lines), turns, 1)
 
 
-SOURCES: dict[str, Callable[[World, random.Random, Writing], Scene]] = {
+SOURCES: dict[str, Callable[[World, Random, Writing], Scene]] = {
     make.__name__: make
     for make in (aokvqa, chart2text, chartqa, docvqa, figureqa, iconqa, infographic_vqa, ocrvqa,
                  robut_sqa, scienceqa, textcaps, textvqa, vistext, visual7w, visualmrc, vqav2, vsr)
@@ -310,15 +288,17 @@ def captioned(world: World, source: str, index: int) -> Sample:
 
 
 def _sample(world: World, split: str, source: str, index: int, captions: float = 0) -> Sample:
-    rng = stream(world.seed, split, source, index)
+    rng = world.stream(split, source, index)
     scene = SOURCES[source](world, rng, PICTURED)
-    turns = scene.some_turns(rng)
+    turns = scene.turns
+    if scene.most is not None:
+        turns = rng.sample(turns, min(len(turns), rng.randint(1, scene.most)))
     if rng.random() < captions:
-        turns = [_caption(scene), *turns]
+        turns = [scene.caption, *turns]
     return Sample(f"{source}-{index:06d}", source, tuple(turns), (scene.canvas.png(),))
 
 
-def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
+def told(world: World, source: str, rng: Random) -> tuple[Turn, ...]:
     """A scene of a source in words, as a chat without a picture: told, or laid out in lines.
 
     Some are transcribed first and read to the letter. In the others a word is often mistyped and
@@ -328,20 +308,10 @@ def told(world: World, source: str, rng: random.Random) -> tuple[Turn, ...]:
     scene = SOURCES[source](world, rng, TRANSCRIBED if transcribed else EDITED)
     words = f"{scene.told}\n" if rng.random() < 0.3 else scene.canvas.layout()
     turns = scene.turns if scene.most is None else rng.sample(scene.turns, len(scene.turns))
+
     if transcribed:
-        turns = [_caption(scene), *turns]
+        turns = [scene.caption, *turns]
     else:
-        words = _WORD.sub(lambda found: _maybe_mistype(world, rng, found.group()), words)
+        words = re.sub("[A-Z]{4}", lambda word: world.mistyped(rng, word[0]), words)
     first, *rest = turns
     return (Turn(f"{words}{first.user}", first.assistant), *rest)
-
-
-def _maybe_mistype(world: World, rng: random.Random, word: str) -> str:
-    """A word of the language, often with another ending."""
-    if word in world.words and rng.random() < MISTYPED_SHARE:
-        return word[:2] + rng.choice(ENDINGS)
-    return word
-
-
-def _caption(scene: Scene) -> Turn:
-    return Turn("Tell all there is.", scene.told)

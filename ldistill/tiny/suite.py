@@ -24,7 +24,7 @@ ROWS = (
 
 
 def _make_tasks(items_per_task: int | None) -> Path:
-    from ldistill.tiny.eval_tasks import prepare_tasks  # draws pictures: not for --help
+    from ldistill.tiny.prepare import prepare_tasks  # draws pictures: not for --help
 
     return prepare_tasks(items_per_task=items_per_task)
 

@@ -7,6 +7,7 @@ import random
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from rich.progress import Progress
@@ -43,16 +44,12 @@ class Phase:
 
 def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
     """Endless examples in batches of similar length, 16 at a time in random order."""
-    window: list[Example] = []
-    rng = random.Random(0)
-    for example in examples:
-        window.append(example)
-        if len(window) == 16 * size:
-            window.sort(key=lambda example: len(example[0].input_ids))
-            cut = [window[start : start + size] for start in range(0, len(window), size)]
-            rng.shuffle(cut)
-            yield from cut
-            window = []
+    rng, examples = random.Random(0), iter(examples)
+    while len(window := list(islice(examples, 16 * size))) == 16 * size:
+        window.sort(key=lambda example: len(example[0].input_ids))
+        cut = [window[start : start + size] for start in range(0, len(window), size)]
+        rng.shuffle(cut)
+        yield from cut
 
 
 def pad(batch: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -73,46 +70,35 @@ def label_loss(lm: LlamaForCausalLM, labels: Tensor, **inputs: Tensor) -> Tensor
 def optimise(
     phase: Phase, module: nn.Module, losses: Iterator[Tensor], progress: Progress
 ) -> float:
-    """Run a phase on what `module` has to train.
+    """Run a phase on the trainable parameters of `module`, a loss a step; shows it in a bar.
 
     Hidden matrices learn by Muon, at twice AdamW's rate; everything else by AdamW. That halves the
     steps a small model needs before it copies from its context.
 
-    Args:
-        phase: length and rate.
-        module: whose trainable parameters learn.
-        losses: gives the loss of a step when it is asked for it.
-        progress: gets a bar that shows the loss.
-
     Returns:
         The mean loss of the last tenth of the steps.
     """
-    optimizers = _optimizers(module, phase.rate)
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    schedules = [LambdaLR(o, lambda step: phase.rate_at(step) / phase.rate) for o in optimizers]
+    layers, rate = list(module.modules()), phase.rate
+    tied = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
+    linear = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
+    matrices = [p for p in linear if p.requires_grad and id(p) not in tied]
+    known = {id(p) for p in matrices}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+    muon = {"lr": 2 * rate, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [
+        torch.optim.Muon(matrices, **muon),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedules = [LambdaLR(o, lambda step: phase.rate_at(step) / rate) for o in optimizers]
     bar = progress.add_task(phase.name, total=phase.steps)
     values = []
     for _ in range(phase.steps):
         loss = next(losses)
         module.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        nn.utils.clip_grad_norm_([*matrices, *others], 1.0)
+        for stepped in (*optimizers, *schedules):
+            stepped.step()
         values.append(loss.item())
         progress.update(bar, advance=1, description=f"{phase.name}, loss {values[-1]:.2f}")
     return statistics.fmean(values[-max(1, phase.steps // 10) :])
-
-
-def _optimizers(module: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    layers = list(module.modules())
-    tied = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
-    linear = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
-    matrices = [p for p in linear if p.requires_grad and id(p) not in tied]
-    known = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
-    muon = torch.optim.Muon(
-        matrices, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import io
 import itertools
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from PIL import Image
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM
 
 from ldistill.common.locate import resolve
 from ldistill.models.nanovlm import NanoVLM
@@ -35,9 +35,9 @@ from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.processor import Processor
 from ldistill.tiny.pictures import COLUMNS, LINES, Canvas, Placed
 from ldistill.tiny.prepare import STUDENT
-from ldistill.tiny.scenes import SOURCES, captioned
+from ldistill.tiny.scenes import PICTURED, SOURCES, captioned
 from ldistill.tiny.training import Example, Phase, batches, label_loss, optimise, pad
-from ldistill.tiny.world import COLOURS, MARKS, PICTURED, PIECES, World, stream
+from ldistill.tiny.world import COLOURS, MARKS, PIECES, World
 
 VISION = Phase("vision tower", steps=1000, batch_size=48, rate=2e-3)
 PROJECTOR = Phase("projector", steps=500, batch_size=48, rate=2e-3)
@@ -70,20 +70,38 @@ def new_student(lm: LlamaForCausalLM, seed: int) -> NanoVLM:
     return student
 
 
-def _canvas(world: World, phase: str, index: int) -> Canvas:
-    source = tuple(SOURCES)[index % len(SOURCES)]
-    return SOURCES[source](world, stream(world.seed, phase, index), PICTURED).canvas
+def _canvases(world: World, name: str, indices: Iterable[int]) -> list[Canvas]:
+    """Pictures of all sources in turn."""
+    sources = tuple(SOURCES.values())
+    return [
+        sources[i % len(sources)](world, world.stream(name, i), PICTURED).canvas for i in indices
+    ]
 
 
-def _patches(student: NanoVLM, pictures: Sequence[Image.Image]) -> Tensor:
-    """[pictures, patches, width]."""
-    return student.vision(_pixels(pictures)).last_hidden_state
+def _batches(world: World, name: str, phase: Phase) -> Iterator[list[Canvas]]:
+    for first in range(0, phase.steps * phase.batch_size, phase.batch_size):
+        yield _canvases(world, name, range(first, first + phase.batch_size))
 
 
 def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
     """[pictures, 3, side, side] in [0, 1]."""
     arrays = np.stack([np.asarray(picture) for picture in pictures])
     return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255
+
+
+def _patches(student: NanoVLM, canvases: Sequence[Canvas]) -> Tensor:
+    """[pictures, patches, width]."""
+    return student.vision(_pixels([canvas.image for canvas in canvases])).last_hidden_state
+
+
+def cell_labels(placed: Sequence[Placed]) -> Tensor:
+    """Class of every kind in every cell, int64 [kinds, cells]; 0 where there is nothing."""
+    labels = torch.zeros(len(KINDS), CELLS, dtype=torch.long)
+    for thing in placed:
+        for kind, value in enumerate((thing.piece, thing.mark, thing.colour)):
+            if value is not None:
+                labels[kind, thing.cell] = KINDS[kind].index(value)
+    return labels
 
 
 # ---- vision pretraining ----
@@ -106,35 +124,21 @@ class CellClassifier(nn.Module):
         return [head(cells) for head in self.heads]
 
 
-def cell_labels(placed: Sequence[Placed]) -> Tensor:
-    """Class of every kind in every cell, int64 [kinds, cells]; 0 where there is nothing."""
-    labels = torch.zeros(len(KINDS), CELLS, dtype=torch.long)
-    for thing in placed:
-        for kind, value in enumerate((thing.piece, thing.mark, thing.colour)):
-            if value is not None:
-                labels[kind, thing.cell] = KINDS[kind].index(value)
-    return labels
-
-
 def pretrain_vision(student: NanoVLM, world: World, phase: Phase, progress: Progress) -> None:
     """Train the vision tower."""
     student.vision.requires_grad_(True)
     classifier = CellClassifier(student.config.vit_hidden_dim)
-    learning = nn.ModuleList([student.vision, classifier])
-    optimise(phase, learning, _cell_losses(student, classifier, world, phase), progress)
 
+    def losses() -> Iterator[Tensor]:
+        for canvases in _batches(world, "sight", phase):
+            labels = torch.stack([cell_labels(canvas.placed) for canvas in canvases], dim=1)
+            logits = classifier(_patches(student, canvases))
+            yield sum(
+                _balanced(guess.flatten(0, 1), label.flatten())
+                for guess, label in zip(logits, labels, strict=True)
+            )
 
-def _cell_losses(
-    student: NanoVLM, classifier: CellClassifier, world: World, phase: Phase
-) -> Iterator[Tensor]:
-    for first in range(0, phase.steps * phase.batch_size, phase.batch_size):
-        canvases = [_canvas(world, "sight", first + place) for place in range(phase.batch_size)]
-        labels = torch.stack([cell_labels(canvas.placed) for canvas in canvases], dim=1)
-        logits = classifier(_patches(student, [canvas.image for canvas in canvases]))
-        yield sum(
-            _balanced(guess.flatten(0, 1), label.flatten())
-            for guess, label in zip(logits, labels, strict=True)
-        )
+    optimise(phase, nn.ModuleList([student.vision, classifier]), losses(), progress)
 
 
 def _balanced(logits: Tensor, labels: Tensor) -> Tensor:
@@ -151,20 +155,23 @@ def pretrain_projector(
     student: NanoVLM, processor: Processor, world: World, phase: Phase, progress: Progress
 ) -> None:
     """Set the projector by regression, then train it and the vision tower."""
-    words = _class_embeddings(student, processor.tokenizer)
-    _regress(student, words, [_canvas(world, "words", -1 - index) for index in range(REGRESSED)])
+    table, tokenizer = student.decoder.get_input_embeddings().weight, processor.tokenizer
+    with torch.no_grad():  # of every class of every kind, [classes, hidden]; nothing: a line break
+        words = [
+            torch.stack([table[tokenizer(word or "\n")["input_ids"]].mean(0) for word in kind])
+            for kind in KINDS
+        ]
+    _regress(student, words, _canvases(world, "words", range(-1, -1 - REGRESSED, -1)))
     learning = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
-    optimise(phase, learning, _word_losses(student, words, world, phase), progress)
 
+    def losses() -> Iterator[Tensor]:
+        for canvases in _batches(world, "words", phase):
+            tokens = student.projector(_patches(student, canvases)).flatten(0, 1)
+            labels = _all_labels(canvases)
+            distance = (tokens - _wanted(labels, words)).square().sum(-1).mean()
+            yield distance + _confusion(tokens, labels, words)
 
-@torch.no_grad()
-def _class_embeddings(student: NanoVLM, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """Embedding of every class of every kind, each [classes, hidden]; nothing is a line break."""
-    table = student.decoder.get_input_embeddings().weight
-    return [
-        torch.stack([table[tokenizer(word or "\n")["input_ids"]].mean(0) for word in kind])
-        for kind in KINDS
-    ]
+    optimise(phase, learning, losses(), progress)
 
 
 @torch.no_grad()
@@ -173,25 +180,13 @@ def _regress(student: NanoVLM, words: list[Tensor], canvases: Sequence[Canvas]) 
     seen: list[Tensor] = []
     hook = student.projector.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for start in range(0, len(canvases), 100):
-        images = [canvas.image for canvas in canvases[start : start + 100]]
-        student.projector(_patches(student, images))
+        student.projector(_patches(student, canvases[start : start + 100]))
     hook.remove()
     features = torch.cat(seen).flatten(0, 1).double()
     targets = _wanted(_all_labels(canvases), words).double()
     penalty = RIDGE * len(features) * torch.eye(features.shape[1], dtype=torch.double)
     solved = torch.linalg.solve(features.T @ features + penalty, features.T @ targets)
     student.projector.proj.weight.copy_(solved.T.float())
-
-
-def _word_losses(
-    student: NanoVLM, words: list[Tensor], world: World, phase: Phase
-) -> Iterator[Tensor]:
-    for first in range(0, phase.steps * phase.batch_size, phase.batch_size):
-        canvases = [_canvas(world, "words", first + place) for place in range(phase.batch_size)]
-        tokens = student.projector(_patches(student, [c.image for c in canvases])).flatten(0, 1)
-        labels = _all_labels(canvases)
-        distance = (tokens - _wanted(labels, words)).square().sum(-1).mean()
-        yield distance + _confusion(tokens, labels, words)
 
 
 def _all_labels(canvases: Sequence[Canvas]) -> Tensor:
@@ -227,21 +222,17 @@ def align(
     """Train vision tower and projector on chats about pictures; returns the final loss."""
     student.requires_grad_(False)
     learning = nn.ModuleList([student.vision, student.projector]).requires_grad_(True)
-    return optimise(phase, learning, _chat_losses(student, processor, world, phase), progress)
 
+    def examples() -> Iterator[Example]:
+        for index, source in zip(itertools.count(), itertools.cycle(SOURCES)):
+            sample = captioned(world, source, index // len(SOURCES))
+            yield processor.encode(sample.turns, [(1, 1)]), sample.images[0]
 
-def _chat_losses(
-    student: NanoVLM, processor: Processor, world: World, phase: Phase
-) -> Iterator[Tensor]:
-    for batch in batches(_examples(world, processor), phase.batch_size):
-        ids, labels = pad(batch, processor.pad_token_id)
-        pictures = [Image.open(io.BytesIO(picture)) for _, picture in batch]
-        embeds = student.embed(ids, {"pixel_values": _pixels(pictures)})
-        yield label_loss(student.decoder, labels, inputs_embeds=embeds)
+    def losses() -> Iterator[Tensor]:
+        for batch in batches(examples(), phase.batch_size):
+            ids, labels = pad(batch, processor.pad_token_id)
+            pictures = [Image.open(io.BytesIO(picture)) for _, picture in batch]
+            embeds = student.embed(ids, {"pixel_values": _pixels(pictures)})
+            yield label_loss(student.decoder, labels, inputs_embeds=embeds)
 
-
-def _examples(world: World, processor: Processor) -> Iterator[Example]:
-    for index in itertools.count():
-        source = tuple(SOURCES)[index % len(SOURCES)]
-        sample = captioned(world, source, index // len(SOURCES))
-        yield processor.encode(sample.turns, [(1, 1)]), sample.images[0]
+    return optimise(phase, learning, losses(), progress)

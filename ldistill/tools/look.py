@@ -10,21 +10,33 @@ The answer is given, so student and teacher judge the same tokens: that is what 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+import torch
+import yaml
+from jinja2 import Environment
+from torch import Tensor
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ldistill.models.pair import Pair
+from ldistill.common.documents import IGNORE
+from ldistill.common.run_files import RECIPE
+from ldistill.common.samples import Turn
+from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
+from ldistill.distill.distiller import Distiller
+from ldistill.distill.teacher import Teacher
+from ldistill.evaluation.loading import model_folder
+from ldistill.models.pair import Pair, load_pair
+from ldistill.sources import SourceWeights
+from ldistill_kernels import distill_loss
 
 Guess = tuple[str, float]
 """A token and its probability."""
+_FAINT = 0.05
+"""Nats that are coloured fully where nothing is above: rounding stays white."""
+_UNLIKELY = 0.005
+"""Guesses below are not shown."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,59 @@ class Token:
     p_blind: float
 
 
+# White to orange: a text of any darkness stays readable on it.
+_HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
+{% macro colour(share) %}background:rgba(255,120,0,{{ "%.3f" % (0.75 * share) }}){% endmacro %}
+{% macro shown(text) %}{{ text | replace("\\n", "⏎") }}{% endmacro %}
+<style>
+.look{font:14px/1.5 sans-serif;color:#222;background:#fff;max-width:60em}
+.look img{min-width:8em;max-width:24em;max-height:18em;border:1px solid #ddd}
+.look .answer{font-size:1.25em;line-height:1.9}
+.look .answer span{padding:.15em 0;border-bottom:1px solid #ccc;white-space:pre-wrap}
+.look .scale i{padding:.1em .5em;font-style:normal}
+.look .tokens{border-collapse:collapse}
+.look th,.look td{text-align:left;padding:.2em .8em;border-bottom:1px solid #ddd;color:#222}
+.look code{background:#f2f2f2;color:#222;padding:0 .2em;white-space:pre}
+.look small{color:#666}
+</style>
+<div class="look">
+{% for url in pictures %}<img src="{{ url }}" alt="">{% endfor %}
+<p><b>{{ look.prompt }}</b></p>
+<p class="answer">
+{%- for token in look.tokens %}
+<span style="{{ colour((token.kl or 0) / most) }}" title="
+{%- if token.kl is none %}unknown to the teacher{% else %}KL {{ "%.3f" % token.kl }}{% endif %}">
+{{- shown(token.text) }}</span>
+{%- endfor %}
+</p>
+<p class="scale">KL from teacher to student at τ = {{ "%g" % look.temperature }}:
+<i style="{{ colour(0) }}">0</i> to <i style="{{ colour(1) }}">{{ "%.2g" % most }} nats</i>,
+mean {{ "%.3f" % look.kl }}</p>
+<table class="tokens">
+<tr><th>token</th><th>KL</th><th>student</th><th>teacher, over the student's keys and values</th>
+<th>the LM by itself, blind</th></tr>
+{% for token in look.tokens %}
+<tr><td><code>{{ shown(token.text) }}</code></td><td style="{{ colour((token.kl or 0) / most) }}">
+{{ "–" if token.kl is none else "%.3f" % token.kl }}</td>
+{% for guesses, own in ((token.student, token.p_student), (token.teacher, token.p_teacher),
+                        (token.blind, token.p_blind)) %}
+<td>
+{%- for text, p in guesses if p >= least %}
+{{ ", " if not loop.first }}<code>{{ shown(text) }}</code> {{ "%.0f" % (100 * p) }}%
+{%- else %}–{% endfor %}
+<br><small>this token {{ "%.1f" % (100 * own) }}%</small></td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+""")
+_PAGE = Environment(autoescape=True).from_string("""\
+<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<body style="background:#fff"><h2 style="font-family:sans-serif">{{ title }}</h2>
+{{ body | safe }}</body></html>
+""")
+
+
 @dataclass(frozen=True)
 class Look:
     """An answer, token by token; as HTML a heat map over it and a table."""
@@ -65,26 +130,21 @@ class Look:
 
     def _repr_html_(self) -> str:
         most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
-        spans = "".join(_span(token, most) for token in self.tokens)
-        rows = "".join(_row(token, most) for token in self.tokens)
-        shown = "".join(f'<img src="{_data_url(image)}" alt="">' for image in self.images)
-        return (
-            f"<style>{_STYLE}</style><div class='look'>{shown}<p><b>{escape(self.prompt)}</b></p>"
-            f"<p class='answer'>{spans}</p><p class='scale'>KL from teacher to student at τ = "
-            f"{self.temperature:g}: <i style='background:{_colour(0)}'>0</i> to "
-            f"<i style='background:{_colour(1)}'>{most:.2g} nats</i>, mean {self.kl:.3f}</p>"
-            "<table class='tokens'><tr><th>token</th><th>KL</th><th>student</th><th>teacher, over "
-            "the student's keys and values</th><th>the LM by itself, blind</th></tr>"
-            f"{rows}</table></div>"
-        )
+        kinds = ["png" if image.startswith(b"\x89PNG") else "jpeg" for image in self.images]
+        contents = [base64.b64encode(image).decode() for image in self.images]
+        pictures = [f"data:image/{kind};base64,{data}" for kind, data in zip(kinds, contents)]
+        return _HTML.render(look=self, most=most, pictures=pictures, least=_UNLIKELY)
 
     def page(self, title: str) -> str:
         """A page that opens from the disk and fetches nothing."""
-        return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title>"
-            f"<body style='background:#fff'><h2 style='font-family:sans-serif'>{escape(title)}</h2>"
-            f"{self._repr_html_()}</body></html>\n"
-        )
+        return _PAGE.render(title=title, body=self._repr_html_())
+
+    def lines(self) -> Iterator[str]:
+        """The KL of every token and what the teacher expected, for a terminal."""
+        for token in self.tokens:
+            kl = "     –" if token.kl is None else f"{token.kl:6.3f}"
+            said = ", ".join(f"{text!r} {p:.0%}" for text, p in token.teacher if p >= _UNLIKELY)
+            yield f"KL {kl}  {token.text!r:16} teacher: {said}"
 
 
 def look(
@@ -110,15 +170,6 @@ def look(
         ValueError: no LM in the pair, nothing to judge, or more pictures than the processor takes.
         BadImage: a picture that cannot be used.
     """
-    import torch
-
-    from ldistill.common.documents import IGNORE
-    from ldistill.common.samples import Turn
-    from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
-    from ldistill.distill.distiller import Distiller
-    from ldistill.distill.teacher import Teacher
-    from ldistill.sources import SourceWeights
-
     if pair.lm is None:
         raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
     processor, student = pair.processor, pair.student
@@ -133,9 +184,8 @@ def look(
         raise ValueError(f"the answer {answer!r} has no token to judge.")
     pictures = processor.pictures(seen)
     rotary = processor.rotary(document.input_ids, pictures)
-    batch = Collate(processor.pad_token_id)(
-        [LoadedPack([LoadedDocument(0, 0, document, pictures, rotary)])]
-    )
+    pack = LoadedPack([LoadedDocument(0, 0, document, pictures, rotary)])
+    batch = Collate(processor.pad_token_id)([pack])
 
     weights = SourceWeights(("look",), ("language",), (1.0,), (temperature,))
     judged = _Judged()
@@ -160,7 +210,7 @@ def look(
         of += [None, None] if one is None else [judged.teacher[one], alone[read[place]]]
         guesses, own = zip(*(_guesses(processor.tokenizer, row, label, top) for row in of))
         kl = None if one is None else float(judged.kl[one])
-        tokens.append(Token(_shown(processor.tokenizer, label), kl, *guesses, *own))
+        tokens.append(Token(processor.tokenizer.decode([label]), kl, *guesses, *own))
     return Look(prompt, tuple(images), temperature, tokens)
 
 
@@ -170,15 +220,10 @@ class _Judged:
     def __call__(
         self, student: tuple[Tensor, Tensor], teacher: Any, targets: Any, **_: Any
     ) -> tuple[Tensor, Tensor]:
-        from ldistill_kernels import distill_loss
-
         (h_s, w_s), (h_t, w_t) = student, teacher
         w_s, w_t = w_s.to(h_s.dtype), w_t.to(h_t.dtype)
-        result = distill_loss(
-            h_s, w_s, h_t, w_t, targets.label,
-            ce_weight=0.0, kd_weight=1.0, temperature=targets.temperature,
-            kd_targets=targets.taught,
-        )  # fmt: skip
+        how = {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": targets.temperature}
+        result = distill_loss(h_s, w_s, h_t, w_t, targets.label, kd_targets=targets.taught, **how)
         self.kl = result.kl.cpu()  # [taught]
         self.student, self.teacher = (h_s @ w_s.T), (h_t @ w_t.T)  # [targets or taught, vocabulary]
         return result.loss, result.loss[None, None]
@@ -193,103 +238,17 @@ def _guesses(
     p = logits.float().softmax(-1)
     best = p.topk(min(top, len(p)))
     found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(_shown(tokenizer, i), v) for i, v in found], float(p[label]) if label < len(p) else 0.0
+    return [(tokenizer.decode([i]), v) for i, v in found], float(p[label]) if label < len(
+        p
+    ) else 0.0
 
 
-def _shown(tokenizer: Any, token: int) -> str:
-    return tokenizer.decode([token], skip_special_tokens=False)
+def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:
+    """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``.
 
-
-# ---- as HTML ----
-
-_FAINT = 0.05
-"""Nats that are coloured fully where nothing is above: rounding stays white."""
-_UNLIKELY = 0.005
-"""Guesses below are not shown."""
-
-_STYLE = """
-.look{font:14px/1.5 sans-serif;color:#222;background:#fff;max-width:60em}
-.look img{min-width:8em;max-width:24em;max-height:18em;border:1px solid #ddd}
-.look .answer{font-size:1.25em;line-height:1.9}
-.look .answer span{padding:.15em 0;border-bottom:1px solid #ccc;white-space:pre-wrap}
-.look .scale i{padding:.1em .5em;font-style:normal}
-.look .tokens{border-collapse:collapse}
-.look th,.look td{text-align:left;padding:.2em .8em;border-bottom:1px solid #ddd;color:#222}
-.look code{background:#f2f2f2;color:#222;padding:0 .2em;white-space:pre}
-.look small{color:#666}
-"""
-
-
-def _colour(share: float) -> str:
-    """White to orange; a text of any darkness stays readable on it."""
-    return f"rgba(255,120,0,{0.75 * share:.3f})"
-
-
-def _span(token: Token, most: float) -> str:
-    told = "unknown to the teacher" if token.kl is None else f"KL {token.kl:.3f}"
-    share = (token.kl or 0) / most
-    return f'<span style="background:{_colour(share)}" title="{told}">{_text(token.text)}</span>'
-
-
-def _row(token: Token, most: float) -> str:
-    kl = "–" if token.kl is None else f"{token.kl:.3f}"
-    share = (token.kl or 0) / most
-    cells = "".join(
-        f"<td>{_listed(guesses)}<br><small>this token {p:.1%}</small></td>"
-        for guesses, p in (
-            (token.student, token.p_student),
-            (token.teacher, token.p_teacher),
-            (token.blind, token.p_blind),
-        )
-    )
-    return (
-        f"<tr><td><code>{_text(token.text)}</code></td>"
-        f"<td style='background:{_colour(share)}'>{kl}</td>{cells}</tr>"
-    )
-
-
-def _listed(guesses: list[Guess]) -> str:
-    said = [f"<code>{_text(text)}</code> {p:.0%}" for text, p in guesses if p >= _UNLIKELY]
-    return ", ".join(said) or "–"
-
-
-def _text(text: str) -> str:
-    return escape(text).replace("\n", "⏎")
-
-
-def _data_url(image: bytes) -> str:
-    kind = "png" if image.startswith(b"\x89PNG") else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-# ---- the command ----
-
-
-def command(
-    student: Annotated[str, typer.Option(help="Student folder, hub id or run folder.")],
-    prompt: Annotated[str, typer.Option(help="The question.")],
-    answer: Annotated[str, typer.Option(help="The answer that both judge.")],
-    teacher: Annotated[
-        str | None, typer.Option(help="The LM it was built on. Default: that of the run.")
-    ] = None,
-    image: Annotated[
-        list[Path] | None, typer.Option(help="Picture; may be repeated.", exists=True)
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("look.html"),
-    temperature: Annotated[float, typer.Option(min=0.01, help="τ of the KL.")] = 1.0,
-    top: Annotated[int, typer.Option(min=1, help="Guesses of each.")] = 3,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
-    tiling: Annotated[bool, typer.Option(help="Cut large pictures into tiles.")] = False,
-) -> None:
-    """See what the teacher says beside the student, token by token: a heat map of KL, as a page."""
-    import torch
-    import yaml
-    from transformers.utils import logging
-
-    from ldistill.common.run_files import RECIPE
-    from ldistill.evaluation.loading import model_folder
-    from ldistill.models.pair import load_pair
-
+    Raises:
+        ValueError: no teacher is named, and the student is no run's, which would name it.
+    """
     logging.disable_progress_bar()
     folder = model_folder(student)
     recipe = folder.parent / RECIPE
@@ -297,18 +256,9 @@ def command(
         teacher = yaml.safe_load(recipe.read_text(encoding="utf-8"))["teacher"]
     if teacher is None:
         raise ValueError(f"{student} is no run's folder: name the LM it was built on, --teacher.")
-    pictures = [path.read_bytes() for path in image or ()]
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", None)
-    pair = load_pair(
-        str(folder), teacher, tokenizer=tokenizer, dtype=dtype or torch.float32, tiling=tiling,
-        max_images=max(1, len(pictures)),
-    )  # fmt: skip
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    pair = load_pair(str(folder), teacher, dtype=dtype, **options)
     pair.student.to(device)
-    pair.lm.to(device, dtype or torch.float32)
-    seen = look(pair, prompt, answer, pictures, temperature=temperature, top=top)
-    out.write_text(seen.page(f"{student} beside {teacher}"), encoding="utf-8")
-    for token in seen.tokens:
-        kl = "     –" if token.kl is None else f"{token.kl:6.3f}"
-        said = ", ".join(f"{text!r} {p:.0%}" for text, p in token.teacher if p >= _UNLIKELY)
-        typer.echo(f"KL {kl}  {token.text!r:16} teacher: {said}")
-    typer.echo(f"mean KL {seen.kl:.3f} nats at τ = {temperature:g}; page: {out}")
+    pair.lm.to(device, dtype)
+    return pair, teacher

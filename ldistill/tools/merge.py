@@ -1,7 +1,6 @@
 """``ldistill merge``: a student's decoder moved towards a language model, without training.
 
-    ldistill merge --student runs/a/student --lm HuggingFaceTB/SmolLM2-360M-Instruct \
-        --weights 0.1,0.2,0.3,0:0.5 --out merged/
+    merge("runs/a/student", "HuggingFaceTB/SmolLM2-360M-Instruct", {"0.3": Path("merged")})
 
 Every weight w of the decoder becomes (1 - weight) w_student + weight w_LM, computed in float32 and
 written in the student's type: 0 leaves the student as it is, 1 puts the LM's decoder in. Vision
@@ -11,49 +10,35 @@ tower, projector and the added image tokens stay the student's.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ldistill.common.locate import resolve
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from ldistill.models.student import Student
+from ldistill.models.formats import export_like, load_processor, load_student
+from ldistill.models.student import Student
+from ldistill.models.weights import read_model, refuse_misfit
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 _FIELDS += ("num_key_value_heads", "rms_norm_eps")
 
 
-def merge(
-    student: Annotated[str, typer.Option(help="Student folder or hub id, of any family.")],
-    lm: Annotated[str, typer.Option(help="The LM it was built on, or another of its shape.")],
-    out: Annotated[Path, typer.Option(help="Where to; with --weights a folder for each below.")],
-    weight: Annotated[
-        str | None,
-        typer.Option(help="Of the LM, 0 to 1; FIRST:LAST grows from the first layer to the last."),
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="Several in one go: 0.1,0.2,0:0.5.")] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Only these, from 0, such as 0-3,8; embedding and head stay as well."),
-    ] = None,
-) -> None:
-    """Average a student's decoder with a language model: one weight, one a layer, or a sweep."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def merge(student: str, lm: str, folders: Mapping[str, Path], layers: str | None = None) -> None:
+    """Write a student for every weight.
 
-    from ldistill.models.formats import export_like, load_student
-    from ldistill.models.weights import read_model, refuse_misfit
+    Args:
+        student, lm: folders or hub ids.
+        folders: weight (``0.3``; ``0:0.5`` from the first layer to the last) → where to.
+        layers: only these, such as ``0-3,8``; then embedding and head stay as well.
 
-    if (weight is None) == (weights is None):
-        raise ValueError("give either --weight, for one model, or --weights, for one of each.")
-    asked = {w: _bounds(w) for w in (weights or weight).split(",")}
-    folders = {w: out if weight else out / w.replace(":", "-") for w in asked}
+    Raises:
+        ValueError: a weight or layer that cannot be, models that do not fit, a folder in use.
+    """
+    asked = {w: _bounds(w) for w in folders}
     for folder in folders.values():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty: choose another --out.")
@@ -66,7 +51,6 @@ def merge(
     for text, (first, last) in asked.items():
         steps = [first + (last - first) * i / max(1, count - 1) for i in range(count)]
         export_like(base, _updates(base, model, towards, steps, chosen), folders[text])
-        typer.echo(f"weight {text}  {folders[text]}")
 
 
 def _bounds(text: str) -> tuple[float, float]:
@@ -96,10 +80,9 @@ def _chosen(text: str | None, count: int) -> set[int] | None:
 def _check_fit(student: Student, lm: PreTrainedModel) -> None:
     """Whether the LM's weights are of the student's decoder: kind, shapes, rotation, tie."""
     own, other = student.backbone.config, lm.config
-    pairs = [(name, getattr(own, name, None), getattr(other, name, None)) for name in _FIELDS]
-    pairs.append(("rope_parameters", own.rope_parameters, other.rope_parameters))
-    theirs = lm.state_dict()
-    decoder = student.causal_lm()
+    names = (*_FIELDS, "rope_parameters")
+    pairs = [(name, getattr(own, name, None), getattr(other, name, None)) for name in names]
+    theirs, decoder = lm.state_dict(), student.causal_lm()
     vocabulary = {id(p) for p in _of_vocabulary(decoder)}
     for name, parameter in decoder.named_parameters():
         shape = list(parameter.shape)
@@ -127,8 +110,6 @@ def _updates(
     base: Path, student: Student, lm: PreTrainedModel, steps: list[float], chosen: set[int] | None
 ) -> dict[str, Tensor]:
     """The merged decoder by the student's parameter names; nothing where the weight is 0."""
-    import torch
-
     names: dict[int, list[str]] = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)  # a tied pair has two
@@ -156,10 +137,6 @@ def _updates(
 
 def _image_tokens(base: Path, student: Student) -> Tensor:
     """Ids of the image tokens, which an LM with the student's whole vocabulary has as well."""
-    import torch
-
-    from ldistill.models.formats import load_processor
-
     if student.base_vocab_size is not None:
         return torch.arange(student.base_vocab_size, student.backbone.config.vocab_size)
     processor = load_processor(base)

@@ -69,6 +69,7 @@ LISTED = {
     "ldistill eval --student runs/mine --suite paper": "test_lmms_eval.py",
     "ldistill export RUN --out DIR": "test_cli.py",
     "ldistill export RUN --out DIR --decoder-only": "test_cli.py",
+    "ldistill export google/gemma-3-4b-it --decoder-only --out gemma-3-4b": "test_models.py",
     "ldistill shards build --dataset ...": MESSAGE,
     "torchrun --nproc_per_node=8 train.py": "another project's command",
     # the hub

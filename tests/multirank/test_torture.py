@@ -34,15 +34,15 @@ def undisturbed(bench) -> History:
 
 
 def test_two_random_kills_change_nothing(bench, undisturbed):
-    verdict = kills(bench, 2, seed=3)
-    assert verdict.passed, verdict.outcome
-    assert len(verdict.details["kills"]) == 2
+    row = kills(2, seed=3)(bench)
+    assert row["passed"], row["outcome"]
+    assert len(row["details"]["kills"]) == 2
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault(bench, undisturbed, name):
-    verdict = FAULTS[name](bench)
-    assert verdict.passed, f"{verdict.fault}: {verdict.outcome}"
+    row = FAULTS[name](bench)
+    assert row["passed"], f"{row['fault']}: {row['outcome']}"
 
 
 def go_on(bench: Bench, run: Path, until: int | None, **options) -> dict:
@@ -98,7 +98,7 @@ def test_the_command_writes_its_table(tmp_path):
     record = json.loads(table.read_text())
     assert record["passed"] is True
     assert [row["fault"] for row in record["rows"]] == ["shard missing at the start"]
-    assert last_step(work / "missing_shard") == 0
+    assert last_step(work / "missing-shard") == 0
     wrong = CliRunner().invoke(app, ["torture", "--fault", "earthquake"])
     assert isinstance(wrong.exception, ValueError)
     assert "no fault earthquake" in str(wrong.exception)

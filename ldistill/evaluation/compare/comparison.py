@@ -14,19 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.evaluation.compare import ocrbench
+from ldistill.evaluation.compare import samples as sampled
 from ldistill.evaluation.compare.ocrbench import row_score
 from ldistill.evaluation.compare.results import TaskResult, Variant, other_row
-from ldistill.evaluation.compare.samples import (
-    CATEGORY_COLUMNS,
-    Match,
-    Pair,
-    Paired,
-    document_categories,
-    match,
-    paired,
-    sample_categories,
-    sentences,
-)
+from ldistill.evaluation.compare.samples import Match, Pair, Paired, match, paired
 from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.compare.task_data import TaskData, load_task_data
 from ldistill.evaluation.suites import OTHER, ROWS, Row, rows, rows_of_tasks
@@ -66,33 +57,30 @@ class Comparison:
 def choose_rows(
     variants: Sequence[Variant], suite: str | None = None, tasks: Iterable[str] | None = None
 ) -> tuple[Row, ...]:
-    """Rows of the table.
+    """Rows of the table: all of a suite, or only those of some tasks.
 
-    Args:
-        variants: whose results there are.
-        suite: all rows of that suite; default: every row of each group that somebody has results
-            for, and a row per task that is in no suite.
-        tasks: only these tasks.
+    By default every row of each group that somebody has results for, and a row per task that is
+    in no suite.
 
     Raises:
         ValueError: unknown suite or task, or nothing left.
     """
-    found = list(dict.fromkeys(task for v in variants for task in v.tasks))
+    found: dict[str, TaskResult] = {}
+    for variant in variants:
+        found |= {task: own for task, own in variant.tasks.items() if task not in found}
     if suite is not None:
         chosen = rows(suite)
     else:
         groups = {row.group for row in rows_of_tasks(found)}
         listed = [row for row in ROWS if row.group in groups]
-        own = {task: result for v in reversed(variants) for task, result in v.tasks.items()}
-        others = [own[task] for task in found if task not in {row.task for row in listed}]
-        chosen = (*listed, *map(other_row, others))
+        known = {row.task for row in listed}
+        chosen = (*listed, *(other_row(own) for task, own in found.items() if task not in known))
     wanted = {row.task for row in chosen} if tasks is None else set(tasks)
     unknown = wanted - {row.task for row in chosen}
     chosen = tuple(row for row in chosen if row.task in wanted)
     if unknown or not any(row.task in found for row in chosen):
-        what = f"task {', '.join(sorted(unknown))}" if unknown else "any of these tasks"
-        if suite and not unknown:
-            what = f"any task of suite {suite}"
+        what = f"any task of suite {suite}" if suite else "any of these tasks"
+        what = f"task {', '.join(sorted(unknown))}" if unknown else what
         there = ", ".join(found) or "nothing"
         raise ValueError(f"no results for {what}; there are results for: {there}.")
     return chosen
@@ -153,7 +141,7 @@ def compare(
     else:
         others = [v for v in variants if v is not base]
         matches = [match(row, base, v) for v in others for row in chosen if row.task in v.tasks]
-        notes += sentences(matches)
+        notes += sampled.sentences(matches)
         if original is None:
             notes.append(
                 f"No original: no variant is called {', '.join(ORIGINALS[:-1])} or "
@@ -161,33 +149,18 @@ def compare(
             )
     with_pairs = dict.fromkeys(m.row.task for m in matches if m.pairs)
     data = {task: load_task_data(base.tasks[task], read=read_pictures) for task in with_pairs}
-    tests, without = _paired(matches, data)
-    return Comparison(
-        tuple(variants),
-        _table(variants, chosen, baseline, original),
-        tuple(matches),
-        tuple(tests),
-        counts,
-        data,
-        (*notes, *without),
-    )
-
-
-def _table(
-    variants: Sequence[Variant],
-    chosen: Sequence[Row],
-    baseline: str | None,
-    original: str | None,
-) -> ScoreTable:
+    tests, without = _paired([m for m in matches if m.pairs], data)
     scores: dict[str, dict[str, float | None]] = {v.name: {} for v in variants}
-    notes: dict[tuple[str, str], str] = {}
-    for variant in variants:
-        for row in (row for row in chosen if row.task in variant.tasks):
-            result = variant.tasks[row.task]
-            scores[variant.name][row.id] = row_score(result, row)
-            if text := "; ".join(_remarks(result, row)):
-                notes[variant.name, row.id] = f"{text[0].upper()}{text[1:]}."
-    return score_table(scores, chosen, baseline=baseline, original=original, notes=notes)
+    remarks: dict[tuple[str, str], str] = {}
+    for v in variants:
+        for row in (row for row in chosen if row.task in v.tasks):
+            scores[v.name][row.id] = row_score(v.tasks[row.task], row)
+            if text := "; ".join(_remarks(v.tasks[row.task], row)):
+                remarks[v.name, row.id] = f"{text[0].upper()}{text[1:]}."
+    table = score_table(scores, chosen, baseline=baseline, original=original, notes=remarks)
+    return Comparison(
+        tuple(variants), table, tuple(matches), tuple(tests), counts, data, (*notes, *without)
+    )
 
 
 def _remarks(result: TaskResult, row: Row) -> list[str]:
@@ -211,7 +184,15 @@ def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str
     """A sentence for each way in which the options of variants differ, with its tasks."""
     where: dict[str, list[str]] = {}
     for task in dict.fromkeys(row.task for row in rows):
-        options = {v.name: _options(v.tasks[task]) for v in variants if task in v.tasks}
+        options = {
+            v.name: {
+                name: value
+                for name, value in v.tasks[task].model_args.items()
+                if name != "pretrained" and _USUAL_OPTIONS.get(name) != value
+            }
+            for v in variants
+            if task in v.tasks
+        }
         names = dict.fromkeys(name for own in options.values() for name in own)
         differ = [n for n in names if len({own.get(n) for own in options.values()}) > 1]
         if differ:
@@ -224,11 +205,6 @@ def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str
         f"Evaluated with different model options: {each} ({', '.join(tasks)})."
         for each, tasks in where.items()
     ]
-
-
-def _options(result: TaskResult) -> dict[str, str]:
-    usual = _USUAL_OPTIONS | {"pretrained": result.model_args.get("pretrained")}
-    return {name: v for name, v in result.model_args.items() if usual.get(name) != v}
 
 
 def unlike_samples(variants: Sequence[Variant], table: ScoreTable) -> list[str]:
@@ -250,27 +226,27 @@ def _ocrbench(
     counts, notes = {}, []
     row = next((row for row in chosen if row.task == ocrbench.TASK), None)
     for variant in variants if row else ():
-        result = variant.tasks.get(ocrbench.TASK)
+        name, result = variant.name, variant.tasks.get(ocrbench.TASK)
         samples = result.samples(row.filter) if result else {}
         if not samples:
             what = "results" if result is None else "samples"
-            notes.append(f"OCRBench: {variant.name} has no {what}: its sub-tasks are missing.")
+            notes.append(f"OCRBench: {name} has no {what}: its sub-tasks are missing.")
             continue
         try:
-            counts[variant.name] = ocrbench.count(samples.values())
+            counts[name] = ocrbench.count(samples.values())
         except ValueError as error:
-            notes.append(f"{error} {variant.name}'s sub-tasks are missing.")
+            notes.append(f"{error} {name}'s sub-tasks are missing.")
             continue
-        whole, told = ocrbench.total(counts[variant.name]), result.scores.get(row.key)
-        if not ocrbench.complete(counts[variant.name]):
+        whole, told = ocrbench.total(counts[name]), result.scores.get(row.key)
+        if not ocrbench.complete(counts[name]):
             notes.append(
-                f"OCRBench: {variant.name} has {whole.of:,} of the 1,000 samples; sub-tasks show "
-                "right answers out of the samples there are."
+                f"OCRBench: {name} has {whole.of:,} of the 1,000 samples; sub-tasks show right "
+                "answers out of the samples there are."
             )
         elif told is not None and abs(told * 1000 - whole.right) > 0.5:
             notes.append(
-                f"OCRBench: {variant.name}'s samples add up to {whole.right:g}, its results file "
-                f"says {told * 1000:g}: are they of one evaluation?"
+                f"OCRBench: {name}'s samples add up to {whole.right:g}, its results file says "
+                f"{told * 1000:g}: are they of one evaluation?"
             )
     return counts, notes
 
@@ -278,38 +254,27 @@ def _ocrbench(
 def _paired(
     matches: Iterable[Match], data: Mapping[str, TaskData]
 ) -> tuple[list[PairedRow], list[str]]:
+    """Tests by row and category, and sentences on rows whose categories are not known."""
     found: list[PairedRow] = []
     without: dict[str, str] = {}
-    known: dict[tuple[str, int], tuple[str, ...]] = {}
+    known: dict[tuple[str, int], tuple[str, ...]] = {}  # categories of (row, document)
     for m in matches:
-        if not m.pairs:
-            continue
-        found.append(PairedRow(m.variant, m.row, None, _test(m.pairs)))
-        categories = _by_category(m, data[m.row.task], known)
-        if len(categories) > 1:
-            tests = ((name, _test(pairs)) for name, pairs in categories.items())
-            found += [PairedRow(m.variant, m.row, name, test) for name, test in tests]
-        elif not categories and (m.row.task in CATEGORY_COLUMNS or m.row.group == OTHER):
-            without[m.row.name] = data[m.row.task].reason
+        task, documents = m.row.task, data[m.row.task]
+        categories: dict[str, list[Pair]] = {}
+        for pair in m.pairs:
+            key, sample = (m.row.id, pair.baseline.doc_id), pair.baseline
+            if key not in known:
+                known[key] = sampled.sample_categories(sample, m.row)
+                if not known[key] and (document := documents.document(sample)) is not None:
+                    known[key] = sampled.document_categories(document, task)
+            for name in known[key]:
+                categories.setdefault(name, []).append(pair)
+        parts: list[tuple[str | None, Sequence[Pair]]] = [(None, m.pairs)]
+        parts += sorted(categories.items()) if len(categories) > 1 else []
+        for name, pairs in parts:
+            test = paired([p.before for p in pairs], [p.after for p in pairs])
+            found.append(PairedRow(m.variant, m.row, name, test))
+        if not categories and (task in sampled.CATEGORY_COLUMNS or m.row.group == OTHER):
+            without[m.row.name] = documents.reason
     missing = ((name, reason) for name, reason in without.items() if reason)
     return found, [f"{name}: categories are missing: {reason}." for name, reason in missing]
-
-
-def _test(pairs: Sequence[Pair]) -> Paired:
-    return paired([p.before for p in pairs], [p.after for p in pairs])
-
-
-def _by_category(
-    m: Match, data: TaskData, known: dict[tuple[str, int], tuple[str, ...]]
-) -> dict[str, list[Pair]]:
-    """Pairs by category; ``known`` keeps what was looked up for (row, document)."""
-    categories: dict[str, list[Pair]] = {}
-    for pair in m.pairs:
-        key = (m.row.id, pair.baseline.doc_id)
-        if key not in known:
-            known[key] = sample_categories(pair.baseline, m.row)
-            if not known[key] and (document := data.document(pair.baseline)) is not None:
-                known[key] = document_categories(document, m.row.task)
-        for name in known[key]:
-            categories.setdefault(name, []).append(pair)
-    return dict(sorted(categories.items()))

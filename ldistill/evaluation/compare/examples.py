@@ -15,19 +15,15 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ldistill.evaluation.compare.comparison import Comparison
-from ldistill.evaluation.compare.failure_modes import (
-    MODES,
-    Lexicon,
-    accepted_answers,
-    judge,
-)
+from ldistill.evaluation.compare.failure_modes import MODES, Lexicon, accepted_answers, judge
 from ldistill.evaluation.compare.results import Sample
-from ldistill.evaluation.compare.samples import Match, Pair, sample_categories
+from ldistill.evaluation.compare.samples import sample_categories
 from ldistill.evaluation.compare.task_data import inline_picture
 from ldistill.evaluation.suites import READING, Row
 
@@ -82,81 +78,59 @@ def find_examples(
     ]
     base = results.get(str(comparison.table.baseline), {})
     every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
-    work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
-    found = [_example(comparison, m, p, every[m.row], lexicon) for m, p in progress(work)]
     outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
     counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
-    for example in found:
-        counts[example.variant, example.row.id, example.outcome][example.mode] += 1
-    rows = tuple(dict.fromkeys(m.row for m in matches))
-    return Examples(tuple(found), rows, tuple(_notes(comparison, rows, lexicon)), counts)
-
-
-def _example(
-    comparison: Comparison,
-    m: Match,
-    pair: Pair,
-    every: Mapping[int, Sample],
-    lexicon: Lexicon | None,
-) -> Example:
-    outcome = LOST if pair.after < pair.before else WON
-    wrong = pair.variant if outcome == LOST else pair.baseline
-    data, sample = comparison.data[m.row.task], pair.baseline
-    accepted = _accepted(sample, m.row)
-    verdict = judge(wrong.answer, accepted, lambda: data.text(sample, every), lexicon)
-    shown = {
-        "variant": m.variant,
-        "task": m.row.name,
-        "category": ", ".join(sample_categories(sample, m.row)),
-        "outcome": outcome,
-        "mode": verdict.mode,
-        "rule": verdict.rule,
-        "reason": verdict.reason,
-        "doc_id": sample.doc_id,
-        "question": sample.question,
-        "expected": " | ".join(accepted),
-        "baseline_answer": sample.answer,
-        "variant_answer": pair.variant.answer,
-        "picture": f"{m.row.task}/{sample.doc_id}",
-    }
-    return Example(m.variant, m.row, outcome, verdict.mode, sample, shown)
+    found = []
+    work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
+    for m, pair in progress(work):
+        outcome = LOST if pair.after < pair.before else WON
+        wrong = pair.variant if outcome == LOST else pair.baseline
+        data, sample, others = comparison.data[m.row.task], pair.baseline, every[m.row]
+        accepted = _accepted(sample, m.row)
+        verdict = judge(wrong.answer, accepted, partial(data.text, sample, others), lexicon)
+        shown = {
+            "variant": m.variant,
+            "task": m.row.name,
+            "category": ", ".join(sample_categories(sample, m.row)),
+            "outcome": outcome,
+            "mode": verdict.mode,
+            "rule": verdict.rule,
+            "reason": verdict.reason,
+            "doc_id": sample.doc_id,
+            "question": sample.question,
+            "expected": " | ".join(accepted),
+            "baseline_answer": sample.answer,
+            "variant_answer": pair.variant.answer,
+            "picture": f"{m.row.task}/{sample.doc_id}",
+        }
+        found.append(Example(m.variant, m.row, outcome, verdict.mode, sample, shown))
+        counts[m.variant, m.row.id, outcome][verdict.mode] += 1
+    notes, rows = [], tuple(dict.fromkeys(m.row for m in matches))
+    if lexicon is None:
+        notes.append(
+            'Mode "corrected" is missing: it needs a list of words (pip install pyspellchecker, '
+            "or --words FILE)."
+        )
+    for row, data in ((row, comparison.data[row.task]) for row in rows):
+        if data.documents is None:
+            notes.append(f"{row.name}: pictures and their text are missing: {data.reason}.")
+    return Examples(tuple(found), rows, tuple(notes), counts)
 
 
 def _accepted(sample: Sample, row: Row) -> list[str]:
     """OCRBench logs its accepted answers as they are, other tasks as the string of the target."""
     value = sample.metrics.get(row.metric)
     logged = value.get("ground_truth") if isinstance(value, Mapping) else None
-    if isinstance(logged, str):
-        return [logged]
-    if isinstance(logged, list) and logged:
-        return [str(answer) for answer in logged]
+    if logged and isinstance(logged, (str, list)):
+        return [logged] if isinstance(logged, str) else [str(answer) for answer in logged]
     return accepted_answers(sample.target)
-
-
-def _notes(comparison: Comparison, rows: Iterable[Row], lexicon: Lexicon | None) -> Iterable[str]:
-    if lexicon is None:
-        yield (
-            'Mode "corrected" is missing: it needs a list of words (pip install pyspellchecker, '
-            "or --words FILE)."
-        )
-    for row in rows:
-        data = comparison.data[row.task]
-        if data.documents is None:
-            yield f"{row.name}: pictures and their text are missing: {data.reason}."
 
 
 # ---- the page ----
 
 
 def write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
-    """Write the page.
-
-    Args:
-        path: the HTML file.
-        comparison: the examples' own.
-        examples: of `find_examples`.
-        most: listed at most of each variant, task, outcome and mode, in sample order.
-    """
+    """Write the page: at most ``most`` of each variant, task, outcome and mode, in sample order."""
     seen: Counter[tuple] = Counter()
     listed = []
     for example in examples.found:
@@ -164,6 +138,11 @@ def write_page(path: Path, comparison: Comparison, examples: Examples, most: int
         seen[key] += 1
         if seen[key] <= most:
             listed.append(example)
+    pictures: dict[str, list[str]] = {}  # of task/document, as data URIs
+    for example in listed:
+        if (document := example.shown["picture"]) not in pictures:
+            encoded = comparison.data[example.row.task].pictures(example.sample)
+            pictures[document] = [uri for p in encoded if (uri := inline_picture(p))]
     baseline, found = comparison.table.baseline, len(examples.found)
     count = f"all {found:,}" if found == len(listed) else f"{len(listed):,} of {found:,}"
     data = {
@@ -181,20 +160,10 @@ def write_page(path: Path, comparison: Comparison, examples: Examples, most: int
         "bare": {
             e.row.name: comparison.data[e.row.task].reason or "none in its data" for e in listed
         },
-        "pictures": _page_pictures(comparison, listed),
+        "pictures": pictures,
         "examples": [e.shown for e in listed],
     }
     template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
     # No text of a sample can end the script element that the data stand in.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     path.write_text(template.replace("__DATA__", text), encoding="utf-8")
-
-
-def _page_pictures(comparison: Comparison, listed: Iterable[Example]) -> dict[str, list[str]]:
-    """Task/document → data URIs of its pictures, each picture encoded once."""
-    pictures: dict[str, list[str]] = {}
-    for example in listed:
-        if (document := example.shown["picture"]) not in pictures:
-            encoded = comparison.data[example.row.task].pictures(example.sample)
-            pictures[document] = [uri for p in encoded if (uri := inline_picture(p))]
-    return pictures

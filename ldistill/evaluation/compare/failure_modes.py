@@ -24,14 +24,14 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cached_property
 
 CORRECTED, ELSEWHERE, SHORTENED = "corrected", "elsewhere", "shortened"
 OTHER, UNDECIDED = "other", "undecided"
-MODES: dict[str, str] = {
+MODES = {
     CORRECTED: "Text corrected into a word",
     ELSEWHERE: "Right text from the wrong spot",
     SHORTENED: "Shortened or paraphrased",
@@ -61,12 +61,17 @@ class Lexicon:
         return word.lower() in self.words
 
     @cached_property
-    def _runs(self) -> Counter[str]:
-        return Counter(run for word in self.words for run in _runs(word))
+    def _found(self) -> Counter[str]:
+        return Counter(run for word in self.words for run in self._runs(word))
 
     def usual(self, word: str) -> bool:
         """Whether every run of three letters, edges included, is usual."""
-        return all(self._runs[run] >= USUAL for run in _runs(word.lower()))
+        return all(self._found[run] >= USUAL for run in self._runs(word.lower()))
+
+    @staticmethod
+    def _runs(word: str) -> list[str]:
+        edged = f"^{word}$"
+        return [edged[i : i + 3] for i in range(len(edged) - 2)]
 
 
 def english() -> Lexicon | None:
@@ -76,11 +81,6 @@ def english() -> Lexicon | None:
     except ImportError:
         return None
     return Lexicon(SpellChecker(language="en").word_frequency.dictionary)
-
-
-def _runs(word: str) -> list[str]:
-    edged = f"^{word}$"
-    return [edged[i : i + 3] for i in range(len(edged) - 2)]
 
 
 @dataclass(frozen=True)
@@ -120,20 +120,14 @@ KnownText = Callable[[], PictureText]
 def judge(
     answer: str, accepted: Sequence[str], text: KnownText, lexicon: Lexicon | None
 ) -> Verdict:
-    """The failure mode of a wrong answer.
+    """The failure mode of a wrong answer, held against the nearest of at least one accepted.
 
-    Args:
-        answer: what the model said.
-        accepted: answers that would have been right; at least one.
-        text: gives what is known of the picture's text.
-        lexicon: words; without one the first mode is not looked for.
+    Without a lexicon the first mode is not looked for.
     """
     expected = min(accepted, key=lambda a: distance(_plain(answer), _plain(a)))
-    case = _Case(answer, expected, text, lexicon)
-    for mode, rule, holds in _RULES:
-        if reason := holds(case):
-            return Verdict(mode, rule, reason, expected)
-    if not case.got:
+    if found := next(_rules(answer, expected, text, lexicon), None):
+        return Verdict(*found, expected)
+    if not tokens(answer):
         return Verdict(OTHER, "empty", "nothing was answered", expected)
     known = text()
     if not known.whole:
@@ -144,117 +138,71 @@ def judge(
 
 def accepted_answers(target: str) -> list[str]:
     """Accepted answers of a logged target, which is a string or the string of a list."""
-    if target.startswith("["):
-        try:
-            values = ast.literal_eval(target)
-        except (ValueError, SyntaxError):
-            return [target]
-        if isinstance(values, list) and values:
-            return [str(value) for value in values]
-    return [target]
+    try:
+        values = ast.literal_eval(target) if target.startswith("[") else None
+    except (ValueError, SyntaxError):
+        values = None
+    return [str(value) for value in values] if values and isinstance(values, list) else [target]
 
 
-class _Case:
-    """A wrong answer and what it is held against."""
+def _rules(
+    answer: str, expected: str, text: KnownText, lexicon: Lexicon | None
+) -> Iterator[tuple[str, str, str]]:
+    """(mode, rule, reason) of each rule that holds; the next is tried when it is asked for."""
+    got, wanted = tokens(answer), tokens(expected)
+    if changed := _corrected(got, wanted, lexicon):
+        (was, now), usual = changed[0], lexicon.usual
+        if all(g in lexicon for _, g in changed):
+            yield CORRECTED, "word", f"{was!r} is no word, {now!r} is one"
+        if all(g in lexicon or (usual(g) and not usual(w)) for w, g in changed):
+            yield CORRECTED, "near-word", f"{now!r} is spelt like a word, {was!r} is not"
 
-    def __init__(self, answer: str, expected: str, text: KnownText, lexicon: Lexicon | None):
-        self.answer, self.expected, self.text, self.lexicon = answer, expected, text, lexicon
-        self.got, self.wanted = tokens(answer), tokens(expected)
-        self.number, self.wanted_number = _only_number(answer), _only_number(expected)
+    number, other = _only_number(answer), _only_number(expected)
+    if number is not None and other is not None and number != other:
+        places, had = -number.as_tuple().exponent, -other.as_tuple().exponent
+        for how, name in ((ROUND_DOWN, "cut off"), (ROUND_HALF_UP, "rounded")):
+            if places < had and other.quantize(Decimal(1).scaleb(-places), how) == number:
+                yield SHORTENED, "number cut", f"{number} is {other} {name}"
 
+    rest, said = iter(wanted), set(got) - _STOP
+    if len(got) < len(wanted) and said and all(token in rest for token in got):
+        yield SHORTENED, "part", f"{len(got)} of {len(wanted)} words"
 
-def _word(case: _Case) -> str | None:
-    changed = _changed(case)
-    if changed and all(g in case.lexicon for _, g in changed):
-        return f"{changed[0][0]!r} is no word, {changed[0][1]!r} is one"
-    return None
+    if _plain(answer) != _plain(expected):
+        added = set(got) - set(wanted)
+        if number is not None and number == other and not any(t.isalpha() for t in added):
+            yield SHORTENED, "notation", "the same number, written otherwise"
+        date = _date(answer)
+        if date is not None and date == _date(expected):
+            yield SHORTENED, "notation", "the same date, written otherwise"
 
-
-def _near_word(case: _Case) -> str | None:
-    changed, lexicon = _changed(case), case.lexicon
-    if changed and all(
-        g in lexicon or (lexicon.usual(g) and not lexicon.usual(w)) for w, g in changed
-    ):
-        return f"{changed[0][1]!r} is spelt like a word, {changed[0][0]!r} is not"
-    return None
-
-
-def _changed(case: _Case) -> list[tuple[str, str]]:
-    """(expected, answered) tokens that differ, if each may be one corrected into the other."""
-    if case.lexicon is None or len(case.got) != len(case.wanted):
-        return []
-    changed = [(w, g) for w, g in zip(case.wanted, case.got, strict=True) if w != g]
-    letters = all(w.isalpha() and g.isalpha() and len(w) >= 3 and len(g) >= 2 for w, g in changed)
-    near = letters and all(distance(w, g) <= len(w) // 2 for w, g in changed)
-    return changed if near and not any(w in case.lexicon for w, _ in changed) else []
-
-
-def _number_cut(case: _Case) -> str | None:
-    got, wanted = case.number, case.wanted_number
-    if got is None or wanted is None or got == wanted:
-        return None
-    places, had = -got.as_tuple().exponent, -wanted.as_tuple().exponent
-    for how, name in ((ROUND_DOWN, "cut off"), (ROUND_HALF_UP, "rounded")):
-        if places < had and wanted.quantize(Decimal(1).scaleb(-places), how) == got:
-            return f"{got} is {wanted} {name}"
-    return None
-
-
-def _part(case: _Case) -> str | None:
-    got, rest = case.got, iter(case.wanted)
-    if len(got) < len(case.wanted) and set(got) - _STOP and all(token in rest for token in got):
-        return f"{len(got)} of {len(case.wanted)} words"
-    return None
-
-
-def _notation(case: _Case) -> str | None:
-    if _plain(case.answer) == _plain(case.expected):
-        return None
-    added = set(case.got) - set(case.wanted)
-    same = case.number is not None and case.number == case.wanted_number
-    if same and not any(token.isalpha() for token in added):
-        return "the same number, written otherwise"
-    date = _date(case.answer)
-    if date is not None and date == _date(case.expected):
-        return "the same date, written otherwise"
-    return None
-
-
-def _initials(case: _Case) -> str | None:
-    for short, long in ((case.got, case.wanted), (case.wanted, case.got)):
+    for short, long in ((got, wanted), (wanted, got)):
         if len(short) == 1 and len(long) >= 2 and short[0].isalpha() and len(short[0]) >= 2:
             firsts = ("".join(t[0] for t in long), "".join(t[0] for t in long if t not in _STOP))
             if short[0] in firsts:
-                return f"{short[0].upper()} for {' '.join(long)}"
-    return None
+                yield SHORTENED, "initials", f"{short[0].upper()} for {' '.join(long)}"
+
+    if said and len("".join(got)) >= 2 and not _run_in(wanted, got):
+        known = text()
+        if known.holds(answer):
+            yield ELSEWHERE, "elsewhere", f"it stands in {known.source}"
+
+    words = set(wanted) - _STOP
+    shared = len(said & words)
+    if len(words) >= 2 and shared and got != wanted and 4 * shared >= len(said) + len(words):
+        yield SHORTENED, "reworded", f"{shared} of {len(words)} words kept"
 
 
-def _elsewhere(case: _Case) -> str | None:
-    words, wanted = case.got, case.wanted
-    if not set(words) - _STOP or len("".join(words)) < 2 or _run_in(wanted, words):
-        return None
-    known = case.text()
-    return f"it stands in {known.source}" if known.holds(case.answer) else None
-
-
-def _reworded(case: _Case) -> str | None:
-    got, wanted = set(case.got) - _STOP, set(case.wanted) - _STOP
-    shared = len(got & wanted)
-    if len(wanted) < 2 or not shared or case.got == case.wanted:
-        return None
-    return f"{shared} of {len(wanted)} words kept" if 4 * shared >= len(got) + len(wanted) else None
-
-
-_RULES: tuple[tuple[str, str, Callable[[_Case], str | None]], ...] = (
-    (CORRECTED, "word", _word),
-    (CORRECTED, "near-word", _near_word),
-    (SHORTENED, "number cut", _number_cut),
-    (SHORTENED, "part", _part),
-    (SHORTENED, "notation", _notation),
-    (SHORTENED, "initials", _initials),
-    (ELSEWHERE, "elsewhere", _elsewhere),
-    (SHORTENED, "reworded", _reworded),
-)
+def _corrected(
+    got: Sequence[str], wanted: Sequence[str], lexicon: Lexicon | None
+) -> list[tuple[str, str]]:
+    """(expected, answered) tokens that differ, if each may be one corrected into the other."""
+    if lexicon is None or len(got) != len(wanted):
+        return []
+    changed = [(w, g) for w, g in zip(wanted, got, strict=True) if w != g]
+    letters = all(w.isalpha() and g.isalpha() and len(w) >= 3 and len(g) >= 2 for w, g in changed)
+    near = letters and all(distance(w, g) <= len(w) // 2 for w, g in changed)
+    return changed if near and not any(w in lexicon for w, _ in changed) else []
 
 
 def tokens(text: str) -> list[str]:

@@ -8,7 +8,6 @@ text, reading what a language prior cannot help with, text in scenes, and extrac
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -32,12 +31,11 @@ SIZES: dict[str, int] = {
 }
 """lmms-eval's ``question_type`` → samples of it in the whole benchmark, in the order of Table 6."""
 
-_KINDS = tuple(SIZES)
-GROUPS: dict[str, tuple[str, ...]] = {
-    "Text recognition": _KINDS[:3],
-    "Handwriting and non-semantic": _KINDS[3:7],
-    "Scene text VQA": _KINDS[7:8],
-    "Layout extraction": _KINDS[8:],
+GROUPS = {
+    "Text recognition": tuple(SIZES)[:3],
+    "Handwriting and non-semantic": tuple(SIZES)[3:7],
+    "Scene text VQA": tuple(SIZES)[7:8],
+    "Layout extraction": tuple(SIZES)[8:],
 }
 """Group → its sub-tasks."""
 
@@ -49,9 +47,6 @@ class Count:
     right: float
     of: int
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.right + other.right, self.of + other.of)
-
 
 def count(samples: Iterable[Sample]) -> dict[str, Count]:
     """Right answers by sub-task; a sub-task without samples is not in it.
@@ -59,8 +54,7 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
     Raises:
         ValueError: a sample without OCRBench's score, or of an unknown sub-task.
     """
-    right: Counter[str] = Counter()
-    of: Counter[str] = Counter()
+    scores: dict[str, list[float]] = {kind: [] for kind in SIZES}
     for sample in samples:
         logged = sample.metrics.get(METRIC)
         kind = logged.get("question_type") if isinstance(logged, Mapping) else None
@@ -69,24 +63,19 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
                 f"OCRBench sample {sample.doc_id} has no known sub-task ({kind!r}): is this "
                 "lmms-eval's task ocrbench?"
             )
-        right[kind] += logged["score"]
-        of[kind] += 1
-    return {kind: Count(right[kind], of[kind]) for kind in SIZES if of[kind]}
+        scores[kind].append(logged["score"])
+    return {kind: Count(sum(own), len(own)) for kind, own in scores.items() if own}
 
 
 def grouped(counts: Mapping[str, Count]) -> dict[str, Count]:
     """Counts by group, of the sub-tasks that are there."""
-    groups = {}
-    for group, kinds in GROUPS.items():
-        parts = [counts[kind] for kind in kinds if kind in counts]
-        if parts:
-            groups[group] = sum(parts, Count(0, 0))
-    return groups
+    there = {g: {k: counts[k] for k in kinds if k in counts} for g, kinds in GROUPS.items()}
+    return {group: total(parts) for group, parts in there.items() if parts}
 
 
 def total(counts: Mapping[str, Count]) -> Count:
     """All sub-tasks together."""
-    return sum(counts.values(), Count(0, 0))
+    return Count(sum(c.right for c in counts.values()), sum(c.of for c in counts.values()))
 
 
 def complete(counts: Mapping[str, Count]) -> bool:

@@ -23,6 +23,13 @@ from ldistill.evaluation.suites import Row, group_title
 
 LEAST_LOSS = 0.005
 """Smallest loss, in shares of the highest score, that can be recovered in a meaningful way."""
+_COLOURS = {
+    "Fine-tuning": "#8a8f98",
+    "Uniform KD": "#d98b3a",
+    "Selective KD": "#2f6fb5",
+    "": "#6aa56a",
+}  # of families
+_FLOOR, _CEILING = -1.5, 1.75
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,7 @@ def share(table: ScoreTable, variant: str, rows: Sequence[Row]) -> Share:
 def recovery(table: ScoreTable) -> dict[str, dict[str, Share]]:
     """Variant → group → share, for every variant but the baseline and the original."""
     variants = [v for v in table.variants if v not in (table.baseline, table.original)]
-    return {
-        v: {group: share(table, v, rows) for group, rows in table.groups.items()} for v in variants
-    }
+    return {v: {key: share(table, v, rows) for key, rows in table.groups.items()} for v in variants}
 
 
 def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
@@ -89,15 +94,6 @@ def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
     return text + ("\n" + "\n".join(gaps) + "\n" if gaps else "")
 
 
-_COLOURS = {
-    "Fine-tuning": "#8a8f98",
-    "Uniform KD": "#d98b3a",
-    "Selective KD": "#2f6fb5",
-    "": "#6aa56a",
-}
-_FLOOR, _CEILING = -1.5, 1.75
-
-
 def plot_recovery(table: ScoreTable, target: Path) -> bool:
     """Bars: share recovered, a panel per group, a bar per variant.
 
@@ -106,22 +102,34 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     Returns:
         False when no group of any variant has a share to draw (no file is written).
     """
-    shares = recovery(table)
-    groups = list(table.groups)
-    if not any(s.value is not None for of in shares.values() for s in of.values()):
+    found, groups = recovery(table), table.groups
+    if not any(s.value is not None for of in found.values() for s in of.values()):
         return False
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (1.6 + 3.1 * len(groups), 1.3 + 0.42 * len(shares))
+    size = (1.6 + 3.1 * len(groups), 1.3 + 0.42 * len(found))
     figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
-    colours = [_COLOURS[family(variant)] for variant in shares]
     for axis, group in zip(axes[0], groups, strict=True):
-        _draw_group(axis, [of[group] for of in shares.values()], colours)
+        shares = [of[group] for of in found.values()]
+        lengths = [min(max(s.value or 0.0, _FLOOR), _CEILING) for s in shares]
+        bars = axis.barh(
+            list(found), lengths, color=[_COLOURS[family(v)] for v in found], height=0.66
+        )
+        cut = [s.value not in (None, length) for s, length in zip(shares, lengths, strict=True)]
+        labels = [f"{s.text} (cut)" if c else s.text for s, c in zip(shares, cut, strict=True)]
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xlim(min(0.0, *lengths) - 0.5, max(1.0, *lengths) + 0.5)  # room for the labels
+        axis.xaxis.get_major_locator().set_params(nbins=5)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(group_title(group), fontsize=10)
-    axes[0][0].set_yticks(range(len(shares)), list(shares))
     axes[0][0].invert_yaxis()
     title = f"Share recovered: {table.baseline} = 0%, {table.original} = 100%"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -129,19 +137,3 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     figure.savefig(target, dpi=150, bbox_inches="tight")  # a title may be wider than the panels
     plt.close(figure)
     return True
-
-
-def _draw_group(axis, shares: Sequence[Share], colours: Sequence[str]) -> None:
-    lengths = [min(max(s.value or 0.0, _FLOOR), _CEILING) for s in shares]
-    bars = axis.barh(range(len(shares)), lengths, color=colours, height=0.66)
-    cut = [s.value not in (None, length) for s, length in zip(shares, lengths, strict=True)]
-    labels = [f"{s.text} (cut)" if c else s.text for s, c in zip(shares, cut, strict=True)]
-    axis.bar_label(bars, labels, padding=4, fontsize=8)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xlim(min(0.0, *lengths) - 0.5, max(1.0, *lengths) + 0.5)  # room for the labels
-    axis.xaxis.get_major_locator().set_params(nbins=5)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.tick_params(labelsize=8)
-    axis.grid(axis="x", alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)

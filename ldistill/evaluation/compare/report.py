@@ -8,9 +8,9 @@ ocrbench.csv       ten sub-tasks                   failures.html     won and los
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,12 @@ from ldistill.evaluation.compare.failure_modes import MODES
 from ldistill.evaluation.compare.recovery import plot_recovery, recovery, recovery_markdown
 from ldistill.evaluation.compare.tables import MISSING, csv_text, markdown_table
 
-FILES = (
-    "report.md",
-    "comparison.json",
-    "scores.csv",
-    "table.tex",
-    "paired.csv",
-    "recovery.png",
-    "ocrbench.csv",
-    "failures.html",
-)
-
 
 def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25) -> list[Path]:
     """Write the report; files of an earlier one in ``out`` are replaced or removed.
 
     Args:
-        comparison: of ``compare.compare``.
-        examples: of ``examples.find_examples``.
+        comparison, examples: of ``compare.compare`` and ``examples.find_examples``.
         out: made if need be.
         most: examples on the page of each variant, task, outcome and mode.
 
@@ -46,32 +34,44 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
         The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (out / name).unlink(missing_ok=True)
-    drawn = _has_roles(comparison) and plot_recovery(comparison.table, out / "recovery.png")
-    texts = {
-        "report.md": markdown(comparison, examples, picture=drawn),
-        "scores.csv": comparison.table.csv(),
-        "table.tex": comparison.table.latex(),
-        "comparison.json": json.dumps(_plain(comparison, examples), indent=2, ensure_ascii=False),
-    }
-    if comparison.paired:
-        texts["paired.csv"] = paired_csv(comparison.paired)
-    if comparison.ocrbench:
-        texts["ocrbench.csv"] = csv_text(*_ocrbench_lines(comparison))
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
+    picture, page = out / "recovery.png", out / "failures.html"
+    for path in (picture, page):
+        path.unlink(missing_ok=True)
+    drawn = _has_roles(comparison) and plot_recovery(comparison.table, picture)
     if examples.looked_at:
-        write_page(out / "failures.html", comparison, examples, most)
-    return [out / name for name in FILES if (out / name).exists()]
+        write_page(page, comparison, examples, most)
+    plain = json.dumps(_plain(comparison, examples), indent=2, ensure_ascii=False)
+    paired = paired_csv(comparison.paired) if comparison.paired else None
+    parts = csv_text(*_ocrbench_lines(comparison)) if comparison.ocrbench else None
+    written = []
+    for name, text in (
+        ("report.md", markdown(comparison, examples, drawn)),
+        ("comparison.json", plain),
+        ("scores.csv", comparison.table.csv()),
+        ("table.tex", comparison.table.latex()),
+        ("paired.csv", paired),
+        ("ocrbench.csv", parts),
+    ):
+        (out / name).unlink(missing_ok=True)
+        if text is not None:
+            (out / name).write_text(text, encoding="utf-8")
+            written.append(out / name)
+    return [*written, *(path for path in (picture, page) if path.exists())]
 
 
 def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
     """The report as one Markdown text; ``picture``: whether recovery.png is beside it."""
-    parts = ["# Comparison\n", _roles(comparison), "## Scores\n", comparison.table.markdown()]
+    table = comparison.table
+    roles = {table.baseline: "baseline", table.original: "original"}
+    lines = [
+        [v.name, roles.get(v.name, "variant"), v.model or "not named", len(v.tasks)]
+        for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name))
+    ]
+    parts = ["# Comparison\n", markdown_table(["name", "role", "model", "tasks"], lines, left=3)]
+    parts += ["## Scores\n", table.markdown()]
     if _has_roles(comparison):
-        unlike = unlike_samples(comparison.variants, comparison.table)
-        parts += ["## Share recovered\n", recovery_markdown(comparison.table, unlike)]
+        unlike = unlike_samples(comparison.variants, table)
+        parts += ["## Share recovered\n", recovery_markdown(table, unlike)]
         parts += ["![Share recovered by group](recovery.png)\n"] if picture else []
     if comparison.paired:
         parts += ["## Samples won and lost\n", _paired_markdown(comparison)]
@@ -79,8 +79,7 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         parts += ["## OCRBench\n", _ocrbench_markdown(comparison)]
     if examples.looked_at:
         parts += ["## Failure modes\n", _modes_markdown(comparison, examples)]
-    notes = [*comparison.notes, *examples.notes]
-    if notes:
+    if notes := [*comparison.notes, *examples.notes]:
         parts += ["## What is missing or left out\n", "\n".join(f"- {n}" for n in notes) + "\n"]
     return "\n".join(parts)
 
@@ -89,18 +88,9 @@ def _has_roles(comparison: Comparison) -> bool:
     return None not in (comparison.table.baseline, comparison.table.original)
 
 
-def _roles(comparison: Comparison) -> str:
-    table = comparison.table
-    lines = []
-    for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name)):
-        role = {table.baseline: "baseline", table.original: "original"}.get(v.name, "variant")
-        lines.append([v.name, role, v.model or "not named", len(v.tasks)])
-    return markdown_table(["name", "role", "model", "tasks"], lines, left=3)
-
-
 def _paired_markdown(comparison: Comparison) -> str:
     baseline = comparison.table.baseline
-    head = [baseline, "variant", "difference [95%]", "won", "lost", "p"]
+    head = ["samples", baseline, "variant", "difference [95%]", "won", "lost", "p"]
     text = (
         f"On the samples that both answered; won: the variant scores higher than {baseline}. p is "
         "McNemar's exact test on won and lost (the sign test for graded scores), "
@@ -108,15 +98,20 @@ def _paired_markdown(comparison: Comparison) -> str:
         "Scores are means over samples, for MME the share of right answers.\n"
     )
     for variant in dict.fromkeys(p.variant for p in comparison.paired):
-        own = [p for p in comparison.paired if p.variant == variant]
-        tasks = [p for p in own if p.category is None]
-        text += f"\n### {variant}\n\n"
-        text += markdown_table(["Task", "samples", *head], [_paired_line(p) for p in tasks])
-        parts = [p for p in own if p.category is not None]
+        tasks, parts = [], []
+        for p in (p for p in comparison.paired if p.variant == variant):
+            r = p.result
+            scores = f"{r.samples:,}", f"{r.baseline:.3f}", f"{r.variant:.3f}"
+            change = f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
+            line = [*scores, change, r.won, r.lost, p_value(r.p)]
+            if p.category is None:
+                tasks.append([p.row.name, *line])
+            else:
+                parts.append([p.row.name, p.category, *line])
+        text += f"\n### {variant}\n\n" + markdown_table(["Task", *head], tasks)
         if parts:
-            lines = [[p.row.name, *_paired_line(p, p.category)] for p in parts]
-            columns = ["Task", "Category", "samples", *head]
-            text += "\nBy category:\n\n" + markdown_table(columns, lines, left=2)
+            text += "\nBy category:\n\n"
+            text += markdown_table(["Task", "Category", *head], parts, left=2)
     return text
 
 
@@ -125,64 +120,44 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _paired_line(p: PairedRow, name: str | None = None) -> list[Any]:
-    r = p.result
-    return [
-        name or p.row.name,
-        f"{r.samples:,}",
-        f"{r.baseline:.3f}",
-        f"{r.variant:.3f}",
-        f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]",
-        r.won,
-        r.lost,
-        p_value(r.p),
-    ]
-
-
-def paired_csv(lines: Iterable[PairedRow]) -> str:
+def paired_csv(lines: Sequence[PairedRow]) -> str:
     """Won and lost, one line per variant, task and category (empty: all of the task)."""
-    head = ["variant", "task", "metric", "category", "samples", "baseline", "score", "difference",
-            "low", "high", "won", "lost", "p"]  # fmt: skip
+    head = "variant task metric category samples baseline score difference low high won lost p"
     body = []
     for p in lines:
         r = p.result
         numbers = [f"{n:.6g}" for n in (r.baseline, r.variant, r.difference, r.low, r.high)]
         before = [p.variant, p.row.task, p.row.metric, p.category or "", r.samples]
         body.append([*before, *numbers, r.won, r.lost, f"{r.p:.6g}"])
-    return csv_text(head, body)
+    return csv_text(head.split(), body)
 
 
 def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """OCRBench as header and lines: sub-tasks, a total per group and of all."""
-    variants = [v for v in comparison.table.variants if v in comparison.ocrbench]
     baseline = comparison.table.baseline
-    changes = [v for v in variants if v != baseline] if baseline in variants else []
-    head = ["Group", "Sub-task", *variants, *(f"{v} change" for v in changes)]
-    lines: list[list[Any]] = []
-
-    def add(group: str, name: str, found: Mapping[str, ocrbench.Count | None]) -> None:
-        told = [f"{c.right:g}/{c.of}" if c else MISSING for c in found.values()]
-        lines.append([group, name, *told, *(_gain(found[baseline], found[v]) for v in changes)])
-
-    counts = {v: comparison.ocrbench[v] for v in variants}
+    counts = {
+        v: comparison.ocrbench[v] for v in comparison.table.variants if v in comparison.ocrbench
+    }
+    changes = [v for v in counts if v != baseline] if baseline in counts else []
+    head = ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)]
+    rows = []
     for group, kinds in ocrbench.GROUPS.items():
-        for kind in kinds:
-            add(group, kind, {v: own.get(kind) for v, own in counts.items()})
+        rows += [(group, kind, {v: own.get(kind) for v, own in counts.items()}) for kind in kinds]
         if len(kinds) > 1:
-            add(
-                group,
-                "Subtotal",
-                {v: ocrbench.grouped(own).get(group) for v, own in counts.items()},
-            )
-    add("", "Total", {v: ocrbench.total(own) for v, own in counts.items()})
+            sums = {v: ocrbench.grouped(own).get(group) for v, own in counts.items()}
+            rows.append((group, "Subtotal", sums))
+    rows.append(("", "Total", {v: ocrbench.total(own) for v, own in counts.items()}))
+    lines = []
+    for group, name, found in rows:
+        told = [f"{c.right:g}/{c.of}" if c else MISSING for c in found.values()]
+        for before, after in ((found[baseline], found[v]) for v in changes):
+            if before is None or after is None:
+                told.append(MISSING)
+            else:  # points gained, where both are of as many samples
+                same, gained = before.of == after.of, after.right - before.right
+                told.append(f"{gained:+g}" if same else "other samples")
+        lines.append([group, name, *told])
     return head, lines
-
-
-def _gain(before: ocrbench.Count | None, after: ocrbench.Count | None) -> str:
-    """Points gained, where both sides are there and of as many samples."""
-    if before is None or after is None:
-        return MISSING
-    return f"{after.right - before.right:+g}" if before.of == after.of else "other samples"
 
 
 def _ocrbench_markdown(comparison: Comparison) -> str:
@@ -206,10 +181,10 @@ def _ocrbench_markdown(comparison: Comparison) -> str:
 
 
 def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
-    baseline = comparison.table.baseline
     text = (
-        f"On lost samples the variant's answer is judged, on won ones {baseline}'s. The samples "
-        "are in [failures.html](failures.html), with the rules.\n\n"
+        "On lost samples the variant's answer is judged, on won ones "
+        f"{comparison.table.baseline}'s. The samples are in [failures.html](failures.html), with "
+        "the rules.\n\n"
     )
     names = {row.id: row.name for row in examples.looked_at}
     lines = [
@@ -221,30 +196,32 @@ def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
     """Everything as JSON types."""
-    table = comparison.table
-    scores = {
-        v: {row.id: dataclasses.asdict(cell) for row in table.rows if (cell := table.cell(v, row))}
-        for v in table.variants
-    }
-    plain: dict[str, Any] = {
+    table, roles = comparison.table, _has_roles(comparison)
+    shares = recovery(table) if roles else {}
+    return {
         "baseline": table.baseline,
         "original": table.original,
         "variants": {
             v.name: {"folder": str(v.folder), "model": v.model} for v in comparison.variants
         },
-        "rows": [{"id": r.id, **dataclasses.asdict(r)} for r in table.rows],
-        "scores": scores,
+        "rows": [{"id": r.id, **asdict(r)} for r in table.rows],
+        "scores": {
+            v: {row.id: asdict(cell) for row in table.rows if (cell := table.cell(v, row))}
+            for v in table.variants
+        },
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
-        "recovered": {},
-        "recovered_notes": [],
+        "recovered": {
+            v: {group: asdict(share) for group, share in of.items()} for v, of in shares.items()
+        },
+        "recovered_notes": unlike_samples(comparison.variants, table) if roles else [],
         "paired": [
             {"variant": p.variant, "row": p.row.id, "category": p.category}
-            | dataclasses.asdict(p.result)
+            | asdict(p.result)
             | {"difference": p.result.difference}
             for p in comparison.paired
         ],
         "ocrbench": {
-            v: {kind: dataclasses.asdict(c) for kind, c in counts.items()}
+            v: {kind: asdict(c) for kind, c in counts.items()}
             for v, counts in comparison.ocrbench.items()
         },
         "failure_modes": [
@@ -253,13 +230,6 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
         ],
         "notes": [*comparison.notes, *examples.notes],
     }
-    if _has_roles(comparison):
-        plain["recovered"] = {
-            v: {group: dataclasses.asdict(share) for group, share in shares.items()}
-            for v, shares in recovery(table).items()
-        }
-        plain["recovered_notes"] = unlike_samples(comparison.variants, table)
-    return plain
 
 
 def headline(comparison: Comparison, examples: Examples, files: Sequence[Path]) -> str:
@@ -269,4 +239,4 @@ def headline(comparison: Comparison, examples: Examples, files: Sequence[Path]) 
         for outcome in (LOST, WON):
             total = sum(example.outcome == outcome for example in examples.found)
             lines.append(f"reading samples {outcome}: {total:,}")
-    return "\n".join([*lines, *(str(path) for path in files)])
+    return "\n".join([*lines, *map(str, files)])

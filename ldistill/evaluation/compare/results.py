@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,8 @@ _RESULTS = "_results.json"
 # Tasks write others of that ending: submissions/coco_captions_val2014_alg_results.json, a list.
 _NAME = re.compile(rf"\d{{8}}_\d{{6}}{re.escape(_RESULTS)}")
 _STEP = re.compile(r"(?:eval/)?step-(\d+)/")
-_NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"}
-_NOT_METRICS |= {"resps", "filtered_resps", "token_counts"}
+_NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media", "resps"}
+_NOT_METRICS |= {"filtered_resps", "token_counts"}
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
 Record = tuple[Path, dict[str, Any]]
@@ -92,16 +92,14 @@ class TaskResult:
     def _lines(self) -> tuple[dict[int, list[Sample]], int]:
         found: dict[int, list[Sample]] = {}
         bad = 0
-        if not self.samples_path.is_file():
-            return found, bad
-        with self.samples_path.open(encoding="utf-8") as lines:
-            for line in filter(str.strip, lines):
-                try:
-                    sample = _sample(json.loads(line))
-                except (KeyError, TypeError, ValueError):
-                    bad += 1
-                else:
-                    found.setdefault(sample.doc_id, []).append(sample)
+        text = self.samples_path.read_text("utf-8") if self.samples_path.is_file() else ""
+        for line in filter(str.strip, text.split("\n")):
+            try:
+                sample = _sample(json.loads(line))
+            except (KeyError, TypeError, ValueError):
+                bad += 1
+            else:
+                found.setdefault(sample.doc_id, []).append(sample)
         return found, bad
 
 
@@ -120,19 +118,12 @@ def _answer(responses: Any) -> str:
     """The text that was scored; for multiple choice the number of the likeliest choice."""
     if isinstance(responses, str):
         return responses
-    if not isinstance(responses, Sequence) or not responses:
+    if not isinstance(responses, list) or not responses:
         return ""
-    if all(isinstance(r, Sequence) and not isinstance(r, str) and len(r) == 2 for r in responses):
-        losses = [_number(loss) for loss, _ in responses]
+    if all(isinstance(response, list) and len(response) == 2 for response in responses):
+        losses = [float(loss) for loss, _ in responses]
         return f"choice {losses.index(min(losses))}"
     return _answer(responses[0])
-
-
-def _number(text: Any) -> float:
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.inf
 
 
 # ---- results files ----
@@ -187,11 +178,9 @@ def _is_score(key: str, value: Any) -> bool:
 
 def other_row(result: TaskResult) -> Row:
     """A row for a task of no suite: its first metric of which more is better."""
-    for key in result.scores:
-        metric, filter = key.split(",", 1)
-        if result.higher_is_better.get(metric, True):
-            return Row(result.task, result.task, OTHER, metric, filter)
-    return Row(result.task, result.task, OTHER, "score")
+    keys = (key.split(",", 1) for key in result.scores)
+    better = (key for key in keys if result.higher_is_better.get(key[0], True))
+    return Row(result.task, result.task, OTHER, *next(better, ["score"]))
 
 
 def _model_of(record: Mapping[str, Any]) -> str:
@@ -223,11 +212,7 @@ def read_variants(
 
     A folder whose subfolders hold results of different models gives a variant per subfolder. Files
     (logs that `runs/*` brings along) are passed over; so is a folder that is not there or holds no
-    results, as long as another does.
-
-    Args:
-        arguments: folders, named or not.
-        tell: gets a sentence on each of these folders.
+    results, as long as another does: `tell` gets a sentence on each.
 
     Raises:
         FileNotFoundError: no folder holds results, or there is none.
@@ -237,30 +222,29 @@ def read_variants(
     variants: list[Variant] = []
     empty: list[str] = []
     for argument in arguments:
-        name, folder = _split(argument)
-        if name is None and folder.is_file():
+        name, equals, path = argument.partition("=")
+        named = bool(equals and name) and "/" not in name and not Path(argument).exists()
+        folder = Path(path if named else argument).expanduser()
+        if not named and folder.is_file():
             continue
+        name = name if named else _folder_name(folder)
         try:
-            variants += _of_folder(name, folder)
+            variants += _of_folder(name, folder, named)
         except NoResults as error:
-            empty.append(f"{name or _folder_name(folder)} is left out: {error}")
+            empty.append(f"{name} is left out: {error}")
     if not variants:
         none = ["no folder among the arguments: give run or results folders."]
         raise NoResults("nothing to compare.\n  " + "\n  ".join(empty or none))
     for sentence in empty:
         tell(sentence)
-    names = [variant.name for variant in variants]
-    if doubled := next((name for name in names if names.count(name) > 1), None):
-        places = ", ".join(str(v.folder) for v in variants if v.name == doubled)
-        raise ValueError(f"two variants are called {doubled!r} ({places}): name them, NAME=DIR.")
+    places: dict[str, list[str]] = {}
+    for variant in variants:
+        places.setdefault(variant.name, []).append(str(variant.folder))
+    for name, folders in places.items():
+        if len(folders) > 1:
+            where = ", ".join(folders)
+            raise ValueError(f"two variants are called {name!r} ({where}): name them, NAME=DIR.")
     return variants
-
-
-def _split(argument: str) -> tuple[str | None, Path]:
-    name, equals, folder = argument.partition("=")
-    if equals and name and "/" not in name and not Path(argument).exists():
-        return name, Path(folder).expanduser()
-    return None, Path(argument).expanduser()
 
 
 def _folder_name(folder: Path) -> str:
@@ -270,19 +254,19 @@ def _folder_name(folder: Path) -> str:
     return path.name
 
 
-def _of_folder(name: str | None, folder: Path) -> list[Variant]:
+def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
     files = _found(folder)
-    if only := _of_one_model(name or _folder_name(folder), folder, files):
+    if only := _of_one_model(name, folder, files):
         return [only]
     parts: dict[str, list[Record]] = {}
     for path, record in files:
         parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
     each = {part: _of_one_model(part, folder / part, inside) for part, inside in parts.items()}
-    mixed = [folder] if name else [folder / part for part, found in each.items() if not found]
+    mixed = [folder] if named else [folder / part for part, found in each.items() if not found]
     if mixed:
-        inside = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
+        models = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
         raise ValueError(
-            f"{mixed[0]} holds results of several models ({', '.join(sorted(inside))}): give the "
+            f"{mixed[0]} holds results of several models ({', '.join(sorted(models))}): give the "
             "folder of each one, NAME=DIR."
         )
     return list(each.values())
@@ -292,10 +276,9 @@ def _found(folder: Path) -> list[Record]:
     """Results files below a folder, oldest first."""
     files = [(path, load_results(path)) for path in results_files(folder)]
     if not files:
-        samples = next(folder.rglob("*_samples_*.jsonl"), None)
         student = folder if (folder / "student").is_dir() else "..."
         hint = f"Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
-        if samples:
+        if samples := next(folder.rglob("*_samples_*.jsonl"), None):
             hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
         kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
         raise NoResults(f"{folder} {kind} (*{_RESULTS}). {hint}")
@@ -304,10 +287,9 @@ def _found(folder: Path) -> list[Record]:
 
 def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:
     """The variant whose results these are; None where they are of several models."""
-    taken, note = _of_run(folder, files)
+    taken, notes = _of_run(folder, files)
     if not taken and len({_model_of(record) for _, record in files}) > 1:
         return None
-    notes = [note] if note else []
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
     for path, record in taken or files:
@@ -321,7 +303,7 @@ def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | Non
     return Variant(name, folder, model, tasks, tuple(f"{name}: {note}" for note in notes))
 
 
-def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], str | None]:
+def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]:
     """Results of a run's own student, else of its last step evaluated; and what to say of it.
 
     ``folder`` is the run's or its ``eval``. Where there are steps, what lies outside of them and
@@ -340,11 +322,10 @@ def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], str | None
     ]
     if steps and len({_model_of(record) for _, record in outside}) == 1:
         final = final or outside
-    if final:
-        left = len(files) - len(final)
+    if final and (left := len(files) - len(final)):
         note = f"results of {left} other evaluations in {folder} (steps in between) left aside."
-        return final, note if left else None
-    if steps and not outside:
+        return final, [note]
+    if steps and not outside and not final:
         last = max(steps)
-        return steps[last], f"evaluated during training, at step {last}."
-    return [], None
+        return steps[last], [f"evaluated during training, at step {last}."]
+    return final, []

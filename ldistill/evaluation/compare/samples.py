@@ -25,18 +25,15 @@ import numpy as np
 from ldistill.evaluation.compare.results import Sample, Variant
 from ldistill.evaluation.suites import Row
 
-CATEGORY_COLUMNS: dict[str, str] = {
+CATEGORY_COLUMNS = {
     "scienceqa": "subject",
     "docvqa_val": "question_types",
     "infovqa_val": "answer_type",
 }
 """Task → column of its data that names the category, where the samples themselves don't."""
-
 USUAL_COLUMNS = ("category", "subject", "question_type", "topic")
 """Columns tried for every other task."""
-
 RESAMPLES = 10_000
-CONFIDENCE = 0.95
 DRAWN_AT_ONCE = 1 << 20
 """Counts in memory while resampling: graded scores have as many distinct values as samples."""
 
@@ -51,22 +48,19 @@ def sample_score(sample: Sample, row: Row) -> float | None:
         if "parsed_pred" in value:
             return _mmmu(value)
         value = value.get("score", value.get(row.metric))
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _mmmu(value: Mapping[str, Any]) -> float | None:
     """MMMU judges when it aggregates; choices are compared here, open answers by its own code."""
+    gold, parsed = value["answer"], value["parsed_pred"]
     if value.get("question_type") == "multiple-choice":
-        gold = value["answer"]
-        allowed = gold if isinstance(gold, list) else [gold]
-        return float(any(parsed in allowed for parsed in value["parsed_pred"]))
+        return float(any(one in (gold if isinstance(gold, list) else [gold]) for one in parsed))
     try:
         from lmms_eval.tasks.mmmu.utils import eval_open
     except ImportError:
         return None
-    return float(any(eval_open(value["answer"], parsed) for parsed in value["parsed_pred"]))
+    return float(any(eval_open(gold, one) for one in parsed))
 
 
 def sample_categories(sample: Sample, row: Row) -> tuple[str, ...]:
@@ -83,12 +77,10 @@ def sample_categories(sample: Sample, row: Row) -> tuple[str, ...]:
 def document_categories(document: Mapping[str, Any], task: str) -> tuple[str, ...]:
     """Categories by the task's data; a document may have several (DocVQA)."""
     columns = (CATEGORY_COLUMNS[task],) if task in CATEGORY_COLUMNS else USUAL_COLUMNS
-    for column in columns:
-        value = document.get(column)
-        if isinstance(value, str) and value:
-            return (value,)
-        if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
-            return tuple(value)
+    for value in map(document.get, columns):
+        values = value if isinstance(value, list) else [value]
+        if any(values) and all(isinstance(v, str) for v in values):
+            return tuple(values)
     return ()
 
 
@@ -119,31 +111,28 @@ def match(row: Row, baseline: Variant, variant: Variant) -> Match:
     """Pair the samples of a row's task; no pairs and a gap where that cannot be done."""
     gaps: list[str] = []
     first, second = (_scored(v, row, gaps) for v in (baseline, variant))
-    pairs: list[Pair] = []
-    if first and second:
-        names = (baseline.name, variant.name)
-        for (name, own), (than, other) in (
-            ((names[0], first), (names[1], second)),
-            ((names[1], second), (names[0], first)),
-        ):
-            if only := len(own.keys() - other.keys()):
-                gaps.append(f"{only:,} samples of {name} are not among {than}'s")
-        both = sorted(first.keys() & second.keys())
-        pairs = [
-            Pair(a, b, before, after)
-            for (a, before), (b, after) in ((first[doc], second[doc]) for doc in both)
-            if (a.question, a.target) == (b.question, b.target)
-        ]
-        if different := len(both) - len(pairs):
-            gaps.append(
-                f"{different:,} samples have another prompt or expected answer in {names[1]} than "
-                f"in {names[0]} (another version of the data, or another prompt format?)"
-            )
+    if not (first and second):
+        return Match(row, variant.name, (), tuple(gaps))
+    sides = (baseline.name, first), (variant.name, second)
+    for (name, own), (than, other) in (sides, sides[::-1]):
+        if only := len(own.keys() - other.keys()):
+            gaps.append(f"{only:,} samples of {name} are not among {than}'s")
+    both = sorted(first.keys() & second.keys())
+    pairs = [
+        Pair(a, b, before, after)
+        for (a, before), (b, after) in ((first[doc], second[doc]) for doc in both)
+        if (a.question, a.target) == (b.question, b.target)
+    ]
+    if different := len(both) - len(pairs):
+        gaps.append(
+            f"{different:,} samples have another prompt or expected answer in {variant.name} than "
+            f"in {baseline.name} (another version of the data, or another prompt format?)"
+        )
     return Match(row, variant.name, tuple(pairs), tuple(gaps))
 
 
 def _scored(variant: Variant, row: Row, gaps: list[str]) -> dict[int, tuple[Sample, float]]:
-    """Document → sample and score."""
+    """Document → sample and score; what is lacking goes to ``gaps``."""
     name, result = variant.name, variant.tasks.get(row.task)
     if result is None:
         gaps.append(f"{name} has no results")
@@ -199,28 +188,14 @@ class Paired:
         return self.variant - self.baseline
 
 
-def paired(
-    baseline: Sequence[float],
-    variant: Sequence[float],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Paired:
+def paired(baseline: Sequence[float], variant: Sequence[float]) -> Paired:
     """Compare two score vectors [samples], at least one, whose entries are of the same samples."""
     first, second = np.asarray(baseline, float), np.asarray(variant, float)
     difference = second - first
     won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    low, high = bootstrap_interval(difference, resamples=resamples, seed=seed)
-    return Paired(
-        samples=len(first),
-        baseline=float(first.mean()),
-        variant=float(second.mean()),
-        won=won,
-        lost=lost,
-        low=low,
-        high=high,
-        p=mcnemar(won, lost),
-    )
+    means = float(first.mean()), float(second.mean())
+    interval = bootstrap_interval(difference)
+    return Paired(len(first), *means, won, lost, *interval, mcnemar(won, lost))
 
 
 def mcnemar(won: int, lost: int) -> float:
@@ -233,11 +208,7 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = 0,
+    values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, confidence: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of the mean of ``values`` [samples] under resampling of samples.
 
@@ -246,7 +217,7 @@ def bootstrap_interval(
     """
     distinct, counts = np.unique(np.round(np.asarray(values, float), 12), return_counts=True)
     n = counts.sum()
-    rng, most = np.random.default_rng(seed), max(1, DRAWN_AT_ONCE // len(distinct))
+    rng, most = np.random.default_rng(0), max(1, DRAWN_AT_ONCE // len(distinct))
     sizes = [min(most, resamples - done) for done in range(0, resamples, most)]
     means = [rng.multinomial(n, counts / n, size=size) @ distinct / n for size in sizes]
     tail = (1 - confidence) / 2

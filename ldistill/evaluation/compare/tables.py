@@ -39,6 +39,16 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """The paper's columns, in its order."""
 
 
+# How spread, best, change and note of a score are written.
+_MARKDOWN = (" ± {}", "**{}**", " ({})", " <sup>{}</sup>")
+_LATEX = (
+    r"\,{{\scriptsize$\pm${}}}",
+    r"\textbf{{{}}}",
+    r" {{\scriptsize(${}$)}}",
+    r"\textsuperscript{{{}}}",
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """A score over seeds; ``std`` is the sample deviation, None with one seed."""
@@ -46,10 +56,6 @@ class Cell:
     mean: float
     std: float | None = None
     seeds: int = 1
-
-    def text(self, digits: int) -> str:
-        spread = "" if self.std is None else f" ± {self.std:.{digits}f}"
-        return f"{self.mean:.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,7 @@ class ScoreTable:
         return groups
 
     def cell(self, variant: str | None, row: Row) -> Cell | None:
-        return None if variant is None else self.cells.get((variant, row.id))
-
-    def change(self, variant: str, row: Row) -> float | None:
-        """Score less the baseline's; None for the baseline itself or where one is missing."""
-        cell, base = self.cell(variant, row), self.cell(self.baseline, row)
-        if variant == self.baseline or cell is None or base is None:
-            return None
-        return cell.mean - base.mean
+        return self.cells.get((variant, row.id))
 
     def best(self, row: Row) -> set[str]:
         """Variants whose printed score is the highest, the original not counted."""
@@ -95,10 +94,6 @@ class ScoreTable:
         found = (self._note(v, row) for row in self.rows for v in self.variants)
         return {note: i for i, note in enumerate(dict.fromkeys(filter(None, found)), 1)}
 
-    def _note(self, variant: str, row: Row) -> str | None:
-        note = self.notes.get((variant, row.id))
-        return note or (NO_RESULT if self.cell(variant, row) is None else None)
-
     def caption(self) -> str:
         """What the columns and the emphasis mean."""
         parts = ["Best of a row in bold"]
@@ -106,7 +101,7 @@ class ScoreTable:
             parts[0] += f" ({self.original}, the original, not counted)"
         if self.baseline:
             parts.append(f"in brackets the change to {self.baseline}")
-        if any(cell.std is not None for cell in self.cells.values()):
+        if self._seeds:
             parts.append("± is the standard deviation over seeds")
         return "; ".join(parts) + "."
 
@@ -118,31 +113,19 @@ class ScoreTable:
         lines: list[list[str]] = []
         for group, rows in self.groups.items():
             lines.append([f"**{group_title(group)}**"] + [""] * len(self.variants))
-            for row in rows:
-                lines.append([row.name, *(self._markdown(v, row, notes) for v in self.variants)])
+            lines += [[row.name, *self._texts(row, _MARKDOWN, notes)] for row in rows]
         text = markdown_table(head, lines) + f"\n{self.caption()}\n"
         footnotes = "".join(f"{number}. {note}\n" for note, number in notes.items())
         return text + ("\n" + footnotes if footnotes else "")
 
-    def _markdown(self, variant: str, row: Row, notes: Mapping[str, int]) -> str:
-        cell, change = self.cell(variant, row), self.change(variant, row)
-        text = MISSING if cell is None else cell.text(row.digits)
-        if variant in self.best(row):
-            text = f"**{text}**"
-        if change is not None:
-            text += f" ({_signed(change, row)})"
-        note = self._note(variant, row)
-        return text + (f" <sup>{notes[note]}</sup>" if note else "")
-
     def csv(self) -> str:
         """One line per task; per variant a score, and its deviation where there are seeds."""
-        seeds = any(cell.std is not None for cell in self.cells.values())
+        seeds = self._seeds
         columns = [name for v in self.variants for name in ([v, f"{v} std"] if seeds else [v])]
         lines = []
         for row in self.rows:
             line: list[object] = [group_title(row.group), row.name, row.metric]
-            for v in self.variants:
-                cell = self.cell(v, row)
+            for cell in (self.cell(v, row) for v in self.variants):
                 line.append(MISSING if cell is None else f"{cell.mean:.6g}")
                 if seeds:
                     line.append("" if cell is None or cell.std is None else f"{cell.std:.6g}")
@@ -153,17 +136,15 @@ class ScoreTable:
     def latex(self) -> str:
         """A ``table*`` with booktabs rules; needs ``\\usepackage{booktabs}``."""
         notes = self.footnotes()
-        width = len(self.variants) + 1
         lines = [r"\begin{table*}", r"\centering", r"\small"]
         lines += [rf"\begin{{tabular}}{{l{'r' * len(self.variants)}}}", r"\toprule"]
         lines += self._latex_families()
-        lines += [_ampersands(["Task", *(_tex(v) for v in self.variants)])]
+        lines.append(_latex_line(["Task", *map(_tex, self.variants)]))
         for group, rows in self.groups.items():
-            title = rf"\multicolumn{{{width}}}{{l}}{{\textit{{{_tex(group_title(group))}}}}}"
-            lines += [r"\midrule", title + r" \\"]
-            for row in rows:
-                cells = (self._latex(v, row, notes) for v in self.variants)
-                lines.append(_ampersands([_tex(row.name), *cells]))
+            title = rf"\textit{{{_tex(group_title(group))}}}"
+            lines.append(r"\midrule")
+            lines.append(rf"\multicolumn{{{len(self.variants) + 1}}}{{l}}{{{title}}} \\")
+            lines += [_latex_line([_tex(r.name), *self._texts(r, _LATEX, notes)]) for r in rows]
         lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(self.caption())}}}"]
         for note, number in notes.items():
             lines.append(rf"\par\footnotesize\textsuperscript{{{number}}} {_tex(note)}")
@@ -179,20 +160,34 @@ class ScoreTable:
             parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
             rules += [rf"\cmidrule(lr){{{column}-{column + span - 1}}}"] if name else []
             column += span
-        return [_ampersands(["", *parts]), "".join(rules)]
+        return [_latex_line(["", *parts]), "".join(rules)]
 
-    def _latex(self, variant: str, row: Row, notes: Mapping[str, int]) -> str:
-        cell, change = self.cell(variant, row), self.change(variant, row)
-        text = MISSING
-        if cell is not None:
-            text = f"{cell.mean:.{row.digits}f}"
-            if cell.std is not None:
-                text += rf"\,{{\scriptsize$\pm${cell.std:.{row.digits}f}}}"
-            text = rf"\textbf{{{text}}}" if variant in self.best(row) else text
-        if change is not None:
-            text += rf" {{\scriptsize(${_signed(change, row)}$)}}"
-        note = self._note(variant, row)
-        return text + (rf"\textsuperscript{{{notes[note]}}}" if note else "")
+    def _texts(self, row: Row, style: Sequence[str], notes: Mapping[str, int]) -> list[str]:
+        """Every variant's score in a row, with all that is said about it."""
+        spread, bold, changed, footnote = style
+        best, base, texts = self.best(row), self.cell(self.baseline, row), []
+        for variant in self.variants:
+            cell, text = self.cell(variant, row), MISSING
+            if cell is not None:
+                text = f"{cell.mean:.{row.digits}f}"
+                text += "" if cell.std is None else spread.format(f"{cell.std:.{row.digits}f}")
+            if variant in best:
+                text = bold.format(text)
+            if variant != self.baseline and cell is not None and base is not None:
+                change = round(cell.mean - base.mean, row.digits) + 0.0  # never -0
+                text += changed.format(f"{change:+.{row.digits}f}")
+            if note := self._note(variant, row):
+                text += footnote.format(notes[note])
+            texts.append(text)
+        return texts
+
+    def _note(self, variant: str, row: Row) -> str | None:
+        note = self.notes.get((variant, row.id))
+        return note or (NO_RESULT if self.cell(variant, row) is None else None)
+
+    @property
+    def _seeds(self) -> bool:
+        return any(cell.std is not None for cell in self.cells.values())
 
 
 def score_table(
@@ -213,19 +208,15 @@ def score_table(
         notes: footnotes by (variant, row id).
     """
     rows = tuple(rows)
-    found = {(v, row.id): _cell(of_v.get(row.id)) for v, of_v in scores.items() for row in rows}
-    cells = {place: cell for place, cell in found.items() if cell is not None}
+    cells = {}
+    for variant, own in scores.items():
+        for row in rows:
+            score = own.get(row.id)
+            seeds = score if isinstance(score, Sequence) else [score]
+            if values := [value for value in seeds if value is not None]:
+                std = statistics.stdev(values) if len(values) > 1 else None
+                cells[variant, row.id] = Cell(statistics.fmean(values), std, len(values))
     return ScoreTable(rows, order(scores, original), cells, baseline, original, notes or {})
-
-
-def _cell(score: float | Sequence[float] | None) -> Cell | None:
-    if score is None:
-        return None
-    values = [score] if isinstance(score, (int, float)) else [s for s in score if s is not None]
-    if not values:
-        return None
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return Cell(statistics.fmean(values), std, len(values))
 
 
 def order(variants: Iterable[str], original: str | None = None) -> tuple[str, ...]:
@@ -257,13 +248,8 @@ def csv_text(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return out.getvalue()
 
 
-def _ampersands(cells: Sequence[str]) -> str:
+def _latex_line(cells: Sequence[str]) -> str:
     return " & ".join(cells) + r" \\"
-
-
-def _signed(change: float, row: Row) -> str:
-    """A change with its sign; one that rounds to nothing is +0."""
-    return f"{round(change, row.digits) + 0.0:+.{row.digits}f}"
 
 
 _TEX = {c: "\\" + c for c in "&%$#_{}"} | {

@@ -20,8 +20,9 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +34,32 @@ from ldistill.evaluation.compare.results import Sample, TaskResult
 TEXT_COLUMNS = ("ocr", "ocr_text", "ocr_tokens", "picture_text", "words")
 _PICTURE_IDS = (("image_url",), ("ucsf_document_id", "ucsf_document_page_no"), ("image_id",))
 _QUESTION_COLUMNS = ("question", "query", "prompt", "context")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _LOADER_KEYS = ("data_files", "data_dir", "revision", "cache_dir")
-_LONGEST_SIDE = 640
 
 
 @dataclass
 class TaskData:
-    """The documents of one task, or the reason why they are not at hand.
-
-    Args:
-        documents: indexed by ``doc_id``; None when they could not be loaded.
-        reason: why not, as a clause.
-        folder: where picture files are looked for that the data names by relative path.
-        read: whether to read pictures with tesseract where the data holds no text.
-    """
+    """The documents of one task, or the reason why they are not at hand."""
 
     documents: Sequence[Mapping[str, Any]] | None
+    """Indexed by ``doc_id``; None when they could not be loaded."""
     reason: str = ""
+    """Why not, as a clause."""
     folder: Path = Path()
+    """Where picture files are looked for that the data names by relative path."""
     read: bool = True
-    _read: dict[str, str] = field(default_factory=dict)
+    """Whether to read pictures with tesseract where the data holds no text."""
 
     def document(self, sample: Sample) -> Mapping[str, Any] | None:
-        """The document of a sample, checked against its prompt."""
+        """The document of a sample, whose question (or any text) must stand in its prompt."""
         if self.documents is None or not 0 <= sample.doc_id < len(self.documents):
             return None
         document = self.documents[sample.doc_id]
-        return document if _asked(document, sample.question) else None
+        texts = {key: value.strip() for key, value in document.items() if isinstance(value, str)}
+        questions = [texts[column] for column in _QUESTION_COLUMNS if texts.get(column)]
+        known = (text for text in questions or texts.values() if len(text) >= 2)
+        return document if any(text in sample.question for text in known) else None
 
     def pictures(self, sample: Sample) -> list[bytes]:
         """Encoded pictures of a sample's document; empty without any."""
@@ -80,51 +80,53 @@ class TaskData:
             if texts := tuple(_texts(document.get(column))):
                 return PictureText(texts, "the picture's text (by its data set)", whole=True)
         seen = self.pictures(sample) if self.read and shutil.which("tesseract") else []
-        if read := "\n".join(filter(None, map(self._tesseract, seen))):
+        if read := "\n".join(filter(None, map(read_text, seen))):
             return PictureText((read,), "the picture's text (as tesseract reads it)", whole=True)
         others = (i for i in self._same_picture.get(sample.doc_id, ()) if i in samples)
         answers = (accepted_answers(samples[i].target) for i in others if i != sample.doc_id)
         known = tuple(answer for accepted in answers for answer in accepted)
         return PictureText(known, "the answer to another question about this picture")
 
-    def _tesseract(self, picture: bytes) -> str:
-        key = hashlib.sha1(picture).hexdigest()
-        if key not in self._read:
-            self._read[key] = read_text(picture)
-        return self._read[key]
-
     @cached_property
     def _same_picture(self) -> dict[int, list[int]]:
-        """Document → all documents of its picture."""
+        """Document → all documents of its picture, which is known by its id or its bytes."""
         same: dict[str, list[int]] = {}
         for doc_id in range(len(self.documents or ())):
-            if key := _picture_key(self.documents[doc_id], self.folder):
+            document = self.documents[doc_id]
+            ids = ([document.get(column) for column in columns] for columns in _PICTURE_IDS)
+            key = next(("\n".join(map(str, own)) for own in ids if not {None, ""} & {*own}), None)
+            if key is None and (picture := next(_pictures(document, self.folder), None)):
+                key = hashlib.sha1(picture).hexdigest()
+            if key:
                 same.setdefault(key, []).append(doc_id)
         return {doc_id: documents for documents in same.values() for doc_id in documents}
 
 
 def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
-    """The documents a result was made from, if this machine has them.
+    """The documents that a result's configuration names, if this machine has them.
 
     Args:
-        result: of any variant; its configuration names the data set.
+        result: of any variant.
         read: see `TaskData`.
     """
     config = result.config
-    path = config.get("dataset_path")
+    path, name = config.get("dataset_path"), config.get("dataset_name")
     split = config.get("test_split") or config.get("validation_split")
     if not path or not split:
         return TaskData(None, "the results file names no data set", read=read)
-    name = config.get("dataset_name")
-    where = f"data set {path}{f' ({name})' if name else ''}, split {split},"
     kwargs = config.get("dataset_kwargs") or {}
     try:
         with _offline():
             documents = _load(path, name, split, kwargs)
     except Exception as error:  # whatever a loader raises, the comparison goes on without pictures
         line = (str(error).splitlines() or [""])[0]
+        where = f"data set {path}{f' ({name})' if name else ''}, split {split},"
         return TaskData(None, f"{where} is not on this machine ({line})", read=read)
-    return TaskData(documents, folder=_data_folder(kwargs), read=read)
+    files = kwargs.get("data_files")
+    while isinstance(files, (Mapping, list)):
+        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
+    folder = Path(files).parent if isinstance(files, str) else Path()
+    return TaskData(documents, folder=folder, read=read)
 
 
 def _load(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
@@ -156,56 +158,22 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
-def _data_folder(kwargs: Mapping[str, Any]) -> Path:
-    """Folder of the first local data file."""
-    files = kwargs.get("data_files")
-    while isinstance(files, (Mapping, list)):
-        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
-    return Path(files).parent if isinstance(files, str) else Path()
-
-
-def _asked(document: Mapping[str, Any], prompt: str) -> bool:
-    """Whether the document's question, or lacking one any text of it, stands in the prompt."""
-    texts = {key: value.strip() for key, value in document.items() if isinstance(value, str)}
-    questions = [texts[column] for column in _QUESTION_COLUMNS if texts.get(column)]
-    return any(text in prompt for text in questions or texts.values() if len(text) >= 2)
-
-
 def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
-    for value in document.values():
-        for part in value if isinstance(value, list) else [value]:
-            picture = _picture(part, folder)
-            if picture is not None:
-                yield picture
-
-
-def _picture(value: Any, folder: Path) -> bytes | None:
-    """Encoded picture of a field: bytes, a data URI, a file, or None if it is no picture."""
-    if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-        return value.get("bytes") or _file(value.get("path"), folder)
-    if isinstance(value, Image.Image):
-        encoded = io.BytesIO()
-        value.save(encoded, "PNG")
-        return encoded.getvalue()
-    if isinstance(value, str):
-        if value.startswith("data:image/"):
-            return base64.b64decode(value.partition(",")[2])
-        if value.lower().endswith((".png", ".jpg", ".jpeg", ".webp")):
-            return _file(value, folder)
-    return None
-
-
-def _file(name: str | None, folder: Path) -> bytes | None:
-    path = folder / name if name else None
-    return path.read_bytes() if path is not None and path.is_file() else None
-
-
-def _picture_key(document: Mapping[str, Any], folder: Path) -> str | None:
-    for columns in _PICTURE_IDS:
-        if all(document.get(column) not in (None, "") for column in columns):
-            return "\n".join(str(document[column]) for column in columns)
-    picture = next(_pictures(document, folder), None)
-    return None if picture is None else hashlib.sha1(picture).hexdigest()
+    """Encoded pictures of its fields: bytes, pictures, data URIs, names of files."""
+    fields = (value if isinstance(value, list) else [value] for value in document.values())
+    for value in chain.from_iterable(fields):
+        name = value.get("path") if isinstance(value, Mapping) else value
+        if isinstance(value, Image.Image):
+            encoded = io.BytesIO()
+            value.save(encoded, "PNG")
+            yield encoded.getvalue()
+        elif isinstance(value, Mapping) and value.get("bytes"):
+            yield value["bytes"]
+        elif isinstance(name, str) and name.startswith("data:image/"):
+            yield base64.b64decode(name.partition(",")[2])
+        elif isinstance(name, str) and name.lower().endswith(_PICTURES):
+            path = folder / name
+            yield from [path.read_bytes()] if path.is_file() else []
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -236,23 +204,24 @@ def _json(text: str) -> Any:
         return None
 
 
-def read_text(picture: bytes, seconds: float = 60) -> str:
-    """What tesseract reads in a picture; empty when it fails."""
+@cache
+def read_text(picture: bytes) -> str:
+    """What tesseract reads in a picture within a minute; empty when it fails."""
     command = ["tesseract", "stdin", "stdout"]
     try:
-        done = subprocess.run(command, input=picture, capture_output=True, timeout=seconds)
+        done = subprocess.run(command, input=picture, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else ""
 
 
-def inline_picture(picture: bytes, longest: int = _LONGEST_SIDE) -> str | None:
-    """A picture as a JPEG data URI, sides at most ``longest``; None if it cannot be decoded."""
+def inline_picture(picture: bytes) -> str | None:
+    """A picture as a JPEG data URI, sides at most 640; None if it cannot be decoded."""
     try:
         image = Image.open(io.BytesIO(picture)).convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
-    image.thumbnail((longest, longest))
+    image.thumbnail((640, 640))
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()

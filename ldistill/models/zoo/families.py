@@ -50,8 +50,10 @@ FAMILIES: dict[str, Family] = {
         processor_options={"image_seq_len": 1},
     ),
     "internvl": INTERNVL,
-    "internvl-qwen3": replace(INTERNVL, called="InternVL3.5", lm="qwen3", text={"head_dim": 16}),
-    "internvl-llama": replace(INTERNVL, called="InternVL with Llama", lm="llama"),
+    "internvl-qwen3": replace(
+        INTERNVL, called="InternVL3.5", lm="qwen3", text={"head_dim": 16}, student_text={}
+    ),
+    "internvl-llama": replace(INTERNVL, called="InternVL with Llama", lm="llama", student_text={}),
     "qwen2-vl": QWEN2_VL,
     "qwen2.5-vl": QWEN25_VL,
     "qwen3-vl": QWEN3_VL,

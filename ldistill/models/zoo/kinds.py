@@ -187,6 +187,7 @@ INTERNVL = Family(
     images="GotOcr2ImageProcessor",
     videos="InternVLVideoProcessor",
     template=parts.chatml("<IMG_CONTEXT>\n"),
+    student_text={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     config={"image_seq_length": 4},
     ids={"image_token_id": "<IMG_CONTEXT>"},
     processor_options={"image_seq_length": 4},

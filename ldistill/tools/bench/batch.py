@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -51,8 +50,7 @@ _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
 
 
-@dataclass(frozen=True)
-class BatchShape:
+class BatchShape(NamedTuple):
     """What a batch depends on of a student."""
 
     image_tokens: int  # positions of one picture
@@ -71,29 +69,21 @@ def batch_shape(config: Any) -> BatchShape:
     return BatchShape(tokens, picture, config.image_token_id, base_vocabulary(config))
 
 
-@dataclass(frozen=True)
-class RowCounts:
+class RowCounts(NamedTuple):
     """What one packed row holds on average, over many."""
 
     tokens: float
-    tiles: float
     pairs: float
+    tiles: float
     targets: float
     queries: float
     query_pairs: float
 
     def times(self, rows: float, length: int, *, teacher: bool = True) -> StepCounts:
         """Counts of so many rows, with or without a teacher."""
-        taught = rows if teacher else 0
-        return StepCounts(
-            positions=round(rows * length),
-            pairs=round(rows * self.pairs),
-            tiles=round(rows * self.tiles),
-            targets=round(rows * self.targets),
-            queries=round(taught * self.queries),
-            query_pairs=round(taught * self.query_pairs),
-            taught=round(taught * self.queries),
-        )
+        student = (rows * each for each in (length, self.pairs, self.tiles, self.targets))
+        taught = (rows * teacher * each for each in (self.queries, self.query_pairs, self.queries))
+        return StepCounts(*map(round, student), *map(round, taught))
 
 
 class _Document(NamedTuple):
@@ -121,18 +111,14 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
     documents = list(_documents(image_tokens, rows, limit, 0))
     taught = [document for document in documents if alphas[document.source] > 0]
 
-    def seen(document: _Document) -> int:
-        """Positions the answer's rows see: one more from row to row, the last sees length - 1."""
-        last = document.length - 1
-        return document.answer * last - document.answer * (document.answer - 1) // 2
-
     return RowCounts(
-        tokens=sum(document.length for document in documents) / rows,
+        tokens=sum(d.length for d in documents) / rows,
+        pairs=sum(d.length * (d.length + 1) // 2 for d in documents) / rows,
         tiles=len(documents) / rows,
-        pairs=sum(document.length * (document.length + 1) // 2 for document in documents) / rows,
-        targets=sum(document.answer for document in documents) / rows,
-        queries=sum(document.answer for document in taught) / rows,
-        query_pairs=sum(map(seen, taught)) / rows,
+        targets=sum(d.answer for d in documents) / rows,
+        queries=sum(d.answer for d in taught) / rows,
+        # one more position from token to token of the answer; the last sees length - 1
+        query_pairs=sum(d.answer * (2 * d.length - d.answer - 1) // 2 for d in taught) / rows,
     )
 
 

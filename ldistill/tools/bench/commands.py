@@ -19,6 +19,8 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from ldistill.sources import split_names
+
 app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=True)
 
 MODES = "ce,naive,ours"
@@ -32,21 +34,17 @@ Count = int | None
 
 def _names(text: str, known: str, what: str) -> tuple[str, ...]:
     """Names between commas, each of them known."""
-    found = _split(text)
+    found = split_names(text)
     if not found or not set(found) <= set(known.split(",")):
         raise typer.BadParameter(f"{what} must be among {known}, got {text!r}.")
-    return found
+    return tuple(found)
 
 
 def _numbers(text: str, what: str) -> tuple[int, ...]:
-    found = _split(text)
+    found = split_names(text)
     if not found or not all(number.isdecimal() for number in found):
         raise typer.BadParameter(f"{what} must be numbers from 0, by commas, got {text!r}.")
     return tuple(map(int, found))
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @app.command("step")
@@ -73,25 +71,23 @@ def step_command(
     """One training step with random weights: labels alone, naive distillation, ours."""
     from ldistill.tools.bench import report, step
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    say = partial(console.print, highlight=False)
+    console, say = _console()
     chosen = _names(modes, MODES, "modes")
     sizes = (pair, rows, length, steps, warmup)
     how = (device, dtype, kernels, attention, mix, chosen, memory, compile, checkpointing)
     options = step.StepOptions(*sizes, *how).resolved()
-    say(report.describe(options))
+    say(str(options))
     results = step.measure_step(options, say)
-    console.print(report.step_table(results).rich())
-    console.print(report.parts_table(results).rich())
-    for result in results:
-        if result.compile_gain is not None:
-            say(f"{result.mode}: {result.compile_gain:.2f} × as fast as with eager blocks")
+    for table in report.step_tables(results):
+        console.print(table.rich())
+    for row in results:
+        if gain := row["compile_gain"]:
+            say(f"{row['mode']}: {gain:.2f} × as fast as with eager blocks")
     if plot:
-        report.draw_profile(results, report.describe(results[0].options), plot)
+        report.draw_profile(results, str(options), plot)
         say(f"where the time goes: {plot}")
     if csv:
-        packages = ("ldistill", "torch", "transformers", "triton")
-        report.append_csv(csv, report.step_rows(results), packages)
+        report.append_csv(csv, results, ("ldistill", "torch", "transformers", "triton"))
         say(f"rows appended to {csv}")
 
 
@@ -117,12 +113,12 @@ def data_command(
     """Samples/s and memory of our loader, webdataset and datasets on the same shards."""
     from ldistill.tools.bench import data, report
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    say = partial(console.print, highlight=False)
+    console, say = _console()
     how = {"loaders": _names(loaders, LOADERS, "loaders"), "seconds": seconds, "say": say}
     counts, factors = _numbers(workers, "workers"), _numbers(grow, "grow") if grow else ()
     sizes = {"batch": batch, "limit": max_length, "buffer": buffer}
-    setup = data.open_setup(shards, student, tokenizer, _split(sources or "") or None, **sizes)
+    chosen = split_names(sources) if sources else None
+    setup = data.open_setup(shards, student, tokenizer, chosen, **sizes)
     index, size = setup.index, sum(shard.bytes for shard in setup.index.shards) / 1e6
     say(
         f"{len(index):,} samples in {len(index.shards)} shards ({size:,.1f} MB), batches of "
@@ -138,9 +134,8 @@ def data_command(
             say(f"memory over samples: {plot}")
         results += growth
     if csv:
-        given = {"batch": batch, "max_length": max_length, "buffer": buffer, "seconds": seconds}
-        packages = ("ldistill", "torch", "webdataset", "datasets")
-        report.append_csv(csv, report.data_rows(results, given), packages)
+        rows = [row | {"seconds": seconds} for row in results]
+        report.append_csv(csv, rows, ("ldistill", "torch", "webdataset", "datasets"))
         say(f"rows appended to {csv}")
 
 
@@ -154,3 +149,9 @@ def kernels(
     script = package / "benchmarks" / f"{which}.py"
     command = [sys.executable, str(script), *context.args]
     sys.exit(subprocess.run(command, check=False).returncode)
+
+
+def _console():
+    """A console as wide as its tables, and a function that says a line on it."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    return console, partial(console.print, highlight=False)

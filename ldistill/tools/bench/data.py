@@ -30,9 +30,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import webdataset as wds
+from datasets import load_dataset
 from torch.utils.data import DataLoader
 
 from ldistill.common.samples import Turn
@@ -42,6 +44,7 @@ from ldistill.data.loader import make_loader, truncate
 from ldistill.data.store import INDEX_NAME, SAMPLES_NAME
 from ldistill.models.formats import load_processor
 from ldistill.models.processor import Processor
+from ldistill.tools.bench.report import Row, device_name
 from ldistill.tools.pairs import student_of
 
 Say = Callable[[str], None]
@@ -94,35 +97,23 @@ def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Ba
     batch = setup.batch
     if packing:
         batch = max(1, round(batch * float(setup.index.lengths.mean()) / setup.limit))
-    return make_loader(
-        setup.index,
-        setup.processor,
-        limit=setup.limit,
-        batch_size=batch,
-        seed=setup.seed,
-        packing=packing,
-        over_long="truncate",
-        num_workers=workers,
-    )
+    how = {"limit": setup.limit, "batch_size": batch, "seed": setup.seed, "packing": packing}
+    how |= {"over_long": "truncate", "num_workers": workers}
+    return make_loader(setup.index, setup.processor, **how)
 
 
 def webdataset(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
     """Stock webdataset, without end."""
-    import webdataset as wds
-
     if workers > len(setup.paths):
         raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
     shards = wds.WebDataset(setup.paths, shardshuffle=len(setup.paths), seed=setup.seed)
-    samples = shards.repeat().shuffle(setup.buffer)
-    documents = samples.map(setup.from_tar)
+    documents = shards.repeat().shuffle(setup.buffer).map(setup.from_tar)
     batches = documents.batched(setup.batch, collation_fn=setup.collate)
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
 
 def datasets(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
     """Hugging Face datasets' streaming reader of the same tars, without end."""
-    from datasets import load_dataset
-
     stream = load_dataset("webdataset", data_files=setup.paths, split="train", streaming=True)
     stream = stream.decode(False).shuffle(seed=setup.seed, buffer_size=setup.buffer).repeat(None)
     collate = setup.collate_tars
@@ -137,44 +128,26 @@ LOADERS: dict[str, Callable[[LoaderSetup, int], Iterable[Batch]]] = {
 }
 
 
+def open_setup(
+    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, **sizes: int
+) -> LoaderSetup:
+    """Shards and the processor of the student (or of a recipe's) that they were built for.
+
+    Raises as `ShardIndex.load` and `load_processor` do, and ValueError when the two do not fit.
+    """
+    index = ShardIndex.load(shards, sources)
+    images = {name: index.image_settings[name] for name in ("tiling", "max_images")}
+    processor = load_processor(student_of(student), tokenizer, **images)
+    index.check(processor)
+    return LoaderSetup(index, processor, **sizes)
+
+
 # ---- what they cost ----
 
-
-@dataclass(frozen=True)
-class DataResult:
-    """One loader with one number of workers; medians over the rounds.
-
-    `cpu_ms` is CPU time per sample, of all processes. Ratios are ours (or whichever) over
-    webdataset's in the same round; None where there is nothing to compare with. Memory is of one
-    worker (this process without workers), in MiB, None where the system does not tell.
-    """
-
-    loader: str
-    workers: int
-    shards: int
-    samples: int  # in the index
-    samples_per_s: float
-    tokens_per_s: float
-    mb_per_s: float
-    cpu_ms: float
-    speed_ratio: float | None
-    cpu_ratio: float | None
-    own_mib: float | None
-    rss_mib: float | None
-    failure: str = ""
-
-
-class Measured(NamedTuple):
-    """One measurement of a loader."""
-
-    samples_per_s: float
-    tokens_per_s: float
-    cpu_s_per_sample: float
-    own_mib: float | None
-    rss_mib: float | None
-
-
 Cell = tuple[int, str]  # number of workers, loader
+Measured = dict[str, float]
+"""samples_per_s, tokens_per_s, cpu_ms (a sample, of all processes), own_mib and rss_mib (of one
+worker, or of this process without workers)."""
 
 
 def bench_data(
@@ -185,7 +158,7 @@ def bench_data(
     seconds: float,
     rounds: int,
     say: Say,
-) -> list[DataResult]:
+) -> list[Row]:
     """Every loader with every number of workers, `rounds` times `seconds` long."""
     found: dict[Cell, list[Measured]] = {(count, name): [] for count in workers for name in loaders}
     failures: dict[Cell, str] = {}
@@ -199,9 +172,9 @@ def bench_data(
                 failures[count, name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             found[count, name].append(measured)
-            rate = measured.samples_per_s
+            rate = measured["samples_per_s"]
             say(f"round {number + 1}: {name}, {count} workers: {rate:,.1f} samples/s")
-    return [_result(setup, cell, found, failures.get(cell, "")) for cell in found]
+    return [_row(setup, cell, found, failures.get(cell, "")) for cell in found]
 
 
 def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Measured:
@@ -225,91 +198,69 @@ def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Meas
     finally:
         del batches
         gc.collect()
-    own, rss = (None, None) if None in memory else map(statistics.mean, zip(*memory))
-    return Measured(samples / wall, tokens / wall, cpu / samples, own, rss)
+    own, rss = map(statistics.mean, zip(*memory))
+    rates = {"samples_per_s": samples / wall, "tokens_per_s": tokens / wall}
+    return rates | {"cpu_ms": 1000 * cpu / samples, "own_mib": own, "rss_mib": rss}
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far; of this one alone where there is no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return time.process_time() if pid == os.getpid() else 0.0
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def worker_memory(pid: int) -> tuple[float, float] | None:
+def worker_memory(pid: int) -> tuple[float, float]:
     """(own, resident) MiB of a process: private dirty pages, and all it has mapped and touched."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    except OSError:
-        return None
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
     return sizes["Private_Dirty"], sizes["Rss"]
 
 
-def _result(
-    setup: LoaderSetup, cell: Cell, found: dict[Cell, list[Measured]], failure: str
-) -> DataResult:
+def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], failure: str) -> Row:
+    """Medians over the rounds; ratios are of the loader to webdataset in the same round."""
     workers, loader = cell
     mine, theirs = found[cell], found.get((workers, "webdataset"), [])
 
-    def median(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.median(known) if known else None
+    def of(column: str) -> float | None:
+        return statistics.median(one[column] for one in mine) if mine else None
 
-    def of(name: str) -> float | None:
-        return median(getattr(measured, name) for measured in mine)
+    def ratio(column: str) -> float | None:
+        ratios = [a[column] / b[column] for a, b in zip(mine, theirs)]
+        return statistics.median(ratios) if ratios else None
 
-    def ratio(name: str) -> float | None:
-        return median(getattr(a, name) / getattr(b, name) for a, b in zip(mine, theirs))
+    megabytes = float(setup.index.column("size").mean()) / 1e6
+    return {
+        "loader": loader,
+        "workers": workers,
+        "shards": len(setup.index.shards),
+        "samples": len(setup.index),
+        "samples_per_s": of("samples_per_s"),
+        "tokens_per_s": of("tokens_per_s"),
+        "mb_per_s": of("samples_per_s") * megabytes if mine else None,
+        "cpu_ms": of("cpu_ms"),
+        "speed_ratio": ratio("samples_per_s"),
+        "cpu_ratio": ratio("cpu_ms"),
+        "own_mib": of("own_mib"),
+        "rss_mib": of("rss_mib"),
+        "failure": failure,
+        "device": device_name("cpu"),
+        "batch": setup.batch,
+        "max_length": setup.limit,
+        "buffer": setup.buffer,
+    }
 
-    rate = of("samples_per_s") or 0.0
-    return DataResult(
-        loader=loader,
-        workers=workers,
-        shards=len(setup.index.shards),
-        samples=len(setup.index),
-        samples_per_s=rate,
-        tokens_per_s=of("tokens_per_s") or 0.0,
-        mb_per_s=rate * float(setup.index.column("size").mean()) / 1e6,
-        cpu_ms=1000 * (of("cpu_s_per_sample") or 0.0),
-        speed_ratio=ratio("samples_per_s"),
-        cpu_ratio=ratio("cpu_s_per_sample"),
-        own_mib=of("own_mib"),
-        rss_mib=of("rss_mib"),
-        failure=failure,
-    )
 
+def bench_growth(setup: LoaderSetup, *, factors: tuple[int, ...], **how: Any) -> list[Row]:
+    """Memory of one of two workers with the shards listed `factor` times, for every factor.
 
-def open_setup(
-    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, **sizes: int
-) -> LoaderSetup:
-    """Shards and the processor of the student (or of a recipe's) that they were built for.
-
-    Raises as `ShardIndex.load` and `load_processor` do, and ValueError when the two do not fit.
+    ``how`` are loaders, seconds and say of `bench_data`.
     """
-    index = ShardIndex.load(shards, sources)
-    images = {name: index.image_settings[name] for name in ("tiling", "max_images")}
-    processor = load_processor(student_of(student), tokenizer, **images)
-    index.check(processor)
-    return LoaderSetup(index, processor, **sizes)
-
-
-def bench_growth(
-    setup: LoaderSetup,
-    *,
-    loaders: tuple[str, ...],
-    factors: tuple[int, ...],
-    seconds: float,
-    say: Say,
-) -> list[DataResult]:
-    """Memory of one of two workers with the shards listed `factor` times, for every factor."""
-    results, how = [], {"loaders": loaders, "workers": (2,), "seconds": seconds, "rounds": 1}
+    rows = []
     for factor in factors:
         with tempfile.TemporaryDirectory() as folder:
-            results += bench_data(grown(setup, factor, Path(folder)), **how, say=say)
-    return sorted(results, key=lambda r: (loaders.index(r.loader), r.samples))
+            larger = grown(setup, factor, Path(folder))
+            rows += bench_data(larger, workers=(2,), rounds=1, **how)
+    return sorted(rows, key=lambda row: (how["loaders"].index(row["loader"]), row["samples"]))
 
 
 def grown(setup: LoaderSetup, factor: int, folder: Path) -> LoaderSetup:

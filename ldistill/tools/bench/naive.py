@@ -8,17 +8,18 @@ dense mask says who sees whom, and the logits of both models exist in full. The 
 
 from __future__ import annotations
 
-import inspect
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ldistill.distill.attention import SharedKV, recording
 from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.targets import Supervision
 from ldistill.models.flops import StepCounts
+from ldistill.models.logits import LogitScaling
 
 
 def naive_loss(
@@ -31,7 +32,8 @@ def naive_loss(
     with recording(distiller.slots) as recorded:
         hidden = distiller.student(**student_inputs(batch))
         shared = recorded().detach()
-    student = distiller.student.lm_head(hidden).float().flatten(0, 1)
+    scaling = LogitScaling.of(distiller.student.backbone.config)
+    student = scaling(distiller.student.lm_head(hidden)).float().flatten(0, 1)
     teacher = teacher_logits(distiller.teacher.lm, batch, shared).float().flatten(0, 1)
     targets = supervision.targets
     ce = F.cross_entropy(student, batch["labels"].flatten(), reduction="none")[targets.flat]
@@ -54,36 +56,33 @@ def teacher_logits(lm: PreTrainedModel, batch: dict[str, Tensor], shared: Shared
         # Picture tokens have no embedding in the LM; any token does, nobody reads what comes there.
         input_ids=batch["input_ids"].clamp(max=lm.config.vocab_size - 1),
         position_ids=batch["position_ids"],
-        attention_mask=_mask(batch["document_ids"]),
-        **{_cache_argument(lm): cache},
+        attention_mask=_masks(lm.config, batch["document_ids"]),
+        cache=cache,
     ).logits
 
 
-def _cache_argument(lm: PreTrainedModel) -> str:
-    """The name of the cache in `forward`; transformers changed it within version 5."""
-    parameters = inspect.signature(lm.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
-def _mask(documents: Tensor) -> Tensor:
+def _masks(config: PreTrainedConfig, documents: Tensor) -> Tensor | dict[str, Tensor]:
     """bool [batch, 1, seq, 2 seq]: earlier positions of the same document in the student's half.
 
-    The LM's own half stays dark: with scope ``full`` every position's K/V are the student's.
+    The LM's own half stays dark: with scope ``full`` every position's K/V are the student's. A mask
+    by kind of layer where there are several, for some see no further back than their window.
     """
-    seq = documents.shape[1]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=documents.device).tril()
-    same = (documents[:, :, None] == documents[:, None, :]) & causal
-    return torch.cat([same, torch.zeros_like(same)], dim=-1)[:, None]
+    place = torch.arange(documents.shape[1], device=documents.device)
+    before = place[:, None] - place  # [seq, seq]: how far a key lies behind its query
+    same = documents[:, :, None] == documents[:, None, :]
+
+    def mask(window: int | None) -> Tensor:
+        seen = same & (before >= 0) & (before < (window or len(place)))
+        return torch.cat([seen, torch.zeros_like(seen)], dim=-1)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    usual = ["sliding_attention" if window else "full_attention"]
+    kinds = getattr(config, "layer_types", None) or usual
+    masks = {kind: mask(window if kind == "sliding_attention" else None) for kind in set(kinds)}
+    return masks if len(masks) > 1 else masks[kinds[0]]
 
 
 def naive_counts(counts: StepCounts) -> StepCounts:
     """What this way runs where the other ran ``counts``: teacher and heads everywhere."""
-    return StepCounts(
-        positions=counts.positions,
-        pairs=counts.pairs,
-        tiles=counts.tiles,
-        targets=counts.positions,
-        queries=counts.positions,
-        query_pairs=counts.pairs,
-        taught=counts.positions,
-    )
+    seq, pairs = counts.positions, counts.pairs
+    return replace(counts, targets=seq, queries=seq, query_pairs=pairs, taught=seq, image_tokens=0)

@@ -8,6 +8,10 @@ medians over the rounds. A GPU's step is timed by the wall, a CPU's by the time 
 computed. Peak memory is measured apart, each mode alone: on a GPU what the allocator held, on a CPU
 what a fresh process grew by, libraries not counted.
 
+Where the time goes is told by one more step of every mode, for which the device is waited for at
+every border; that costs a little, so the parts tell proportions, the rounds time. *Data* is
+choosing the targets and moving the batch: `ldistill bench data` measures reading and decoding.
+
 Weights, gradients and optimizer states all have ``dtype``: a run with fp32 master weights holds
 more in every mode, and the ratios only shrink.
 """
@@ -19,11 +23,13 @@ import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +52,7 @@ from ldistill.models.towers import one_picture
 from ldistill.recipe import DEFAULT_RECIPE, load_recipe
 from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
 from ldistill.tools.bench.naive import naive_counts, naive_loss
-from ldistill.tools.bench.profile import profile_step
+from ldistill.tools.bench.report import PARTS, Row, device_name
 from ldistill.tools.pairs import MAIN_RECIPE, pair_config, pair_shape, recipe_of
 from ldistill.training.optimizer import Rates, parameter_groups
 
@@ -54,6 +60,7 @@ MODES = ("ce", "naive", "ours")
 COMPILED = " compiled"  # what the name of a mode with compiled decoder blocks ends in
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SMALL = 10_000_000  # weights of a student whose whole recipe's batch a CPU runs in seconds
+_SETTINGS = ("dtype", "rows", "length", "mix", "kernels", "attention", "checkpointing", "steps")
 Say = Callable[[str], None]
 Times = dict[str, float]  # by mode
 
@@ -79,12 +86,18 @@ class StepOptions:
     alpha: float = 0.7
     temperature: float = 4.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.pair}: {self.rows} rows of {self.length} tokens, {self.dtype} on "
+            f"{device_name(self.device)}, attention {self.attention}, mix {self.mix}, "
+            f"{self.steps} steps after {self.warmup}"
+        )
+
     @property
     def timed_modes(self) -> tuple[str, ...]:
         """Modes, and those of them that are timed with compiled decoder blocks, too."""
-        if not self.compile:
-            return self.modes
-        return self.modes + tuple(mode + COMPILED for mode in self.modes if mode != "naive")
+        compiled = (mode + COMPILED for mode in self.modes if mode != "naive" and self.compile)
+        return (*self.modes, *compiled)
 
     def resolved(self) -> StepOptions:
         """With row length, rows, α and τ of the pair's recipe.
@@ -114,37 +127,6 @@ class StepOptions:
             alpha=recipe["alpha"],
             temperature=recipe["temperature"],
         )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One mode's cost; memory in MiB, None where it was not measured or nothing to compare with.
-
-    ``compile_gain``: time of the same mode with eager blocks over this one's. ``parts``:
-    milliseconds of one instrumented step by what they went into.
-    """
-
-    mode: str
-    ms: float
-    ms_min: float
-    ms_max: float
-    tokens_per_s: float
-    mfu: float
-    time_vs_ce: float | None
-    peak_memory_mib: float | None
-    memory_vs_ce: float | None
-    memory_less_teacher_vs_ce: float | None
-    teacher_mib: float
-    supervised_rows: int
-    teacher_rows: int
-    compile_gain: float | None
-    parts: dict[str, float]
-    options: StepOptions
-
-    @property
-    def spread(self) -> str:
-        """Fastest and slowest step, as it is printed."""
-        return f"{self.ms_min:,.1f} – {self.ms_max:,.1f}"
 
 
 class StepBench:
@@ -241,7 +223,7 @@ class StepBench:
         return self.shape.step_flops(counts)
 
 
-def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[StepResult]:
+def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[Row]:
     """Time and memory of every mode; ``options`` are resolved, ``say`` is told what goes on.
 
     Raises:
@@ -260,7 +242,7 @@ def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[Ste
         rate, source = peak_flops(bench.device, DTYPES[options.dtype])
         say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
         rounds = _timed_rounds(bench, say)
-        return [_result(bench, mode, rounds, memory, rate) for mode in options.timed_modes]
+        return [_row(bench, mode, rounds, memory, rate) for mode in options.timed_modes]
 
 
 @contextmanager
@@ -278,15 +260,12 @@ def _within_memory(what: str) -> Iterator[None]:
 
 def fastest_attention(options: StepOptions, say: Say) -> str:
     """The backend with the shortest forward and backward of the student on this very batch."""
-    candidates = ["sdpa"]  # eager never wins
-    if options.device == "cuda":
-        fast = choose_attention("auto", DTYPES[options.dtype])
-        candidates = list(dict.fromkeys([*candidates, "flex_attention", fast]))
-    if len(candidates) == 1:
-        say(f"attention: {candidates[0]} (nothing else runs here).")
-        return candidates[0]
-    bench, times = StepBench(replace(options, attention=candidates[0]), ("ce",)), {}
-    for backend in candidates:
+    if options.device == "cpu":
+        say("attention: sdpa (nothing else runs here).")
+        return "sdpa"
+    fast = choose_attention("auto", DTYPES[options.dtype])
+    bench, times = StepBench(replace(options, attention="sdpa"), ("ce",)), {}
+    for backend in dict.fromkeys(["sdpa", "flex_attention", fast]):  # eager never wins
         bench.distiller.use_attention(backend)
         bench.loss("ce").backward()  # flex_attention compiles here
         times[backend] = min(bench.timed_step("ce") for _ in range(3))
@@ -311,38 +290,42 @@ def _timed_rounds(bench: StepBench, say: Say) -> list[Times]:
     return rounds[options.warmup :]
 
 
-def _result(
-    bench: StepBench, mode: str, rounds: list[Times], memory: Times, rate: float
-) -> StepResult:
-    options, times = bench.options, [times[mode] for times in rounds]
-    middle, plain = statistics.median(times), mode.removesuffix(COMPILED)
-    base_mode = "ce" + mode.removeprefix(plain)  # compiled is held against compiled
-    versus = [t[mode] / t[base_mode] for t in rounds if base_mode in t]
-    gain = [t[plain] / t[mode] for t in rounds if plain != mode]
+def _row(bench: StepBench, mode: str, rounds: list[Times], memory: Times, rate: float) -> Row:
+    """What one mode costs: time in ms, memory in MiB; ``compile_gain`` is the time of the same mode
+    with eager blocks over this one's."""
+    options, plan, plain = bench.options, bench.targets(mode), mode.removesuffix(COMPILED)
+    times = [times[mode] for times in rounds]
+    middle, peak, base = statistics.median(times), memory.get(mode), memory.get("ce")
+    compared = peak is not None and base is not None
     teacher = 0.0
     if plain != "ce":
         parameters = bench.distiller.teacher.lm.parameters()
         teacher = sum(p.numel() * p.element_size() for p in parameters) / 2**20
-    peak, base, plan = memory.get(mode), memory.get("ce"), bench.targets(mode)
-    queries = options.rows * options.length if mode == "naive" else len(plan.queries)
-    return StepResult(
-        mode=mode,
-        ms=middle * 1e3,
-        ms_min=min(times) * 1e3,
-        ms_max=max(times) * 1e3,
-        tokens_per_s=int(bench.host_batch["doc_length"].sum()) / middle,
-        mfu=bench.flops(mode) / middle / rate,
-        time_vs_ce=statistics.median(versus) if versus else None,
-        peak_memory_mib=peak,
-        memory_vs_ce=peak / base if peak and base else None,
-        memory_less_teacher_vs_ce=(peak - teacher) / base if peak and base else None,
-        teacher_mib=teacher,
-        supervised_rows=len(plan.targets),
-        teacher_rows=queries,
-        compile_gain=statistics.median(gain) if gain else None,
-        parts=profile_step(bench, mode, bench.clock),
-        options=options,
-    )
+
+    def ratio(one: str, other: str) -> float | None:
+        found = [t[one] / t[other] for t in rounds if one in t and other in t]
+        return statistics.median(found) if found else None
+
+    return {
+        "pair": options.pair,
+        "mode": mode,
+        "device": device_name(options.device),
+        **{name: getattr(options, name) for name in _SETTINGS},
+        "ms": middle * 1e3,
+        "ms_min": min(times) * 1e3,
+        "ms_max": max(times) * 1e3,
+        "tokens_per_s": int(bench.host_batch["doc_length"].sum()) / middle,
+        "mfu": bench.flops(mode) / middle / rate,
+        "time_vs_ce": ratio(mode, mode.replace(plain, "ce")),  # compiled is held against compiled
+        "peak_memory_mib": peak,
+        "memory_vs_ce": peak / base if compared else None,
+        "memory_less_teacher_vs_ce": (peak - teacher) / base if compared else None,
+        "teacher_mib": teacher,
+        "supervised_rows": len(plan.targets),
+        "teacher_rows": options.rows * options.length if mode == "naive" else len(plan.queries),
+        "compile_gain": ratio(plain, mode) if plain != mode else None,
+        **{f"{part}_ms": ms for part, ms in profile_step(bench, mode, bench.clock).items()},
+    }
 
 
 # ---- memory ----
@@ -390,3 +373,57 @@ def _status_mib(field: str) -> float:
     """A memory field of this process as Linux tells it."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+# ---- where the time goes ----
+
+
+def profile_step(bench: StepBench, mode: str, clock: Callable[[], float]) -> dict[str, float]:
+    """Milliseconds of every part of one step; a part within another counts for itself alone.
+
+    ``clock`` gives seconds, everything given to the device being done.
+    """
+    spent, running, last = dict.fromkeys(PARTS, 0.0), [], clock()
+
+    def lap() -> None:
+        nonlocal last
+        now = clock()
+        if running:
+            spent[running[-1]] += 1e3 * (now - last)
+        last = now
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        lap()
+        running.append(name)
+        yield
+        lap()
+        running.pop()
+
+    def timed(owner: Any, method: str, name: str) -> Any:
+        real = getattr(owner, method)
+
+        @wraps(real)  # transformers asks for a forward's signature
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with part(name):
+                return real(*args, **kwargs)
+
+        return mock.patch.object(owner, method, call)
+
+    student, teacher = bench.distiller.student, bench.distiller.teacher
+    methods = [(bench, "targets", "data"), (student, "forward", "student")]
+    methods.append((student.vision, "forward", "vision"))
+    if teacher is not None:  # ours, and the naive one
+        methods += [(teacher, "hidden", "teacher"), (teacher.lm, "forward", "teacher")]
+    with ExitStack() as watched:
+        for method in methods:
+            watched.enter_context(timed(*method))
+        with part("data"):
+            bench.move_batch()
+        with part("loss"):
+            loss = bench.loss(mode)
+        with part("backward"):
+            loss.backward()
+        with part("optimizer"):
+            bench.update()
+    return spent

@@ -7,6 +7,7 @@ exported must be what transformers reads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
 
+from ldistill.common.locate import resolve
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
 from ldistill.distill.attention import recording
@@ -31,7 +34,7 @@ from ldistill.models.logits import LogitScaling
 from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
 from ldistill.models.weights import gather_trained, weight_files
-from ldistill.models.zoo import copy_decoder
+from ldistill.models.zoo import copy_decoder, write_pair, write_reduced
 from ldistill.sources import SourceWeights
 
 TOLERANCE = 1e-4
@@ -203,3 +206,33 @@ def _generates(pair: Pair) -> str:
         max_new_tokens=3, do_sample=False, pad_token_id=pair.processor.pad_token_id,
     )  # fmt: skip
     return "" if 1 <= new.shape[1] <= 3 else f"{new.shape[1]} tokens instead of 3"
+
+
+def passes(name: str, student: str | None, teacher: str | None, reduced: bool) -> bool:
+    """Check one pair, a family's small one or that of these folders, and say what came of it."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # small configurations, which transformers remarks on
+    began, problems, held = time.monotonic(), [], 0
+    torch.manual_seed(0)
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        pair = (root / "student", root / "teacher")
+        try:
+            if student is None:
+                write_pair(name, root)
+            elif reduced:
+                write_reduced(
+                    resolve(student, weights=False), resolve(teacher, weights=False), root
+                )
+            else:
+                pair = (resolve(student), resolve(teacher))
+            for verdict in check_folders(*pair):
+                held += not verdict.problem
+                problems += [f"{verdict.contract}: {verdict.problem}"] if verdict.problem else []
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    seconds = time.monotonic() - began
+    print(f"{name:20} {'fails' if problems else 'holds'}  {held} contracts, {seconds:.1f} s")
+    for problem in problems:
+        print(f"    {problem}")
+    return not problems

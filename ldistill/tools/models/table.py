@@ -19,7 +19,9 @@ REFUSED = {
     "Llama 3.2 Vision (Mllama)": "pictures come in through cross-attention that its LM lacks",
     "Llama 4": "attends in chunks and scales queries by their place in the whole sequence",
     "Gemma 3n, Gemma 4 with per-layer inputs": "layers read other layers' keys or the token ids",
-    "rotary types `dynamic`, `longrope`": "frequencies are chosen by the length of a batch",
+    "rotary types `dynamic`, `longrope` in rows longer than the LM's own": (
+        "frequencies are chosen by the length of a batch"
+    ),
 }
 """Kinds of students that do not fit, and why."""
 

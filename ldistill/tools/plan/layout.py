@@ -76,7 +76,6 @@ class Layout:
 
     @property
     def rows(self) -> RowCounts:
-        """What a row holds."""
         return count_rows(self.shape.image_tokens, self.length, self.mix)
 
     @property
@@ -95,12 +94,13 @@ class Layout:
     @cached_property
     def memory(self) -> dict[str, float]:
         """Bytes of one GPU by part."""
-        loss = self._loss()
-        # the vision tower is done when the loss begins
-        vision = max(0.0, self._vision() - loss)
+        loss, tower = self._loss(), self.shape.vision
+        # of the frozen vision tower's fullest layer: residual, normed, q, k, v, MLP
+        patch = 2 * (6 * tower.hidden_size + 2 * tower.intermediate_size)
+        vision = self.micro_batch * self.rows.tiles * tower.patches * patch
         return {
             **self.states(),
-            "activations": self.activations() + vision,
+            "activations": self.activations() + max(0.0, vision - loss),  # done when it begins
             "kv_memory": self.kv_memory(),
             "logits": loss,
             "buffers": self._buffers(),
@@ -109,7 +109,6 @@ class Layout:
 
     @property
     def total(self) -> float:
-        """Bytes of one GPU."""
         return sum(self.memory.values())
 
     @property
@@ -160,7 +159,7 @@ class Layout:
         # RMSNorm keeps its input in fp32 and the normalised input; its output enters projections
         norm = (4 + 2 * element) * hidden
         queries = config.num_attention_heads * self.shape.head_dim
-        keys = queries if self._repeats_kv() else self.shape.kv_width
+        keys = queries if self._repeats_kv else self.shape.kv_width
         # queries, keys and values as attention read them, its output, its log-sum-exp
         layer = 2 * norm + element * 2 * (queries + keys) + 4 * config.num_attention_heads
         # the gate before and after its activation, the other branch, their product
@@ -177,21 +176,20 @@ class Layout:
             layers = config.num_hidden_layers * element * hidden + layer
         return self.micro_batch * self.length * (layers + ends)
 
+    @property
     def _repeats_kv(self) -> bool:
         """Whether attention copies keys and values to every query head of their group."""
-        config = self.shape.decoder
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        if self.attention in PACKED or heads == groups:
-            return False
-        return not (self.attention == "flex_attention" and heads & (heads - 1) == 0)
+        heads = self.shape.decoder.num_attention_heads
+        compiled = self.attention == "flex_attention" and heads & (heads - 1) == 0
+        grouped = heads != self.shape.decoder.num_key_value_heads
+        return grouped and not compiled and self.attention not in PACKED
 
     def kv_memory(self, element: int = 2) -> float:
         """Bytes that are held only because the teacher will read them.
 
         Where attention itself saves keys and values unrepeated, they are views of what is there.
         """
-        views = not self.checkpointing and not self._repeats_kv()
-        if self.teacher == "none" or views:
+        if self.teacher == "none" or not (self.checkpointing or self._repeats_kv):
             return 0.0
         tokens = self.micro_batch * self.length
         return 2 * element * self.shape.kv_width * self.shape.decoder.num_hidden_layers * tokens
@@ -208,21 +206,16 @@ class Layout:
         teacher = 2 * targets * (4 * config.hidden_size + 3 * config.intermediate_size) * taught
         return chunk + head + 2 * 2 * config.hidden_size * targets + teacher
 
-    def _vision(self) -> float:
-        """Bytes of the frozen vision tower's fullest layer: residual, normed, q, k, v, MLP."""
-        tower, tiles = self.shape.vision, self.micro_batch * self.rows.tiles
-        return 2 * tiles * tower.patches * (6 * tower.hidden_size + 2 * tower.intermediate_size)
-
     # ---- transfers of one optimizer step ----
 
     @cached_property
     def transfers(self) -> list[Transfer]:
-        found, cluster = [], self.cluster
+        ranks = {WORLD: self.cluster.gpus, NODE: self.zero.node_partition}
+        links = {WORLD: self.cluster.world_link, NODE: self.cluster.gpu_link}
+        found = []
         for what, where, size in self._gathered():
-            ranks = cluster.gpus if where == WORLD else self.zero.node_partition
-            link = cluster.world_link if where == WORLD else cluster.gpu_link
-            moved = size * (ranks - 1) / ranks
-            found.append(Transfer(what, where, moved, moved / (link * 1e9)))
+            moved = size * (ranks[where] - 1) / ranks[where]
+            found.append(Transfer(what, where, moved, moved / (links[where] * 1e9)))
         return [transfer for transfer in [*found, *self._copied()] if transfer.bytes > 0]
 
     def _gathered(self) -> Iterator[tuple[str, str, float]]:
@@ -290,7 +283,6 @@ class Layout:
 
     @property
     def seconds(self) -> Span:
-        """Of a step."""
         return Span(max(self.compute, self.network), self.compute + self.network)
 
     @property

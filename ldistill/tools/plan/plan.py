@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import product
+from typing import NamedTuple
 
 from ldistill.models.shapes import PairShape
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Zero
@@ -42,8 +44,7 @@ class Request:
     lora: int = 0
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The layout chosen, and the best one of every other kind."""
 
     request: Request
@@ -59,13 +60,13 @@ def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
             cannot be cut over the GPUs.
     """
     usual = {name: getattr(shape, name) for name in ("length", "global_batch", "steps")}
-    asked = {name: value for name in usual if (value := getattr(request, name)) is not None}
-    request = replace(request, **usual | asked)
+    request = replace(request, **{n: v for n, v in usual.items() if getattr(request, n) is None})
     tried = list(layouts(shape, cluster, request))
-    if not any(layout.fits for layout in tried):
+    fitting = sorted((layout for layout in tried if layout.fits), key=_cost)
+    if not fitting:
         raise ValueError(_too_big(request, min(tried, key=lambda layout: layout.total)))
     best: dict[tuple[str, str], Layout] = {}
-    for layout in sorted((layout for layout in tried if layout.fits), key=_cost):
+    for layout in fitting:
         best.setdefault((layout.zero.name, layout.teacher_name), layout)
     # within a tenth of the fastest the simplest configuration wins
     limit, simple = 1.1 * min(layout.seconds.exposed for layout in best.values()), list(ZEROS)
@@ -98,12 +99,12 @@ def layouts(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[La
     recompute = (False, True) if request.checkpointing is None else (request.checkpointing,)
     fixed = {name: getattr(request, name) for name in ("attention", "lora", "mix", "mfu")}
     for zero in _zeros(cluster, request.zero):
-        for teacher, offload in _engines(zero, request.teacher):
-            for size in (size for size in sizes if share % size == 0):
-                for checkpointing in recompute:
-                    cut = (size, request.length, share // size)
-                    how = {"teacher_offload": offload, "checkpointing": checkpointing}
-                    yield Layout(shape, cluster, zero, teacher, *cut, **how, **fixed)
+        engines = _engines(zero, request.teacher)
+        for (teacher, offload), size, checkpointing in product(engines, sizes, recompute):
+            if share % size == 0:
+                cut = (size, request.length, share // size)
+                how = {"teacher_offload": offload, "checkpointing": checkpointing}
+                yield Layout(shape, cluster, zero, teacher, *cut, **how, **fixed)
 
 
 def _zeros(cluster: Cluster, asked: str | None) -> Iterator[Zero]:
@@ -146,26 +147,21 @@ def _too_big(request: Request, least: Layout) -> str:
 
 
 def _remedies(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[str]:
-    """Flags that would make it fit, each tried by itself."""
-
-    def fits(cluster: Cluster = cluster, **changes: object) -> bool:
-        try:
-            tried = layouts(shape, cluster, replace(request, **changes))
-            return any(layout.fits for layout in tried)
-        except ValueError:  # the batch cannot be cut like that
-            return False
-
-    def larger(gpus: int) -> Cluster:
-        return replace(cluster, gpus=gpus, per_node=max(cluster.per_node, min(gpus, 8)))
-
-    doubled = [cluster.gpus * 2**n for n in range(1, MOST_GPUS.bit_length())]
+    """Flags that would make it fit, each tried by itself, of a kind the first that does."""
+    doubled = (cluster.gpus * 2**n for n in range(1, MOST_GPUS.bit_length()))
     counts = [gpus for gpus in doubled if gpus <= min(MOST_GPUS, request.global_batch)]
+    nodes = {gpus: max(cluster.per_node, min(gpus, 8)) for gpus in counts}
     lengths = [request.length // n for n in (2, 4) if request.length // n > shape.image_tokens + 64]
-    yield from islice((f"--gpus {gpus}" for gpus in counts if fits(larger(gpus))), 1)
-    yield from islice((f"--seq {length}" for length in lengths if fits(length=length)), 1)
-    if not request.lora and fits(lora=16):
-        yield "--lora 16"
-    if request.zero and fits(zero=None):
-        yield f"another configuration than --zero {request.zero}"
-    if request.micro_batch and fits(micro_batch=1):
-        yield "--micro-batch 1"
+    for kind in (
+        [(f"--gpus {n}", replace(cluster, gpus=n, per_node=of), {}) for n, of in nodes.items()],
+        [(f"--seq {length}", cluster, {"length": length}) for length in lengths],
+        [("--lora 16", cluster, {"lora": 16})],
+        [(f"another configuration than --zero {request.zero}", cluster, {"zero": None})],
+        [("--micro-batch 1", cluster, {"micro_batch": 1})],
+    ):
+        for flag, where, changes in kind:
+            with suppress(ValueError):  # the batch cannot be cut like that
+                tried = layouts(shape, where, replace(request, **changes))
+                if any(layout.fits for layout in tried):
+                    yield flag
+                    break

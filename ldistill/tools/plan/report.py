@@ -45,24 +45,23 @@ def headline(chosen: Layout) -> str:
 
 def tables(plan: Plan) -> list[Table]:
     """Memory of a GPU, transfers of a step, the run, and the layouts that fit."""
-    return [_memory(plan.chosen), _transfers(plan.chosen), _run(plan), _layouts(plan)]
-
-
-def _memory(chosen: Layout) -> Table:
-    rows = [(_PARTS[name], _gib(size)) for name, size in chosen.memory.items()]
-    rows += [("total", _gib(chosen.total)), ("card", f"{chosen.cluster.memory:.1f}")]
+    chosen = plan.chosen
+    memory = [(_PARTS[name], _gib(size)) for name, size in chosen.memory.items()]
+    memory += [("total", _gib(chosen.total)), ("card", f"{chosen.cluster.memory:.1f}")]
     if chosen.host_memory:
-        rows.append(("CPU memory of a node", _gib(chosen.host_memory)))
-    return Table("memory of a GPU", ("part", "GiB"), rows)
-
-
-def _transfers(chosen: Layout) -> Table:
-    found = chosen.transfers
-    rows = [(t.what, t.where, f"{t.bytes / 1e9:.2f}", f"{t.seconds:.3f}") for t in found]
-    total = sum(transfer.bytes for transfer in found) / 1e9
-    rows.append(("together", "", f"{total:.2f}", f"{chosen.network:.3f}"))
-    rows.append(("compute, for comparison", "", "", f"{chosen.compute:.3f}"))
-    return Table("transfers of one step, per GPU", ("what", "over", "GB", "seconds"), rows)
+        memory.append(("CPU memory of a node", _gib(chosen.host_memory)))
+    moved = [
+        (t.what, t.where, f"{t.bytes / 1e9:.2f}", f"{t.seconds:.3f}") for t in chosen.transfers
+    ]
+    total = sum(transfer.bytes for transfer in chosen.transfers) / 1e9
+    moved.append(("together", "", f"{total:.2f}", f"{chosen.network:.3f}"))
+    moved.append(("compute, for comparison", "", "", f"{chosen.compute:.3f}"))
+    return [
+        Table("memory of a GPU", ("part", "GiB"), memory),
+        Table("transfers of one step, per GPU", ("what", "over", "GB", "seconds"), moved),
+        _run(plan),
+        _layouts(plan),
+    ]
 
 
 def _run(plan: Plan) -> Table:
@@ -144,13 +143,12 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 
 def _layout_dict(layout: Layout) -> dict[str, Any]:
-    asked = ("teacher", "micro_batch", "teacher_offload", "checkpointing", "attention", "lora")
-    sizes = {**layout.memory, "total": layout.total, "host_of_node": layout.host_memory}
+    names = ("teacher", "micro_batch", "teacher_offload", "checkpointing", "attention", "lora")
+    sums = {"total": layout.total, "host_of_node": layout.host_memory}
     return {
         "zero": layout.zero.name,
-        **{name: getattr(layout, name) for name in asked},
-        "accumulation": layout.accumulation,
-        "memory_bytes": sizes,
+        **{name: getattr(layout, name) for name in (*names, "accumulation")},
+        "memory_bytes": layout.memory | sums,
         "transfers": [transfer._asdict() for transfer in layout.transfers],
         "compute_seconds": layout.compute,
         "transfer_seconds": layout.network,

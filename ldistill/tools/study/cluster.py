@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ldistill.common.run_files import STUDENT
 from ldistill.tools.study.files import Arm, Run, Study
@@ -29,113 +30,108 @@ class ClusterStudy:
     slurm: Path = Path("slurm")
     """Folder of the job scripts, for `submit`."""
 
-    def runs(self) -> Iterator[tuple[Run, Path, list[str]]]:
-        """Every run with its folder and its flags of ``train.py``.
 
-        Raises:
-            ValueError: an arm made of another's, or whose budget must be measured; no shards.
-        """
-        for arm in self.arms:
-            problem = None
-            if arm.of or arm.budget.keys() - {"steps"}:
-                problem = "needs what other runs gave: `launch: here` runs it."
-            elif "--shards" not in (*arm.flags(self.study.recipe, {}), *self.overrides):
-                problem = "has no shards: give --shards."
-            if problem:
-                raise ValueError(f"arm {arm.name!r} {problem}")
-            steps = [f"--max_steps={count}" for count in arm.budget.values()]
-            for setting in arm.settings:
-                run = Run(arm, setting, 1)
-                flags = arm.flags(self.study.recipe, setting)
-                yield run, self.out / run.name, [*flags, *steps, *self.overrides]
+class _Student(NamedTuple):
+    """What is evaluated: the start, or what a run leaves."""
+
+    name: str
+    student: str
+    evaluation: Path
+    run: Path | None = None
+    flags: Sequence[str] = ()  # of train.py
 
 
-def commands(study: ClusterStudy) -> Iterator[str]:
-    """One line of shell after another, in the order in which to run them."""
-    runs = list(study.runs())  # before anything is printed
-    yield _evaluate(study, study.study.shared["student"], study.out / study.study.start)
-    for _, folder, flags in runs:
-        train = ["deepspeed", "ldistill/train.py", "--deepspeed", study.deepspeed]
-        yield shlex.join([*train, *flags, "--output_dir", str(folder)])
-        yield _evaluate(study, str(folder / STUDENT), folder / "eval")
-    yield _compare(study)
+def _students(of: ClusterStudy) -> list[_Student]:
+    """The start and every run's student.
+
+    Raises:
+        ValueError: an arm made of another's, or whose budget must be measured; no shards.
+    """
+    found = [_Student(of.study.start, of.study.shared["student"], of.out / of.study.start)]
+    for arm in of.arms:
+        if arm.of or arm.budget.keys() - {"steps"}:
+            raise ValueError(
+                f"arm {arm.name!r} needs what other runs gave: `launch: here` runs it."
+            )
+        if "--shards" not in (*arm.flags(of.study.recipe, {}), *of.overrides):
+            raise ValueError(f"arm {arm.name!r} has no shards: give --shards.")
+        steps = [f"--max_steps={count}" for count in arm.budget.values()]
+        for setting in arm.settings:
+            name = Run(arm, setting, 1).name
+            flags = [*arm.flags(of.study.recipe, setting), *steps, *of.overrides]
+            run = of.out / name
+            found.append(_Student(name, str(run / STUDENT), run / "eval", run, flags))
+    return found
 
 
-def _evaluate(study: ClusterStudy, student: str, out: Path) -> str:
-    suite = ["--suite", study.study.suite] if study.study.suite else []
-    tasks = ["--tasks", ",".join(study.study.tasks)] if study.study.tasks else []
-    words = ["ldistill", "eval", "--student", student, *suite, *tasks, "--out", str(out)]
-    return shlex.join([*words, *(f"--include-path={path}" for path in study.study.include)])
+def commands(of: ClusterStudy) -> Iterator[str]:
+    """One line of shell after another, in the order in which to run them. Raises ValueError."""
+    students, study = _students(of), of.study
+    suite = ["--suite", study.suite] if study.suite else []
+    tasks = ["--tasks", ",".join(study.tasks)] if study.tasks else []
+    for one in students:
+        if one.run:
+            train = ["deepspeed", "ldistill/train.py", "--deepspeed", of.deepspeed, *one.flags]
+            yield shlex.join([*train, "--output_dir", str(one.run)])
+        words = ["ldistill", "eval", "--student", one.student, *suite, *tasks]
+        include = (f"--include-path={path}" for path in study.include)
+        yield shlex.join([*words, "--out", str(one.evaluation), *include])
+    yield _compare(of, students)
 
 
-def _compare(study: ClusterStudy) -> str:
-    start, baseline = study.study.start, study.study.baseline
-    folders = [f"{start}={study.out / start}"]
-    folders += [f"{run.name}={folder / 'eval'}" for run, folder, _ in study.runs()]
-    options = ["--baseline", baseline, "--original", start, "--out", str(study.out / "report")]
-    return shlex.join(["ldistill", "compare", *folders, *options])
+def _compare(of: ClusterStudy, students: Sequence[_Student]) -> str:
+    folders = [f"{one.name}={one.evaluation}" for one in students]
+    roles = ["--baseline", of.study.baseline, "--original", of.study.start]
+    return shlex.join(["ldistill", "compare", *folders, *roles, "--out", str(of.out / "report")])
 
 
-def submit(study: ClusterStudy) -> Iterator[tuple[str, str]]:
+def submit(of: ClusterStudy) -> Iterator[str]:
     """Submit what `commands` prints, as jobs that wait for one another.
 
     The start and every arm are evaluated, each arm once its training is done; the comparison runs
     when all of that is over, with the arms that got there.
 
     Yields:
-        Number and purpose of each job.
+        A line on each job.
 
     Raises:
         FileNotFoundError: no `sbatch`, or no job scripts here.
         ValueError: SLURM refused a job, or an arm cannot be a job.
     """
-    start, runs = study.study.start, list(study.runs())
-    job = _submit_evaluation(study, study.study.shared["student"], study.out / start)
-    yield job, f"evaluation of {start}"
-    evaluated = [job]
-    for run, folder, (_, recipe, *flags) in runs:
-        environment = {"RECIPE": recipe, "OUTPUT_DIR": str(folder)}
-        if "--shards" in flags:
-            place = flags.index("--shards")
-            environment["SHARDS"] = flags[place + 1]
-            del flags[place : place + 2]
-        arguments = ["--deepspeed", study.deepspeed, *flags]
-        trained = _sbatch(study, [str(study.slurm / "selective.sh"), *arguments], environment)
-        yield trained, f"training of {run.name}"
-        job = _submit_evaluation(study, str(folder / STUDENT), folder / "eval", after=trained)
-        yield job, f"evaluation of {run.name}, after {trained}"
-        evaluated.append(job)
+    students, evaluated = _students(of), []
+    for one in students:
+        waits, purpose = [], f"evaluation of {one.name}"
+        if one.run:
+            _, recipe, *flags = one.flags
+            environment = {"RECIPE": recipe, "OUTPUT_DIR": str(one.run)}
+            if "--shards" in flags:
+                place = flags.index("--shards")
+                environment["SHARDS"] = flags[place + 1]
+                del flags[place : place + 2]
+            script = [str(of.slurm / "selective.sh"), "--deepspeed", of.deepspeed, *flags]
+            trained = _sbatch(of, script, environment)
+            yield f"submitted  {trained}  training of {one.name}"
+            waits = [f"--dependency=afterok:{trained}", "--kill-on-invalid-dep=yes"]
+            purpose += f", after {trained}"
+        environment = {"STUDENT": one.student, "SUITE": of.study.suite or ""}
+        environment["EVAL_DIR"] = str(one.evaluation)
+        evaluated.append(_sbatch(of, [*waits, str(of.slurm / "eval.sh")], environment))
+        yield f"submitted  {evaluated[-1]}  {purpose}"
     # afterany: what failed is left out of the comparison, and named there.
     options = [f"--dependency=afterany:{':'.join(evaluated)}", "--job-name=compare", "--nodes=1"]
-    options += ["--ntasks=1", f"--output={study.slurm}/logs/%x-%j.log"]
-    script = f"source {study.slurm}/common.sh; on_one {_compare(study)}"
-    compared = _sbatch(study, [*options, "--wrap", shlex.join(["bash", "-c", script])])
-    yield compared, f"comparison, after {', '.join(evaluated)}"
+    options += ["--ntasks=1", f"--output={of.slurm}/logs/%x-%j.log"]
+    script = f"source {of.slurm}/common.sh; on_one {_compare(of, students)}"
+    compared = _sbatch(of, [*options, "--wrap", shlex.join(["bash", "-c", script])], {})
+    yield f"submitted  {compared}  comparison, after {', '.join(evaluated)}"
 
 
-def _submit_evaluation(
-    study: ClusterStudy, student: str, out: Path, after: str | None = None
-) -> str:
-    options = []
-    if after is not None:
-        options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
-    environment = {"STUDENT": student, "SUITE": study.study.suite or "", "EVAL_DIR": str(out)}
-    return _sbatch(study, [*options, str(study.slurm / "eval.sh")], environment)
-
-
-def _sbatch(
-    study: ClusterStudy, arguments: list[str], environment: Mapping[str, str] | None = None
-) -> str:
+def _sbatch(of: ClusterStudy, arguments: list[str], environment: Mapping[str, str]) -> str:
     """Number of a new job; its scripts find `environment` in theirs."""
-    common = study.slurm / "common.sh"
+    common = of.slurm / "common.sh"
     if not common.is_file():
         raise FileNotFoundError(f"no {common}: start this from the repository's folder.")
-    done = subprocess.run(
-        ["sbatch", "--parsable", "--export=ALL", *arguments],
-        env=os.environ | dict(environment or {}),
-        capture_output=True,
-        text=True,
-    )
+    command = ["sbatch", "--parsable", "--export=ALL", *arguments]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"SLURM refused {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout.strip().split(";")[0]

@@ -1,29 +1,13 @@
 """A study file: which arms are compared, with which settings, seeds, budget and tasks.
 
-    title: Replay against distillation
-    recipe: tiny                     # shared by all arms: shipped, or a path
-    suite: tiny                      # and further `tasks`, of `include` folders too
-    groups: {language: [tiny_language], reading: [tiny_reading]}    # groups of the suite, or tasks
-    seeds: 3
-    budget: {tokens: 200000}         # or steps, or flops; or what another arm used: {flops: ARM}
-    fields: {global_batch_size: 8}   # of every arm that trains, over its recipe's
-    grid: {learning_rate: [1.0e-4, 3.0e-4]}     # so too
-    validation: 0.3                  # share of the documents that choose among the settings
-    baseline: labels
-    arms:
-      labels: {recipe: nanovlm-full}            # a shipped recipe's differences ...
-      selective: {recipe: lingudistill, fields: {kl: reverse}, grid: {alpha: [0.3, 0.7]}}
-      merged: {merge: {of: labels}, grid: {weight: [0.1, 0.3, 0.5]}}
-      other: {command: {of: labels, run: "mine --from {student} --rate {rate} --out {out}"}, ...}
-
-Every combination of an arm's grid is a setting. All settings run with seed 1; the one that is best
-on the validation part runs with the other seeds, and is reported on the rest of the documents.
+docs/study.md shows one, `study/*.yaml` of the package are others. Every combination of an arm's
+grid is a setting. All settings run with seed 1; the one that is best on the validation part runs
+with the other seeds, and is reported on the rest of the documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import re
 import shlex
@@ -35,6 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
+from ldistill.common.errors import did_you_mean
 from ldistill.evaluation.suites import Row, suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
@@ -167,42 +152,39 @@ def filled(command: str, **values: Any) -> list[str]:
     return [word.format(**values) for word in shlex.split(command)]
 
 
-def shipped_studies() -> dict[str, Path]:
-    """Name → file of the studies in the package."""
-    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-
-
-def load_study(name: str) -> Study:
-    """A shipped study, or a file's.
+def load_study(name: str, **given: Any) -> Study:
+    """A shipped study, or a file's; fields that are given and not None come over its own.
 
     Raises:
         ValueError: no such study, or something in it that cannot be: what and where.
     """
-    path = shipped_studies().get(name, Path(name))
+    shipped = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+    path = shipped.get(name, Path(name))
     if not path.is_file():
-        shipped = ", ".join(shipped_studies())
-        raise ValueError(f"no study {name!r}. Shipped: {shipped}; or give a YAML file's path.")
+        known = ", ".join(shipped)
+        raise ValueError(f"no study {name!r}. Shipped: {known}; or give a YAML file's path.")
     try:
-        return _read(yaml.safe_load(path.read_text(encoding="utf-8")))
+        study = _read(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"study {name!r}: {error}") from error
+    return dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
 
 
 def _read(values: Any) -> Study:
     made = _known(values, Study, "the file")
-    arms = {name: _known(of or {}, Arm, f"arm {name!r}") for name, of in made["arms"].items()}
-    for name, of in arms.items():
-        common = {"budget": made.get("budget", {})}
+    arms = []
+    for name, of in made["arms"].items():
+        of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
         for kind, cls in (("merge", Merge), ("command", Command)):
             if kind in of:
                 of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
         if not {"merge", "command"} & of.keys():
             for shared in ("fields", "grid"):
                 of[shared] = {**made.get(shared, {}), **of.get(shared, {})}
-        arms[name] = Arm(name, **(common | of))
+        arms.append(Arm(name, **of))
     for name in ("tasks", "include"):
         made[name] = tuple(made.get(name, ()))
-    study = Study(**(made | {"arms": tuple(arms.values())}))
+    study = Study(**(made | {"arms": tuple(arms)}))
     if problem := next(_problems(study), None):
         raise ValueError(problem)
     return study
@@ -214,10 +196,8 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} must be a mapping of fields to values.")
     fields = [f.name for f in dataclasses.fields(cls) if f.name != "name"]
     if unknown := [key for key in values if key not in fields]:
-        close = difflib.get_close_matches(str(unknown[0]), fields, n=1)
-        hint = f"Did you mean {close[0]!r}? " if close else ""
-        known = ", ".join(fields)
-        raise ValueError(f"unknown field {unknown[0]!r} in {where}. {hint}There are: {known}.")
+        hint, known = did_you_mean(str(unknown[0]), fields), ", ".join(fields)
+        raise ValueError(f"unknown field {unknown[0]!r} in {where}.{hint} There are: {known}.")
     return dict(values)
 
 

@@ -54,7 +54,7 @@ def main() -> None:
         )
         trainer.train()
         model.save_pretrained(trained)
-        merge(asked.student, str(trained), Path(asked.out), weight="1")
+        merge(asked.student, str(trained), {"1": Path(asked.out)})
 
 
 def _settings(asked: argparse.Namespace, folder: Path) -> DistillationConfig:

@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
 from ldistill.evaluation.compare.recovery import recovery_markdown
@@ -67,11 +70,10 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
         own = summary(study, [place.scores(run)])
         if run.seed == 1 and len(run.arm.settings) > 1 and (point := _point(study, own)):
             curves.setdefault(run.arm.name, []).append(point)
-    along, up = _axes(study)
-    metrics = {name: place.folder(runs[0]) / METRICS for name, runs in chosen.items()}
-    drawn = {}
+    (along, up), drawn = _axes(study), {}
     if plot_trade_off(study, results, curves, out / TRADE_OFF):
         drawn[TRADE_OFF] = f"{up.capitalize()} against {along}, one point per arm"
+    metrics = {name: place.folder(runs[0]) / METRICS for name, runs in chosen.items()}
     if plot_curves(metrics, out / CURVES):
         drawn[CURVES] = "Cross-entropy and KL over training"
     text = markdown(study, scores, results, command, problems, drawn)
@@ -105,12 +107,11 @@ def markdown(
     if trained := {name: of for name, of in results.items() if "cost" in of}:
         parts += ["## Settings and cost", _costs(trained)]
     if tests := paired_tests(study, scores):
-        lines = [
-            [name, group, f"{pair.samples:,}", f"{pair.difference:+.3f}", pair.won, pair.lost,
-             p_value(pair.p), p_value(p)]
-            for name, group, pair, p in tests
-        ]  # fmt: skip
         head = ["arm", "group", "documents", "difference", "won", "lost", "p", "p (Holm)"]
+        lines = []
+        for name, group, pair, corrected in tests:
+            counts = [f"{pair.samples:,}", f"{pair.difference:+.3f}", pair.won, pair.lost]
+            lines.append([name, group, *counts, p_value(pair.p), p_value(corrected)])
         parts += [
             "## Document by document",
             f"Against `{study.baseline}`; a document's score is "
@@ -194,30 +195,24 @@ def plot_trade_off(
     points = {name: of for name, of in results.items() if _point(study, of)}
     if not points:
         return False
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.6))
+    figure = Figure(figsize=(6.4, 4.6))
+    axis = figure.add_subplot(xlabel=f"{along} (mean score)", ylabel=f"{up} (mean score)")
     for index, (name, of) in enumerate(points.items()):
-        x, y = of[along], of[up]
-        spread = {"xerr": x["std"], "yerr": y["std"], "capsize": 3} if x["seeds"] > 1 else {}
-        colour = f"C{index % 10}"
-        axis.errorbar(
-            x["mean"], y["mean"], **spread, color=colour,
-            marker="D" if name == study.start else "*" if name == study.main else "o",
-            markersize=12 if name == study.main else 7, linestyle="none", label=name,
-        )  # fmt: skip
+        x, y, own = of[along], of[up], name == study.main
+        how = {"color": f"C{index % 10}", "markersize": 12 if own else 7, "label": name}
+        how["marker"] = "D" if name == study.start else "*" if own else "o"
+        if x["seeds"] > 1:
+            how |= {"xerr": x["std"], "yerr": y["std"], "capsize": 3}
+        axis.errorbar(x["mean"], y["mean"], linestyle="none", **how)
         if name in curves:
-            axis.plot(*zip(*curves[name]), color=colour, marker=".", linewidth=1, alpha=0.7)
+            axis.plot(*zip(*curves[name]), color=how["color"], marker=".", linewidth=1, alpha=0.7)
     front, highest = [], -1.0
     for x, y in sorted({_point(study, of) for of in points.values()}, reverse=True):
         if y > highest:
             front, highest = [*front, (x, y)], y
     axis.plot(*zip(*front), color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axis.set_xlabel(f"{along} (mean score)")
-    axis.set_ylabel(f"{up} (mean score)")
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(target, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, axis, target)
     return True
 
 
@@ -227,31 +222,22 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
     curves = {name: records for name, records in curves.items() if any("kd" in r for r in records)}
     if not curves:
         return False
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    figure = Figure(figsize=(10.5, 3.8))
     titles = {"ce": "cross-entropy (nats)", "kd": "KL to the teacher (nats)"}
-    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+    for place, (key, title) in enumerate(titles.items(), 1):
+        axis = figure.add_subplot(1, 2, place, xlabel="step", ylabel=title)
         for name, records in curves.items():
             steps, values = zip(*((r["step"], r[key]) for r in records if key in r))
-            smooth = [
-                statistics.fmean(values[max(0, end - SMOOTHING) : end])
-                for end in range(1, len(values) + 1)
-            ]
+            ends = range(1, len(values) + 1)
+            smooth = [statistics.fmean(values[max(0, end - SMOOTHING) : end]) for end in ends]
             axis.plot(steps, smooth, label=name, linewidth=1.3)
-        axis.set_xlabel("step")
-        axis.set_ylabel(title)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(target, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    _save(figure, axis, target)
     return True
 
 
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+def _save(figure: Figure, axis: Axes, target: Path) -> None:
+    """With the names of its lines beside its last part."""
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(target, dpi=150, bbox_inches="tight")

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -92,28 +91,24 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
         total = 1 + len(first) + (study.seeds - 1) * len(arms)
         bar = progress.add_task("", total=total)
 
-        def attempt(label: str, *steps: tuple[str, Any]) -> None:
+        def do(run: Run | None) -> None:
+            """Make and evaluate a run's student; without one evaluate the start."""
+            label, folder = study.start, place.out / study.start
+            student = study.shared["student"]
             try:
-                for what, step in steps:
+                if run:
+                    label, folder = f"{run.name}, seed {run.seed}", place.folder(run)
+                    student = str(folder / run_files.STUDENT)
+                    what = "making" if run.arm.of else "training"
                     progress.update(bar, description=f"{label}: {what}")
-                    step()
+                    _make(place, run)
+                progress.update(bar, description=f"{label}: evaluation")
+                _evaluate(place, student, folder)
             except (ValueError, OSError) as error:
                 problems.append(f"{label}: {error}")
             progress.advance(bar)
 
-        def do(run: Run) -> None:
-            folder, what = place.folder(run), "making" if run.arm.of else "training"
-            attempt(
-                f"{run.name}, seed {run.seed}",
-                (what, lambda: _make(place, run)),
-                ("evaluation", lambda: _evaluate(place, str(folder / run_files.STUDENT), folder)),
-            )
-
-        start = place.out / study.start
-        attempt(
-            study.start, ("evaluation", lambda: _evaluate(place, study.shared["student"], start))
-        )
-        for run in first:
+        for run in (None, *first):
             do(run)
         for seed in range(2, study.seeds + 1):
             for arm in arms:
@@ -164,11 +159,11 @@ def _make(place: Workplace, run: Run) -> None:
         pair = {"student": student, "lm": study.shared["teacher"]}
         if run.arm.command:
             words = filled(asked.run, **pair, seed=run.seed, out=out, **run.setting)
-            _checked(folder, words[0], place.programs.call(words, _log(folder)))
+            _run(place, folder, words[0], words)
         else:
-            words = ["--student", student, "--lm", pair["lm"], "--weight", asked.weight]
+            words = ["merge", "--student", student, "--lm", pair["lm"], "--weight", asked.weight]
             words += ["--layers", asked.layers] if asked.layers else []
-            _start(place, folder, "merging", "ldistill.cli", "merge", *words, "--out", out)
+            _run(place, folder, "merging", [*words, "--out", out], "ldistill.cli")
     note.write_text(made_by, encoding="utf-8")
 
 
@@ -176,21 +171,16 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
     words = [*run.arm.flags(place.study.recipe, run.setting), "--seed", run.seed]
     words += ["--output_dir", folder, "--evaluate", "false", "--disable_tqdm", "true"]
     words += ["--overwrite", "true", *place.overrides, *extra]
-    _start(place, folder, "training", "ldistill.train", *words)
+    _run(place, folder, "training", words, "ldistill.train")
 
 
-def _start(place: Workplace, folder: Path, what: str, module: str, *words: object) -> None:
-    """Run a module with these words; ValueError where it fails, with the sentence it said."""
-    _checked(folder, what, place.programs.run(module, words, _log(folder)))
-
-
-def _log(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.train.log")
-
-
-def _checked(folder: Path, what: str, status: int) -> None:
-    log = _log(folder)
-    if status:
+def _run(
+    place: Workplace, folder: Path, what: str, words: Sequence[object], module: str | None = None
+) -> None:
+    """Run a command, or a module with these words; ValueError, with what it said, if it fails."""
+    log = folder.with_name(f"{folder.name}.train.log")
+    programs = place.programs
+    if status := programs.run(module, words, log) if module else programs.call(words, log):
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
         raise ValueError(

@@ -34,9 +34,9 @@ WHOLE = -1
 class Scores:
     """One evaluation: row → document → score, in two parts."""
 
-    rows: Mapping[Row, Mapping[int, float]]
+    rows: dict[Row, dict[int, float]]
     """The reported part."""
-    validation: Mapping[Row, Mapping[int, float]]
+    validation: dict[Row, dict[int, float]]
 
     def of(self, row: Row) -> float:
         """The mean over the documents that are reported."""
@@ -51,43 +51,37 @@ def read_scores(folder: Path, validation: float) -> Scores:
     """
     evaluation = folder / "eval"
     record = read_evaluation(evaluation)
-    reported: dict[Row, dict[int, float]] = {}
-    choosing: dict[Row, dict[int, float]] = {}
+    scores = Scores({}, {})
     if record is None:
-        return Scores(reported, choosing)
+        return scores
     results = read_variants([f"run={evaluation}"])[0].tasks if record.get("results") else {}
-    known = {row.id: row for row in ROWS}
-    found_by_row: dict[Row, dict[int, float]] = {}
+    known, found = {row.id: row for row in ROWS}, {}
     for name, entry in record["scores"].items():
         row = known.get(name) or _row(name, entry)
         result = results.get(row.task)
         samples = result.samples(row.filter).items() if result else ()
-        found = {number: sample_score(sample, row) for number, sample in samples}
-        scored = {number: score for number, score in found.items() if score is not None}
-        whole = not scored or len(scored) < len(found)
+        scored = {number: sample_score(sample, row) for number, sample in samples}
+        whole = not scored or None in scored.values()
         if whole or not math.isclose(statistics.fmean(scored.values()), entry["value"]):
             scored = {WHOLE: entry["value"]}
-        found_by_row[row] = scored
+        found[row] = scored
     if (path := folder / MEASURED).is_file():
         for task, scored in json.loads(path.read_text(encoding="utf-8")).items():
             row = Row(task, task.replace("_", " "), OTHER, "mean")
-            found_by_row[row] = {int(number): score for number, score in scored.items()}
-    for row, scored in found_by_row.items():
+            found[row] = {int(number): score for number, score in scored.items()}
+    for row, scored in found.items():
         for number, score in scored.items():
-            if number == WHOLE or not _chooses(row, number, validation):
-                reported.setdefault(row, {})[number] = score
-            if number == WHOLE or _chooses(row, number, validation):
-                choosing.setdefault(row, {})[number] = score
-    return Scores(reported, choosing)
+            chooses = zlib.crc32(f"{row.task}/{number}".encode()) % 1000 < 1000 * validation
+            if number == WHOLE or not chooses:
+                scores.rows.setdefault(row, {})[number] = score
+            if number == WHOLE or chooses:
+                scores.validation.setdefault(row, {})[number] = score
+    return scores
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> Row:
     metric, _, filter = entry["metric"].partition(",")
     return Row(name, entry["name"], entry["group"], metric, filter, entry["top"])
-
-
-def _chooses(row: Row, number: int, share: float) -> bool:
-    return zlib.crc32(f"{row.task}/{number}".encode()) % 1000 < 1000 * share
 
 
 def group_mean(study: Study, rows: Mapping[Row, Mapping[int, float]], group: str) -> float | None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from multiprocessing import forkserver, get_context
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -61,15 +62,9 @@ class Warm:
 
     def _serve(self) -> None:
         """Start the server, if it does not run, in the environment that its children get."""
-        kept = dict(os.environ)
-        os.environ.clear()
-        os.environ.update(self._environment)
-        try:
+        with mock.patch.dict(os.environ, self._environment, clear=True):
             self._forks.set_forkserver_preload([f"{__package__}.imports"])
             forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ.update(kept)
 
 
 def _program(module: str, arguments: list[str], log: str) -> None:

@@ -16,11 +16,12 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import ldistill
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.locate import default_cache
 from ldistill.common.run_files import METRICS
@@ -28,8 +29,9 @@ from ldistill.tools.torture import world
 from ldistill.tools.torture.rank import FIRED, Fault, run_rank
 from ldistill.training.callbacks import read_samples
 
-ORDINARY = {"docvqa": 48, "vqav2": 48}
 TIMED_OUT = 124
+_CONFIGS = Path(ldistill.__file__).parent / "ds_configs"
+_ORDINARY = {"documents": {"docvqa": 48, "vqav2": 48}}
 _QUIET = {
     "CUDA_VISIBLE_DEVICES": "",
     "DS_ACCELERATOR": "cpu",
@@ -37,36 +39,30 @@ _QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
-_POLL = 0.01
 
 
 class Ranks:
-    """The ranks of one start of a run.
+    """The ranks of one start of a run: ``train.py argv``, over gloo on the loopback device.
 
-    Args:
-        argv: command line of `train.py`.
-        ranks: how many; they talk over gloo on the loopback device.
-        logs: folder for their output, appended to.
-        fault: what is wrong inside them.
+    Their output is appended to ``logs``; ``fault`` is what is wrong inside them.
     """
 
     def __init__(self, argv: Sequence[str], ranks: int, logs: Path, fault: Fault | None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"rank-{number}.log" for number in range(ranks)]
-        self._began = [log.stat().st_size if log.exists() else 0 for log in self._logs]
+        self._said = [log.stat().st_size if log.exists() else 0 for log in self._logs]
         self._port, context = world.free_port(), multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([run_rank.__module__])
-        self._processes = []
-        for number, log in enumerate(self._logs):
-            place = world.place(number, ranks, self._port)
-            args = (place, list(argv), str(log), fault)
-            self._processes.append(context.Process(target=run_rank, args=args, daemon=False))
         # DeepSpeed compiles its ops there: a lock elsewhere would have other environments wait.
         own = default_cache() / "ops" / f"{zlib.crc32(sys.prefix.encode()):08x}"
         ops = {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(own)}
+        self.began, self._processes = time.time(), []
         with mock.patch.dict(os.environ, _QUIET | ops):  # the fork server keeps it
-            for process in self._processes:
-                process.start()
+            for number, log in enumerate(self._logs):
+                place = world.place(number, ranks, self._port)
+                args = (place, list(argv), str(log), fault)
+                self._processes.append(context.Process(target=run_rank, args=args))
+                self._processes[-1].start()
 
     def __enter__(self) -> Ranks:
         return self
@@ -89,7 +85,7 @@ class Ranks:
         """Wait until ``happened`` or a rank ends; whether it happened."""
         end = time.monotonic() + timeout
         while not (done := happened()) and self.alive() and time.monotonic() < end:
-            time.sleep(_POLL)
+            time.sleep(0.01)
         return done
 
     def kill(self, number: int | None = None) -> None:
@@ -112,12 +108,12 @@ class Ranks:
             if time.monotonic() > end:
                 code = code or TIMED_OUT
                 self.kill()
-            time.sleep(_POLL)
+            time.sleep(0.01)
         return code or next((p.exitcode for p in self._processes if p.exitcode), 0)
 
     def output(self) -> str:
         """What the ranks said since this start."""
-        logs = [(log, start) for log, start in zip(self._logs, self._began) if log.exists()]
+        logs = [(log, start) for log, start in zip(self._logs, self._said) if log.exists()]
         return "\n".join(log.read_bytes()[start:].decode(errors="replace") for log, start in logs)
 
 
@@ -154,31 +150,6 @@ class History:
 
 
 @dataclass
-class Verdict:
-    """One line of the table: what was done to a run, and whether it held."""
-
-    fault: str
-    expected: str
-    outcome: str
-    passed: bool
-    details: dict[str, Any]
-
-
-def judge(
-    fault: str, expected: str, attempt: Callable[[], str], details: dict[str, Any] | None = None
-) -> Verdict:
-    """The verdict on an attempt, which gives its outcome or raises RuntimeError with it.
-
-    ``details`` may be filled by the attempt.
-    """
-    try:
-        outcome, passed = attempt(), True
-    except RuntimeError as error:
-        outcome, passed = str(error), False
-    return Verdict(fault, expected, outcome, passed, details or {})
-
-
-@dataclass
 class Bench:
     """Where runs are tortured."""
 
@@ -187,12 +158,12 @@ class Bench:
     steps: int = 12
     stage: int = 2
     timeout: float = 600  # seconds after which a run counts as one that hangs
+    details: dict[str, Any] = field(default_factory=dict)  # what a trial tells beside its outcome
 
     def shards(self, name: str = "shards", **mixture: Any) -> Path:
         """Shards of a mixture (see `write_shards`), written once."""
         folder = self.root / name
-        mixture = mixture or {"documents": ORDINARY}
-        return folder if folder.exists() else world.write_shards(folder, **mixture)
+        return folder if folder.exists() else world.write_shards(folder, **mixture or _ORDINARY)
 
     def start(
         self,
@@ -205,19 +176,18 @@ class Bench:
         **fields: object,
     ) -> Ranks:
         """Start a run, or go on with it; ``fields`` are of its recipe."""
-        stage = self.stage if stage is None else stage
         fields = {
+            "recipe": world.RECIPE,
             "shards": shards or self.shards(),
             "output_dir": run,
-            "deepspeed": world.write_deepspeed(self.root / f"zero{stage}.json", stage),
+            "deepspeed": _CONFIGS / f"zero{stage or self.stage}.json",
             "resume_from_checkpoint": "auto",
             "max_steps": self.steps,
             "log_samples": True,
             "use_cpu": True,
             **fields,
         }
-        argv = ["--recipe", str(world.RECIPE)]
-        argv += [part for name, value in fields.items() for part in (f"--{name}", str(value))]
+        argv = [part for name, value in fields.items() for part in (f"--{name}", str(value))]
         return Ranks(argv, ranks or self.ranks, self.root / "logs" / run.name, fault)
 
     def complete(self, run: Path, **options: Any) -> History:

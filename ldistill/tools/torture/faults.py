@@ -16,63 +16,89 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldistill.checkpoint.folder import WRITING, survey
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.errors import ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE
 from ldistill.common.run_files import METRICS
 from ldistill.data.index import ShardIndex
-from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, Verdict, check, judge
+from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, check
 from ldistill.tools.torture.rank import FIRED, Fault, last_step
 
 # fp32 sums in another order on another number of ranks or ZeRO stage.
 TOLERANCE = 1e-5
 
 
-def kills(
-    bench: Bench, count: int, seed: int = 0, tell: Callable[[str], None] = lambda text: None
-) -> Verdict:
+class Trial(NamedTuple):
+    """A fault that can be done to a run; ``name`` is of its option and its run's folder."""
+
+    name: str
+    title: str
+    expected: str
+    attempt: Callable[[Bench, Path], str]
+    """Does it to a run in a new folder; gives the outcome, RuntimeError where it did not hold."""
+
+    def __call__(self, bench: Bench) -> dict[str, Any]:
+        """Try it: a row of the table, with what the attempt left in ``bench.details``."""
+        run, bench.details = bench.fresh(self.name), {}
+        try:
+            outcome, passed = self.attempt(bench, run), True
+        except RuntimeError as error:
+            outcome, passed = str(error), False
+        row = {"fault": self.title, "expected": self.expected, "outcome": outcome}
+        return row | {"passed": passed, "details": bench.details}
+
+
+def choose(asked: Sequence[str], ranks: int) -> list[Trial]:
+    """The faults asked for, by default all that so many ranks can have."""
+    possible = [name for name in FAULTS if ranks > 1 or name != TEXT_ONLY]
+    if unknown := sorted(set(asked) - {*possible, "none"}):
+        hint = f" ({TEXT_ONLY} takes --ranks 2 or more)" if ranks == 1 else ""
+        known = ", ".join(possible)
+        raise ValueError(f"no fault {', '.join(unknown)}; there are {known} and none{hint}.")
+    return [FAULTS[name] for name in dict.fromkeys(asked or possible) if name != "none"]
+
+
+# ---- killed ranks ----
+
+
+def kills(count: int, seed: int = 0, tell: Callable[[str], None] = lambda text: None) -> Trial:
     """kill -9 a run ``count`` times at random moments, restart it each time.
 
     Each kill draws a victim (one rank or all) and a moment: while a step is running, while a
     checkpoint is being written, or while the run is still starting. A run that is through before
     its kill comes is compared, too, and another takes its place. ``tell`` hears of each kill.
     """
-    expected, rng = bench.undisturbed(), random.Random(seed)
-    done: list[dict[str, Any]] = []
 
-    def attempt() -> str:
-        run, runs = bench.fresh("killed"), 1
+    def attempt(bench: Bench, run: Path) -> str:
+        expected, rng, runs = bench.undisturbed(), random.Random(seed), 1
+        done = bench.details["kills"] = []
         while len(done) < count and runs <= count + 1:
-            stale = _inode(run)
             with bench.start(run) as ranks:
-                killed = _kill(ranks, bench, run, rng, count - len(done), stale)
+                killed = _kill(ranks, bench, run, rng, count - len(done))
                 code = ranks.finish(grace=0) if killed else ranks.finish(bench.timeout)
-                said = ranks.output()
             if killed:
-                done.append(killed | {"went on from": _resumed(said)})
-                tell(f"kill {len(done)} of {count}: {done[-1]}")
+                done.append(killed)
+                tell(f"kill {len(done)} of {count}: {killed}")
             else:
-                check(code == 0, f"ended with {code}:\n{said[-2000:]}")
+                check(code == 0, f"ended with {code}:\n{ranks.output()[-2000:]}")
                 expected.require(History.of(run))
-                run, runs = bench.fresh("killed"), runs + 1
+                run, runs = bench.fresh(run.name), runs + 1
         outcome = f"{expected.require(bench.complete(run))} after {len(done)} kills"
         hits = f"only {len(done)} of {count} kills hit before the end; {outcome}"
         check(len(done) == count, hits)
         return outcome
 
-    wanted = "losses and samples of the undisturbed run, bit for bit"
-    return judge(f"kill -9, {count} times at random", wanted, attempt, {"kills": done})
+    title = f"kill -9, {count} times at random"
+    return Trial("killed", title, "losses and samples of the undisturbed run, bit for bit", attempt)
 
 
 def _kill(
-    ranks: Ranks, bench: Bench, run: Path, rng: random.Random, left: int, stale: int | None
+    ranks: Ranks, bench: Bench, run: Path, rng: random.Random, left: int
 ) -> dict[str, Any] | None:
-    """Kill at a random moment; None when the run ended before it came.
-
-    ``stale`` is the inode of the metrics before this start, which writes them anew.
-    """
+    """Kill at a random moment; None when the run ended before it came."""
+    metrics = run / METRICS  # of the start before, until this one writes them anew
     moment = rng.choices(("step", "writing", "starting"), (45, 45, 10))[0]
     if moment == "starting":
         ranks.wait_for(lambda: False, timeout=rng.uniform(0, 5))
@@ -81,9 +107,9 @@ def _kill(
         begin = max((f.step for f in survey(run) if f.problem is None), default=0)
         ahead = rng.randint(1, max(1, 2 * (bench.steps - begin) // (left + 1)))
         at = min(bench.steps - 1, begin + ahead)
-        if not ranks.wait_for(lambda: _inode(run) != stale and last_step(run) >= at):
-            return None
-        if moment == "writing" and not ranks.wait_for(lambda: any((run / WRITING).glob("*"))):
+        waits = [lambda: last_step(run) >= at and metrics.stat().st_mtime > ranks.began]
+        waits += [lambda: any((run / WRITING).glob("*"))] if moment == "writing" else []
+        if not all(map(ranks.wait_for, waits)):
             return None
         time.sleep(rng.uniform(0, 0.2))
     if not ranks.alive():
@@ -94,46 +120,28 @@ def _kill(
     return {"moment": moment, "killed": who, "after step": last_step(run)}
 
 
-def _inode(run: Path) -> int | None:
-    path = run / METRICS
-    return path.stat().st_ino if path.exists() else None
-
-
-def _resumed(said: str, start: str = "going on from ") -> str | None:
-    """Which checkpoint a start went on from, as it said."""
-    found = [line for line in said.splitlines() if line.startswith(start)]
-    return Path(found[0].removeprefix(start).rstrip(".")).name if found else None
-
-
 # ---- how a run takes a fault ----
 
 
-def _unharmed(title: str, fault: Fault, bench: Bench) -> Verdict:
+def _unharmed(fault: Fault, bench: Bench, run: Path) -> str:
     """It does not even show it."""
-    expected, run = bench.undisturbed(), bench.fresh(title.replace(" ", "_"))
-    attempt = partial(bench.complete, run, fault=fault)
-    return judge(title, "as if undisturbed", lambda: expected.require(attempt()))
+    return bench.undisturbed().require(bench.complete(run, fault=fault))
 
 
 def _recovers(
-    title: str,
     needle: str,
     bench: Bench,
-    run: Path | None = None,
+    run: Path,
     *,
     mend: Callable[[], object] = lambda: None,
     shards: Path | None = None,
     **how: Any,
-) -> Verdict:
+) -> str:
     """It ends with a sentence (see `_end`); once the fault is mended, it goes on."""
-    expected, run = bench.undisturbed(), run or bench.fresh(title.replace(" ", "_"))
-
-    def attempt() -> str:
-        _end(bench, run, needle, shards=shards, **how)
-        mend()
-        return expected.require(bench.complete(run, shards=shards))
-
-    return judge(title, "a sentence; then, mended, as if undisturbed", attempt)
+    expected = bench.undisturbed()
+    _end(bench, run, needle, shards=shards, **how)
+    mend()
+    return expected.require(bench.complete(run, shards=shards))
 
 
 def _end(
@@ -170,17 +178,16 @@ def _end(
     check(not alone or "Traceback" not in said, "a traceback beside the sentence")
 
 
-# ---- disks ----
+# ---- disks, shards, workers ----
 
 
-def full_disk(bench: Bench) -> Verdict:
+def _full_disk(bench: Bench, run: Path) -> str:
     """The disk fills up after the first checkpoint; later there is room again."""
-    run, title = bench.fresh("full_disk"), "disk full while saving"
-    recovers = partial(_recovers, needle="could not be written", bench=bench, run=run)
-    filler = run / "filler"
+    recovers, filler = partial(_recovers, "could not be written", bench, run), run / "filler"
     with _small_disk(run) as small:
+        bench.details["disk"] = "tmpfs" if small else "file size limit"
         if not small:  # files that may not grow instead
-            return recovers(f"{title} (file size limit)", fault=Fault("file_size", 200_000))
+            return recovers(fault=Fault("file_size", 200_000))
 
         def fill(ranks: Ranks) -> None:  # but for metrics: a megabyte holds no checkpoint
             with filler.open("wb") as file:
@@ -191,7 +198,7 @@ def full_disk(bench: Bench) -> Verdict:
             check(not any((run / WRITING).glob("*")), "a half-written checkpoint was left")
             check(bool(survey(run)), "no checkpoint was kept")
 
-        return recovers(f"{title} (tmpfs)", under_way=fill, mend=mend)
+        return recovers(under_way=fill, mend=mend)
 
 
 @contextmanager
@@ -207,9 +214,6 @@ def _small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-# ---- shards ----
-
-
 def _cut(tar: Path) -> None:
     os.truncate(tar, 700)
 
@@ -219,43 +223,33 @@ def _flip(tar: Path) -> None:
     data = bytearray(tar.read_bytes())
     for place in range(600, len(data) - 1024, 512):
         data[place] ^= 1
-    tar.write_bytes(bytes(data))
+    tar.write_bytes(data)
 
 
-def _broken_at_start(word: str, spoil: Callable[[Path], object], bench: Bench) -> Verdict:
+def _broken_at_start(spoil: Callable[[Path], object], bench: Bench, run: Path) -> str:
     """A shard that the run does not even start with."""
-    shards = bench.root / f"shards_{word}"
-    shutil.copytree(bench.shards(), shards)
-    tar = sorted(shards.glob("*/*.tar"))[-1]
+    shards = shutil.copytree(bench.shards(), bench.root / f"shards-{run.name}")
+    tar = max(shards.glob("*/*.tar"))
     spoil(tar)
-
-    def attempt() -> str:
-        _end(bench, bench.fresh(f"{word}_shard"), tar.name, shards=shards)
-        return "ended before the first step, naming the shard"
-
-    return judge(f"shard {word} at the start", "a sentence", attempt)
+    _end(bench, run, tar.name, shards=shards)
+    return "ended before the first step, naming the shard"
 
 
-def _broken_midway(
-    title: str, needle: str, spoil: Callable[[Path], object], bench: Bench
-) -> Verdict:
+def _broken_midway(spoil: Callable[[Path], object], needle: str, bench: Bench, run: Path) -> str:
     """Spoil all shards of a source under a run, see it end, mend them, see it go on."""
-    shards = bench.root / f"shards_{title.replace(' ', '_')}"
-    shutil.copytree(bench.shards(), shards)
-    tars = sorted(shards.glob("docvqa/*.tar"))
+    shards = shutil.copytree(bench.shards(), bench.root / f"shards-{run.name}")
 
     def spoil_all(ranks: Ranks) -> None:
-        for tar in tars:
+        for tar in shards.glob("docvqa/*.tar"):
             spoil(tar)
 
     def mend() -> None:
-        for tar in tars:
-            shutil.copyfile(bench.shards() / tar.relative_to(shards), tar)
+        shutil.copytree(bench.shards(), shards, dirs_exist_ok=True)
 
-    return _recovers(title, needle, bench, under_way=spoil_all, mend=mend, shards=shards)
+    return _recovers(needle, bench, run, under_way=spoil_all, mend=mend, shards=shards)
 
 
-def killed_worker(bench: Bench) -> Verdict:
+def _killed_worker(bench: Bench, run: Path) -> str:
     """A data worker is killed, as by a machine short of memory."""
 
     def kill(ranks: Ranks) -> None:
@@ -265,34 +259,28 @@ def killed_worker(bench: Bench) -> Verdict:
     # Workers are some steps ahead of what is logged. PyTorch may tell of the death in the midst of
     # a collective, which then ends on the other rank with a traceback.
     options = {"under_way": kill, "step": 1, "alone": False, "dataloader_num_workers": 1}
-    return _recovers("a data worker is killed", "worker", bench, **options)
+    return _recovers("worker", bench, run, **options)
 
 
 # ---- ranks with nothing to do ----
 
 
 def _as_alone(
-    title: str,
-    mixture: dict[str, Any],
     count: Callable[[Bench, Path, Path], dict[str, int]],
+    mixture: dict[str, Any],
     bench: Bench,
-) -> Verdict:
+    run: Path,
+) -> str:
     """Several ranks under ZeRO-3 do what one rank alone does.
 
     ``count`` (bench, run, shards) counts how often the fault was there; RuntimeError for never.
     """
-    name = title.split(" (")[0].replace(" ", "_")
-    shards, run = bench.shards(f"shards_{name}", **mixture), bench.fresh(name)
+    shards = bench.shards(f"shards-{run.name}", **mixture)
     options = {"shards": shards, "packing": False, "per_device_train_batch_size": 1}
-    expected = bench.undisturbed(f"{name}_alone", ranks=1, **options)
-    details: dict[str, int] = {}
-
-    def attempt() -> str:
-        outcome = expected.require(bench.complete(run, stage=3, **options), TOLERANCE)
-        details.update(count(bench, run, shards))
-        return outcome
-
-    return judge(title, "losses of one rank alone", attempt, details)
+    expected = bench.undisturbed(f"{run.name}-alone", ranks=1, **options)
+    outcome = expected.require(bench.complete(run, stage=3, **options), TOLERANCE)
+    bench.details |= count(bench, run, shards)
+    return outcome
 
 
 def _uneven_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
@@ -315,38 +303,36 @@ def _idle_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
 
 
 TEXT_ONLY = "text-only-rank"
-TEXTUAL = {"documents": {"docvqa": 16, "vqav2": 32}, "text_only": 0.8}
-HARDLY_DISTILLING = {"documents": {"docvqa": 56, "vqav2": 8}}
-FAULTS: dict[str, Callable[[Bench], Verdict]] = {
-    "full-disk": full_disk,
-    "truncated-shard": partial(_broken_at_start, "truncated", _cut),
-    "missing-shard": partial(_broken_at_start, "missing", Path.unlink),
-    "flipped-bit": partial(_broken_midway, "bits flipped in a shard", "checksum", _flip),
-    "vanished-shard": partial(
-        _broken_midway, "shard vanishes during the run", "unreadable", Path.unlink
-    ),
-    "cut-shard": partial(_broken_midway, "shard truncated during the run", "truncated shard", _cut),
-    "slow-reads": partial(_unharmed, "slow reads", Fault("slow", 0.05)),
-    "failing-reads": partial(_unharmed, "reads that fail once", Fault("flaky", 1)),
-    "dead-storage": partial(
-        _recovers, "reads that fail for good", "unreadable", fault=Fault("broken")
-    ),
-    "killed-worker": killed_worker,
-    TEXT_ONLY: partial(_as_alone, "a rank with text alone (ZeRO-3)", TEXTUAL, _uneven_steps),
-    "nothing-distils": partial(
-        _as_alone,
-        "many steps without distilling rows (ZeRO-3 teacher)",
-        HARDLY_DISTILLING,
-        _idle_steps,
-    ),
+_TEXTUAL = {"documents": {"docvqa": 16, "vqav2": 32}, "text_only": 0.8}
+_HARDLY_DISTILLING = {"documents": {"docvqa": 56, "vqav2": 8}}
+_ATTEMPTS: dict[str, Callable[[Bench, Path], str]] = {
+    "full-disk": _full_disk,
+    "truncated-shard": partial(_broken_at_start, _cut),
+    "missing-shard": partial(_broken_at_start, Path.unlink),
+    "flipped-bit": partial(_broken_midway, _flip, "checksum"),
+    "vanished-shard": partial(_broken_midway, Path.unlink, "unreadable"),
+    "cut-shard": partial(_broken_midway, _cut, "truncated shard"),
+    "slow-reads": partial(_unharmed, Fault("slow", 0.05)),
+    "failing-reads": partial(_unharmed, Fault("flaky", 1)),
+    "dead-storage": partial(_recovers, "unreadable", fault=Fault("broken")),
+    "killed-worker": _killed_worker,
+    TEXT_ONLY: partial(_as_alone, _uneven_steps, _TEXTUAL),
+    "nothing-distils": partial(_as_alone, _idle_steps, _HARDLY_DISTILLING),
 }
-
-
-def choose(asked: Sequence[str], ranks: int) -> list[Callable[[Bench], Verdict]]:
-    """The faults asked for, by default all that so many ranks can have."""
-    possible = [name for name in FAULTS if ranks > 1 or name != TEXT_ONLY]
-    if unknown := sorted(set(asked) - {*possible, "none"}):
-        hint = f" ({TEXT_ONLY} takes --ranks 2 or more)" if ranks == 1 else ""
-        known = ", ".join(possible)
-        raise ValueError(f"no fault {', '.join(unknown)}; there are {known} and none{hint}.")
-    return [FAULTS[name] for name in dict.fromkeys(asked or possible) if name != "none"]
+_MENDED, _SAME = "a sentence; then, mended, as if undisturbed", "as if undisturbed"
+_SENTENCE, _ALONE = "a sentence", "losses of one rank alone"
+_TOLD = {  # title, what is expected
+    "full-disk": ("disk full while saving", _MENDED),
+    "truncated-shard": ("shard truncated at the start", _SENTENCE),
+    "missing-shard": ("shard missing at the start", _SENTENCE),
+    "flipped-bit": ("bits flipped in a shard", _MENDED),
+    "vanished-shard": ("shard vanishes during the run", _MENDED),
+    "cut-shard": ("shard truncated during the run", _MENDED),
+    "slow-reads": ("slow reads", _SAME),
+    "failing-reads": ("reads that fail once", _SAME),
+    "dead-storage": ("reads that fail for good", _MENDED),
+    "killed-worker": ("a data worker is killed", _MENDED),
+    TEXT_ONLY: ("a rank with text alone (ZeRO-3)", _ALONE),
+    "nothing-distils": ("many steps without distilling rows (ZeRO-3 teacher)", _ALONE),
+}
+FAULTS = {name: Trial(name, *_TOLD[name], attempt) for name, attempt in _ATTEMPTS.items()}

@@ -38,7 +38,7 @@ class Fault:
     ``slow``: every read of a sample takes ``amount`` seconds. ``flaky``: every fifth sample fails
     ``amount`` times before it can be read. ``broken``: from the tenth on, none can be.
     ``file_size``: no file may grow beyond ``amount`` bytes. ``hold``: once the run in ``folder``
-    has logged step ``amount``, no sample is read until `release` lets it go on.
+    has logged step ``amount``, no sample is read until its ``gate`` exists.
     """
 
     kind: Literal["slow", "flaky", "broken", "file_size", "hold"]
@@ -47,7 +47,6 @@ class Fault:
 
     @property
     def gate(self) -> Path:
-        """The file that a ``hold`` waits for."""
         return self.folder.with_suffix(".go")
 
 
@@ -80,28 +79,26 @@ def _inject(fault: Fault) -> None:
     read, reads, fired = archive.read_once, itertools.count(1), itertools.count()
     failures: Counter[tuple[str, int]] = Counter()
 
-    def hits(path: str, offset: int) -> bool:
-        number, place = next(reads), (path, offset)
-        if fault.kind == "hold":
-            return not fault.gate.exists() and last_step(fault.folder) >= fault.amount
-        if fault.kind == "broken":
-            return number > 10
-        if fault.kind == "flaky":
-            failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
-            return zlib.crc32(repr(place).encode()) % 5 == 0 and failures[place] > 0
-        return True
+    def flaky(place: tuple[str, int]) -> bool:
+        failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
+        return zlib.crc32(repr(place).encode()) % 5 == 0 and failures[place] > 0
+
+    hits = {
+        "slow": lambda place: True,
+        "broken": lambda place: next(reads) > 10,
+        "hold": lambda place: not fault.gate.exists() and last_step(fault.folder) >= fault.amount,
+        "flaky": flaky,
+    }[fault.kind]
 
     def faulty(path: str, offset: int, size: int) -> bytes:
-        if hits(path, offset):
+        if hits((path, offset)):
             if next(fired) == 0:
                 print(FIRED, flush=True)
-            if fault.kind == "slow":
-                time.sleep(fault.amount)
-            elif fault.kind == "hold":
-                while not fault.gate.exists():
-                    time.sleep(0.01)
-            else:
+            if fault.kind in ("broken", "flaky"):
                 raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            time.sleep(fault.amount if fault.kind == "slow" else 0)
+            while fault.kind == "hold" and not fault.gate.exists():
+                time.sleep(0.01)
         return read(path, offset, size)
 
     archive.read_once = faulty

@@ -7,7 +7,6 @@ about a picture, or without one.
 from __future__ import annotations
 
 import io
-import json
 import random
 import secrets
 import socket
@@ -49,23 +48,14 @@ def write_shards(
 
 
 def _sample(source: str, number: int, text_only: float) -> Sample:
-    rng = random.Random(f"{source}-{number}")
+    name = f"{source}-{number}"
+    rng, picture = random.Random(name), io.BytesIO()
     words = rng.choices(_WORDS, k=rng.randint(2, 6))
     turn = Turn(f"what is {' '.join(words)}?", " ".join(reversed(words)))
     if rng.random() < text_only:
-        return Sample(f"{source}-{number}", source, (turn,), ())
-    picture = io.BytesIO()
+        return Sample(name, source, (turn,), ())
     Image.frombytes("RGB", (4, 4), rng.randbytes(48)).resize((64, 64), 0).save(picture, "PNG")
-    return Sample(f"{source}-{number}", source, (turn,), (picture.getvalue(),))
-
-
-def write_deepspeed(path: Path, stage: int) -> Path:
-    """A DeepSpeed configuration of a ZeRO stage."""
-    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    config = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
-    config |= {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage}}
-    path.write_text(json.dumps(config), encoding="utf-8")
-    return path
+    return Sample(name, source, (turn,), (picture.getvalue(),))
 
 
 def place(rank: int, ranks: int, port: int) -> dict[str, str]:

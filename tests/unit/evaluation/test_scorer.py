@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ldistill.evaluation.commands import model_options
 from ldistill.evaluation.loading import kind_of, load_scorer
-from ldistill.evaluation.scorer import Question, cut
-from ldistill.models import formats
+from ldistill.evaluation.scorer import Question, StudentScorer, cut
+from ldistill.models import formats, zoo
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 
 KINDS = ("nanovlm", "lm", "llava", "idefics3")
@@ -102,6 +102,35 @@ def test_nanovlm_log_likelihood_is_the_sum_over_its_tokens(models, folders):
         total, greedy = models["nanovlm"].log_likelihoods([(question, text)])[0]
         assert total == pytest.approx(expected, abs=1e-4)
         assert not greedy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["paligemma2", "gemma3", "aya-vision", "llava-granite"])
+def test_logits_are_scaled_and_capped_as_the_decoders_own_class_does(name, tmp_path):
+    """By a run and by lmms-eval, as in training; half of transformers' VLM classes leave it out."""
+    folder = zoo.write_pair(name, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    if "gemma" in name:  # what a small model's logits reach
+        config["text_config"]["final_logit_softcapping"] = 2.0
+    (folder / "config.json").write_text(json.dumps(config))
+    student, processor = formats.load_student(folder).eval(), formats.load_processor(folder)
+    prompt, answer = "what is the total", " of red"
+    start = len(processor.tokenizer(prompt)["input_ids"])
+    ids = torch.tensor([processor.tokenizer(prompt + answer)["input_ids"]])
+    scorers = [StudentScorer(student, processor)]
+    if name == "paligemma2":  # its class caps, and lets the prompt see all of itself
+        own, behind = student.vlm, torch.arange(ids.shape[1]) >= start
+        options = {"attention_mask": torch.ones_like(ids), "token_type_ids": behind[None].long()}
+    else:
+        own, options = student.causal_lm(), {}
+        scorers.append(load_scorer(str(folder)))
+    logp = own(ids, **options).logits[0].log_softmax(-1)
+    bare = student.lm_head(own.base_model(ids, **options).last_hidden_state)[0].log_softmax(-1)
+    assert (bare - logp).abs().max() > 0.1
+    expected = sum(logp[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
+    for scorer in scorers:
+        ((total, _),) = scorer.log_likelihoods([(Question(prompt, chat=False), answer)])
+        assert total == pytest.approx(expected, abs=1e-3)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -487,11 +488,28 @@ def test_a_window_that_no_row_outgrows_is_none(tmp_path):
     ("kind", "more"),
     [("dynamic", {}), ("longrope", {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4})],
 )
-def test_frequencies_that_depend_on_the_length_are_refused(kind, more):
+def test_frequencies_that_depend_on_the_length_are_refused_beyond_it(kind, more):
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0} | more
     config = decoder_config("llama", rope_parameters=rope)
-    with pytest.raises(ValueError, match=rf"decoder chooses its rotary.*rope_type '{kind}'"):
-        check_pair(config, config, None)
+    fixed = config.max_position_embeddings
+    message = rf"decoder chooses its rotary.*rope_type '{kind}'.*--max_length {fixed} or less"
+    check_pair(config, config, None, fixed)
+    with pytest.raises(ValueError, match=message):
+        check_pair(config, config, None, fixed + 1)
+
+
+def test_dynamic_frequencies_are_the_lms_own_in_rows_of_its_length():
+    """InternVL3's decoders on their LMs, Qwen2.5: what transformers rotates with is equal."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    student, lm = decoder_config("llama", rope_parameters=rope), decoder_config("llama")
+    fixed = lm.max_position_embeddings
+    check_pair(student, lm, None, fixed)
+    positions, hidden = torch.arange(fixed)[None], torch.zeros(1, fixed, 1)
+    made = [AutoModel.from_config(c).rotary_emb for c in (student, lm)]
+    for mine, its in zip(*(rotary(hidden, positions) for rotary in made), strict=True):
+        assert torch.equal(mine, its)
+    longer = made[0](hidden, positions + 1)[0]
+    assert not torch.equal(longer, made[1](hidden, positions + 1)[0])
 
 
 def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):

@@ -68,6 +68,21 @@ def test_a_pair_of_ones_own_whole_and_reduced(family, tmp_path):
         assert "1 of 1 hold" in result.output
 
 
+def test_a_students_own_decoder_is_exported_as_its_lm(tmp_path):
+    """No LM of Gemma 3's sizes is published: of a bare student the decoder alone is written."""
+    student, out = write_pair("gemma3", tmp_path / "pair"), tmp_path / "out"
+    command = ["export", str(student), "--decoder-only", "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in out.iterdir()] == ["decoder"]
+    pair = load_pair(str(student), str(out / "decoder"))
+    batch = check._packed(pair, [check._documents(pair)])
+    made = Distiller(pair.student.eval(), Teacher(pair.lm, "reference"), check._WEIGHTS)
+    assert check._identity(made, batch) == ""
+    command[1] = str(tmp_path / "nowhere")
+    assert "does not exist" in str(CliRunner().invoke(app, command).exception)
+
+
 def test_a_pair_that_does_not_fit_is_refused_with_its_reason(tmp_path):
     write_pair("llava", tmp_path / "a")
     write_pair("internvl", tmp_path / "b")
