@@ -290,6 +290,7 @@ def test_unknown_recipe_field(tmp_path):
     ("max_length: 512.5", "max_length must be a whole number"),
     ("packing: 1", "packing must be true or false"),
     ("kv_scope: [full]", "kv_scope must be text"),
+    ("kl: sideways", "kl must be one of forward, reverse, jsd, got 'sideways'"),
     ("sources: [docvqa, 3]", "sources must be text"),
     ("extra_sources: {a: document}", "extra_sources must be a list"),
     ("max_steps:", "max_steps is empty"),
