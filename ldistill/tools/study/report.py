@@ -18,9 +18,13 @@ from matplotlib.figure import Figure
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
-from ldistill.evaluation.compare.recovery import recovery_markdown
 from ldistill.evaluation.compare.report import p_value
-from ldistill.evaluation.compare.tables import ScoreTable, markdown_table, score_table
+from ldistill.evaluation.compare.tables import (
+    ScoreTable,
+    markdown_table,
+    recovery_markdown,
+    score_table,
+)
 from ldistill.evaluation.suites import rows
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
