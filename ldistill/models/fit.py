@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModel, PretrainedConfig
 
 from ldistill.common.partition import partitioned_by
+from ldistill.models.flops import head_dim
 
-ROPES = ("lm", "student")
+Rope = Literal["lm", "student"]
 # Rotary embeddings whose frequencies transformers chooses anew for positions beyond a length.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 _KEYED = ("full_attention", "sliding_attention")
@@ -81,27 +82,20 @@ def unsupported(config: PretrainedConfig, max_length: int | None = None) -> str 
         fixed = rope.get("original_max_position_embeddings") or fixed
         if kind in _ROPE_BY_LENGTH and max_length is not None and max_length > fixed:
             return (
-                f"chooses its rotary frequencies by the length of a batch (rope_type {kind!r}): "
-                "the teacher, which runs on a part of the positions, would query the student's "
-                "keys with other frequencies than they were rotated with. They are fixed for rows "
-                f"of {fixed}: give --max_length {fixed} or less."
+                f"chooses its rotary frequencies by the length of a batch (rope_type {kind!r}), of "
+                f"which the teacher runs a part; up to {fixed} they are fixed: give --max_length "
+                f"{fixed} or less."
             )
     kinds = [k for k in getattr(config, "layer_types", None) or () if k not in _KEYED]
     if "chunked_attention" in kinds:
-        return (
-            "attends in chunks, and scales queries by their place in the sequence, of which the "
-            "teacher runs only a part."
-        )
+        return "attends in chunks, and scales queries by their place in the whole sequence."
     if kinds:
         return (
             f"has {kinds[0]} layers: they carry positions on in a state or a convolution, so there "
             "are no keys and values that a teacher could read. Use a student whose layers attend."
         )
     if getattr(config, "cross_attention_layers", None):
-        return (
-            "sees pictures through cross-attention layers that its LM does not have: they are at "
-            "no position whose keys a teacher could read."
-        )
+        return "sees pictures through cross-attention layers, at no position whose keys are shared."
     for field in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
         if getattr(config, field, None):
             return f"has {field} {getattr(config, field)}, which its LM's keys would depend on."
@@ -134,11 +128,10 @@ def _comparable(config: PretrainedConfig, max_length: int | None) -> dict[str, A
     values = config.to_dict()
     declared = type(config)().to_dict()  # not what else a file may hold
     found = {name: values[name] for name in declared if name not in _FREE and name in values}
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)
     if max_length is not None and window is not None and window >= max_length:
         window = None
-    found |= {"head_dim": heads, "sliding_window": window}
+    found |= {"head_dim": head_dim(config), "sliding_window": window}
     for kind, rope in _ropes(config).items():
         at = f"{kind} " if kind else ""
         if rope.get("rope_type") == "dynamic":  # in rows that are let pass: InternVL3 on Qwen2.5
@@ -213,9 +206,8 @@ def _unequal_small(student: PretrainedConfig, teacher: PretrainedConfig) -> list
             for c in (student, teacher)
         )
         state, wanted = mine.state_dict(), its.state_dict()
-        other = sorted(set(state) ^ set(wanted))
-        other += [k for k in state if k in wanted and state[k].shape != wanted[k].shape]
-        if other:
+        shapes = ({(k, v.shape) for k, v in tensors.items()} for tensors in (state, wanted))
+        if other := sorted({key for key, _ in set.symmetric_difference(*shapes)}):
             return [f"{kinds}; their tensors differ: {', '.join(other[:3])}"]
         for parameter in mine.parameters():
             parameter.normal_(0, 0.12)

@@ -26,43 +26,33 @@ from ldistill.models.towers import Tower, tower_of
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a step ran, over one rank.
+    """What a step ran, over one rank."""
 
-    Args:
-        positions: [batch × seq] the decoder ran, padding included.
-        pairs: visible (query, key) pairs of the student's attention, one head.
-        tiles: images the vision tower ran.
-        targets: positions with a label (the student's head ran there).
-        queries: positions the teacher ran.
-        query_pairs: (query, key) pairs of the teacher's attention.
-        taught: positions its head ran.
-        image_tokens: positions of pictures; set where the tiles are a real batch's.
-    """
+    positions: int  # [batch × seq] the decoder ran, padding included
+    pairs: int  # visible (query, key) pairs of the student's attention, one head
+    tiles: int  # images the vision tower ran
+    targets: int  # positions with a label (the student's head ran there)
+    queries: int = 0  # positions the teacher ran
+    query_pairs: int = 0  # (query, key) pairs of the teacher's attention
+    taught: int = 0  # positions its head ran
+    image_tokens: int = 0  # positions of pictures; set where the tiles are a real batch's
 
-    positions: int
-    pairs: int
-    tiles: int
-    targets: int
-    queries: int = 0
-    query_pairs: int = 0
-    taught: int = 0
-    image_tokens: int = 0
+
+def head_dim(config: Any) -> int:
+    """Width of one head of a decoder."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
     """Weights of the matrix products in one decoder layer."""
-    hidden = config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q_and_o = 2 * hidden * config.num_attention_heads * head_dim
-    kv = 2 * hidden * config.num_key_value_heads * head_dim if with_kv else 0
-    return q_and_o + kv + 3 * hidden * config.intermediate_size
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads * with_kv
+    return config.hidden_size * (heads * head_dim(config) + 3 * config.intermediate_size)
 
 
 def adapter_weights(config: Any, rank: int) -> int:
     """Weights of LoRA adapters on every linear layer of one decoder layer."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    width, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    hidden, inter, width = config.hidden_size, config.intermediate_size, head_dim(config)
+    width, kv = config.num_attention_heads * width, config.num_key_value_heads * width
     sides = 2 * (hidden + width) + 2 * (hidden + kv) + 3 * (hidden + inter)
     return rank * sides
 
@@ -93,11 +83,8 @@ def step_flops(
         trained: share of the decoder layers' weights that trains.
         head_trained, vision_trained: whether these do.
     """
-    layers, hidden = config.num_hidden_layers, config.hidden_size
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    )
-    head = hidden * config.vocab_size
+    layers, width = config.num_hidden_layers, config.num_attention_heads * head_dim(config)
+    head = config.hidden_size * config.vocab_size
     products = (2 + trained) * 2 * layers * decoder_layer_weights(config) * counts.positions
     products += (2 + head_trained) * 2 * head * counts.targets
     adapters = 2 * layers * adapter_weights(config, lora_rank) * counts.positions

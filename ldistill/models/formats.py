@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ldistill.common.locate import resolve
-from ldistill.models import hf_vlm_format, hf_vlm_processor, nanovlm_format
+from ldistill.models import hf_vlm_format, nanovlm_format
 from ldistill.models.hf_vlm import FAMILIES
 from ldistill.models.lora import LowRank
 from ldistill.models.processor import Processor
@@ -35,16 +35,16 @@ class Format(NamedTuple):
 FORMATS = (
     Format(
         "nanoVLM",
-        nanovlm_format.reads,
+        lambda config: "vit_hidden_dim" in config,
         nanovlm_format.load_nanovlm,
         nanovlm_format.load_processor,
         nanovlm_format.export_like,
     ),
     Format(
         f"transformers' {', '.join(FAMILIES)}",
-        hf_vlm_format.reads,
+        lambda config: config.get("model_type") in FAMILIES,
         hf_vlm_format.load_hf_vlm,
-        hf_vlm_processor.load_processor,
+        hf_vlm_format.load_processor,
         hf_vlm_format.export_like,
     ),
 )
@@ -79,17 +79,18 @@ def format_of(folder: Path) -> Format:
 def load_student(
     name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
 ) -> Student:
-    """Student from a folder or hub id.
+    """Student from a folder, ``pkg://`` or hub id.
 
     Args:
-        name: folder, ``pkg://`` or hub id.
+        name: where it lies.
         partition: let a living ZeRO-3 configuration partition the weights while they load (every
             rank must do so together); False: whole, whatever runs.
-        dtype: of the weights in memory.
+        dtype: of the weights in memory, whatever they are on disk.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: an unsupported kind of model, or one that does not fit its configuration.
+        FileNotFoundError: no such checkpoint, or a weight file is missing.
+        ValueError: an unsupported kind of model, or weights that cannot be read or do not fit the
+            configuration: missing, unknown or misshapen, all of them listed.
     """
     folder = resolve(name)
     return format_of(folder).load(folder, partition=partition, dtype=dtype)
@@ -99,9 +100,14 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings: A
     """Tokenizer, chat template and image settings of a student.
 
     Args:
-        name: student folder or hub id.
+        name: student folder or hub id; its weights are not read.
         tokenizer: folder or hub id of a tokenizer, if not the student's own.
-        settings: ``tiling``, ``max_images``.
+        settings: ``tiling``: cut large pictures into tiles, in families that can do without;
+            ``max_images``: pictures of a sample that are used.
+
+    Raises:
+        ValueError: tiling asked of a family that has none, no chat template, or a tokenizer that
+            gives the image tokens other ids than the student expects.
     """
     folder = resolve(name, weights=False)
     return format_of(folder).load_processor(folder, tokenizer, **settings)
@@ -111,8 +117,9 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
     """The checkpoint at ``base`` with trained weights in it, written to ``folder``.
 
     Args:
-        base: folder the training began from; gives all that was not trained, bit for bit.
-        updates: whole tensors, or low-rank additions, by the student's parameter names.
-        folder: where to write.
+        base: folder the training began from; gives all that was not trained, bit for bit, and
+            keys, shapes, dtypes and configuration.
+        updates: whole tensors in any dtype, or low-rank additions, by the student's names.
+        folder: where to write; its files are replaced.
     """
     format_of(base).export_like(base, updates, folder)

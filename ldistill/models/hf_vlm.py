@@ -2,20 +2,18 @@
 
 The model is kept as transformers built it, under ``vlm``, and its own forward puts features in
 their places; what it is given are pictures as its processor made them, and positions that keep the
-documents of a packed row apart. `hf_vlm_format` reads and writes the checkpoint,
-`hf_vlm_processor` makes its inputs.
+documents of a packed row apart. `hf_vlm_format` reads and writes checkpoints and makes inputs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,20 +22,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from ldistill.common.documents import Pictures
 from ldistill.common.partition import partitioned_by
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
-
-# As its processor writes a prompt: pictures, the start token, the question, a line feed.
-_PALIGEMMA = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% if loop.first %}<bos>{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
-    "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -48,12 +37,10 @@ class Family:
               it cannot be turned off, None where pictures are seen whole.
     sees:     positions that see what follows them: ``""`` none, ``pictures`` those of one picture
               each other, ``prefix`` all before the first answer.
-    template: chat template, where its checkpoints have none.
     """
 
     tiling: str | None = None
     sees: str = ""
-    template: str | None = None
 
     def picture_options(self, kind: str, tiling: bool) -> dict[str, bool]:
         """Options of the image processor. Raises ValueError for tiles where there are none."""
@@ -65,35 +52,18 @@ class Family:
         return {} if self.tiling in (None, "always") else {self.tiling: tiling}
 
 
-_SPLIT, _CROP, _ALWAYS, _WHOLE = (
-    Family("do_image_splitting"),
-    Family("crop_to_patches"),
-    Family("always"),
-    Family(),
-)
+_WHOLE = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v")
 FAMILIES = {
-    "llava": _WHOLE,
-    "llava_next": _ALWAYS,
-    "llava_onevision": _ALWAYS,
-    "idefics3": _SPLIT,
-    "smolvlm": _SPLIT,
-    "internvl": _CROP,
-    "qwen2_vl": _WHOLE,
-    "qwen2_5_vl": _WHOLE,
-    "qwen3_vl": _WHOLE,
-    "qwen3_vl_moe": _WHOLE,
-    "glm4v": _WHOLE,
-    "glm46v": _WHOLE,
+    **dict.fromkeys((*_WHOLE, "mistral3", "kimi_k25", "video_llama_3"), Family()),
+    **dict.fromkeys(("llava_next", "llava_onevision"), Family("always")),
+    **dict.fromkeys(("idefics3", "smolvlm"), Family("do_image_splitting")),
+    **dict.fromkeys(
+        ("internvl", "ovis2", "aya_vision", "cohere2_vision"), Family("crop_to_patches")
+    ),
     "gemma3": Family("do_pan_and_scan", sees="pictures"),
-    "paligemma": Family(sees="prefix", template=_PALIGEMMA),
-    "mistral3": _WHOLE,
-    "ovis2": _CROP,
-    "aya_vision": _CROP,
-    "cohere2_vision": _CROP,
-    "kimi_k25": _WHOLE,
-    "video_llama_3": _WHOLE,
+    "paligemma": Family(sees="prefix"),
 }
-"""By ``model_type``. A class of the LLaVA kind is a line."""
+"""By ``model_type``. A class of the LLaVA kind is a name."""
 
 
 _LM_KINDS = {
@@ -124,26 +94,18 @@ _MASKS = {
 }
 
 
-class ModelClasses(NamedTuple):
-    """transformers' class of a whole model, and of the one without its head."""
-
-    whole: type[PreTrainedModel]
-    base: type[PreTrainedModel]
-
-
-def model_classes(config: PretrainedConfig) -> ModelClasses:
-    return ModelClasses(
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)], MODEL_MAPPING[type(config)]
-    )
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without its head or a weight, for those of its methods that read nothing but the
+    configuration."""
+    base = MODEL_MAPPING[type(config)]
+    model = base.__new__(base)
+    model.config = config
+    return model
 
 
 class HFVLM(Student):
-    """A student around one of transformers' ``...ForConditionalGeneration``.
-
-    Args:
-        vlm: the model.
-        blank: tensors of one picture, for batches that hold none.
-    """
+    """A student around a ``...ForConditionalGeneration`` of transformers; ``blank`` holds the
+    tensors of one picture, for batches that have none."""
 
     def __init__(self, vlm: PreTrainedModel, blank: Pictures) -> None:
         super().__init__()
@@ -169,12 +131,11 @@ class HFVLM(Student):
 
     @property
     def vision(self) -> nn.Module:
-        """The vision tower."""
         return self.vlm.get_encoder("image")
 
     @property
     def projector(self) -> nn.ModuleList:
-        """All between tower and decoder: towers of Qwen and GLM hold their mergers themselves."""
+        """All between tower and decoder; towers of Qwen and GLM hold their mergers themselves."""
         vision, base = self.vision, self.vlm.base_model
         inside = [m for name, m in vision.named_children() if "merger" in name]
         beside = [m for m in base.children() if m not in (vision, self.backbone)]
@@ -183,12 +144,10 @@ class HFVLM(Student):
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The decoder without its head."""
         return self.vlm.get_decoder()
 
     @property
     def lm_head(self) -> LMHead:
-        """Head of the decoder."""
         return self.vlm.get_output_embeddings()
 
     @property
@@ -229,10 +188,12 @@ class HFVLM(Student):
         if not pictures:
             return 0
         pixels, patch = pictures["pixel_values"], self.vision.config.patch_size
-        if pixels.ndim == 4 and "image_sizes" in pictures:  # Pixtral's, padded to the largest
+        if "pixel_attention_mask" in pictures:  # 0 where a picture has less tiles than others
+            return int(pictures["pixel_attention_mask"].flatten(2).any(2).sum())
+        if hasattr(self.config, "image_grid_pinpoints"):
+            return sum(cut_tiles(self.config, pictures))
+        if "image_sizes" in pictures:  # Pixtral's, padded to the largest
             return int((pictures["image_sizes"] // patch).prod(1).sum())
-        if pixels.ndim == 5:  # pictures with less tiles than others are padded with 0
-            return int((pixels[..., 0, 0, 0] != 0).sum())
         return len(pixels)
 
     def _pictures(self, pictures: Pictures | None) -> Pictures:
@@ -245,9 +206,7 @@ class HFVLM(Student):
     def _types(self, input_ids: Tensor, answers: Tensor | None) -> dict[str, Tensor]:
         """What kind of token stands where, for those models that ask."""
         pictures = (input_ids == self.image_token_id).long()
-        types = {}
-        if "mm_token_type_ids" in self._takes:
-            types["mm_token_type_ids"] = pictures
+        types = {"mm_token_type_ids": pictures} if "mm_token_type_ids" in self._takes else {}
         if self.sees:
             prefix = torch.zeros_like(input_ids) if answers is None else answers.long()
             types["token_type_ids"] = prefix if self.sees == "prefix" else pictures
@@ -281,12 +240,8 @@ class HFVLM(Student):
         return args, kwargs
 
     def _add_blank(self, embeds: Tensor) -> Tensor:
-        """Add 0, by way of vision tower and projector: every rank must run the same modules.
-
-        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
-        projector would have no gradient to reduce. It happens between embedding and decoder, and
-        outside of both, because that is where a batch with pictures runs them, backward as well.
-        """
+        """Add 0, by way of vision tower and projector: between embedding and decoder, and outside
+        of both, because that is where a batch with pictures runs them, backward as well."""
         blank = {name: value.to(embeds.device) for name, value in self.blank.items()}
         seen = self.vlm.base_model.get_image_features(**self._pictures(blank), return_dict=True)
         # What is put among the embeddings, Qwen3-VL's deepstack and Ovis2's indicators too.
@@ -301,7 +256,7 @@ class HFVLM(Student):
         attention_mask: Tensor | None = None,
         **options,
     ) -> Tensor:
-        criteria = {k: options.pop(k) for k in ("stopping_criteria",) if k in options}
+        criteria = options.pop("stopping_criteria", None)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self._packed = {}
@@ -311,7 +266,7 @@ class HFVLM(Student):
             generation_config=GenerationConfig(**options),
             **self._pictures(pictures),
             **self._types(input_ids, None),
-            **criteria,
+            stopping_criteria=criteria,
         )
         return whole[:, input_ids.shape[1] :]
 
@@ -320,16 +275,26 @@ class HFVLM(Student):
         config = lm_config(self.backbone.config)
         with torch.device("meta"), partitioned_by(None):
             shell = AutoModelForCausalLM.from_config(config)
-        if (
-            config is not self.backbone.config
-        ):  # the same parameters in modules of that kind, which rotate along one axis
+        if config is self.backbone.config:
+            shell.model = self.backbone
+        else:  # the same parameters in modules of that kind, which rotate along one axis
             state = self.backbone.state_dict(keep_vars=True)
             shell.model.load_state_dict(state, assign=True)
             shell.model.rotary_emb = type(shell.model.rotary_emb)(config)
-        else:
-            shell.model = self.backbone
         shell.lm_head = self.lm_head
         return shell.train(self.training)
+
+
+def cut_tiles(config: PretrainedConfig, pictures: Pictures) -> list[int]:
+    """Tiles of each picture of LLaVA-NeXT's kind; OneVision cuts one alone in a document."""
+    sizes, together = pictures["image_sizes"].tolist(), pictures.get("batch_num_images")
+    counts = [1] * len(sizes) if together is None else together.tolist()
+    alone = [count == 1 for count in counts for _ in range(count)]
+    side, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    return [
+        image_size_to_num_patches(size, grid, side) if cut else 1
+        for size, cut in zip(sizes, alone, strict=True)
+    ]
 
 
 _INSIDE = ("last_hidden_state", "hidden_states", "attentions")  # of the tower: not what it gives

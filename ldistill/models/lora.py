@@ -46,10 +46,8 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
     Args:
         student: after :func:`ldistill.models.parts.train_only`.
         rank: of the adapters, at least 1.
-        alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default twice the
-            rank.
-        seed: of the adapters' first values, which so depend on nothing that ran before: every
-            engine and number of ranks begins alike.
+        alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default 2 ``rank``.
+        seed: of the adapters' first values: every engine and number of ranks begins alike.
 
     Raises:
         ValueError: a rank below 1, or peft is not installed.
@@ -75,12 +73,8 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
 
 
 def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpdates:
-    """Trained tensors by the parameter names the student had without adapters.
-
-    Args:
-        student: whose parameters they are.
-        trained: of :func:`ldistill.models.weights.gather_trained`.
-    """
+    """Trained tensors, of :func:`ldistill.models.weights.gather_trained`, by the parameter names
+    that the student had without adapters."""
     if student.lora_scale is None:
         return dict(trained)
     updates: dict[str, Tensor | LowRank] = {}

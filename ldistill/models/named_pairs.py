@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
-from ldistill.models.hf_vlm import FAMILIES, lm_config
+from ldistill.models.formats import format_of
+from ldistill.models.hf_vlm import lm_config
 from ldistill.models.nanovlm import decoder_config
 from ldistill.models.nanovlm_config import NanoVLMConfig
 
@@ -40,13 +41,10 @@ _PIXTRAL = {
 
 
 def _qwen3_vit(out: int) -> dict[str, Any]:
-    large = out > 4000
-    return {
-        "depth": 27 if large else 24, "hidden_size": 1152 if large else 1024, "num_heads": 16,
-        "intermediate_size": 4304 if large else 4096, "patch_size": 16, "out_hidden_size": out,
-        "deepstack_visual_indexes": [8, 16, 24] if large else [5, 11, 17],
-        "num_position_embeddings": 2304,
-    }  # fmt: skip
+    names = ("depth", "hidden_size", "intermediate_size", "deepstack_visual_indexes")
+    sizes = (27, 1152, 4304, [8, 16, 24]) if out > 4000 else (24, 1024, 4096, [5, 11, 17])
+    rest = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
+    return dict(zip(names, sizes, strict=True)) | rest | {"out_hidden_size": out}
 
 
 def _text(
@@ -62,24 +60,6 @@ def _text(
     }  # fmt: skip
 
 
-def _smol(hidden: int, inter: int, layers: int, heads: int, kv: int, base: float = 1e5) -> Any:
-    return _text(
-        "llama", hidden, inter, layers, heads, kv, 49280, base, 8192, rms_norm_eps=1e-5,
-        pad_token_id=2,
-    )  # fmt: skip
-
-
-_SMOL_256M, _SMOL_500M = _smol(576, 1536, 30, 9, 3), _smol(960, 2560, 32, 15, 5)
-_SMOL_REST = {"scale_factor": 4, "image_token_id": 49190, "pad_token_id": 2}
-_VICUNA_REST = {
-    "image_token_id": 32000, "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default", "image_seq_length": 576,
-}  # fmt: skip
-_ONEVISION_REST = {"image_token_id": 151646, "vision_feature_layer": -1}
-_MROPE = {"mrope_section": [16, 24, 24]}
-_MROPE3 = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
-
-
 class _Pair(NamedTuple):
     """A published student; ``tied``: whether its LM's head is tied, ``vocab``: of that LM."""
 
@@ -92,8 +72,19 @@ class _Pair(NamedTuple):
     rest: dict[str, Any] = {}  # noqa: RUF012 - read alone
 
 
-def _vicuna(hidden: int, inter: int, layers: int, heads: int) -> dict[str, Any]:
-    return _text("llama", hidden, inter, layers, heads, heads, 32064, 1e4, 4096, rms_norm_eps=1e-5)
+def _smolvlm(name: str, *shape: int, base: float = 1e5) -> _Pair:
+    text = _text("llama", *shape, 49280, base, 8192, rms_norm_eps=1e-5, pad_token_id=2)
+    large, kind = "2.2B" in name, "smolvlm" if "VLM2" in name else "idefics3"
+    rest = {"scale_factor": 3 if large else 4, "image_token_id": 49190, "pad_token_id": 2}
+    vision = _SO400M if large else _SIGLIP_B
+    return _Pair(f"HuggingFaceTB/{name}-Instruct", kind, vision, text, 49152, True, rest)
+
+
+def _llava(size: str, *shape: int) -> _Pair:
+    text = _text("llama", *shape, 32064, 1e4, 4096, rms_norm_eps=1e-5)
+    rest = {"image_token_id": 32000, "vision_feature_layer": -2, "image_seq_length": 576}
+    rest |= {"vision_feature_select_strategy": "default"}
+    return _Pair(f"llava-hf/llava-1.5-{size}-hf", "llava", _CLIP_L, text, 32000, rest=rest)
 
 
 def _internvl(size: str, *shape: int, vocab: int) -> _Pair:
@@ -103,13 +94,15 @@ def _internvl(size: str, *shape: int, vocab: int) -> _Pair:
 
 
 def _qwen25(size: str, *shape: int, vocab: int, tied: bool) -> _Pair:
-    text = _text("qwen2_5_vl_text", *shape, vocab, 1e6, 128000, rope=_MROPE)
+    rope = {"mrope_section": [16, 24, 24]}
+    text = _text("qwen2_5_vl_text", *shape, vocab, 1e6, 128000, rope=rope)
     vision = _QWEN25_VIT | {"out_hidden_size": shape[0]}
     return _Pair(f"Qwen/Qwen2.5-VL-{size}-Instruct", "qwen2_5_vl", vision, text, vocab, tied)
 
 
 def _qwen3(size: str, *shape: int, tied: bool) -> _Pair:
-    text = _text("qwen3_vl_text", *shape, 151936, 5e6, 262144, rope=_MROPE3, head_dim=128)
+    rope = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text = _text("qwen3_vl_text", *shape, 151936, 5e6, 262144, rope=rope, head_dim=128)
     vision = _qwen3_vit(shape[0])
     return _Pair(f"Qwen/Qwen3-VL-{size}-Instruct", "qwen3_vl", vision, text, 151936, tied)
 
@@ -122,40 +115,24 @@ def _gemma3(size: str, *shape: int) -> _Pair:
 
 
 def _onevision(size: str, *shape: int, vocab: int, tied: bool) -> _Pair:
-    text = _text("qwen2", *shape, 1e6)
     name = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
+    text = _text("qwen2", *shape, vocab + 64, 1e6)  # two tokens, padded to a multiple of 64
     vision = _SIGLIP_SO400M | {"num_hidden_layers": 26}
-    return _Pair(name, "llava_onevision", vision, text, vocab, tied, _ONEVISION_REST)
+    rest = {"image_token_id": 151646, "vision_feature_layer": -1}
+    return _Pair(name, "llava_onevision", vision, text, vocab, tied, rest)
 
 
-_SMOLVLM2 = "HuggingFaceTB/SmolVLM2-{}-Instruct"
+_MISTRAL3 = _text(
+    "mistral", 5120, 32768, 40, 32, 8, 131072, 1e9, 131072, head_dim=128, sliding_window=None
+)
 _PAIRS = {
-    "smolvlm-256m": _Pair(
-        "HuggingFaceTB/SmolVLM-256M-Instruct", "idefics3", _SIGLIP_B, _SMOL_256M, 49152, True,
-        _SMOL_REST,
-    ),
-    "smolvlm-500m": _Pair(
-        "HuggingFaceTB/SmolVLM-500M-Instruct", "idefics3", _SIGLIP_B, _SMOL_500M, 49152, True,
-        _SMOL_REST,
-    ),
-    "smolvlm2-256m": _Pair(
-        _SMOLVLM2.format("256M-Video"), "smolvlm", _SIGLIP_B, _SMOL_256M, 49152, True, _SMOL_REST
-    ),
-    "smolvlm2-500m": _Pair(
-        _SMOLVLM2.format("500M-Video"), "smolvlm", _SIGLIP_B, _SMOL_500M, 49152, True, _SMOL_REST
-    ),
-    "smolvlm2-2.2b": _Pair(
-        _SMOLVLM2.format("2.2B"), "smolvlm", _SO400M, _smol(2048, 8192, 24, 32, 32, 1.3e5),
-        49152, True, _SMOL_REST | {"scale_factor": 3},
-    ),
-    "llava-7b": _Pair(
-        "llava-hf/llava-1.5-7b-hf", "llava", _CLIP_L, _vicuna(4096, 11008, 32, 32), 32000,
-        rest=_VICUNA_REST,
-    ),
-    "llava-13b": _Pair(
-        "llava-hf/llava-1.5-13b-hf", "llava", _CLIP_L, _vicuna(5120, 13824, 40, 40), 32000,
-        rest=_VICUNA_REST,
-    ),
+    "smolvlm-256m": _smolvlm("SmolVLM-256M", 576, 1536, 30, 9, 3),
+    "smolvlm-500m": _smolvlm("SmolVLM-500M", 960, 2560, 32, 15, 5),
+    "smolvlm2-256m": _smolvlm("SmolVLM2-256M-Video", 576, 1536, 30, 9, 3),
+    "smolvlm2-500m": _smolvlm("SmolVLM2-500M-Video", 960, 2560, 32, 15, 5),
+    "smolvlm2-2.2b": _smolvlm("SmolVLM2-2.2B", 2048, 8192, 24, 32, 32, base=1.3e5),
+    "llava-7b": _llava("7b", 4096, 11008, 32, 32, 32),
+    "llava-13b": _llava("13b", 5120, 13824, 40, 40, 40),
     "internvl3-1b": _internvl("1B", 896, 4864, 24, 14, 2, vocab=151936),
     "internvl3-2b": _internvl("2B", 1536, 8960, 28, 12, 2, vocab=151936),
     "internvl3-8b": _internvl("8B", 3584, 18944, 28, 28, 4, vocab=152064),
@@ -166,19 +143,11 @@ _PAIRS = {
     "qwen3-vl-8b": _qwen3("8B", 4096, 12288, 36, 32, 8, tied=False),
     "gemma3-4b": _gemma3("4b", 2560, 10240, 34, 8, 4),
     "gemma3-12b": _gemma3("12b", 3840, 15360, 48, 16, 8),
-    "llava-onevision-0.5b": _onevision(
-        "0.5b", 896, 4864, 24, 14, 2, 152000, vocab=151936, tied=True
-    ),
-    "llava-onevision-7b": _onevision(
-        "7b", 3584, 18944, 28, 28, 4, 152128, vocab=152064, tied=False
-    ),
+    "llava-onevision-0.5b": _onevision("0.5b", 896, 4864, 24, 14, 2, vocab=151936, tied=True),
+    "llava-onevision-7b": _onevision("7b", 3584, 18944, 28, 28, 4, vocab=152064, tied=False),
     "mistral3-24b": _Pair(
-        "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", _PIXTRAL,
-        _text(
-            "mistral", 5120, 32768, 40, 32, 8, 131072, 1e9, 131072, head_dim=128,
-            sliding_window=None,
-        ),
-        131072, rest={"image_token_id": 10, "spatial_merge_size": 2, "vision_feature_layer": -1},
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", _PIXTRAL, _MISTRAL3, 131072,
+        rest={"image_token_id": 10, "spatial_merge_size": 2, "vision_feature_layer": -1},
     ),
 }  # fmt: skip
 
@@ -209,15 +178,8 @@ def _pair_of(config: PretrainedConfig) -> _Pair | None:
     """The named pair whose decoder this is, known by its sizes."""
     text = config.text_config
     sizes = ("hidden_size", "num_hidden_layers", "vocab_size")
-    return next(
-        (
-            pair
-            for pair in _PAIRS.values()
-            if pair.kind == config.model_type
-            and all(pair.text[name] == getattr(text, name) for name in sizes)
-        ),
-        None,
-    )
+    of_its_kind = (pair for pair in _PAIRS.values() if pair.kind == config.model_type)
+    return next((p for p in of_its_kind if all(p.text[n] == getattr(text, n) for n in sizes)), None)
 
 
 def base_vocabulary(config: NanoVLMConfig | PretrainedConfig) -> int:
@@ -230,15 +192,8 @@ def base_vocabulary(config: NanoVLMConfig | PretrainedConfig) -> int:
 
 def folder_config(folder: Path) -> NanoVLMConfig | PretrainedConfig:
     """Configuration of a student's folder. Raises ValueError for a family that is not known."""
-    values, _ = PretrainedConfig.get_config_dict(folder)
-    if "vit_hidden_dim" in values:
-        return NanoVLMConfig.load(folder)
-    if values.get("model_type") not in FAMILIES:
-        raise ValueError(
-            f"{folder} holds a {values.get('model_type')!r} model; shapes are known of nanoVLM, "
-            f"{', '.join(FAMILIES)}."
-        )
-    return AutoConfig.from_pretrained(folder)
+    nano = format_of(folder).name == "nanoVLM"
+    return NanoVLMConfig.load(folder) if nano else AutoConfig.from_pretrained(folder)
 
 
 def teacher_config(config: NanoVLMConfig | PretrainedConfig) -> PretrainedConfig:

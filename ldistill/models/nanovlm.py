@@ -48,18 +48,19 @@ class NanoVLM(Student):
         self.projector = Projector(
             config.vit_hidden_dim, config.lm_hidden_dim, config.mp_pixel_shuffle_factor
         )
-        self.decoder = build_decoder(config)
+        self.decoder = LlamaForCausalLM(decoder_config(config))
+        LMHead.wrap(self.decoder.lm_head)
+        keep_rotary_float32(self.decoder)
+        self.decoder.model.rotary_emb.attention_scaling = config.lm_attn_scaling
         self.image_token_id = config.image_token_id
         self.base_vocab_size = config.lm_base_vocab_size
 
     @property
     def backbone(self) -> LlamaModel:
-        """The decoder without its head."""
         return self.decoder.model
 
     @property
     def lm_head(self) -> LMHead:
-        """Head of the decoder."""
         return self.decoder.lm_head
 
     def project(self, pixel_values: Tensor) -> Tensor:
@@ -78,11 +79,7 @@ class NanoVLM(Student):
         return embeds.masked_scatter(mask, image)
 
     def _unused_image(self, like: Tensor) -> Tensor:
-        """0, by way of vision tower and projector: every rank must run the same modules.
-
-        A rank whose batch is text alone would otherwise skip ZeRO-3's collective gathers, and its
-        projector would have no gradient to reduce.
-        """
+        """0, by way of vision tower and projector."""
         size = self.config.vit_img_size
         blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
         return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
@@ -160,12 +157,3 @@ def decoder_config(config: NanoVLMConfig) -> LlamaConfig:
         bos_token_id=None,
         eos_token_id=None,
     )
-
-
-def build_decoder(config: NanoVLMConfig) -> LlamaForCausalLM:
-    """Llama decoder with a callable head and frequencies that survive a cast."""
-    decoder = LlamaForCausalLM(decoder_config(config))
-    LMHead.wrap(decoder.lm_head)
-    keep_rotary_float32(decoder)
-    decoder.model.rotary_emb.attention_scaling = config.lm_attn_scaling
-    return decoder

@@ -27,11 +27,7 @@ def extra_tokens(rows: int = 8, cols: int = 8) -> dict[str, str]:
 
 @dataclass
 class NanoVLMConfig:
-    """Keys and defaults of huggingface/nanoVLM (460M-8k shapes).
-
-    Read with :meth:`load`, which keeps the file's own dict: :meth:`to_json` gives the same bytes
-    back, keys this class does not know included.
-    """
+    """Keys and defaults of huggingface/nanoVLM (460M-8k shapes)."""
 
     vit_hidden_dim: int = 768
     vit_inter_dim: int = 3072

@@ -1,28 +1,34 @@
-"""The nanoVLM checkpoint: two-way key map, strict loading, exact writing.
+"""The nanoVLM checkpoint: two-way key map, strict loading, exact writing; and its inputs.
 
 A folder with ``config.json`` and ``model.safetensors``, nothing else. The map is one-to-one except
-that q, k and v of the vision tower are stacked on disk, and that a tied embedding is left out.
+that q, k and v of the vision tower are stacked on disk, and that a tied embedding is left out. Its
+pictures are square tiles in [0, 1], with tokens that say which tile is where.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ldistill.common.images import ImageSettings
+from ldistill.common.documents import Pictures, Size
+from ldistill.common.images import ImageSettings, cut_tiles
 from ldistill.common.locate import resolve
+from ldistill.common.samples import Turn
 from ldistill.models.lora import LowRank, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
-from ldistill.models.processor import check_token
+from ldistill.models.processor import Processor, check_token
 from ldistill.models.weights import open_weights, refuse_misfit
 
 INV_FREQ = "decoder.rotary_embd.inv_freq"
@@ -46,12 +52,8 @@ _LAYERS = {
     ),
     "decoder.model.layers": (
         "decoder.blocks",
-        {
-            "self_attn.o_proj": "attn.out_proj",
-            "self_attn": "attn",
-            "input_layernorm": "norm1",
-            "post_attention_layernorm": "norm2",
-        },
+        {"self_attn.o_proj": "attn.out_proj", "self_attn": "attn", "input_layernorm": "norm1"}
+        | {"post_attention_layernorm": "norm2"},
     ),
 }
 
@@ -108,18 +110,8 @@ def from_disk(disk: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
 def load_nanovlm(
     name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
 ) -> NanoVLM:
-    """Student from a folder or hub id, strictly.
-
-    Args:
-        name: folder, ``pkg://`` or hub id.
-        partition: without effect: it is small, so every rank loads it whole and DeepSpeed
-            partitions it afterwards.
-        dtype: of the weights.
-
-    Raises:
-        FileNotFoundError: no such checkpoint, or no ``model.safetensors`` in it.
-        ValueError: missing, unknown or misshapen tensors, all of them listed.
-    """
+    """As :func:`ldistill.models.formats.load_student`; ``partition`` is without effect: every rank
+    loads it whole, as it is small, and DeepSpeed partitions it afterwards."""
     folder = resolve(name)
     config = NanoVLMConfig.load(folder)
     model = NanoVLM(config)
@@ -142,13 +134,7 @@ def save_nanovlm(model: NanoVLM, folder: Path) -> None:
 
 
 def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
-    """Write a checkpoint with the keys, shapes, dtypes and configuration of the one it came from.
-
-    Args:
-        base: folder the training began from; gives all that was not trained, bit for bit.
-        updates: whole tensors by our keys, in any dtype, or low-rank additions.
-        folder: where to write.
-    """
+    """As :func:`ldistill.models.formats.export_like`."""
     config = NanoVLMConfig.load(base)
     path = base / "model.safetensors"
     old = _read_tensors(path)
@@ -172,51 +158,6 @@ def _write(
     (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
 
 
-def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> NanoVLMProcessor:
-    """Tokenizer, chat template and image settings of a student.
-
-    Args:
-        name: student folder or hub id (its ``config.json`` is enough).
-        tokenizer: folder or hub id of the tokenizer; default the configuration's ``lm_tokenizer``.
-        settings: :class:`ImageSettings` fields to override (``tiling``, ``max_images``).
-
-    Raises:
-        ValueError: the tokenizer gives the image tokens other ids than the student expects.
-    """
-    from transformers import AutoTokenizer
-
-    config = NanoVLMConfig.load(resolve(name, weights=False))
-    source = resolve(tokenizer or config.lm_tokenizer, weights=False)
-    tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(config.vlm_extra_tokens))
-    tok.chat_template = config.lm_chat_template
-    tok.pad_token = tok.eos_token
-    for offset, token in enumerate(config.vlm_extra_tokens.values()):
-        check_token(tok, token, config.lm_base_vocab_size + offset, source)
-    return NanoVLMProcessor(tok, image_settings(config, **settings), _image_tokens(config))
-
-
-def _image_tokens(config: NanoVLMConfig) -> ImageTokens:
-    """Early checkpoints (nanoVLM-222M) have 17 tokens: tiles of 4 × 4, none for the whole view."""
-    tokens = config.vlm_extra_tokens
-    places = sum(token.startswith("<row_") for token in tokens.values())
-    return ImageTokens(
-        tokens["image_token"], tokens.get("global_image_token"), max_grid=math.isqrt(places)
-    )
-
-
-def image_settings(config: NanoVLMConfig, **changes) -> ImageSettings:
-    """Image settings of a configuration: the paper's untiled single image unless changed."""
-    values = {
-        "tile_size": config.vit_img_size,
-        "tokens_per_tile": config.mp_image_token_length,
-        "max_side": config.max_img_size,
-        "resize_to_max_side": config.resize_to_max_side_len,
-        "tiling": False,
-        "max_images": 1,
-    }
-    return ImageSettings(**(values | changes))
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with open_weights(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -235,6 +176,126 @@ def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Te
     refuse_misfit(folder, problems)
 
 
-def reads(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` is nanoVLM's."""
-    return "vit_hidden_dim" in config
+# ---- inputs ----
+
+Grid = tuple[int, int]  # rows and columns of a picture's tiles
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The special tokens that stand for pictures."""
+
+    image: str = "<|image|>"  # replaced by one embedding of the projector each
+    whole: str | None = "<|global_image|>"  # opens the whole view of a picture
+    tile: str = "<row_{row}_col_{col}>"  # opens one tile; rows and columns count from 1
+    max_grid: int = 8  # rows and columns for which tile tokens exist
+
+    def all(self) -> list[str]:
+        """Every token, in the order of nanoVLM's vocabulary."""
+        places = range(1, self.max_grid + 1)
+        tiles = [self.tile.format(row=row, col=col) for row in places for col in places]
+        return [self.image, *([self.whole] if self.whole else []), *tiles]
+
+    def needed(self, tiling: bool) -> list[str]:
+        """Those the tokenizer must have."""
+        return self.all() if tiling else self.all()[: 1 + bool(self.whole)]
+
+    def picture(self, grid: Grid, per_tile: int) -> str:
+        """The text of one picture: its whole view, then its tiles row by row."""
+        patches, places = self.image * per_tile, list(np.ndindex(grid))
+        tiles = [self.tile.format(row=row + 1, col=col + 1) for row, col in places]
+        seen = [self.whole or "", *(tiles if len(tiles) > 1 else ())]
+        return "".join(opening + patches for opening in seen)
+
+
+class NanoVLMProcessor(Processor):
+    """Tokenizer, chat template and image settings of a nanoVLM.
+
+    Raises:
+        ValueError: as :class:`Processor`, or the tokenizer lacks image tokens.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        images: ImageSettings | None = None,
+        tokens: ImageTokens | None = None,
+    ) -> None:
+        images, self.tokens = images or ImageSettings(), tokens or ImageTokens()
+        vocabulary = tokenizer.get_vocab()
+        literals = [token for token in self.tokens.all() if token in vocabulary]
+        super().__init__(tokenizer, images, self.tokens.image, literals)
+        self._check_tokens(vocabulary)
+
+    def _check_tokens(self, vocabulary: Mapping[str, int]) -> None:
+        grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
+        needed = self.tokens.needed(self.images.tiling)
+        missing = [token for token in needed if token not in vocabulary]
+        if self.images.tiling and grid > most:
+            raise ValueError(
+                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
+                f"tokens exist for {most} x {most}: lower max_side"
+            )
+        if missing:
+            raise ValueError(
+                f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
+                "them with extra_special_tokens"
+            )
+
+    def picture_texts(self, sizes: Sequence[Size]) -> list[str]:
+        """Numbered where there are several, as nanoVLM does it."""
+        per_tile = self.images.tokens_per_tile
+        texts = [self.tokens.picture(self.images.grid(*size), per_tile) for size in sizes]
+        if len(texts) < 2:
+            return texts
+        return [f"<image: {number}>{text}" for number, text in enumerate(texts)]
+
+    def _messages(
+        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
+    ) -> list[dict[str, Any]]:
+        messages = [{"role": "system", "content": self.plain(system)}] if system else []
+        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
+            asked = "".join(piece if isinstance(piece, str) else shown[piece] for piece in pieces)
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": self.plain(turn.assistant)})
+        return messages
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        """``pixel_values``: float32 [tiles, 3, S, S] in [0, 1]."""
+        tiles = [cut_tiles(image, self.images)[0] for image in images]
+        return {"pixel_values": torch.cat(tiles)} if tiles else {}
+
+    def _picture_parts(self) -> dict[str, object]:
+        # max_images only selects samples: no ids change.
+        images = {k: v for k, v in asdict(self.images).items() if k != "max_images"}
+        return {"image tokens": asdict(self.tokens), "image settings": images}
+
+
+def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> NanoVLMProcessor:
+    """As :func:`ldistill.models.formats.load_processor`; the tokenizer is the configuration's
+    ``lm_tokenizer`` unless another is given, ``settings`` are fields of :class:`ImageSettings`."""
+    config = NanoVLMConfig.load(resolve(name, weights=False))
+    source = resolve(tokenizer or config.lm_tokenizer, weights=False)
+    tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(config.vlm_extra_tokens))
+    tok.chat_template = config.lm_chat_template
+    tok.pad_token = tok.eos_token
+    for offset, token in enumerate(config.vlm_extra_tokens.values()):
+        check_token(tok, token, config.lm_base_vocab_size + offset, source)
+    values = {
+        "tile_size": config.vit_img_size,
+        "tokens_per_tile": config.mp_image_token_length,
+        "max_side": config.max_img_size,
+        "resize_to_max_side": config.resize_to_max_side_len,
+        "tiling": False,  # the paper's untiled single image
+        "max_images": 1,
+    }
+    return NanoVLMProcessor(tok, ImageSettings(**(values | settings)), _image_tokens(config))
+
+
+def _image_tokens(config: NanoVLMConfig) -> ImageTokens:
+    """Early checkpoints (nanoVLM-222M) have 17 tokens: tiles of 4 × 4, none for the whole view."""
+    tokens = config.vlm_extra_tokens
+    places = sum(token.startswith("<row_") for token in tokens.values())
+    return ImageTokens(
+        tokens["image_token"], tokens.get("global_image_token"), max_grid=math.isqrt(places)
+    )

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ldistill.common.locate import resolve
 from ldistill.models.fit import borrow_rope, check_pair
@@ -46,12 +41,8 @@ class Pair:
     teacher_folder: Path | None
 
     def export(self, trained: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the student with trained parameters in it, in the format it came in.
-
-        Args:
-            trained: whole tensors, of :func:`ldistill.models.weights.gather_trained`.
-            folder: where to write.
-        """
+        """Write the student with trained parameters in it, in the format it came in: whole tensors,
+        of :func:`ldistill.models.weights.gather_trained`."""
         export_like(self.student_folder, weight_updates(self.student, trained), folder)
 
 
@@ -111,10 +102,10 @@ def load_pair(
 
 
 def _lm_config(folder: Path) -> PretrainedConfig:
-    path = folder / "config.json"
-    values = PretrainedConfig.get_config_dict(folder)[0] if path.is_file() else {}
+    found = (folder / "config.json").is_file()
+    values = PretrainedConfig.get_config_dict(folder)[0] if found else {}
     kind, problem = values.get("model_type"), None
-    if not path.is_file():
+    if not found:
         problem = "holds no config.json"
     elif "vision_config" in values:
         problem = f"is a {kind!r} model, which sees"
@@ -128,19 +119,13 @@ def _lm_config(folder: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
-def check_tokenizers(
-    tokenizer: PreTrainedTokenizerBase, teacher_folder: Path, teacher_vocab: int
-) -> None:
-    """Refuse a teacher whose tokenizer gives other meanings to the ids it shares.
+def check_tokenizers(tokenizer: Tokenizer, teacher_folder: Path, teacher_vocab: int) -> None:
+    """Refuse a teacher whose tokenizer gives other meanings to the ids it shares, those below
+    ``teacher_vocab``.
 
     Special tokens may have other names (a chat model renames what its base reserved); ordinary
     ones must agree, id by id. A teacher folder without tokenizer files cannot be checked: a
     warning says so.
-
-    Args:
-        tokenizer: the student's.
-        teacher_folder: the LM's.
-        teacher_vocab: ids from here on are the student's own.
 
     Raises:
         ValueError: with the number of ids that differ and the first of them.
@@ -164,7 +149,7 @@ def check_tokenizers(
         )
 
 
-def _ordinary(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[int, str], set[int]]:
+def _ordinary(tokenizer: Tokenizer) -> tuple[dict[int, str], set[int]]:
     """Tokens by id, and the ids of special and added ones."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return {index: token for token, index in tokenizer.get_vocab().items()}, special

@@ -21,11 +21,7 @@ TRAINABLE = ("vision", "projector", *_DECODER)
 
 
 def parse_train(text: str) -> set[str]:
-    """Parts of ``projector,attention``.
-
-    Raises:
-        ValueError: none, or one that is not of ``TRAINABLE``.
-    """
+    """Parts of ``projector,attention``. Raises ValueError for none, or one not of ``TRAINABLE``."""
     parts = split_names(text)
     unknown = [part for part in parts if part not in TRAINABLE]
     if unknown or not parts:

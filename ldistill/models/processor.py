@@ -50,6 +50,9 @@ class Processor(ABC):
         ValueError: the tokenizer is slow, or has no chat template.
     """
 
+    answer_prefix = ""
+    """What the template writes between the generation prompt and an answer."""
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -66,6 +69,7 @@ class Processor(ABC):
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
+        self.stop_token_ids: list[int] = [tokenizer.eos_token_id]  # at which an answer ends
         self._literal = _any_of(self.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
         template = str(tokenizer.chat_template)
@@ -210,19 +214,15 @@ class Processor(ABC):
         target = np.zeros(len(ids), dtype=bool)
         for start, end in self._answer_spans(messages, text):
             target |= (ends > start) & (ends <= end)
-        self._check_image_tokens(ids, shown)
-        labels = np.full(len(ids), IGNORE, dtype=np.int32)
-        labels[:-1][target[1:]] = ids[1:][target[1:]]
-        return Document(ids, labels)
-
-    def _check_image_tokens(self, ids: np.ndarray, shown: Sequence[str]) -> None:
         found = int((ids == self.image_token_id).sum())
-        wanted = sum(text.count(self.image_token) for text in shown)
-        if found != wanted:
+        if found != (wanted := sum(text.count(self.image_token) for text in shown)):
             raise ValueError(
                 f"{found} image tokens after tokenising instead of {wanted}: the chat template or "
                 "the tokenizer changes the image text"
             )
+        labels = np.full(len(ids), IGNORE, dtype=np.int32)
+        labels[:-1][target[1:]] = ids[1:][target[1:]]
+        return Document(ids, labels)
 
     def prompt(
         self, turns_so_far: Sequence[Turn], question: str, sizes: Sequence[Size] = ()
@@ -231,16 +231,6 @@ class Processor(ABC):
         shown = self.picture_texts(sizes)
         messages = self._messages([*turns_so_far, Turn(question, "")], shown)[:-1]
         return self._coded(self._render(messages, generation=True))[0]
-
-    @property
-    def answer_prefix(self) -> str:
-        """What the template writes between the generation prompt and an answer."""
-        return ""
-
-    @property
-    def stop_token_ids(self) -> list[int]:
-        """Tokens at which an answer ends."""
-        return [self.tokenizer.eos_token_id]
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB; raises BadImage for a broken picture or a decompression bomb."""
@@ -270,11 +260,8 @@ class Processor(ABC):
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, source: Path) -> None:
-    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects.
-
-    Raises:
-        ValueError: with both ids.
-    """
+    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects:
+    ValueError, with both."""
     if (got := tokenizer.convert_tokens_to_ids(token)) != want:
         raise ValueError(
             f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "

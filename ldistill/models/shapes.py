@@ -6,13 +6,18 @@ Models are built by their real classes on the meta device: parameters are counte
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from ldistill.models.flops import StepCounts, decoder_layer_weights, step_flops, vision_flops
+from ldistill.models.flops import (
+    StepCounts,
+    decoder_layer_weights,
+    head_dim,
+    step_flops,
+    vision_flops,
+)
 from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
@@ -22,29 +27,19 @@ from ldistill.models.towers import Tower, picture_tokens, tower_of
 
 @dataclass(frozen=True)
 class PairShape:
-    """Sizes of a pair; weights are numbers of parameters, a tied head counted once.
+    """Sizes of a pair; weights are numbers of parameters, a tied head counted once."""
 
-    Args:
-        name: as it was asked for.
-        decoder: transformers configuration of the student's decoder.
-        vision: sizes of its vision tower.
-        vision_weights, projector_weights, decoder_weights: of the student.
-        teacher_weights, teacher_vocab: of the LM.
-        image_tokens: positions one picture or tile takes in the decoder.
-        length, micro_batch, global_batch, steps: the usual run's packed rows and their number.
-    """
-
-    name: str
-    decoder: PretrainedConfig
-    vision: Tower
+    name: str  # as it was asked for
+    decoder: PretrainedConfig  # transformers configuration of the student's
+    vision: Tower  # sizes of its vision tower
     vision_weights: int
     projector_weights: int
     decoder_weights: int
     teacher_weights: int
-    teacher_vocab: int
-    image_tokens: int
-    length: int = 1024
-    micro_batch: int = 8
+    teacher_vocab: int  # of the LM
+    image_tokens: int  # positions one picture takes in the decoder, or one tile of it
+    length: int = 1024  # of the usual run's packed rows
+    micro_batch: int = 8  # rows
     global_batch: int = 128
     steps: int = 4000
 
@@ -59,8 +54,7 @@ class PairShape:
 
     @property
     def head_dim(self) -> int:
-        config = self.decoder
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim(self.decoder)
 
     @property
     def kv_width(self) -> int:
@@ -88,7 +82,7 @@ class PairShape:
         return step_flops(
             self.decoder,
             counts,
-            vision_flops_per_tile=vision_flops(self.vision),
+            vision_flops_per_tile=self.vision.tiles * vision_flops(self.vision),
             projector_weights=self.projector_weights,
             tokens_per_tile=self.image_tokens,
             kv_scope=kv_scope,
@@ -106,42 +100,24 @@ def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str,
         config: a student's.
         run: fields of :class:`PairShape` about the usual run.
     """
+    nano = isinstance(config, NanoVLMConfig)
     with torch.device("meta"):
-        parts = (_nanovlm_parts if isinstance(config, NanoVLMConfig) else _hf_parts)(config)
+        make = AutoModelForImageTextToText.from_config
+        student = NanoVLM(config) if nano else HFVLM(make(config), {})
         teacher = AutoModelForCausalLM.from_config(teacher_config(config))
+    projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
     return PairShape(
         name=name,
+        decoder=student.backbone.config,
+        vision=tower_of(student.vision.config if nano else config),
+        vision_weights=count(student) - projector - decoder,
+        projector_weights=projector,
+        decoder_weights=decoder,
         teacher_weights=count(teacher),
         teacher_vocab=base_vocabulary(config),
-        **parts,
+        image_tokens=config.mp_image_token_length if nano else picture_tokens(config),
         **run,
     )
-
-
-def _nanovlm_parts(config: NanoVLMConfig) -> dict[str, Any]:
-    student = NanoVLM(config)
-    return {
-        "decoder": student.decoder.config,
-        "vision": tower_of(student.vision.config),
-        "vision_weights": count(student.vision),
-        "projector_weights": count(student.projector),
-        "decoder_weights": count(student.decoder),
-        "image_tokens": config.mp_image_token_length,
-    }
-
-
-def _hf_parts(config: PretrainedConfig) -> dict[str, Any]:
-    student = HFVLM(AutoModelForImageTextToText.from_config(config), {})
-    projector, decoder = count(student.projector), count(student.backbone, student.lm_head)
-    tower = tower_of(config)
-    return {
-        "decoder": config.text_config,
-        "vision": tower,
-        "vision_weights": count(student) - projector - decoder,
-        "projector_weights": projector,
-        "decoder_weights": decoder,
-        "image_tokens": picture_tokens(config),
-    }
 
 
 def count(*modules: nn.Module) -> int:

@@ -113,7 +113,9 @@ class Student(nn.Module):
         """Hidden states after the final norm, [batch, seq, hidden].
 
         Position ids that restart at 0 mark the documents of a packed row: transformers builds the
-        block-diagonal mask from them when no attention mask is given.
+        block-diagonal mask from them when no attention mask is given. In training a batch of text
+        runs tower and projector too, on a blank picture, and adds 0 times what they give: a rank
+        that skipped them would miss ZeRO-3's collective gathers, and have no gradient to reduce.
 
         Args:
             input_ids: int64 [batch, seq].

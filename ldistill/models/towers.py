@@ -9,13 +9,16 @@ import torch
 from transformers import PretrainedConfig
 
 from ldistill.common.documents import Pictures
+from ldistill.models.hf_vlm import bare_model, cut_tiles
 
 PICTURE = (640, 480)
 """Width and height of the picture that plans are made for, in families that take any size."""
+_SIZES = torch.tensor([PICTURE[::-1]])
 
 
 class Tower(NamedTuple):
-    """Sizes of a vision tower; ``patches`` of one tile, or of one picture where it takes any."""
+    """Sizes of a vision tower; ``patches`` of one tile, or of one picture where it takes any size;
+    ``tiles`` of the usual picture, in families that always cut it."""
 
     hidden_size: int
     intermediate_size: int
@@ -23,6 +26,7 @@ class Tower(NamedTuple):
     patch_size: int
     patches: int
     any_size: bool
+    tiles: int = 1
 
 
 def tower_of(config: PretrainedConfig) -> Tower:
@@ -35,12 +39,16 @@ def tower_of(config: PretrainedConfig) -> Tower:
     any_size = _merge(config) > 1 or side is None or vision.model_type == "pixtral"
     rows, cols = _cells(config, patch) if any_size else (1, 1)
     patches = rows * cols * _merge(config) ** 2 if any_size else (side // patch) ** 2
-    return Tower(hidden, inter, layers, patch, patches, any_size)
+    tiles = cut_tiles(config, {"image_sizes": _SIZES})[0] if _always_cut(config) else 1
+    return Tower(hidden, inter, layers, patch, patches, any_size, tiles)
 
 
 def picture_tokens(config: PretrainedConfig) -> int:
-    """Positions in the decoder of one tile, or of one usual picture where there are no tiles."""
+    """Positions in the decoder of one tile; of the usual picture in families without tiles, or that
+    always cut."""
     tower = tower_of(config)
+    if _always_cut(config):
+        return _packed_tokens(config, tower)
     if tower.any_size:
         return prod(_cells(config, tower.patch_size))
     if fixed := getattr(config, "mm_tokens_per_image", None):
@@ -56,32 +64,41 @@ def picture_tokens(config: PretrainedConfig) -> int:
     return tower.patches + (whole and kept)
 
 
+def _packed_tokens(config: PretrainedConfig, tower: Tower) -> int:
+    """What the model's own code makes of the usual picture's tiles."""
+    features, how = [torch.zeros(tower.tiles, tower.patches, 1)], {"image_newline": torch.zeros(1)}
+    if config.model_type == "llava_next":
+        how["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+    return len(bare_model(config).pack_image_features(features, _SIZES, **how)[0][0])
+
+
 def one_picture(config: PretrainedConfig) -> Pictures:
-    """Tensors of one blank tile, or of one usual picture, as the family's processor makes them.
-
-    Raises:
-        ValueError: a family whose tensors depend on more than a size.
-    """
-    tower, merge = tower_of(config), _merge(config)
-    rows, cols = (cells * merge for cells in _cells(config, tower.patch_size))
-    if config.vision_config.model_type == "pixtral":
-        size = rows * tower.patch_size, cols * tower.patch_size
+    """Tensors of one blank tile, or of one usual picture, as the family's processor makes them."""
+    tower, kind, vision = tower_of(config), config.model_type, config.vision_config
+    patch, merge = tower.patch_size, _merge(config)
+    rows, cols = (cells * merge for cells in _cells(config, patch))
+    if vision.model_type == "pixtral":
+        size = rows * patch, cols * patch
         return {"pixel_values": torch.ones(1, 3, *size), "image_sizes": torch.tensor([size])}
-    if config.model_type in _GRIDS:
-        width = 3 * config.vision_config.temporal_patch_size * tower.patch_size**2
-        grid = torch.tensor([[1, rows, cols]])
-        return {"pixel_values": torch.ones(rows * cols, width), "image_grid_thw": grid}
-    if tower.any_size or hasattr(config, "image_grid_pinpoints"):
-        raise ValueError(
-            f"benchmarks make no pictures for {config.model_type}, whose tensors depend on how it "
-            "cuts each of them: measure another pair, or train a few steps on shards."
-        )
-    side = _one(config.vision_config.image_size)
-    nested = (1,) if config.model_type in ("idefics3", "smolvlm") else ()
-    return {"pixel_values": torch.ones(1, *nested, 3, side, side)}
+    if tower.any_size:
+        width = 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
+        each = (3, patch, patch) if kind == "kimi_k25" else (width,)
+        pixels, grid = torch.ones(rows * cols, *each), torch.tensor([[1, rows, cols]])
+        merged = {"image_merge_sizes": torch.tensor([merge])} if kind == "video_llama_3" else {}
+        return {"pixel_values": pixels, "image_grid_thw": grid, **merged}
+    side = _one(vision.image_size)
+    if _always_cut(config):
+        alone = {"batch_num_images": torch.tensor([1])} if kind == "llava_onevision" else {}
+        pixels = torch.ones(1, tower.tiles, 3, side, side)
+        return {"pixel_values": pixels, "image_sizes": _SIZES, **alone}
+    if kind in ("idefics3", "smolvlm"):
+        mask = torch.ones(1, 1, side, side, dtype=torch.int64)
+        return {"pixel_values": torch.ones(1, 1, 3, side, side), "pixel_attention_mask": mask}
+    return {"pixel_values": torch.ones(1, 3, side, side)}
 
 
-_GRIDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v")
+def _always_cut(config: PretrainedConfig) -> bool:
+    return hasattr(config, "image_grid_pinpoints")
 
 
 def _cells(config: PretrainedConfig, patch: int) -> tuple[int, int]:
@@ -94,8 +111,8 @@ def _merge(config: PretrainedConfig) -> int:
     """Patches a side that become one position, of towers that take pictures of any size."""
     vision = getattr(config, "vision_config", config)
     names = ("spatial_merge_size", "merge_kernel_size")
-    found = [getattr(c, name, None) for name in names for c in (config, vision)]
-    return next((_one(value) for value in found if value), 1)
+    found = (getattr(c, name, None) for name in names for c in (config, vision))
+    return _one(next(filter(None, found), 1))
 
 
 def _one(value: Any) -> Any:

@@ -30,12 +30,7 @@ _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed 
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, open for reading.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged.
-    """
+    """A safetensors file, open. Raises FileNotFoundError without one, ValueError if damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} holds no {path.name}: copy or download it again.")
     try:
@@ -51,9 +46,8 @@ def read_model(
     """A model by one of transformers' auto classes, to be used once its problems are refused.
 
     Args:
-        auto: such as ``AutoModelForCausalLM``.
+        auto: such as ``AutoModelForCausalLM``, with ``options`` for its ``from_pretrained``.
         folder: with ``config.json`` and weights.
-        options: of ``from_pretrained``.
 
     Returns:
         The model; a line for each weight that the folder does not give it; names of tensors in
@@ -63,13 +57,9 @@ def read_model(
         ValueError: files that cannot be read, or that transformers itself refuses.
     """
     # What does not fit is reported by our own sentences: transformers' name no tensor.
-    ours = {
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-        "local_files_only": True,
-    }
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = auto.from_pretrained(folder, **ours, **options)
+        model, info = auto.from_pretrained(folder, local_files_only=True, **options)
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         raise ValueError(
             f"the weights in {folder} cannot be loaded: they are damaged, or not those of its "
@@ -139,21 +129,17 @@ def weight_dtype(folder: Path) -> torch.dtype:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a configuration and all of its weights."""
-    names = ["config.json", *weight_files(folder)] if folder.is_dir() else ["config.json"]
-    return all((folder / name).is_file() for name in names)
+    return all((folder / name).is_file() for name in ("config.json", *weight_files(folder)))
 
 
 # ---- in pieces ----
 
 
 def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
-    """Trained parameters, whole, on the CPU: fp32 master weights where an optimizer holds them.
+    """Trained parameters by name, whole, on the CPU: fp32 masters where an optimizer has them.
 
     Every rank must call it: under ZeRO each parameter is gathered from all of them, one at a time.
-
-    Args:
-        student: parameters under their own names; those that don't require gradients are left out.
-        keep: whether this rank wants the result (others take part and get an empty dict).
+    Those that ``keep`` nothing take part and get an empty dict.
     """
     whole: dict[int, Tensor | None] = {}
     state: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Sample, Turn
 from ldistill.data.archive import SAMPLE_DTYPE
 from ldistill.models.nanovlm_config import NanoVLMConfig
-from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
+from ldistill.models.nanovlm_format import ImageTokens, NanoVLMProcessor
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content']"

@@ -13,66 +13,46 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import PretrainedConfig as Config
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from ldistill.models.fit import reduced
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import save_nanovlm
 from ldistill.models.zoo import parts
-from ldistill.models.zoo.families import FAMILIES, Family
+from ldistill.models.zoo.families import FAMILIES, ROPE, Family
 
 __all__ = ["FAMILIES", "Family", "copy_decoder", "write_pair", "write_reduced"]
 
-_DECODER = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "tie_word_embeddings": False,
-}
+_DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+_DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+_DECODER |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": ROPE}
 
 
-def write_pair(name: str, root: Path, *, same_weights: bool = False, seed: int = 0) -> Path:
-    """``root/student``, which is returned, and ``root/teacher``: checkpoints of a family.
-
-    Args:
-        name: of ``FAMILIES``.
-        root: where to write.
-        same_weights: give the LM the student decoder's weights, so that its logits must be equal.
-        seed: of the weights.
-    """
+def write_pair(name: str, root: Path) -> Path:
+    """``root/student``, which is returned, and ``root/teacher``: checkpoints of a family."""
     family = FAMILIES[name]
     lm_tokenizer = parts.base_tokenizer(family.inside, bos=family.bos, eos=family.eos)
     lm_tokenizer.save_pretrained(root / "teacher")
     lm = AutoModelForCausalLM.from_config(_text_config(family, lm_tokenizer, parts.VOCAB))
-    parts.spread(lm, seed + 1)
+    parts.spread(lm, 1)
+    lm.save_pretrained(root / "teacher")
     if family.kind == "nanovlm":
         student = NanoVLM(_nanovlm_config(family, root))
-        parts.spread(student, seed)
+        parts.spread(student, 0)
         save_nanovlm(student, root / "student")
-        decoder = student.decoder
     else:
         tokenizer = parts.student_tokenizer(lm_tokenizer, family.behind, family.named)
         student = AutoModelForImageTextToText.from_config(_student_config(family, tokenizer))
-        parts.spread(student, seed)
+        parts.spread(student, 0)
         student.save_pretrained(root / "student", max_shard_size="200KB")  # several files
         _processor(family, tokenizer).save_pretrained(root / "student")
-        decoder = student
-    if same_weights:
-        copy_decoder(decoder.get_decoder(), decoder.get_output_embeddings(), lm)
-    lm.save_pretrained(root / "teacher")
     return root / "student"
 
 
@@ -89,9 +69,7 @@ def _nanovlm_config(family: Family, root: Path) -> NanoVLMConfig:
     )  # fmt: skip
 
 
-def _text_config(
-    family: Family, tokenizer: PreTrainedTokenizerFast, vocab: int, **changes
-) -> PretrainedConfig:
+def _text_config(family: Family, tokenizer: Tokenizer, vocab: int, **changes) -> Config:
     # What these configurations default to lies outside the small vocabulary.
     names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
     ids = {name: getattr(tokenizer, name) for name in names}
@@ -100,7 +78,7 @@ def _text_config(
     return AutoConfig.for_model(family.lm, **values)
 
 
-def _student_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
     vocab = family.vocab if family.behind else parts.VOCAB
     text = _text_config(family, tokenizer, vocab, **family.student_text)
     ids = {field: tokenizer.convert_tokens_to_ids(token) for field, token in family.ids.items()}
@@ -118,27 +96,21 @@ def _student_config(family: Family, tokenizer: PreTrainedTokenizerFast) -> Pretr
     )
 
 
-def _processor(family: Family, tokenizer: PreTrainedTokenizerFast):
-    made = {
-        "image_processor": getattr(transformers, family.images)(**family.image_options),
-        "tokenizer": tokenizer,
-    }
-    if family.videos:
-        made["video_processor"] = getattr(transformers, family.videos)()
-    return getattr(transformers, family.processor)(
-        **made, chat_template=family.template, **family.processor_options
-    )
+def _processor(family: Family, tokenizer: Tokenizer):
+    """Of the classes that transformers' auto classes take for its kind, unless it names another."""
+    own = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.kind)
+    made = {"tokenizer": tokenizer}
+    images = getattr(transformers, family.images or own["torchvision"])
+    made["image_processor"] = images(**family.image_options)
+    if videos := VIDEO_PROCESSOR_MAPPING_NAMES.get(family.kind):
+        made["video_processor"] = getattr(transformers, videos["torchvision"])()
+    processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.kind])
+    return processor(**made, chat_template=family.template, **family.processor_options)
 
 
-def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> None:
-    """``root/student`` and ``root/teacher``: a user's pair, small and random, all else as it is.
-
-    Args:
-        student, teacher: folders with configurations, processor and tokenizer; weights are not
-            read.
-        root: where to write.
-        seed: of the weights.
-    """
+def write_reduced(student: Path, teacher: Path, root: Path) -> None:
+    """``root/student`` and ``root/teacher``: a user's pair of folders, small and random, all else
+    as it is; weights are not read."""
     whole, lm = (AutoConfig.from_pretrained(folder) for folder in (student, teacher))
     text = whole.get_text_config()
     small = {"text_config": reduced(text, text.vocab_size), "vision_config": _reduced_vision(whole)}
@@ -149,7 +121,7 @@ def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> No
         "teacher": AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size)),
     }
     for (part, model), folder in zip(made.items(), (student, teacher), strict=True):
-        parts.spread(model, seed)
+        parts.spread(model, 0)
         model.save_pretrained(root / part)
         for file in folder.iterdir():
             written = file.name == "config.json" or "safetensors" in file.name
@@ -157,7 +129,7 @@ def write_reduced(student: Path, teacher: Path, root: Path, seed: int = 0) -> No
                 shutil.copyfile(file, root / part / file.name)
 
 
-def _reduced_vision(whole: PretrainedConfig) -> PretrainedConfig:
+def _reduced_vision(whole: Config) -> Config:
     """Its tower with two layers (more, where features of some are taken), patches as they are."""
     vision, sizes = whole.vision_config, {"hidden_size": 32, "embed_dim": 32, "num_heads": 2}
     sizes |= {"intermediate_size": 64, "num_attention_heads": 2, "out_hidden_size": 64}
@@ -172,7 +144,7 @@ def _reduced_vision(whole: PretrainedConfig) -> PretrainedConfig:
     return type(vision).from_dict(values | small)
 
 
-def copy_decoder(backbone: PreTrainedModel, head: nn.Linear, lm: PreTrainedModel) -> None:
+def copy_decoder(backbone: Model, head: nn.Linear, lm: Model) -> None:
     """Give an LM the weights of a student's decoder; of both vocabularies, what they share.
 
     Raises:

@@ -16,13 +16,8 @@ END = "<|im_end|>"
 
 
 def base_tokenizer(inside: Sequence[str] = (), *, bos: str | None = None, eos: str = END):
-    """An LM's tokenizer: bytes, some special tokens, and fillers up to VOCAB.
-
-    Args:
-        inside: tokens of the student that its LM's tokenizer has already (Qwen's and Gemma's do).
-        bos: a start token that it knows.
-        eos: what ends a turn.
-    """
+    """An LM's tokenizer: bytes, special tokens, those of the student that are ``inside`` it already
+    (as in Qwen's and Gemma's), and fillers up to VOCAB; ``eos`` ends a turn."""
     special = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", END, "<pad>"]
     special = list(dict.fromkeys([*special, *filter(None, (bos, eos)), *inside]))
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -41,13 +36,8 @@ def base_tokenizer(inside: Sequence[str] = (), *, bos: str | None = None, eos: s
 def student_tokenizer(
     lm: PreTrainedTokenizerFast, behind: Sequence[str], named: Mapping[str, str]
 ) -> PreTrainedTokenizerFast:
-    """The LM's tokenizer with the student's tokens behind it.
-
-    Args:
-        lm: of :func:`base_tokenizer`.
-        behind: tokens that are added.
-        named: tokens that the family's processor asks for by attribute (``image_token``).
-    """
+    """The LM's tokenizer with the student's tokens behind it; those ``named`` are what the family's
+    processor asks for by attribute (``image_token``)."""
     backend = Tokenizer.from_str(lm.backend_tokenizer.to_str())
     backend.add_special_tokens([AddedToken(token, special=True) for token in behind])
     return PreTrainedTokenizerFast(
@@ -62,18 +52,13 @@ def student_tokenizer(
 # ---- chat templates, in behaviour those of the published checkpoints ----
 
 
-def chat(turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = "") -> str:
-    """A template that writes the parts of a message in their order.
+_TEXT = "{{ part['text'] }}"
 
-    Args:
-        turn: before a message, itself a template of ``message``.
-        image: for a picture.
-        end: behind a message, a template too.
-        ask: before an answer that is to be generated.
-        start: before all messages.
-        text: how a part's text is written; as it is unless given.
-    """
-    text = text or "{{ part['text'] }}"
+
+def chat(turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = _TEXT) -> str:
+    """A template that writes the parts of a message in their order: ``start`` before all, ``turn``
+    before each (itself a template of ``message``), ``image`` for a picture, ``text`` for a part's
+    text (as it is unless given), ``end`` behind a message, ``ask`` before an answer to generate."""
     return (
         f"{start}{{% for message in messages %}}{turn}"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
@@ -82,18 +67,12 @@ def chat(turn: str, image: str, end: str, ask: str, *, start: str = "", text: st
     )
 
 
-def pictures_first(image: str, turn: str, end: str, ask: str, said: str, asked: str) -> str:
-    """A template that writes a message's pictures before its text.
-
-    Args:
-        image, turn, end, ask: as for :func:`chat`.
-        said, asked: an answer's and a question's text, templates of ``part``.
-    """
+def pictures_first(image: str, turn: str, end: str, ask: str, text: str = _TEXT) -> str:
+    """As :func:`chat`, but a message's pictures come before its text."""
     parts = "{{% for part in message['content'] | selectattr('type', 'equalto', '{}') %}}"
     return (
         f"{{% for message in messages %}}{turn}{parts.format('image')}{image}{{% endfor %}}"
-        f"{parts.format('text')}{{% if message['role'] == 'assistant' %}}{said}{{% else %}}{asked}"
-        f"{{% endif %}}{{% endfor %}}{end}{{% endfor %}}"
+        f"{parts.format('text')}{text}{{% endfor %}}{end}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{ask}{{% endif %}}"
     )
 
@@ -115,7 +94,6 @@ LLAVA = pictures_first(
     "",
     "ASSISTANT:",
     "{{ part['text'] + ' ' }}",
-    "{{ part['text'] + ' ' }}",
 )
 # llava-hf/llava-v1.6-mistral and mistralai's.
 INST = pictures_first(
@@ -125,8 +103,6 @@ INST = pictures_first(
     "{% if message['role'] == 'user' %} [/INST]{% elif message['role'] == 'system' %}\n<</SYS>>\n\n"
     "{% else %}</s>{% endif %}",
     "",
-    "{{ part['text'] }}",
-    "{{ part['text'] }}",
 )
 # llava-hf/llava-onevision: what asks for an answer lacks the blank that stands before one.
 ONEVISION = pictures_first(
@@ -134,7 +110,6 @@ ONEVISION = pictures_first(
     "<|im_start|>{{ message['role'] + ' ' }}",
     "<|im_end|>",
     "<|im_start|>assistant\n",
-    "{{ '\n' + part['text'] }}",
     "{{ '\n' + part['text'] }}",
 )
 # HuggingFaceTB/SmolVLM: no blank behind the colon where a picture follows.

@@ -29,6 +29,10 @@ def naive_loss(
 
     Holds for the defaults: scope ``full``, detached, convex mix, τ², forward KL.
     """
+    if getattr(distiller.teacher.lm.config, "kv_lora_rank", None):
+        raise ValueError(
+            "naive: this LM caches no keys that could be the student's: give --modes ce,ours."
+        )
     with recording(distiller.slots) as recorded:
         hidden = distiller.student(**student_inputs(batch))
         shared = recorded().detach()

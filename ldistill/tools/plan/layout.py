@@ -97,7 +97,7 @@ class Layout:
         loss, tower = self._loss(), self.shape.vision
         # of the frozen vision tower's fullest layer: residual, normed, q, k, v, MLP
         patch = 2 * (6 * tower.hidden_size + 2 * tower.intermediate_size)
-        vision = self.micro_batch * self.rows.tiles * tower.patches * patch
+        vision = self.micro_batch * self.rows.tiles * tower.tiles * tower.patches * patch
         return {
             **self.states(),
             "activations": self.activations() + max(0.0, vision - loss),  # done when it begins

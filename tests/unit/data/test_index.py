@@ -14,7 +14,7 @@ from ldistill.data.archive import BadSample
 from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
-from ldistill.models.nanovlm_processor import NanoVLMProcessor
+from ldistill.models.nanovlm_format import NanoVLMProcessor
 
 COUNTS = {"docvqa": 23, "vsr": 9, "own": 5}
 

@@ -132,6 +132,26 @@ def batch_of(pair, packs: list[list[LoadedDocument]]) -> dict:
     return {name: value for name, value in batch.items() if name != "drops"}
 
 
+@pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "smolvlm2", "mistral3"])
+def test_tiles_are_counted_whatever_their_pixels(folder, name):
+    """Of packed documents, padded to the one with most tiles; black corners are no padding."""
+    pair, made = documents(folder(name))
+    sizes = [{k: v.shape for k, v in one.pictures.items()} for one in made if one.pictures]
+    if name == "mistral3":  # patches, of pictures cut to whole ones
+        images = [
+            d.pictures["image_sizes"] // FAMILIES[name].vision["patch_size"] for d in made[:2]
+        ]
+        expected = int(torch.cat(images).prod(1).sum())
+    elif name == "llava-next":
+        expected = sum(pair.processor.pictures([i])["pixel_values"].shape[1]
+                       for n, count in enumerate((1, 2)) for i in pictures(count, n))  # fmt: skip
+    else:  # those of a document are padded to each other nowhere else
+        expected = sum(shapes["pixel_values"][:2].numel() for shapes in sizes)
+    batch = batch_of(pair, [made])
+    batch["pictures"]["pixel_values"][..., 0, 0, 0] = 0
+    assert pair.student.tiles(batch["pictures"]) == expected
+
+
 @pytest.mark.parametrize("name", ["llava-next", "qwen3-vl", "ovis2", "gemma3", "mistral3", "kimi"])
 def test_a_batch_of_text_gives_every_trained_parameter_a_gradient(folder, name):
     """Under ZeRO a rank without pictures must take part in what the others reduce."""

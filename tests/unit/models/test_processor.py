@@ -9,7 +9,7 @@ from helpers_data import CHATML, make_processor, make_tokenizer
 
 from ldistill.common.images import ImageSettings
 from ldistill.common.samples import Turn
-from ldistill.models.nanovlm_processor import ImageTokens, NanoVLMProcessor
+from ldistill.models.nanovlm_format import ImageTokens, NanoVLMProcessor
 from ldistill.models.processor import IGNORE
 
 VICUNA = (

@@ -231,20 +231,26 @@ def test_compiled_blocks_are_timed_beside_eager_ones():
     assert bench.loss("ours compiled").item() == pytest.approx(bench.loss("ours").item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "family", ["llava", "smolvlm2", "qwen2.5-vl", "internvl", "mistral3", "gemma3", "aya-vision"]
-)
+@pytest.mark.parametrize("family", [
+    "llava", "llava-next", "llava-onevision", "smolvlm2", "qwen2.5-vl", "internvl", "mistral3",
+    "gemma3", "aya-vision", "kimi", "videollama3",
+])  # fmt: skip
 def test_other_families_run_through_the_same_bench(family, tmp_path, monkeypatch):
     """Small models of the very classes: naive and ours still agree."""
     made = AutoConfig.from_pretrained(write_pair(family, tmp_path))
     monkeypatch.setattr(bench_step, "pair_config", lambda name: made)
     monkeypatch.setattr(bench_step, "pair_shape", lambda name: shape_of(name, made, {}))
-    bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=1300))
+    length = 5000 if family == "videollama3" else 1300  # a position a patch
+    bench = StepBench(dataclasses.replace(tiny(), pair="smolvlm-256m", length=length))
     torch.manual_seed(1)
     spread(bench.distiller.student)
     spread(bench.distiller.teacher.lm)
-    ours, naive = bench.loss("ours").item(), bench.loss("naive").item()
-    assert naive == pytest.approx(ours, rel=1e-5)
+    ours = bench.loss("ours").item()
+    if family == "kimi":
+        with pytest.raises(ValueError, match=r"caches no keys.*--modes ce,ours"):
+            bench.loss("naive")
+    else:
+        assert bench.loss("naive").item() == pytest.approx(ours, rel=1e-5)
     assert ours != pytest.approx(bench.loss("ce").item(), rel=1e-3)
     assert bench.flops("naive") > bench.flops("ours") > bench.flops("ce") > 0
 

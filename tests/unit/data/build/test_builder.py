@@ -32,7 +32,7 @@ from ldistill.data.build.builder import build, build_shards
 from ldistill.data.build.workers import keep
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
-from ldistill.models.nanovlm_processor import NanoVLMProcessor
+from ldistill.models.nanovlm_format import NanoVLMProcessor
 
 SMALL = BuildOptions(shard_bytes=30_000)
 TURN = (Turn("q", "a"),)
