@@ -30,26 +30,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(shards_app, name="shards")
-app.add_typer(bench_app, name="bench")
-app.add_typer(tiny_app, name="tiny")
-app.add_typer(scripts, name="scripts")
-app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "help_option_names": [],
-    }
-)(train)
+groups = {"shards": shards_app, "bench": bench_app, "tiny": tiny_app, "scripts": scripts}
+for name, group in groups.items():
+    app.add_typer(group, name=name)
+# Their further options are another program's.
+_PASSING = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_PASSING | {"help_option_names": []})(train)
 app.command(name="eval")(evaluate_command)
-app.command()(compare)
-app.command()(generate)
-app.command()(look)
-app.command()(merge)
-app.command()(models)
-app.command()(plan)
-app.command()(torture)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
+for command in (compare, generate, look, merge, models, plan, torture):
+    app.command()(command)
+app.command(context_settings=_PASSING)(study)
 
 
 @app.callback(invoke_without_command=True)
@@ -116,7 +106,7 @@ def push(
 @app.command()
 def doctor() -> None:
     """Check this machine: versions, GPU, compilers, disk; one line of advice per problem."""
-    from ldistill.tools.doctor.doctor import run
+    from ldistill.tools.doctor import run
 
     raise typer.Exit(run())
 

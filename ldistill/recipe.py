@@ -9,12 +9,12 @@ of such fields; ``--recipe`` takes the name of a shipped one or a path.
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import os
 import sys
+from argparse import Action
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -23,7 +23,15 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import did_you_mean
-from ldistill.distill.objective import COMBINATIONS, DIVERGENCES, GATES
+from ldistill.data.loader import OnBadSample
+from ldistill.data.mixture import parse_mix
+from ldistill.data.order import OverLong
+from ldistill.data.store import Reads
+from ldistill.distill.attention import Backend
+from ldistill.distill.objective import Combination, Divergence, Gate
+from ldistill.distill.targets import Scope
+from ldistill.distill.teacher import Engine
+from ldistill.models.fit import Rope
 from ldistill.models.parts import DEFAULT_TRAIN, parse_train
 from ldistill.recipe_values import (
     check_deepspeed,
@@ -36,6 +44,7 @@ from ldistill.sources import OTHERS, by_source
 
 DEFAULT_RECIPE = "tiny"
 SHARED = "_shared"
+_FOLDER = Path(__file__).with_name("recipes")
 
 
 def _doc(text: str, default: Any = None) -> Any:
@@ -51,27 +60,15 @@ class PairArguments:
         "The LM the student was built on: folder or hub id.", "HuggingFaceTB/SmolLM2-360M-Instruct"
     )
     tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
-    teacher_engine: str = _doc(
-        "auto (zero3 with ZeRO-3, else replicated) | replicated | zero3 | deepspeed-inference.",
-        "auto",
-    )
+    teacher_engine: Engine = _doc("auto: zero3 with ZeRO-3, else replicated.", "auto")
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
-    teacher_rope: str = _doc(
-        "lm: a student with another rotary base than its LM's is refused; student: the teacher's "
-        "queries are rotated at the student's.",
-        "lm",
+    teacher_rope: Rope = _doc(
+        "lm: refuse a student of another rotary base than its LM's; student: use its base.", "lm"
     )
-    attention: str = _doc(
-        "Student attention: auto | sdpa | flash_attention_2 | varlen | flex_attention | eager.",
-        "sdpa",
-    )
-    kernels: str = _doc("auto (Triton on CUDA) | triton | reference.", "auto")
-    compile_blocks: bool = _doc(
-        "torch.compile every decoder block of the student; --torch_compile does the same.", False
-    )
-    lora_rank: int = _doc(
-        "Rank of LoRA adapters on a frozen decoder, merged at export; 0: none.", 0
-    )
+    attention: Backend = _doc("Student attention.", "sdpa")
+    kernels: Literal["auto", "triton", "reference"] = _doc("auto: Triton on CUDA.", "auto")
+    compile_blocks: bool = _doc("torch.compile the decoder's blocks; as --torch_compile.", False)
+    lora_rank: int = _doc("LoRA on a frozen decoder, merged at export: its rank; 0: none.", 0)
     lora_alpha: float | None = _doc("Scale of the adapters; default twice the rank.")
 
 
@@ -92,16 +89,14 @@ class DataArguments:
     )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
-    on_long: str = _doc("Document over max_length: drop (counted) | truncate | error.", "drop")
-    on_bad_sample: str = _doc("Sample that cannot be read: error | drop (counted).", "error")
+    on_long: OverLong = _doc("Document over max_length; dropped ones are counted.", "drop")
+    on_bad_sample: OnBadSample = _doc("One that cannot be read; drops are counted.", "error")
     tiling: bool = _doc("Cut large images into tiles; false: one tile an image.", False)
     shuffle_window: int = _doc("Shards whose samples are shuffled together.", 32)
     shard_cache: str | None = _doc("Folder for remote shards; default in the user's cache folder.")
     shard_cache_gb: float = _doc("The most that folder may take, in GB.", 64.0)
-    shard_reads: str = _doc("Remote shards: auto | whole (fetched, cached) | ranged.", "auto")
-    validation: str | None = _doc(
-        "Share of every source's documents to hold out and validate on every --eval_steps: 1%."
-    )
+    shard_reads: Reads = _doc("Remote shards: whole ones are fetched and cached.", "auto")
+    validation: str | None = _doc("Share of documents to hold out, by source, and validate on: 1%.")
     eval_shards: str | None = _doc("Folder or URL of shards to validate on instead.")
     prepare: str | None = _doc(
         "package.module:function that makes shards before the run and returns their folders.", None
@@ -118,12 +113,14 @@ class DistilArguments:
         "Weight of the KD term on distilling sources, and of named ones: 0.7 or 0.7,vqav2=0.9.", 0.7
     )
     temperature: str = _doc("Softmax temperature of the KD term, as alpha by source.", 4.0)
-    combine: str = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
+    combine: Combination = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
-    kl: str = _doc("forward | reverse | jsd.", "forward")
-    gate: str = _doc("none | agreement | confidence: scales a by token where it doubts.", "none")
-    kv_scope: str = _doc("Memory the teacher reads: full | prompt | visual | own.", "full")
-    kv_grad: str = _doc("detached | through: whether the KL reaches the student's K/V.", "detached")
+    kl: Divergence = _doc("Divergence of the KD term.", "forward")
+    gate: Gate = _doc("Scales a by token where it doubts the teacher.", "none")
+    kv_scope: Scope = _doc("Memory the teacher reads.", "full")
+    kv_grad: Literal["detached", "through"] = _doc(
+        "Whether the KL reaches the student's K/V.", "detached"
+    )
 
 
 @dataclass
@@ -138,9 +135,7 @@ class RunArguments:
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
     vision_lr: float | None = _doc("Learning rate of the vision tower; default --learning_rate.")
     train: str = _doc(
-        "What trains, by commas: vision, projector, decoder or parts of it (attention, mlp, "
-        "gate_up).",
-        DEFAULT_TRAIN,
+        "What trains: vision, projector, decoder or its attention, mlp, gate_up.", DEFAULT_TRAIN
     )
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
@@ -148,16 +143,10 @@ class RunArguments:
     eval_suite: str | None = _doc(
         "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
     )
-    eval_limit: int | None = _doc(
-        "Items of every task, of --eval_items and of --eval_suite; default all."
-    )
+    eval_limit: int | None = _doc("Items of every task, of either evaluation; default all.")
     log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
-    overwrite: bool = _doc(
-        "Begin anew; a run in the output folder is renamed to FOLDER.old-1.", False
-    )
-    stop_file: str | None = _doc(
-        "Its appearance stops the run with a checkpoint, exit 85; default $LDISTILL_STOP_FILE."
-    )
+    overwrite: bool = _doc("Begin anew; a run that is there becomes FOLDER.old-1.", False)
+    stop_file: str | None = _doc("Appearing, stops the run, exit 85; default $LDISTILL_STOP_FILE.")
 
 
 OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
@@ -190,11 +179,7 @@ class Recipe:
 
 def shipped_recipes() -> dict[str, Path]:
     """``{name: file}`` of the recipes in the package."""
-    return {p.stem: p for p in sorted(_folder().glob("*.yaml")) if p.stem != SHARED}
-
-
-def _folder() -> Path:
-    return Path(str(importlib.resources.files("ldistill"))) / "recipes"
+    return {p.stem: p for p in sorted(_FOLDER.glob("*.yaml")) if p.stem != SHARED}
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -211,7 +196,7 @@ def load_recipe(name: str) -> dict[str, Any]:
             f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
             "or give a YAML file's path."
         )
-    shared, own = _read_yaml(_folder() / f"{SHARED}.yaml"), _read_yaml(path)
+    shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), _read_yaml(path)
     if "num_train_epochs" in own:
         shared.pop("max_steps", None)  # which the Trainer would heed instead
     values = shared | own
@@ -227,11 +212,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_differences(name: str) -> dict[str, Any]:
-    """What a shipped recipe alone says, without the shared fields.
-
-    Raises:
-        ValueError: no such recipe.
-    """
+    """What a shipped recipe alone says, without the shared fields. Raises ValueError: none such."""
     shipped = shipped_recipes()
     if name not in shipped:
         raise ValueError(f"no recipe {name!r}. Shipped: {', '.join(shipped)}.")
@@ -262,14 +243,19 @@ def parse(argv: list[str]) -> Recipe:
         ValueError: unknown recipe, field or flag, or values that contradict each other.
     """
     argv = [a for a in argv if not a.startswith("--local_rank=")]
-    name = _recipe_name(argv)
+    first = _Parser([], add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default=DEFAULT_RECIPE)
+    name = first.parse_known_args(argv)[0].recipe
     values = load_recipe(name)
     values["recipe"] = name
     if not torch.cuda.is_available() and "--use_cpu" not in argv:
         values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
     notes: list[str] = []
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-    _check_flags(given)
+    known = _known_fields()
+    for flag in sorted(given - known - {f"no_{k}" for k in known}):
+        hint = did_you_mean(flag, known, "--{}")
+        raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
     if values.get("bf16") and "bf16" not in given and not has_fast_bf16():
         values["bf16"] = False
         notes.append("fp32 instead of the recipe's bf16, which is slow on this CPU (--bf16 true).")
@@ -305,90 +291,58 @@ class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message.rstrip('.')}. See --help.")
 
+    def _check_value(self, action: Action, value: Any) -> None:
+        """Called by argparse for what was typed; below for what a recipe says."""
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise ValueError(f"{action.dest} must be one of {choices}, got {value!r}.")
 
-def _recipe_name(argv: list[str]) -> str:
-    name = DEFAULT_RECIPE
-    for index, arg in enumerate(argv):  # the last one counts, as with every other flag
-        if arg == "--recipe" and index + 1 < len(argv):
-            name = argv[index + 1]
-        if arg.startswith("--recipe="):
-            name = arg.removeprefix("--recipe=")
-    return name
-
-
-def _check_flags(given: set[str]) -> None:
-    known = _known_fields()
-    for flag in sorted(given - known - {f"no_{k}" for k in known}):
-        hint = did_you_mean(flag, known, "--{}")
-        raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
+    def set_defaults(self, **values: Any) -> None:
+        for action in self._actions:
+            if values.get(action.dest) is not None:
+                self._check_value(action, values[action.dest])
+        super().set_defaults(**values)
 
 
 def _check(recipe: Recipe) -> None:
-    from ldistill.data.mixture import parse_mix
-    from ldistill.data.store import READS
-    from ldistill.distill.attention import BACKENDS
-    from ldistill.distill.targets import SCOPES
-    from ldistill.distill.teacher import ENGINES
-    from ldistill.models.fit import ROPES
-
-    choices = {
-        "attention": (recipe.pair.attention, BACKENDS),
-        "teacher_engine": (recipe.pair.teacher_engine, ENGINES),
-        "teacher_rope": (recipe.pair.teacher_rope, ROPES),
-        "kernels": (recipe.pair.kernels, ("auto", "triton", "reference")),
-        "kv_scope": (recipe.distil.kv_scope, SCOPES),
-        "kv_grad": (recipe.distil.kv_grad, ("detached", "through")),
-        "combine": (recipe.distil.combine, COMBINATIONS),
-        "kl": (recipe.distil.kl, DIVERGENCES),
-        "gate": (recipe.distil.gate, GATES),
-        "on_long": (recipe.data.on_long, ("drop", "truncate", "error")),
-        "shard_reads": (recipe.data.shard_reads, READS),
-        "on_bad_sample": (recipe.data.on_bad_sample, ("error", "drop")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-    if recipe.pair.attention == "flex_attention" and not torch.cuda.is_available():
-        raise ValueError(
-            "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa."
-        )
+    """Refuse values that do not go together."""
+    args, pair, run = recipe.training, recipe.pair, recipe.run
     parse_mix(recipe.data.mix)
-    if recipe.data.max_length < 1:
-        raise ValueError(f"max_length must be at least 1, got {recipe.data.max_length}.")
-    args = recipe.training
-    if args.save_only_model:
-        raise ValueError(
-            "save_only_model leaves out the optimizer, without which no run can go on: leave the "
-            "flag out. Every checkpoint has the student alone in its student/."
-        )
+    trained = parse_train(run.train)
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-    if recipe.distil.kv_grad == "through" and checkpointing:
+    decodes = trained - {"vision", "projector"}
+    refused = {
+        "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa.": (
+            pair.attention == "flex_attention" and not torch.cuda.is_available()
+        ),
+        f"max_length must be at least 1, got {recipe.data.max_length}.": recipe.data.max_length < 1,
+        "save_only_model leaves out the optimizer, without which no run can go on: leave the flag "
+        "out. Every checkpoint has the student alone in its student/.": args.save_only_model,
+        "kv_grad through needs the graph that gradient checkpointing drops: choose --kv_grad "
+        "detached or leave out --gradient_checkpointing.": (
+            recipe.distil.kv_grad == "through" and checkpointing
+        ),
+        "nothing to train: set --max_steps or --num_train_epochs above 0.": (
+            args.max_steps <= 0 and args.num_train_epochs <= 0
+        ),
+        "vision_lr is given, but vision does not train: --train vision,...": (
+            run.vision_lr is not None and "vision" not in trained
+        ),
+        f"lora_rank is given, but nothing of the decoder trains (--train {run.train}).": (
+            pair.lora_rank and not decodes
+        ),
+        "hub_model_id says where to upload, not whether: add --push_to_hub.": (
+            args.hub_model_id and not args.push_to_hub
+        ),
+    }
+    if found := [sentence for sentence, holds in refused.items() if holds]:
+        raise ValueError(found[0])
+    trackers = get_available_reporting_integrations()
+    if missing := [name for name in args.report_to if name not in trackers]:
         raise ValueError(
-            "kv_grad through needs the graph that gradient checkpointing drops: choose "
-            "--kv_grad detached or leave out --gradient_checkpointing."
+            f"report_to {missing[0]}: its package is not installed here. Install it, or choose "
+            f"{' or '.join([*trackers, 'none'])}."
         )
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise ValueError("nothing to train: set --max_steps or --num_train_epochs above 0.")
-    trained = parse_train(recipe.run.train)
-    if recipe.run.vision_lr is not None and "vision" not in trained:
-        raise ValueError("vision_lr is given, but vision does not train: --train vision,...")
-    if recipe.pair.lora_rank and not trained - {"vision", "projector"}:
-        raise ValueError(
-            f"lora_rank is given, but nothing of the decoder trains (--train {recipe.run.train})."
-        )
-    if args.hub_model_id and not args.push_to_hub:
-        raise ValueError("hub_model_id says where to upload, not whether: add --push_to_hub.")
-    _check_trackers(args)
-
-
-def _check_trackers(args: TrainingArguments) -> None:
-    available = get_available_reporting_integrations()
-    for name in args.report_to:
-        if name not in available:
-            raise ValueError(
-                f"report_to {name}: its package is not installed here. Install it, or choose "
-                f"{' or '.join([*available, 'none'])}."
-            )
 
 
 def _compile_by_blocks(recipe: Recipe) -> None:
@@ -399,10 +353,8 @@ def _compile_by_blocks(recipe: Recipe) -> None:
     args = recipe.training
     if args.torch_compile:
         recipe.pair.compile_blocks = True
-        recipe.compile_options = {
-            "backend": args.torch_compile_backend,
-            "mode": args.torch_compile_mode,
-        }
+        backend, mode = args.torch_compile_backend, args.torch_compile_mode
+        recipe.compile_options = {"backend": backend, "mode": mode}
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     for name in ("BACKEND", "MODE"):  # by which accelerate is told as well
         os.environ.pop(f"ACCELERATE_DYNAMO_{name}", None)
@@ -426,8 +378,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def print_help() -> None:
-    """Own flags with their defaults, in groups; transformers' flags by reference."""
+def print_help(everything: bool) -> None:
+    """Own flags with their defaults, in groups; transformers' by reference, or argparse's list."""
+    if everything:
+        HfArgumentParser([*OWN, TrainingArguments], prog="ldistill/train.py").print_help()
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -439,9 +394,10 @@ def print_help() -> None:
         table = Table(title=cls.__doc__, title_justify="left", box=None, padding=(0, 2, 0, 0))
         for column in ("flag", "default", "meaning"):
             table.add_column(column, overflow="fold")
-        for f in dataclasses.fields(cls):
+        for f, hint in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
             default = [] if f.default is dataclasses.MISSING else f.default
-            table.add_row(f"--{f.name}", str(default), f.metadata["help"])
+            choices = f" One of {', '.join(get_args(hint))}." if get_origin(hint) is Literal else ""
+            table.add_row(f"--{f.name}", str(default), f.metadata["help"] + choices)
         console.print(table)
         console.print()
     console.print(
@@ -449,8 +405,3 @@ def print_help() -> None:
         "--max_steps, --learning_rate, --per_device_train_batch_size, --save_steps, --report_to, "
         "--gradient_checkpointing. --help_all lists them."
     )
-
-
-def print_all_flags() -> None:
-    """argparse's own listing of every flag, transformers' included."""
-    HfArgumentParser([*OWN, TrainingArguments], prog="ldistill/train.py").print_help()

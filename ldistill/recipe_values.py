@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Container
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -39,17 +39,17 @@ def settle_values(values: dict[str, Any], groups: tuple[type, ...], recipe: str)
     Raises:
         ValueError: empty, or of another type; the field is named.
     """
-    settled = dict(values)
-    for hints in map(get_type_hints, groups):
-        for name in hints.keys() & values.keys():
-            try:
-                settled[name] = _settled(name, values[name], hints[name])
-            except ValueError as error:
-                raise ValueError(f"recipe {recipe!r}: {error}") from None
-    return settled
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    try:
+        own = {name: _settled(name, values[name], hints[name]) for name in hints.keys() & values}
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe!r}: {error}") from None
+    return values | own
 
 
 def _settled(name: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Literal:  # which of its choices is the parser's to check
+        hint = str
     kinds = (hint,) if hint in _KINDS else get_args(hint)
     [kind] = [k for k in kinds if k is not NoneType]
     if value is None:
@@ -79,8 +79,8 @@ def _by_source(name: str, value: Any) -> Any:
     return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
 
 
+# Sizes of a step: rows of a pass on a rank, passes, rows over all ranks.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
-"""Sizes of a step: rows of a pass on a rank, passes, rows over all ranks."""
 
 
 def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]) -> dict[str, int]:
@@ -91,7 +91,7 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
     becomes the next best.
 
     Args:
-        asked: the recipe with the command line over it, `BATCH` among its values.
+        asked: the recipe with the command line over it.
         given: flags that were typed.
         ranks: of the run.
         notes: gets a line where the recipe gave way.
@@ -118,7 +118,8 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
     else:
         steps = math.ceil(share / rows)
         rows = max(1, round(share / steps))
-    settled = dict(zip(BATCH, (rows, steps, rows * steps * ranks), strict=True))
+    reached = rows * steps * ranks
+    settled = dict(zip(BATCH, (rows, steps, reached), strict=True))
     if any(settled[name] != sizes[name] for name in given.intersection(BATCH)):
         units = ("rows", "accumulation steps")
         parts = [f"{sizes[n]} {unit}" for n, unit in zip(BATCH, units) if n in given]
@@ -127,10 +128,10 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
             f"{' × '.join([*parts, f'{ranks} ranks'])}: change "
             f"{' or '.join('--' + name for name in BATCH if name in given)}."
         )
-    if settled["global_batch_size"] != total:
+    if reached != total:
         notes.append(
-            f"a step has {rows * steps * ranks} rows instead of the recipe's {total}: {rows} a "
-            f"pass × {steps} passes × {ranks} ranks."
+            f"a step has {reached} rows instead of the recipe's {total}: {rows} a pass × {steps} "
+            f"passes × {ranks} ranks."
         )
     elif rows != sizes[BATCH[0]]:
         notes.append(
@@ -159,11 +160,11 @@ push_to_hub hub_model_id hub_private_repo
 """
 HEEDED = frozenset(_HEEDED.split())
 """Flags of transformers' ``TrainingArguments`` that a run does something with."""
+# What others begin with, and why a run does nothing with them.
 _UNUSED = {
     "label_smoothing_factor": "the loss is the recipe's own",
     "neftune_noise_alpha": "the teacher reads what the student's embeddings give",
-    "use_liger_kernel": "kernels are chosen with --kernels",
-    "liger_kernel_config": "kernels are chosen with --kernels",
+    "use_liger_kernel liger_kernel": "kernels are chosen with --kernels",
     "auto_find_batch_size": "a step's rows are the recipe's; `ldistill plan` says what fits",
     "train_sampling_strategy": "rows are packed, in the order of --seed or --data_seed",
     "optim_target_modules": "--train says what trains",
@@ -171,11 +172,8 @@ _UNUSED = {
     "enable_jit_checkpoint": "a run that is told to stop always saves a checkpoint",
     "ignore_data_skip": "a resumed run reads on exactly where it stopped",
     "save_on_each_node": "all nodes share the run's folder",
-    "dataloader_drop_last": "the stream of rows has no end",
-    "dataloader_persistent_workers": "the stream of rows has no end",
+    "dataloader_drop_last dataloader_persistent_workers": "the stream of rows has no end",
     "dataloader_in_order": "a run can be repeated",
-}
-_UNUSED_GROUPS = {
     "hub_": "--push_to_hub uploads the export once, when the run ends; a token is HF_TOKEN's",
     "fsdp": "sharding is DeepSpeed's: --deepspeed",
     "eval_ do_eval do_predict prediction_loss_only include_for_metrics batch_eval_metrics "
@@ -193,24 +191,18 @@ def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
     Raises:
         ValueError: such a field is not what it is by default; it is named, with the reason.
     """
-    if asked.save_strategy not in ("steps", "no"):
-        raise ValueError(
-            f"save_strategy must be steps or no, got {asked.save_strategy!r}: packs come in a "
-            "stream that has no epochs, and a run goes on from its newest checkpoint. Choose "
-            "--save_steps."
-        )
-    for name in sorted(vars(asked)):
-        trainers = name in TrainingArguments.__dataclass_fields__ and name not in HEEDED
-        if trainers and getattr(asked, name) != getattr(defaults, name):
-            groups = [w for g, w in _UNUSED_GROUPS.items() if name.startswith(tuple(g.split()))]
-            why = _UNUSED.get(name, groups[0] if groups else "nothing here reads it")
-            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
-    for name in ("eval_strategy", "logging_strategy"):
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(asked, name) not in ("steps", "no"):
             raise ValueError(
                 f"{name} must be steps or no, got {getattr(asked, name)!r}: the stream of rows "
                 "has no epochs."
             )
+    for name in sorted(vars(asked)):
+        trainers = name in TrainingArguments.__dataclass_fields__ and name not in HEEDED
+        if trainers and getattr(asked, name) != getattr(defaults, name):
+            found = [why for names, why in _UNUSED.items() if name.startswith(tuple(names.split()))]
+            why = found[0] if found else "nothing here reads it"
+            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
 
 
 LOWER_IS_BETTER = ("loss", "ce", "kd", "extra_vocabulary_mass")
@@ -261,14 +253,24 @@ def check_deepspeed(config: str | dict[str, Any] | None) -> None:
     Raises:
         ValueError: no JSON, or with sections of its own for optimizer and schedule.
     """
-    where = "of the recipe"
+    where, text = "of the recipe", config
     if isinstance(config, str):
+        where = config
         if config.startswith("{"):  # written out, as transformers takes it too
-            where, config = "on the command line", _parsed("on the command line", config)
+            where = "on the command line"
         elif Path(config).is_file():
-            where, config = config, _parsed(config, Path(config).read_text(encoding="utf-8"))
+            text = Path(config).read_text(encoding="utf-8")
         else:
             return  # transformers says so
+        try:
+            config = json.loads(text)
+        except ValueError as error:
+            config = error
+        if not isinstance(config, dict):
+            why = "must be a JSON object"
+            if isinstance(config, ValueError):
+                why = f"is not valid JSON: {config}"
+            raise ValueError(f"the DeepSpeed configuration {where} {why}.")
     own = [name for name in ("optimizer", "scheduler") if name in (config or {})]
     if own:
         raise ValueError(
@@ -276,15 +278,3 @@ def check_deepspeed(config: str | dict[str, Any] | None) -> None:
             "train projector and decoder at one rate: take it out, and say the same with --optim, "
             "--projector_lr, --decoder_lr and --lr_scheduler_type."
         )
-
-
-def _parsed(where: str, text: str) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"the DeepSpeed configuration {where} is not valid JSON: {error}."
-        ) from error
-    if not isinstance(config, dict):
-        raise ValueError(f"the DeepSpeed configuration {where} must be a JSON object.")
-    return config

@@ -14,26 +14,10 @@ from dataclasses import dataclass
 
 from ldistill.common.errors import did_you_mean
 
-LANGUAGE: tuple[str, ...] = (
-    "aokvqa",
-    "figureqa",
-    "iconqa",
-    "robut_sqa",
-    "scienceqa",
-    "visual7w",
-    "vqav2",
-    "vsr",
-)
-DOCUMENT: tuple[str, ...] = (
-    "chart2text",
-    "chartqa",
-    "docvqa",
-    "infographic_vqa",
-    "ocrvqa",
-    "textcaps",
-    "textvqa",
-    "vistext",
-    "visualmrc",
+LANGUAGE = ("aokvqa", "figureqa", "iconqa", "robut_sqa", "scienceqa", "visual7w", "vqav2", "vsr")
+DOCUMENT = (
+    *("chart2text", "chartqa", "docvqa", "infographic_vqa", "ocrvqa"),
+    *("textcaps", "textvqa", "vistext", "visualmrc"),
 )
 CATEGORIES: tuple[str, ...] = ("language", "document")
 ALL = "all"
@@ -66,13 +50,13 @@ def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
         ValueError: the source is neither one of the 17 nor declared in ``extra``.
     """
     known = known_sources(extra)
-    if name in known:
-        return known[name]
-    raise ValueError(
-        f"unknown source {name!r}.{did_you_mean(name, known)} "
-        f"Known sources: {', '.join(sorted(known))}. "
-        f"Declare your own with --extra_sources {name}=language or {name}=document."
-    )
+    if name not in known:
+        raise ValueError(
+            f"unknown source {name!r}.{did_you_mean(name, known)} "
+            f"Known sources: {', '.join(sorted(known))}. "
+            f"Declare your own with --extra_sources {name}=language or {name}=document."
+        )
+    return known[name]
 
 
 def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[str]:
@@ -181,20 +165,15 @@ class SourceWeights:
         names = tuple(names)
         categories = tuple(category_of(name, extra) for name in names)
         chosen = _distilling(distil, names, extra)
-        alphas, temperatures = (
-            dict(value) if isinstance(value, Mapping) else {OTHERS: value}
-            for value in (alpha, temperature)
-        )
-        for field, named in (("alpha", alphas), ("temperature", temperatures)):
+        settled = []
+        for field, value in (("alpha", alpha), ("temperature", temperature)):
+            named = dict(value) if isinstance(value, Mapping) else {OTHERS: value}
             _check_named(field, named.keys() - {OTHERS}, names)
-        if distil != "none":
-            chosen |= alphas.keys()
-        return cls(
-            names,
-            categories,
-            tuple(alphas.get(n, alphas[OTHERS]) if n in chosen else 0.0 for n in names),
-            tuple(float(temperatures.get(n, temperatures[OTHERS])) for n in names),
-        )
+            if field == "alpha" and distil != "none":
+                chosen |= named.keys()
+            settled.append([float(named.get(name, named[OTHERS])) for name in names])
+        alphas = (a if name in chosen else 0.0 for name, a in zip(names, settled[0]))
+        return cls(names, categories, tuple(alphas), tuple(settled[1]))
 
     @property
     def distils(self) -> bool:

@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    first = os.environ.get("RANK", "0") == "0"
-    if first and not {"--help", "-h", "--help_all"} & set(argv):
+    first, helps = os.environ.get("RANK", "0") == "0", {"--help", "-h", "--help_all"} & set(argv)
+    if first and not helps:
         print("loading PyTorch, transformers and DeepSpeed ...", flush=True)
     _quieten()
     import ldistill.tiny.suite  # noqa: F401 - --eval_suite tiny
@@ -45,13 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     from ldistill.training.run import run
     from ldistill.training.stopping import STOPPED_EXIT_CODE, Stopped
 
-    if {"--help", "-h"} & set(argv):
-        print_help()
-        return 0
-    if "--help_all" in argv:
-        from ldistill.recipe import print_all_flags
-
-        print_all_flags()
+    if helps:
+        print_help(everything=helps == {"--help_all"})
         return 0
     try:
         check_launch()
@@ -64,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, RuntimeError) as raised:
         ignore_dead_workers()
         error = worker_died(raised) or raised
-        ours = not isinstance(error, RuntimeError)
-        if not ours or os.environ.get("LDISTILL_DEBUG") == "1":
+        if isinstance(error, RuntimeError) or os.environ.get("LDISTILL_DEBUG") == "1":
             raise
         tell(error)
         return exit_code(error)

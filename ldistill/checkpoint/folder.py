@@ -109,9 +109,7 @@ def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Pat
 
 
 def retire(
-    root: Path,
-    keep: int | None,
-    best: Callable[[int], tuple[int, float] | None] = lambda step: None,
+    root: Path, keep: int | None, best: Callable[[int], tuple[int, float] | None] | None = None
 ) -> list[Path]:
     """Delete the oldest complete checkpoints beyond ``keep``, never the last one; None keeps all.
 
@@ -120,7 +118,7 @@ def retire(
     """
     good = [found for found in survey(root) if found.problem is None]
     kept = good[: max(keep, 1)] if keep else good
-    spared = best(kept[-1].step) if kept else None
+    spared = best(kept[-1].step) if best and kept else None
     gone = [f.path for f in good[len(kept) :] if spared is None or f.step != spared[0]]
     for path in reversed(gone):
         _set_aside(path)
@@ -131,11 +129,10 @@ def retire(
 
 def _set_aside(path: Path) -> None:
     """Rename first, so that a half-deleted checkpoint is never seen under its name."""
-    bin_ = path.parent / RETIRED
-    bin_.mkdir(exist_ok=True)
-    place = bin_ / path.name
+    place = path.parent / RETIRED / path.name
     if place.exists():
         shutil.rmtree(place)
+    place.parent.mkdir(exist_ok=True)
     path.rename(place)
 
 
@@ -195,10 +192,9 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: there is none, or it is not one.
         OSError: it cannot be read for now.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
+    if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}: it was never finished, or another program's")
-    text = patiently(path.read_bytes)
+    text = patiently((folder / MANIFEST).read_bytes)
     try:
         record = json.loads(text)
         files = {name: (int(size), str(sha)) for name, (size, sha) in record["files"].items()}
@@ -208,10 +204,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"its {MANIFEST} is damaged ({error!r})") from error
     if version != FORMAT:
         raise ValueError(f"it has format {version}, this version reads {FORMAT}")
-    if not files:
-        raise ValueError(f"its {MANIFEST} lists no files")
-    if any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
-        raise ValueError(f"its {MANIFEST} names files outside of it")
+    if not files or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
+        raise ValueError(f"its {MANIFEST} lists no files, or some outside of it")
     return manifest
 
 

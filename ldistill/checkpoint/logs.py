@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,8 @@ def rewrite_records(path: Path, last_step: int) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Records of a ``metrics.jsonl``; an unfinished last line is left out."""
-    if not path.is_file():
-        return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records

@@ -8,46 +8,46 @@ share that work) and every pickle is searched for anything that is not plain dat
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldistill.checkpoint import folder as checkpoint_folder
-from ldistill.checkpoint import identity, universal
+from ldistill.checkpoint import universal
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError, disk_failed
 from ldistill.common.run_files import run_id
 from ldistill.common.telling import telling
 from ldistill.data.archive import patiently
+from ldistill.data.index import ShardIndex
+from ldistill.data.order import Order
+from ldistill.models.pair import Pair
 
 AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
-_HARMLESS = frozenset(
-    {
-        "collections.OrderedDict",
-        "collections.defaultdict",
-        "builtins.dict",
-        "builtins.list",
-        "builtins.int",
-        "torch.Size",
-        "torch.device",
-        "torch.dtype",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.core.multiarray._reconstruct",
-        "numpy._core.multiarray.scalar",
-        "numpy.core.multiarray.scalar",
-        "numpy.ndarray",
-        "numpy.dtype",
-        "numpy.dtypes.UInt32DType",
-        "_codecs.encode",
-    }
-)
+_PLAIN = """
+collections.OrderedDict collections.defaultdict builtins.dict builtins.list builtins.int
+torch.Size torch.device torch.dtype
+deepspeed.runtime.zero.config.ZeroStageEnum deepspeed.utils.tensor_fragment.fragment_address
+deepspeed.runtime.fp16.loss_scaler.LossScaler deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler
+numpy._core.multiarray._reconstruct numpy.core.multiarray._reconstruct
+numpy._core.multiarray.scalar numpy.core.multiarray.scalar
+numpy.ndarray numpy.dtype numpy.dtypes.UInt32DType _codecs.encode
+"""
+_HARMLESS = frozenset(_PLAIN.split())
+
+
+_WHAT = {
+    "run": "another run (its id is not the one in {folder})",
+    "student": "a run that began from another student",
+    "teacher": "a run with another teacher",
+    "data": "a run over other shards, or in another order of samples",
+}
 
 
 def wants_newest(asked: str | None) -> bool:
@@ -70,13 +70,18 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
     if asked is None or str(asked).lower() == "false":
         return None
     if not wants_newest(asked):
-        return _check_named(Path(asked))
-    found = ranks.from_first(lambda: checkpoint_folder.survey(folder))
+        path = Path(asked)
+        if not path.is_dir():
+            raise FileNotFoundError(f"checkpoint {asked!r} does not exist.")
+        reason = ranks.from_first(lambda: checkpoint_folder.problem(path)) or _bytes_problem(path)
+        if reason:
+            raise ValueError(f"{path} cannot be used: {reason}.")
+        return path
     skipped: list[str] = []
-    for candidate in found:
+    for candidate in ranks.from_first(lambda: checkpoint_folder.survey(folder)):
         reason = candidate.problem or _bytes_problem(candidate.path)
         if reason is None:
-            _tell(candidate.path, skipped)
+            ranks.say("\n".join([*skipped, f"going on from {candidate.path}."]))
             return candidate.path
         skipped.append(f"{candidate.path.name} skipped: {reason}")
     if skipped:
@@ -90,21 +95,6 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
     return None
 
 
-def _tell(chosen: Path, skipped: list[str]) -> None:
-    for line in skipped:
-        ranks.say(line)
-    ranks.say(f"going on from {chosen}.")
-
-
-def _check_named(path: Path) -> Path:
-    if not path.is_dir():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist.")
-    reason = ranks.from_first(lambda: checkpoint_folder.problem(path)) or _bytes_problem(path)
-    if reason:
-        raise ValueError(f"{path} cannot be used: {reason}.")
-    return path
-
-
 def _bytes_problem(path: Path) -> str | None:
     """What is wrong inside the files; the ranks read a share each and all get the answer.
 
@@ -113,18 +103,15 @@ def _bytes_problem(path: Path) -> str | None:
     """
     own, unread = None, None
     try:
-        broken = checkpoint_folder.damaged(path, ranks.index(), ranks.count())
-        own = f"{broken[0]} is not what was written (SHA-256 differs)" if broken else None
+        for name in checkpoint_folder.damaged(path, ranks.index(), ranks.count()):
+            own = own or f"{name} is not what was written (SHA-256 differs)"
     except (FileNotFoundError, ValueError) as error:
         own = str(error)
     except OSError as error:
         unread = str(error)
-    found = ranks.gather((own, unread))
-    if texts := [text for _, text in found if text]:
-        raise ranks.shared(_unreadable(path, texts[0]))
-    if texts := [text for text, _ in found if text]:
-        return texts[0]
-    return ranks.from_first(lambda: foreign_code(path))
+    ranks.relay(unread, lambda found: _unreadable(path, next(iter(found.values()))))
+    problems = filter(None, ranks.gather(own))
+    return next(problems, None) or ranks.from_first(lambda: foreign_code(path))
 
 
 def _unreadable(path: Path, why: str) -> TransientError:
@@ -161,14 +148,24 @@ def foreign_code(checkpoint: Path) -> str | None:
     return None
 
 
-def fit(
-    checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any
-) -> tuple[Path | None, bool]:
-    """The checkpoint as this run can load it, and whether it had to be converted.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at step 0, or from a checkpoint that may have been converted for it."""
+
+    checkpoint: Path | None = None
+    converted: bool = False
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint)
+
+
+def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
+    """Where a run begins: the checkpoint as this run can load it.
 
     Args:
         checkpoint: found by :func:`find_checkpoint`.
-        about: what this run is (see `identity.describe`).
+        about: what this run is (see :func:`describe`).
         run: this run's folder.
         plugin: accelerate's DeepSpeed plugin; told to load the universal format where needed.
 
@@ -176,23 +173,22 @@ def fit(
         ValueError: it belongs to another run, pair or data set, or cannot be converted.
     """
     if checkpoint is None:
-        return None, False
+        return Start()
     found = checkpoint_folder.read_manifest(checkpoint).about
     own = {"run": run_id(checkpoint.parent)}
-    identity.check_belongs(checkpoint, found, about | own)
+    check_belongs(checkpoint, found, about | own)
     if found["layout"] == about["layout"]:
-        return checkpoint, False
+        return Start(checkpoint)
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
 
     def convert() -> str:
-        told = f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"
-        with telling(told):
+        with telling(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"):
             return str(universal.convert(checkpoint, run))
 
     target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Path(target), True
+    return Start(Path(target), converted=True)
 
 
 def step_of(checkpoint: Path | None) -> int:
@@ -216,3 +212,62 @@ def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
             moved.append(found.path.rename(target))
             ranks.say(f"{found.path.name} is later than {checkpoint.name}: now {target.name}.")
     return moved
+
+
+# ---- what a checkpoint belongs to ----
+
+
+def describe(
+    run_id: str, pair: Pair, index: ShardIndex, order: Order, layout: Any
+) -> dict[str, Any]:
+    """The ``about`` of a run's manifests; rank-independent."""
+    teacher = pair.teacher_folder
+    return {
+        "run": run_id,
+        "student": model_fingerprint(pair.student_folder),
+        "teacher": model_fingerprint(teacher) if teacher is not None else None,
+        "data": data_fingerprint(index, order),
+        "layout": layout,
+    }
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hash of a model's configuration and of its weights' headers and samples.
+
+    64 pieces of 4 KiB from every weights file tell any two trainings apart, and cost nothing for
+    weights of many gigabytes.
+    """
+    digest = hashlib.sha256()
+    weights = list(folder.glob("*.safetensors")) or folder.glob("pytorch_model*.bin")
+    for path in sorted(weights):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(64):
+                file.seek(max(0, size - 4096) * number // (64 - 1))
+                digest.update(file.read(4096))
+    config = folder / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    return digest.hexdigest()
+
+
+def data_fingerprint(index: ShardIndex, order: Order) -> str:
+    """Hash of everything that decides which documents come in which order."""
+    shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
+    facts = [index.sources, shards, order.identity]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def check_belongs(checkpoint: Path, found: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Refuse a checkpoint that another run, pair or data set made.
+
+    Raises:
+        ValueError: saying which of them differs.
+    """
+    for key, text in _WHAT.items():
+        if found.get(key) != mine[key]:
+            raise ValueError(
+                f"{checkpoint} belongs to {text.format(folder=checkpoint.parent)}; going on from "
+                "it would mix two runs. Choose another --resume_from_checkpoint or --output_dir, "
+                "or give back what the run began with."
+            )

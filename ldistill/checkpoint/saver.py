@@ -50,8 +50,7 @@ class Saver:
         logs: Sequence[StepLog] = (),
         best: Callable[[int], tuple[int, float] | None] | None = None,
     ) -> None:
-        self.folder, self.about, self.keep, self.logs = folder, about, keep, logs
-        self._best = best or (lambda step: None)
+        self.folder, self.about, self.keep, self.logs, self._best = folder, about, keep, logs, best
         self._failures: list[str] = []
         self._checked = False
 
@@ -79,25 +78,20 @@ class Saver:
         """
         self._failures.clear()
         target = self.root / f"checkpoint-{step}"
-        if ranks.is_first():
-            with self.attempt():
-                checkpoint_folder.begin(self.folder, step)
-        self._agree(step)
-        with self.attempt():
-            write()
-        with self.attempt():
-            self.sync_logs()
-        self._agree(step)
         files: dict[str, Any] = {}
-        with self.attempt():
+        with self._together(step):
+            if ranks.is_first():
+                checkpoint_folder.begin(self.folder, step)
+        with self._together(step):
+            write()
+            self.sync_logs()
+        with self._together(step):
             files = checkpoint_folder.seal(target, ranks.index(), ranks.count())
         parts = ranks.gather(files)
-        self._agree(step)
-        if ranks.is_first():
-            with self.attempt():
+        with self._together(step):
+            if ranks.is_first():
                 merged = {name: entry for part in parts for name, entry in part.items()}
                 checkpoint_folder.publish(target, step, merged, self.about)
-        self._agree(step)
         path = self.folder / target.name
         if ranks.is_first():
             self._tidy(path)
@@ -122,60 +116,60 @@ class Saver:
         """What may fail without harm to the checkpoint that was just published."""
         try:
             checkpoint_folder.retire(self.folder, self.keep, self._best)
-            self._check_loadable(path)
+            # Said at the first checkpoint, not after days: this run would refuse its own.
+            if not self._checked and (reason := foreign_code(path)):
+                ranks.say(f"warning: {path.name} cannot be resumed from: {reason}")
+            self._checked = True
         except OSError as error:
             ranks.say(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
 
-    def _check_loadable(self, path: Path) -> None:
-        """Say at the first checkpoint, not after days, that this run will refuse its own."""
-        if not self._checked and (reason := foreign_code(path)):
-            ranks.say(f"warning: {path.name} cannot be resumed from: {reason}")
-        self._checked = True
+    @contextmanager
+    def _together(self, step: int) -> Iterator[None]:
+        """Go on where every rank could do its part; else clear away, and raise on all."""
+        with self.attempt():
+            yield
 
-    def _agree(self, step: int) -> None:
-        found = [(r, text) for r, part in enumerate(ranks.gather(self._failures)) for text in part]
-        if not found:
-            return
-        if ranks.is_first():
-            with suppress(OSError):  # of the same disk: what is told is why nothing was saved
-                checkpoint_folder.clear(self.folder)  # make room
-        rank, text = found[0]
-        last = "earlier ones are untouched"
-        with suppress(OSError):
-            good = [f.path.name for f in checkpoint_folder.survey(self.folder) if f.problem is None]
-            last = f"{good[0]} is complete and untouched" if good else "there is no earlier one"
-        error = CheckpointError(
-            f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
-            f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint auto."
-        )
-        raise ranks.shared(error)
+        def told(found: dict[int, list[str]]) -> CheckpointError:
+            rank, [text, *_] = next(iter(found.items()))
+            if ranks.is_first():
+                with suppress(OSError):  # of the same disk: what is told is why nothing was saved
+                    checkpoint_folder.clear(self.folder)  # make room
+            last = "earlier ones are untouched"
+            with suppress(OSError):
+                good = [f for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+                last = "there is no earlier one"
+                if good:
+                    last = f"{good[0].path.name} is complete and untouched"
+            return CheckpointError(
+                f"checkpoint-{step} could not be written to {self.folder} (rank {rank}: {text}); "
+                f"{last}. Make room or mend the disk, then go on with --resume_from_checkpoint "
+                "auto."
+            )
+
+        ranks.relay(self._failures, told)
 
     def guard(self, engine: Any) -> None:
         """Let a DeepSpeed engine write through :meth:`attempt`, without its scripts."""
         from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
+        attempt = self.attempt
+
+        class GuardedEngine(TorchCheckpointEngine):
+            """DeepSpeed's own, with failures noted and files synced by the rank that wrote them."""
+
+            def makedirs(self, path: str, exist_ok: bool = False) -> None:
+                with attempt():
+                    os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
+
+            def save(self, state_dict: Any, path: str) -> None:
+                with attempt():
+                    torch.save(state_dict, path)
+                    checkpoint_folder.sync(Path(path))
+
         if type(engine.checkpoint_engine) is not TorchCheckpointEngine:
             return
-        engine.checkpoint_engine = _guarded_engine(self)
+        engine.checkpoint_engine = GuardedEngine()
         # It drops executables that unpickle the folder into it; the student lies beside them.
         engine._copy_recovery_script = lambda path: None
         # `latest` is written by rank 0 while the others wait in a barrier: we write it ourselves.
         engine.save_checkpoint = partial(engine.save_checkpoint, save_latest=False)
-
-
-def _guarded_engine(saver: Saver) -> Any:
-    from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-
-    class GuardedEngine(TorchCheckpointEngine):
-        """DeepSpeed's own, with failures noted and files synced by the rank that wrote them."""
-
-        def makedirs(self, path: str, exist_ok: bool = False) -> None:
-            with saver.attempt():
-                os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
-
-        def save(self, state_dict: Any, path: str) -> None:
-            with saver.attempt():
-                torch.save(state_dict, path)
-                checkpoint_folder.sync(Path(path))
-
-    return GuardedEngine()

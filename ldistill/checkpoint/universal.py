@@ -24,7 +24,6 @@ from ldistill.checkpoint.folder import ADAPTED
 
 _STAGE12 = "mp_rank_00_model_states.pt"
 _STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def layout(plugin: Any, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -53,22 +52,20 @@ def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]
     Raises:
         ValueError: one of the two runs without ZeRO.
     """
-    if old["engine"] == new["engine"] == "zero0":
+    names = {"none": "no DeepSpeed", "zero0": "ZeRO stage 0"}
+    had, has = (names.get(of["engine"], of["engine"]) for of in (old, new))
+    if had == has == names["zero0"]:
         differing = [f"{k}: then {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
         raise ValueError(
             f"{checkpoint} was written with ZeRO stage 0, which goes on only as it began; "
             f"{', '.join(differing)}."
         )
-    if "none" in (old["engine"], new["engine"]) or "zero0" in (old["engine"], new["engine"]):
+    if {had, has} & set(names.values()):
         raise ValueError(
-            f"{checkpoint} was written with {_name(old)}, this run has {_name(new)}: checkpoints "
-            "pass between ranks and ZeRO stages, not between a run with ZeRO and one without. "
-            "Choose the --deepspeed configuration accordingly."
+            f"{checkpoint} was written with {had}, this run has {has}: checkpoints pass between "
+            "ranks and ZeRO stages, not between a run with ZeRO and one without. Choose the "
+            "--deepspeed configuration accordingly."
         )
-
-
-def _name(of: dict[str, Any]) -> str:
-    return {"none": "no DeepSpeed", "zero0": "ZeRO stage 0"}.get(of["engine"], of["engine"])
 
 
 def convert(checkpoint: Path, run: Path) -> Path:
@@ -81,7 +78,8 @@ def convert(checkpoint: Path, run: Path) -> Path:
     """
     discard(run)
     target = run / ADAPTED / checkpoint.name
-    shutil.copytree(checkpoint, target, ignore=_large)
+    large = shutil.ignore_patterns("global_step*", "student", "latest")
+    shutil.copytree(checkpoint, target, ignore=large)
     [source] = [p for p in checkpoint.iterdir() if p.is_dir() and p.name.startswith("global_step")]
     made = target / f"{source.name}_universal"
     workers = str(min(8, os.cpu_count() or 1))
@@ -89,7 +87,8 @@ def convert(checkpoint: Path, run: Path) -> Path:
     command += ["--input_folder", str(source), "--output_folder", str(made)]
     command += ["--inject_missing_state", "--num_extract_workers", workers]
     command += ["--num_merge_workers", workers]
-    own = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    own = {k: v for k, v in os.environ.items() if k not in launcher}
     done = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
     if done.returncode != 0:
         raise OSError(
@@ -107,10 +106,6 @@ def discard(run: Path) -> None:
         shutil.rmtree(run / ADAPTED)
 
 
-def _large(folder: str, names: list[str]) -> list[str]:
-    return [n for n in names if n.startswith("global_step") or n in ("student", "latest")]
-
-
 def _complete(folder: Path) -> None:
     """Add to a universal checkpoint what only the other stages write."""
     path = folder / "zero" / "optimizer_state.pt"
@@ -119,8 +114,11 @@ def _complete(folder: Path) -> None:
     for moment in (folder / "zero").rglob("exp_avg.pt"):
         if not (moment.parent / "step.pt").exists():
             torch.save(step, moment.parent / "step.pt")
-        for name in ("fp32.pt", "exp_avg.pt", "exp_avg_sq.pt"):
-            _wrap(moment.parent / name)
+        # ZeRO-3's converter writes bare tensors, which only ZeRO-3 reads; all read a wrapped one.
+        for part in (moment.with_name("fp32.pt"), moment, moment.with_name("exp_avg_sq.pt")):
+            value = torch.load(part, map_location="cpu", weights_only=False)
+            if not isinstance(value, dict):
+                torch.save({"param": value}, part)
     kept = {k: v for k, v in state.items() if k not in ("optimizer_state_dict", "fp32_flat_groups")}
     kept["optimizer_state_dict"] = {
         "state": {0: {"step": step}},
@@ -133,23 +131,15 @@ def _complete(folder: Path) -> None:
             shutil.copyfile(folder / have, folder / want)
 
 
-def _wrap(path: Path) -> None:
-    """ZeRO-3's converter writes bare tensors, which only ZeRO-3 reads; all read a wrapped one."""
-    value = torch.load(path, map_location="cpu", weights_only=False)
-    if not isinstance(value, dict):
-        torch.save({"param": value}, path)
-
-
 def _step(folder: Path, state: dict[str, Any]) -> Any:
     """Optimizer steps taken: ZeRO-3 keeps it in the optimizer's state, the others per parameter."""
-    for values in state.get("optimizer_state_dict", {}).get("state", {}).values():
-        if "step" in values:
-            return values["step"]
+    kept = state.get("optimizer_state_dict", {}).get("state", {})
+    if found := [values["step"] for values in kept.values() if "step" in values]:
+        return found[0]
     for path in (folder / "zero").rglob("step.pt"):
         return torch.load(path, weights_only=False)
-    for group in state["param_groups"]:
-        if "step" in group:
-            return group["step"]
+    if found := [group["step"] for group in state["param_groups"] if "step" in group]:
+        return found[0]
     raise OSError(
         f"{folder.parent} holds no optimizer step: only Adam-like optimizers can go on with "
         "another number of ranks or ZeRO stage. Resume with those it was saved with."

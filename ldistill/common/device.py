@@ -12,14 +12,13 @@ import torch
 from ldistill.common.cards import CARDS
 
 # Behind a name in that table these make another card of it.
-_OTHER_CARDS = ("Ti", "D", "SUPER", "Laptop", "Max-Q")
+_OTHERS = "Ti|D|SUPER|Laptop|Max-Q"
 
 
 def unusable_gpu() -> str | None:
     """Why PyTorch cannot use the GPU that a driver shows here; None: it can, or none is meant."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not Path("/dev/nvidia0").exists():
-        return None
-    if torch.cuda.is_available():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if hidden or not Path("/dev/nvidia0").exists() or torch.cuda.is_available():
         return None
     try:
         torch.cuda.init()
@@ -48,9 +47,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def listed_peak(name: str) -> float | None:
     """Rate of a card by the name that its driver gives it, whole words alone; None: not listed."""
-    others = "|".join(_OTHER_CARDS)
     for key, card in CARDS.items():
-        if re.search(rf"\b{re.escape(key)}\b(?! (?:{others})\b)", name, re.IGNORECASE):
+        if re.search(rf"\b{re.escape(key)}\b(?! (?:{_OTHERS})\b)", name, re.IGNORECASE):
             return card.flops
     return None
 

@@ -60,28 +60,22 @@ class Processor(Protocol):
 
     def fingerprint(self) -> str:
         """SHA-256 over `parts`; shards carry it."""
-        ...
 
     @property
     def takes_system(self) -> bool:
         """Whether the chat template writes a system turn."""
-        ...
 
     def encode(
         self, turns: Sequence[Turn], sizes: Sequence[Size] = (), system: str = ""
     ) -> Document:
         """Tokenise a conversation about pictures of these sizes. Raises BadImage for one that the
         student cannot take."""
-        ...
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB. Raises BadImage."""
-        ...
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Tensors of a document's pictures, in order; none of none. Raises BadImage."""
-        ...
 
     def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
         """Rotary positions int64 [axes, n] where a student has several axes; None: they count."""
-        ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -24,15 +25,15 @@ def check_versions() -> None:
     for need in map(Requirement, wanted):
         if need.marker is not None:
             continue
-        try:
+        there = "not installed"
+        with suppress(metadata.PackageNotFoundError):
             found = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            found = None
-        if found is None or not need.specifier.contains(found, prereleases=True):
-            there = "not installed" if found is None else f"{found}, and {need.specifier} is needed"
-            raise ValueError(
-                f"{need.name} is {there}: pip install --upgrade '{need.name}{need.specifier}'"
-            )
+            if need.specifier.contains(found, prereleases=True):
+                continue
+            there = f"{found}, and {need.specifier} is needed"
+        raise ValueError(
+            f"{need.name} is {there}: pip install --upgrade '{need.name}{need.specifier}'"
+        )
 
 
 def settle_environment() -> None:
@@ -43,9 +44,8 @@ def settle_environment() -> None:
     came down to a tenth of its speed. Ranks on one machine share its cores out.
     """
     settings = {"TOKENIZERS_PARALLELISM": "false"}
-    if "OMP_WAIT_POLICY" not in os.environ:
-        settings["OMP_WAIT_POLICY"] = "passive"  # read by every OpenMP
-        settings["GOMP_SPINCOUNT"] = "1000"  # by GNU's, PyTorch's own: microseconds, no time slice
+    if "OMP_WAIT_POLICY" not in os.environ:  # which every OpenMP reads; the next one GNU's,
+        settings |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # in microseconds
     # torchrun and slurm/common.sh say how many threads a rank has, DeepSpeed's launcher does not.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if ranks > 1:

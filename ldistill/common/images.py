@@ -49,15 +49,11 @@ class ImageSettings:
     """Most pictures a sample may have."""
 
     def __post_init__(self) -> None:
-        for name in ("tile_size", "tokens_per_tile", "max_side", "max_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"image setting {name} must be at least 1, got {getattr(self, name)}"
-                )
-        if self.max_side % self.tile_size:
+        sizes = (self.tile_size, self.tokens_per_tile, self.max_side, self.max_images)
+        if min(sizes) < 1 or self.max_side % self.tile_size:
             raise ValueError(
-                f"image setting max_side ({self.max_side}) must be a multiple of tile_size "
-                f"({self.tile_size})"
+                f"image settings {self}: sizes must be at least 1, and max_side a multiple of "
+                "tile_size"
             )
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
@@ -87,16 +83,9 @@ def open_header(data: bytes) -> Image.Image:
 
     Raises BadImage("decompression bomb") above `MAX_PIXELS` and BadImage("undecodable image").
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise BadImage("decompression bomb", str(error)) from error
-    except UnidentifiedImageError as error:  # its text has an address, another one in each run
-        raise BadImage("undecodable image", "no known format") from error
-    except Exception as error:  # PIL plug-ins raise what they like on broken headers
-        raise BadImage("undecodable image", str(error)) from error
+    with _undecodable(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data))
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadImage("decompression bomb", f"{width} x {height} pixels, at most {MAX_PIXELS}")
@@ -106,12 +95,20 @@ def open_header(data: bytes) -> Image.Image:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
-    """Decode nothing that is cut off, though a library loaded beside us told PIL to let it pass."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+def _undecodable() -> Iterator[None]:
+    """What PIL and its plug-ins raise on broken data, whatever it is, as BadImage.
+
+    What is cut off is broken, though a library loaded beside us told PIL to let it pass.
+    """
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
+    except Image.DecompressionBombError as error:
+        raise BadImage("decompression bomb", str(error)) from error
+    except UnidentifiedImageError as error:  # its text has an address, another one in each run
+        raise BadImage("undecodable image", "no known format") from error
+    except Exception as error:
+        raise BadImage("undecodable image", str(error)) from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
@@ -119,12 +116,9 @@ def _whole() -> Iterator[None]:
 def open_image(data: bytes) -> Image.Image:
     """Decode to what a viewer shows, in RGB (see `shown`). Raises BadImage."""
     image = open_header(data)
-    try:
-        with _whole():
-            image.load()
+    with _undecodable():
+        image.load()
         return shown(image)
-    except Exception as error:  # truncated or damaged pixel data, again in many exception types
-        raise BadImage("undecodable image", str(error)) from error
 
 
 def shown(image: Image.Image) -> Image.Image:
@@ -161,14 +155,11 @@ def check_image(data: bytes) -> tuple[int, int, str]:
     """
     image = open_header(data)
     width, height = image.size
-    try:
+    with _undecodable():
         image.draft("RGB", (64, 64))
-        with _whole():
-            image.load()
+        image.load()
         if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # turned by a quarter
             width, height = height, width
-    except Exception as error:
-        raise BadImage("undecodable image", str(error)) from error
     return width, height, str(image.format)
 
 
@@ -188,29 +179,17 @@ def cut_tiles(image: Image.Image, settings: ImageSettings) -> tuple[torch.Tensor
     Without tiling, and for a picture of one tile, that tile is the whole view. Otherwise tile 0 is
     the whole view and the others follow row by row.
     """
-    side = settings.tile_size
-    if not settings.tiling:
-        whole = image.resize((side, side), Image.Resampling.BILINEAR)
-        return _pixels(whole)[None], (1, 1)
-    rows, cols = settings.grid(*image.size)
-    resized = image.resize((cols * side, rows * side), Image.Resampling.BICUBIC)
-    pixels = _pixels(resized)  # [3, rows * S, cols * S]
-    if rows * cols == 1:
-        return pixels[None], (1, 1)
-    return _whole_and_tiles(pixels, rows, cols, side), (rows, cols)
-
-
-def _whole_and_tiles(pixels: torch.Tensor, rows: int, cols: int, side: int) -> torch.Tensor:
     import torch
 
+    side, (rows, cols) = settings.tile_size, settings.grid(*image.size)
+    how = Image.Resampling.BICUBIC if settings.tiling else Image.Resampling.BILINEAR
+    resized = image.resize((cols * side, rows * side), how)
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div_(255)
+    if rows * cols == 1:
+        return pixels[None], (1, 1)
     whole = torch.nn.functional.interpolate(
         pixels[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
     )
-    tiles = pixels.reshape(3, rows, side, cols, side).permute(1, 3, 0, 2, 4)  # [r, c, 3, S, S]
-    return torch.cat([whole, tiles.reshape(rows * cols, 3, side, side)])
-
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    # [3, rows * S, cols * S] -> [rows, cols, 3, S, S]
+    tiles = pixels.reshape(3, rows, side, cols, side).permute(1, 3, 0, 2, 4)
+    return torch.cat([whole, tiles.reshape(rows * cols, 3, side, side)]), (rows, cols)

@@ -32,25 +32,20 @@ def resolve(name: str | os.PathLike[str], weights: bool = True) -> Path:
         FileNotFoundError: neither a folder nor something the hub (or its local cache) has.
     """
     text = str(name)
+    path, hub = Path(text).expanduser(), False
     if text.startswith(PACKAGE_SCHEME):
-        return _package_folder(text)
-    path = Path(text).expanduser()
+        package, _, inner = text.removeprefix(PACKAGE_SCHEME).partition("/")
+        try:
+            path = Path(str(importlib.resources.files(package))) / inner
+        except ModuleNotFoundError as error:
+            raise FileNotFoundError(f"{text!r}: no package {package!r} is installed.") from error
+    else:
+        hub = not text.startswith((".", "/", "~")) and text.count("/") == 1
     if path.is_dir():
         return path
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
-    return _hub_folder(text, weights)
-
-
-def _package_folder(text: str) -> Path:
-    package, _, inner = text.removeprefix(PACKAGE_SCHEME).partition("/")
-    try:
-        folder = Path(str(importlib.resources.files(package))) / inner
-    except ModuleNotFoundError as error:
-        raise FileNotFoundError(f"{text!r}: no package {package!r} is installed.") from error
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{text!r}: the package {package!r} has no folder {inner!r}.")
-    return folder
+    if hub:
+        return _hub_folder(text, weights)
+    raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
 
 
 def _hub_folder(repo_id: str, weights: bool) -> Path:

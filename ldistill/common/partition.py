@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
-
 
 @contextmanager
 def partitioned_by(config: dict[str, Any] | None) -> Iterator[None]:
@@ -39,8 +37,3 @@ def partitioned_by_the_run() -> Iterator[None]:
         # Partitioning counts the ranks by DeepSpeed's own communication, which starts later else.
         deepspeed.init_distributed()
     yield
-
-
-def whole_numel(parameter: nn.Parameter) -> int:
-    """Elements of the whole parameter, also where this rank holds only a part of it."""
-    return getattr(parameter, "ds_numel", parameter.numel())

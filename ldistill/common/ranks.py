@@ -104,19 +104,18 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if not distributed():
         return make()
-    box: list[Any] = [None]
+    box: list[Any] = [None, None]  # result, error
     if dist.get_rank() == 0:
         try:
             with partitioned_by(None):
-                box = [(make(), None)]
+                box[0] = make()
         except (ValueError, OSError) as error:
-            box = [(None, error)]
+            box[1] = error
     wait_for_first()
     dist.broadcast_object_list(box)
-    result, error = box[0]
-    if error is not None:
-        raise shared(error)
-    return result
+    if box[1] is not None:
+        raise shared(box[1])
+    return box[0]
 
 
 def everywhere(make: Callable[[], T]) -> T:
@@ -134,19 +133,29 @@ def everywhere(make: Callable[[], T]) -> T:
         result = make()
     except (ValueError, OSError) as caught:
         error = caught
-    own = None if error is None else (str(error), may_pass(error))
-    found = gather((socket.gethostname(), own))
-    told = [said for _, said in found if said is not None]
-    if not told:
-        return result
-    text, passing = min(told, key=lambda said: said[1])
-    if len(told) < len(found):
-        hosts = ", ".join(sorted({host for host, said in found if said is not None}))
-        failed = ", ".join(str(rank) for rank, (_, said) in enumerate(found) if said is not None)
+
+    def told(found: dict[int, tuple[str, str, bool]]) -> BaseException:
+        if error is not None and len(found) == count():
+            return error
+        _, text, passing = min(found.values(), key=lambda said: said[2])
+        hosts = ", ".join(sorted({host for host, *_ in found.values()}))
+        failed = ", ".join(map(str, found))
         kind = TransientError if passing else ValueError
-        error = kind(f"on {hosts} (rank {failed}), but not elsewhere: {text}")
-    assert error is not None
-    raise shared(error)
+        return kind(f"on {hosts} (rank {failed}), but not elsewhere: {text}")
+
+    relay(error and (socket.gethostname(), str(error), may_pass(error)), told)
+    return result
+
+
+def relay(own: T | None, told: Callable[[dict[int, T]], BaseException]) -> None:
+    """Raise on every rank what any of them has met; nothing where none has. Every rank calls it.
+
+    Args:
+        own: what this rank has met (picklable); None or empty for nothing.
+        told: makes the error of what was met, by rank.
+    """
+    if found := {rank: met for rank, met in enumerate(gather(own)) if met}:
+        raise shared(told(found))
 
 
 def shared(error: T) -> T:

@@ -32,10 +32,10 @@ def origin(values: Mapping[str, Any]) -> dict[str, str]:
         values: with ``license`` (a name, several, or ``other`` beside a ``license_name``) and
             ``homepage``.
     """
-    licence = values.get("license") or ""
+    licence = values.get("license")
     if licence == "other":
         licence = values.get("license_name") or licence
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
-    found = {"licence": licence, "homepage": values.get("homepage") or ""}
+    found = {"licence": licence, "homepage": values.get("homepage")}
     return {name: value for name, value in found.items() if value and isinstance(value, str)}

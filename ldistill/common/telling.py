@@ -60,14 +60,11 @@ class Telling:
         return max(INTERVAL, SHARE * (now - self._began)) - (now - self._last)
 
 
-class _Bar:
+class _Bar(Progress):
     """The same on a terminal."""
 
-    def __init__(self, bar: Progress, what: str, total: int | None) -> None:
-        self._bar, self._task = bar, bar.add_task(what, total=total)
-
     def advance(self, count: int = 1) -> None:
-        self._bar.advance(self._task, count)
+        super().advance(self.task_ids[0], count)
 
 
 @contextmanager
@@ -81,11 +78,11 @@ def telling(what: str, total: int | None = None, note: str = "") -> Iterator[Tel
     """
     if sys.stdout.isatty():
         of = () if total is None else (BarColumn(), MofNCompleteColumn())
-        columns = (TextColumn("{task.description}"), *of, TimeElapsedColumn())
-        with Progress(*columns) as bar:
+        with _Bar(TextColumn("{task.description}"), *of, TimeElapsedColumn()) as bar:
             if note:
                 bar.console.print(note)
-            yield _Bar(bar, what, total)
+            bar.add_task(what, total=total)
+            yield bar
         return
     print(f"{what} ({note}) ..." if note else f"{what} ...", flush=True)
     told = Telling(what, total)

@@ -13,9 +13,9 @@ import numpy as np
 
 from ldistill.data.archive import INDEX_NAME, SAMPLES_NAME, Shard, read_range
 from ldistill.data.remote.reader import is_remote
-from ldistill.data.remote.store import READS, Reading, RemoteStore
+from ldistill.data.remote.store import Reading, Reads, RemoteStore
 
-__all__ = ["INDEX_NAME", "READS", "SAMPLES_NAME", "LocalStore", "Reading", "open_store"]
+__all__ = ["INDEX_NAME", "SAMPLES_NAME", "LocalStore", "Reading", "Reads", "open_store"]
 SLICES_NAME = ".slices"
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from transformers.utils import is_flash_attn_2_available
 logger = logging.getLogger(__name__)
 
 PREFIX = "ldistill_"
-BACKENDS = ("auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager")
+Backend = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 PACKED = ("flash_attention_2", "varlen")
 """Backends that take documents by their boundaries (:func:`document_boundaries`), not by a mask."""
 
@@ -87,6 +88,7 @@ def _flash_attention_2(
 
     query [batch, heads, seq, head_dim], key and value with kv_heads → [batch, seq, heads, head_dim]
     """
+    # flash-attn wants heads behind positions: [batch, seq, heads, head_dim], views.
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -121,6 +123,7 @@ def _varlen(
     # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     boundaries, longest = cu_seq_lens_q, max_length_q
+    # A window counts the position itself, this kernel only those before it; -1 is no window.
     before = sliding_window - 1 if sliding_window else -1
     options = {"scale": scaling, "window_size": (before, 0)}  # causal
     if k.shape[1] != q.shape[1]:
@@ -135,8 +138,8 @@ def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Ten
     Given a boolean one, SDPA widens it anew in every layer, and autograd keeps every copy until
     backward; this one tensor serves all layers.
     """
-    visible = sdpa_mask(*args, **kwargs)
-    if visible is None:
+    visible = sdpa_mask(*args, **kwargs)  # bool [batch, 1, queries, keys]
+    if visible is None:  # plain causal: SDPA's own flag does without a mask
         return None
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)
 
@@ -148,7 +151,7 @@ def _recording(attend: Callable) -> Callable:
         query, key = query.to(value.dtype), key.to(value.dtype)
         slot = getattr(module, "kv_slot", None)
         if slot is not None and slot.active:
-            slot.key, slot.value = key, value
+            slot.key, slot.value = key, value  # [batch, kv_heads, seq, head_dim], before repeating
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     return attention
@@ -163,7 +166,7 @@ _ATTENTIONS = {
 }
 
 
-def choose_attention(asked: str, dtype: torch.dtype) -> str:
+def choose_attention(asked: Backend, dtype: torch.dtype) -> str:
     """``auto`` is a variable-length kernel where one runs, else ``sdpa``.
 
     flash-attn's where it is installed, PyTorch's own on any other GPU it knows; both compute in
@@ -171,7 +174,7 @@ def choose_attention(asked: str, dtype: torch.dtype) -> str:
     `ldistill bench step --attention auto` to measure, which tries them all.
 
     Args:
-        asked: one of ``BACKENDS``.
+        asked: of a recipe.
         dtype: that the student computes in.
 
     Raises:
@@ -207,7 +210,7 @@ def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool) -
     """The backend, or where it cannot compute this student's attention one that can; says so.
 
     Args:
-        backend: one of ``BACKENDS`` but ``auto``.
+        backend: what :func:`choose_attention` gives, so not ``auto``.
         decoder: of the student.
         both_ways: whether some positions (a picture's) see what follows them.
     """
@@ -238,7 +241,7 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
 
     Args:
         decoder: with attention modules in ``layers[l].self_attn``, with or without its head.
-        backend: one of ``BACKENDS`` but ``auto``: what :func:`choose_attention` gives.
+        backend: what :func:`fitting_attention` gives.
     """
     name = PREFIX + backend
     attend, mask = _ATTENTIONS[backend]
@@ -292,9 +295,11 @@ def document_boundaries(position_ids: Tensor) -> dict[str, Tensor | int]:
     Returns:
         ``cu_seq_lens_*``: int32 [documents + 1] over the flattened batch; ``max_length_*``.
     """
+    # Rows end to end, [batch × seq]: a document begins wherever the count is 0 again; padding
+    # counts on by itself, as one more document that nobody reads.
     starts = torch.nonzero(position_ids.flatten() == 0).flatten().to(torch.int32)
     total = torch.tensor([position_ids.numel()], dtype=torch.int32, device=position_ids.device)
-    boundaries = torch.cat([starts, total])
+    boundaries = torch.cat([starts, total])  # [documents + 1]
     longest = position_ids.shape[1]  # a bound; the true one would have to be waited for
     return {
         "cu_seq_lens_q": boundaries,

@@ -7,7 +7,7 @@ The teacher hangs beside the module tree, so it is neither trained, broadcast, s
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ldistill.distill.attention import (
     recording,
 )
 from ldistill.distill.objective import Objective
-from ldistill.distill.targets import Queries, Supervision, queries_for, supervise
+from ldistill.distill.targets import Queries, Scope, Supervision, queries_for, supervise
 from ldistill.distill.teacher import Teacher
 from ldistill.models.logits import LogitScaling
 from ldistill.models.student import Student
@@ -49,8 +49,8 @@ class Distiller(nn.Module):
         weights: SourceWeights,
         objective: Objective | None = None,
         *,
-        kv_scope: str = "full",
-        kv_grad: str = "detached",
+        kv_scope: Scope = "full",
+        kv_grad: Literal["detached", "through"] = "detached",
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
@@ -62,6 +62,7 @@ class Distiller(nn.Module):
                 "LM's own keys and values there are others; use kv_scope full or prompt."
             )
         self.student = student
+        # Past nn.Module's own, which would make the teacher's weights a part of this module.
         object.__setattr__(self, "teacher", teacher)
         self.weights = weights
         self.objective = objective or Objective()
@@ -87,6 +88,7 @@ class Distiller(nn.Module):
         """Targets and queries of a batch that still lies on the CPU."""
         supervision = supervise(batch, self.weights, self.kv_scope, self.known)
         if self.teacher is not None:
+            # Query heads that read the same key head are computed together, tile by tile.
             queries, config = supervision.queries, self.teacher.lm.config
             group = config.num_attention_heads // config.num_key_value_heads
             memory = tuple(batch["input_ids"].shape)
@@ -141,6 +143,7 @@ class Distiller(nn.Module):
             )
 
         if shared is None:
+            # Nothing is taught here, so the teacher's head is not gathered either.
             loss, metrics = self.student.lm_head(hidden, lambda *student: judge(student, None))
         else:
             loss, metrics = self.teacher.as_one_forward(against_teacher)
@@ -180,10 +183,10 @@ class Distiller(nn.Module):
         Returns:
             float32 [2]: targets predicted, targets.
         """
-        label = supervision.targets.label[supervision.targets.taught]
+        label = supervision.targets.label[supervision.targets.taught]  # [taught]
         blank = self._blank_kv(batch)
         if len(own):
-            hidden = self.teacher.hidden(own, blank)
+            hidden = self.teacher.hidden(own, blank)  # [taught, hidden of the teacher]
         else:
             hidden = self.teacher.hidden(_idle_query(blank, "own"), blank)[:0]
         best = self.teacher.head(hidden, _argmax)
@@ -203,6 +206,7 @@ class Distiller(nn.Module):
         value = getattr(attention, "v_head_dim", key)  # DeepSeek's are narrower
         size, seq = batch["input_ids"].shape
         device = batch["input_ids"].device
+        # One 0 seen as [batch, kv_heads, seq, head_dim]; made whole once, for all layers.
         keys, values = (
             torch.zeros(1, dtype=backbone.dtype, device=device).expand(
                 size, backbone.config.num_key_value_heads, seq, width
@@ -253,7 +257,7 @@ def _idle_query(shared: SharedKV, scope: str) -> Queries:
     """One query, at the very first position."""
     zero = torch.zeros(1, dtype=torch.long, device=shared.keys[0].device)
     queries = Queries(zero, zero, zero, zero, zero)
-    if scope != "full":
+    if scope != "full":  # it sees itself alone
         queries.own, queries.start2, queries.end2, queries.wanted = zero, zero, zero + 1, zero
     return queries
 

@@ -10,7 +10,7 @@ heads' weights alone: who calls it sees to it that the weights are whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from ldistill.distill.targets import Targets
 from ldistill.models.logits import LogitScaling
 from ldistill_kernels import DistillLoss, distill_loss
 
-COMBINATIONS = ("convex", "additive")
-DIVERGENCES = ("forward", "reverse", "jsd")
-GATES = ("none", "agreement", "confidence")
+Combination = Literal["convex", "additive"]
+Divergence = Literal["forward", "reverse", "jsd"]
+Gate = Literal["none", "agreement", "confidence"]
 NO_SCALING = LogitScaling()
 _AT_ONCE = 1024  # teacher logits of so many targets exist at a time, for a gate
 
@@ -52,11 +52,11 @@ class Weights(NamedTuple):
 class Objective:
     """How CE and KL are mixed; see ``ldistill.recipe`` for what each switch means."""
 
-    combine: str = "convex"
+    combine: Combination = "convex"
     t_squared: bool = True
-    kl: str = "forward"
+    kl: Divergence = "forward"
     kernels: str = "auto"
-    gate: str = "none"
+    gate: Gate = "none"
 
     def weights(self, targets: Targets, gates: Tensor | None = None) -> Weights:
         """CE and KD weight of every target, before the division by N.
@@ -65,10 +65,11 @@ class Objective:
             targets: with their α.
             gates: what α is multiplied by, float32 [taught]; None for 1.
         """
-        alpha, taught = targets.alpha, targets.taught
+        alpha, taught = targets.alpha, targets.taught  # [targets], indices [taught]
         if gates is not None:
             alpha = alpha.index_copy(0, taught, alpha[taught] * gates)
         ce = 1 - alpha if self.combine == "convex" else torch.ones_like(alpha)
+        # A target may have α and yet no teacher: what it predicts from is the student's own token.
         kd = torch.zeros_like(alpha)
         kd[taught] = alpha[taught]
         return Weights(ce, kd, gates)
@@ -98,10 +99,11 @@ class Objective:
         Returns:
             The scalar loss and detached sums by source, float32 [sources, len(COLUMNS)].
         """
+        # h: [targets, hidden] and [taught, hidden of the teacher]; w: [vocabulary, hidden].
         (h_s, w_s), (h_t, w_t) = student, teacher or (None, None)
         gates = None
         if h_t is not None:
-            w_t = w_t.to(h_t.dtype)
+            w_t = w_t.to(h_t.dtype)  # a head may be kept wider than the states
             if self.gate != "none":
                 gates = gate(self.gate, h_t, w_t, targets.label[targets.taught], teacher_scaling)
         weights = self.weights(targets, gates)
@@ -111,6 +113,7 @@ class Objective:
             h_t,
             w_t,
             targets.label,
+            # Divided by N here, so that the sum over micro-batches and ranks is the global loss.
             ce_weight=weights.ce / total,
             kd_weight=None if h_t is None else weights.kd / total,
             temperature=targets.temperature,
@@ -141,6 +144,7 @@ class Objective:
             of_taught = [ones, result.kl, result.teacher_student, result.teacher_label, gates]
             source = targets.source[taught]
             _add_by_source(sums[:, 5:], source, of_taught)  # each [taught]
+            # The KD part of the column `loss`, whose CE part was added with all targets.
             scale = targets.temperature[taught] ** 2 if self.t_squared else 1.0
             sums[:, 1].index_add_(0, source, (weights.kd[taught] * scale * result.kl).float())
         return sums
@@ -186,7 +190,7 @@ def gate(
 
 
 def _gate(kind: str, logits: Tensor, label: Tensor) -> Tensor:
-    best = logits.amax(-1)
+    best = logits.amax(-1)  # [taught, vocabulary] → [taught]
     if kind == "confidence":
         return torch.exp(best - logits.logsumexp(-1))
     known = label < logits.shape[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from ldistill.models.processor import IGNORE
 from ldistill.sources import SourceWeights
 
-SCOPES = ("full", "prompt", "visual", "own")
+Scope = Literal["full", "prompt", "visual", "own"]
 Known = Callable[[Tensor], Tensor]
 """int64 token ids → bool, whether the teacher knows them."""
 
@@ -74,7 +75,7 @@ class Queries(_Tensors):
             window: of the layer.
             seq: length of a batch row.
         """
-        flat = self.batch * seq + self.index  # ascending
+        flat = self.batch * seq + self.index  # [queries], ascending
         first = torch.searchsorted(flat[self.own], flat - window + 1)
         return torch.maximum(self.start2, first)
 
@@ -110,14 +111,14 @@ class Supervision(_Tensors):
 
 
 def supervise(
-    batch: dict[str, Tensor], weights: SourceWeights, scope: str, known: Known
+    batch: dict[str, Tensor], weights: SourceWeights, scope: Scope, known: Known
 ) -> Supervision:
     """Targets and queries of a micro-batch.
 
     Args:
         batch: of ``ldistill.data.collate``; ``doc_source`` indexes ``weights.names``.
         weights: α and τ by source.
-        scope: one of ``SCOPES``.
+        scope: of the shared K/V.
         known: of token ids, which have an embedding of the teacher's; the others stand for
             pictures, or are the student's own.
     """
@@ -131,7 +132,7 @@ def supervise(
     return Supervision(targets, queries_for(batch, flat[taught], scope, known))
 
 
-def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: str, known: Known) -> Queries:
+def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: Scope, known: Known) -> Queries:
     """What the teacher must compute to give its logits at ``wanted`` positions.
 
     Args:
@@ -149,17 +150,19 @@ def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: str, known: Kno
     distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)  # the last one for padding, -1
     distilling[doc[wanted]] = True
     text = known(ids) & (doc >= 0) & distilling[doc]
+    # Its own text under `prompt` is the answer; under the other two scopes, all of the text.
     own_at = _answer_positions(batch["labels"]).flatten() & text if scope == "prompt" else text
     visible = torch.zeros_like(own_at) if scope == "own" else ~own_at
     needed = own_at.clone()
     needed[wanted] = True
     flat = torch.nonzero(needed).flatten()
     queries = _gather(batch, flat)
+    # [batch × seq] → [batch, seq], as the kernel has the shared K/V.
     queries.visible = visible.view(batch["input_ids"].shape)
     # Own positions are numbered through the batch; a query sees those of its document up to itself.
     is_own = own_at[flat]
     queries.own = torch.nonzero(is_own).flatten()
-    queries.end2 = is_own.long().cumsum(0)
+    queries.end2 = is_own.long().cumsum(0)  # [queries]: own ones up to here, itself included
     first_of_document = torch.searchsorted(doc[flat], doc[flat], right=False)
     before = torch.cat([torch.zeros(1, dtype=torch.long), queries.end2])
     queries.start2 = before[first_of_document]

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from ldistill.models.student import LMHead, keep_rotary_float32
 from ldistill_kernels import shared_kv_attention
 
 T = TypeVar("T")
-ENGINES = ("auto", "replicated", "zero3", "deepspeed-inference")
+Engine = Literal["auto", "replicated", "zero3", "deepspeed-inference"]
 ATTENTION = "ldistill_teacher"
 
 _reading: ContextVar[tuple[Queries, SharedKV, str] | None] = ContextVar("_reading", default=None)
@@ -58,7 +58,7 @@ def _read_shared(
     if queries.own is not None:
         # [1, kv_heads, queries, head_dim] → [own, kv_heads, head_dim]: those that others see, too
         key, value = (t[0].transpose(0, 1)[queries.own].to(k.dtype) for t in (key, value))
-        start2 = queries.start2
+        start2 = queries.start2  # [queries]: where a query's document begins among the own ones
         if sliding_window:
             start2 = queries.first_own_within(sliding_window, k.shape[2])
         own = {"k2": key, "v2": value, "start2": start2, "end2": queries.end2}
@@ -112,9 +112,11 @@ class Teacher:
     """
 
     def __init__(self, lm: PreTrainedModel, kernels: str = "auto") -> None:
+        # Without dropout or gradients of its own, whatever mode the trained module is in.
         self.lm = lm.eval().requires_grad_(False)
         LMHead.wrap(lm.get_output_embeddings())
         keep_rotary_float32(lm)
+        # A snapshot of the modules: the loop puts others in their places.
         for module in list(lm.modules()):
             for name in ("k_proj", "v_proj"):
                 if isinstance(linear := getattr(module, name, None), nn.Linear):
@@ -157,6 +159,7 @@ class Teacher:
     def _reads(self, queries: Queries, shared: SharedKV) -> Iterator[None]:
         """Within, the LM's attention is ours; outside, the LM is as transformers made it."""
         config = self.lm.base_model.config
+        # The configuration decides, layer by layer, which attention a forward looks up.
         stock, config._attn_implementation = config._attn_implementation, ATTENTION
         token = _reading.set((queries, shared, self.kernels))
         try:
@@ -195,6 +198,7 @@ class Teacher:
         import deepspeed
 
         if engine == "zero3":
+            # No optimizer: DeepSpeed partitions the weights and gathers each layer's on its way.
             self._root = _Root(self.lm).eval()
             config = zero3_config(dtype, offload)
             self.engine, *_ = deepspeed.initialize(model=self._root, config=config)
@@ -248,7 +252,7 @@ def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
     }
 
 
-def choose_engine(asked: str, zero_stage: int) -> str:
+def choose_engine(asked: Engine, zero_stage: int) -> str:
     """``auto`` is ``zero3`` where the student is at stage 3, else ``replicated``.
 
     Raises:

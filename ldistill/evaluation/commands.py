@@ -14,9 +14,8 @@ from typer import Argument, Option
 
 from ldistill.common.images import open_image
 from ldistill.evaluation.compare import comparison
-from ldistill.evaluation.compare.examples import find_examples
 from ldistill.evaluation.compare.failure_modes import Lexicon, english
-from ldistill.evaluation.compare.report import headline, write
+from ldistill.evaluation.compare.report import find_examples, headline, write
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.suites import GROUPS, OTHER, ROWS, group_title
 
@@ -77,17 +76,9 @@ def evaluate_command(
     """Evaluate a model with lmms-eval, samples logged."""
     from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
 
-    asked = Evaluation(
-        student,
-        out,
-        suite,
-        tuple(_names(tasks)),
-        limit,
-        batch_size,
-        tuple(include_path or ()),
-        model_options(student, tiling, drop_pictures, dtype, tokenizer),
-        processes,
-    )
+    options = model_options(student, tiling, drop_pictures, dtype, tokenizer)
+    own, paths = tuple(_names(tasks)), tuple(include_path or ())
+    asked = Evaluation(student, out, suite, own, limit, batch_size, paths, options, processes)
     if asked.all_tasks:
         typer.echo(f"lmms-eval runs {', '.join(asked.all_tasks)}; its output: {out / LOG}")
     show(evaluate(asked), out)
@@ -123,8 +114,9 @@ def model_options(
 def show(result: dict[str, Any], out: Path) -> None:
     """Scores as a table by group, and where everything is."""
     table = Table(title=f"{result['student']}", title_justify="left")
-    for column in ("task", "score", "documents"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    table.add_column("task")
+    table.add_column("score", justify="right")
+    table.add_column("documents", justify="right")
     digits = {row.id: row.digits for row in ROWS}
     for group in (*GROUPS, OTHER):
         rows = {k: s for k, s in result["scores"].items() if s["group"] == group}

@@ -235,14 +235,11 @@ def write_tasks(
     the same scorer, so its scores are those of `evaluate`.
 
     Args:
-        items: in any order; the order within a task is kept. Those of a task are of one kind: all
-            with choices or none, all with a picture or none, one style.
+        items: those of a task are of one kind: all with choices or none, all with a picture or
+            none, one style; their order is kept.
         folder: made if need be. The files name their data by absolute path: don't move it.
-        prefix: before the items' own task names (lmms-eval knows a thousand tasks already).
+        prefix: before the items' own task names, which are returned so.
         max_new_tokens: most tokens of a generated answer.
-
-    Returns:
-        lmms-eval's names of the tasks.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -252,9 +249,8 @@ def write_tasks(
     for name, own in by_task.items():
         data = folder / f"{name}.parquet"
         _write_data(data, own)
-        text = yaml.safe_dump(
-            _task(name, data, own[0], max_new_tokens), sort_keys=False, allow_unicode=True
-        )
+        config = _task(name, data, own[0], max_new_tokens)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     return list(by_task)
 
@@ -267,10 +263,10 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
         "test_split": "test",
         "doc_to_text": "prompt",
     }
+    metrics = ("acc", "acc_norm") if like.choices else ("exact_match",)
     if like.image is not None:
         config["doc_to_visual"] = "image"
     if like.choices:
-        metrics = ("acc", "acc_norm")
         config |= {
             "output_type": "multiple_choice",
             "doc_to_choice": "choices",
@@ -278,7 +274,6 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
             "target_delimiter": like.delimiter,
         }
     else:
-        metrics = ("exact_match",)
         generation = {"until": [], "max_new_tokens": max_new_tokens, "do_sample": False}
         config |= {
             "output_type": "generate_until",
@@ -290,21 +285,20 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
 
 
 def _write_data(path: Path, items: Sequence[Item]) -> None:
-    from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
+    from datasets import Dataset, Image, disable_progress_bars
 
     disable_progress_bars()  # one for every little file
-    text = Value("string")
-    columns: dict[str, tuple[Any, list[Any]]] = {
-        "group": (text, [item.group for item in items]),
-        "prompt": (text, [item.prompt for item in items]),
-        "answer": (text, [item.answer.strip() for item in items]),
-        CHAT: (Value("bool"), [item.style == "chat" for item in items]),
-    }
-    if items[0].choices:
-        columns["choices"] = (List(text), [list(item.choices) for item in items])
-        targets = [item.choices.index(item.answer) for item in items]
-        columns["target"] = (Value("int64"), targets)
+    records = []
+    for item in items:
+        record = {"group": item.group, "prompt": item.prompt, "answer": item.answer.strip()}
+        record[CHAT] = item.style == "chat"
+        if item.choices:
+            target = item.choices.index(item.answer)
+            record |= {"choices": list(item.choices), "target": target}
+        if item.image is not None:
+            record["image"] = {"bytes": item.image, "path": None}
+        records.append(record)
+    data = Dataset.from_list(records)
     if items[0].image is not None:
-        columns["image"] = (Image(), [{"bytes": item.image, "path": None} for item in items])
-    features = Features({name: feature for name, (feature, _) in columns.items()})
-    Dataset.from_dict({name: own for name, (_, own) in columns.items()}, features).to_parquet(path)
+        data = data.cast_column("image", Image())
+    data.to_parquet(path)

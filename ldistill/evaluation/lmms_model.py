@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -39,6 +38,9 @@ _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetit
 _IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
 
 
+_told: set[str] = set()
+
+
 def manifests() -> list[ModelManifest]:
     """The model under both of its names, for the entry-point group ``lmms_eval.models``."""
     path = f"{__name__}.{ScoredModel.__name__}"
@@ -46,8 +48,7 @@ def manifests() -> list[ModelManifest]:
     return [ModelManifest(model_id=name, simple_class_path=path) for name in names]
 
 
-@dataclass
-class _Request:
+class _Request(NamedTuple):
     """One of lmms-eval's requests: where its pictures are, and what is asked."""
 
     text: str
@@ -96,8 +97,6 @@ class ScoredModel(lmms):
             torch.cuda.set_device(self.device)
         self.scorer = load_scorer(str(pretrained), device=self.device, **options)
 
-    # ---- what lmms-eval calls ----
-
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """(summed negative log-likelihood, is greedy) of every request's continuation.
 
@@ -129,8 +128,6 @@ class ScoredModel(lmms):
         """Free the model's memory before scores are worked out."""
         del self.scorer
         super().clean()
-
-    # ---- batches ----
 
     def _run(
         self, instances: Sequence[Instance], answer: Callable, what: str, chat: bool
@@ -172,14 +169,13 @@ class ScoredModel(lmms):
             request = requests[index]
             key, document = (request.task, request.doc_id), self._document(request)
             if key not in loaded:  # an empty picture column gives None
-                visuals = [v for v in request.to_visual(document) or [] if v is not None]
-                if other := {type(v).__name__ for v in visuals if not isinstance(v, Image.Image)}:
-                    raise ValueError(
-                        f"{request.where} shows something that is no picture ({', '.join(other)}): "
-                        "video and audio tasks are not for these models."
-                    )
-                loaded[key] = tuple(visuals)
+                loaded[key] = tuple(v for v in request.to_visual(document) or () if v is not None)
             pictures = loaded[key]
+            if other := {type(p).__name__ for p in pictures if not isinstance(p, Image.Image)}:
+                raise ValueError(
+                    f"{request.where} shows something that is no picture ({', '.join(other)}): "
+                    "video and audio tasks are not for these models."
+                )
             part, questions = parts[bool(pictures)]
             part.append(index)
             in_chat = document.get(CHAT, chat or bool(pictures))
@@ -188,9 +184,6 @@ class ScoredModel(lmms):
 
     def _document(self, request: _Request) -> dict[str, Any]:
         return self.task_dict[request.task][request.split][request.doc_id]
-
-
-_told: set[str] = set()
 
 
 def read_options(

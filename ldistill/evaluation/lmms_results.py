@@ -8,44 +8,33 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from ldistill.evaluation.compare import results as recorded
 from ldistill.evaluation.compare.ocrbench import row_score
-from ldistill.evaluation.compare.results import (
-    TaskResult,
-    load_results,
-    other_row,
-    results_files,
-    task_result,
-    tasks_of,
-)
+from ldistill.evaluation.compare.results import TaskResult
 from ldistill.evaluation.suites import GROUPS, rows_of_tasks
 
 EVALUATION = "eval.json"
 
 
 def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
-    """The newest results below ``out``, with what is missing of some tasks.
-
-    Args:
-        out: folder that lmms-eval wrote to.
-        tasks: as they were asked for: tasks, groups, tags or wildcards.
-        since: time that older results are not of.
+    """The newest results below ``out``, none older than ``since`` (seconds since the epoch).
 
     Returns:
         ``file`` (path or None), ``samples`` (task → file), ``complete`` (task → `TaskResult`) and
-        ``missing`` (name as asked → reason).
+        ``missing`` (task, group, tag or wildcard as asked → reason).
     """
-    files = [p for p in results_files(out, "*") if p.stat().st_mtime >= since - 1]
+    files = [p for p in recorded.results_files(out, "*") if p.stat().st_mtime >= since - 1]
     if not files:
         missing = dict.fromkeys(tasks, "lmms-eval wrote no results")
         return {"file": None, "samples": {}, "complete": {}, "missing": missing}
     newest = max(files, key=lambda p: p.stat().st_mtime)
-    record = load_results(newest)
+    record = recorded.load_results(newest)
     samples, complete, missing = {}, {}, {}
     for asked in tasks:
         for task in _meant(record, asked) or [asked]:
             problem = "not among the results"
             if task in record["results"]:
-                result = task_result(task, newest, record)
+                result = recorded.task_result(task, newest, record)
                 samples[task], problem = result.samples_path, _lacking(result)
             if problem:
                 missing[asked] = problem if task == asked else f"{task}: {problem}"
@@ -65,7 +54,7 @@ def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
         if name != group
         for task in _meant(record, name) or [name]
     ]
-    for task in tasks_of(record):
+    for task in recorded.tasks_of(record):
         tags = configs.get(task, {}).get("tag") or []
         names = [task, tags] if isinstance(tags, str) else [task, *tags]
         if any(fnmatchcase(name, asked) for name in names):
@@ -94,8 +83,8 @@ def scores_of(results: Iterable[TaskResult]) -> dict[str, dict[str, Any]]:
     """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
     found = {result.task: result for result in results}
     known = rows_of_tasks(found)
-    others = found.keys() - {row.task for row in known}
-    listed = (*known, *(other_row(result) for task, result in found.items() if task in others))
+    of_suites = {row.task for row in known}
+    others = [recorded.other_row(own) for task, own in found.items() if task not in of_suites]
     return {
         row.id: {
             "name": row.name,
@@ -105,7 +94,7 @@ def scores_of(results: Iterable[TaskResult]) -> dict[str, dict[str, Any]]:
             "top": row.top,
             "documents": found[row.task].expected or _lines(found[row.task].samples_path),
         }
-        for row in listed
+        for row in (*known, *others)
         if (value := row_score(found[row.task], row)) is not None
     }
 

@@ -34,13 +34,7 @@ import yaml
 
 import ldistill
 from ldistill.common.errors import did_you_mean
-from ldistill.evaluation.lmms_results import (
-    EVALUATION,
-    merge,
-    read_evaluation,
-    read_results,
-    scores_of,
-)
+from ldistill.evaluation import lmms_results
 from ldistill.evaluation.loading import kind_of, model_folder
 from ldistill.evaluation.suites import ROWS, SUITES, suite
 
@@ -97,8 +91,7 @@ def evaluate(
     Args:
         asked: what, on what, and where to.
         give_up: asked once a second; when true, lmms-eval is ended and InterruptedError raised.
-        run: runs lmms-eval on a configuration file, its output to `LOG` in the folder, and gives
-            its exit status; default a new process.
+        run: takes a configuration file, writes `LOG`, gives the exit status; default a new process.
 
     Raises:
         FileNotFoundError: no such model.
@@ -116,7 +109,12 @@ def evaluate(
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
     status = run(asked, path) if run else _run(asked, path, give_up)
-    found = read_results(asked.out, asked.all_tasks, since=began)
+    found = lmms_results.read_results(asked.out, asked.all_tasks, since=began)
+
+    versions = dict.fromkeys(_PACKAGES)
+    for package in versions:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
 
     def relative(path: Path | None) -> str | None:
         return None if path is None else str(path.relative_to(asked.out))
@@ -128,31 +126,27 @@ def evaluate(
         "tasks": list(asked.all_tasks),
         "limit": asked.limit,
         **{name: config[name] for name in ("model", "model_args", "batch_size")},
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions,
         "seconds": round(time.time() - began, 1),
         "complete": not found["missing"],
         "missing": dict(found["missing"]),
         "results": relative(found["file"]),
         "samples": {task: relative(path) for task, path in found["samples"].items()},
-        "scores": scores_of(found["complete"].values()),
+        "scores": lmms_results.scores_of(found["complete"].values()),
         "groups": {},
     }
-    merge(result, earlier)
-    (asked.out / EVALUATION).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    lmms_results.merge(result, earlier)
+    text = json.dumps(result, indent=2) + "\n"
+    (asked.out / lmms_results.EVALUATION).write_text(text, encoding="utf-8")
     if found["missing"]:
         raise ValueError(_what_is_missing(asked, found, status))
     return result
 
 
 def check(asked: Evaluation, *paths: Path) -> None:
-    """Everything that can be known to be wrong before lmms-eval starts.
+    """Raise ValueError for what can be known to be wrong before lmms-eval starts.
 
-    Args:
-        asked: what, on what, and where to.
-        paths: further ones that lmms-eval will be handed.
-
-    Raises:
-        ValueError: says what is wrong, or what to install.
+    `paths` are further ones that it will be handed.
     """
     for problem in _problems(asked, paths):
         raise ValueError(problem)
@@ -192,9 +186,6 @@ def _problems(asked: Evaluation, paths: Sequence[Path]) -> Iterator[str]:
         )
     if captions and find_spec("pycocoevalcap") is None:
         yield f"task {captions} needs pycocoevalcap: pip install pycocoevalcap."
-
-
-# ---- the subprocess ----
 
 
 def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
@@ -261,12 +252,9 @@ def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[s
     return env | dict(extra)
 
 
-# ---- what came of it ----
-
-
 def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     """An earlier ``eval.json`` there, which must be of the same model, asked the same way."""
-    earlier = read_evaluation(asked.out)
+    earlier = lmms_results.read_evaluation(asked.out)
     if not earlier or not (earlier.get("scores") or earlier.get("samples")):
         return {}  # nothing that could be mixed up
     then, now = (earlier["model_args"], earlier["limit"]), (arguments, asked.limit)
@@ -276,15 +264,6 @@ def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
             f"{now[0]} (limit {now[1]}): choose another --out."
         )
     return earlier
-
-
-def _version(package: str) -> str | None:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
-
-
-# ---- what went wrong ----
 
 
 def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -> str:

@@ -36,7 +36,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Key of the score in lmms-eval's results: ``metric,filter``."""
+        """Of the score in lmms-eval's results."""
         return f"{self.metric},{self.filter}"
 
     @property
@@ -115,11 +115,7 @@ def group_title(group: str) -> str:
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name.
-
-    Raises:
-        ValueError: there is none; the message lists those that are there.
-    """
+    """The suite of that name; ValueError with those there are for an unknown one."""
     if name not in SUITES:
         hint = did_you_mean(name, SUITES)
         raise ValueError(f"no suite {name!r}.{hint} There are: {', '.join(SUITES)}.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModel, PretrainedConfig
@@ -18,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 from ldistill.common.partition import partitioned_by
 from ldistill.models.flops import head_dim
 
-ROPES = ("lm", "student")
+Rope = Literal["lm", "student"]
 # Rotary embeddings whose frequencies transformers chooses anew for positions beyond a length.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 _KEYED = ("full_attention", "sliding_attention")

@@ -104,41 +104,24 @@ def cell_labels(placed: Sequence[Placed]) -> Tensor:
     return labels
 
 
-# ---- vision pretraining ----
-
-
-class CellClassifier(nn.Module):
-    """[pictures, patches, width] to logits per kind, each [pictures, cells, classes].
-
-    A cell is two by two patches, as large as an image token.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(4 * width, len(kind)) for kind in KINDS)
-
-    def forward(self, patches: Tensor) -> list[Tensor]:
-        count, _, width = patches.shape
-        grid = patches.view(count, LINES, 2, COLUMNS, 2, width).transpose(2, 3)
-        cells = grid.reshape(count, CELLS, 4 * width)
-        return [head(cells) for head in self.heads]
-
-
 def pretrain_vision(student: NanoVLM, world: World, phase: Phase, progress: Progress) -> None:
     """Train the vision tower."""
     student.vision.requires_grad_(True)
-    classifier = CellClassifier(student.config.vit_hidden_dim)
+    width = student.config.vit_hidden_dim
+    heads = nn.ModuleList(nn.Linear(4 * width, len(kind)) for kind in KINDS)
 
     def losses() -> Iterator[Tensor]:
         for canvases in _batches(world, "sight", phase):
             labels = torch.stack([cell_labels(canvas.placed) for canvas in canvases], dim=1)
-            logits = classifier(_patches(student, canvases))
+            # A cell is two by two patches, as large as an image token.
+            patches = _patches(student, canvases).view(-1, LINES, 2, COLUMNS, 2, width)
+            cells = patches.transpose(2, 3).reshape(-1, 4 * width)  # [pictures x cells, ...]
             yield sum(
-                _balanced(guess.flatten(0, 1), label.flatten())
-                for guess, label in zip(logits, labels, strict=True)
+                _balanced(head(cells), label.flatten())
+                for head, label in zip(heads, labels, strict=True)
             )
 
-    optimise(phase, nn.ModuleList([student.vision, classifier]), losses(), progress)
+    optimise(phase, nn.ModuleList([student.vision, heads]), losses(), progress)
 
 
 def _balanced(logits: Tensor, labels: Tensor) -> Tensor:
@@ -146,9 +129,6 @@ def _balanced(logits: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(logits, labels, reduction="none")
     filled = labels > 0
     return loss[filled].mean() + loss[~filled].mean()
-
-
-# ---- projector pretraining ----
 
 
 def pretrain_projector(
@@ -211,9 +191,6 @@ def _confusion(tokens: Tensor, labels: Tensor, words: list[Tensor]) -> Tensor:
             logits = SHARPNESS * tokens[there] @ (table - table.mean(0)).T
             losses.append(F.cross_entropy(logits, labels[there, kind]))
     return torch.stack(losses).mean()
-
-
-# ---- alignment ----
 
 
 def align(

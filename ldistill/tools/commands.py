@@ -18,23 +18,26 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from typer import Option
+from typer import Argument, Option
 
 from ldistill.common.cards import CARDS
 from ldistill.tools.plan.hardware import ZEROS, Cluster
+from ldistill.tools.table import Table
 
 LEAST = 0.01  # of what must be above 0
 Card, Config = Literal[tuple(CARDS)], Literal[tuple(ZEROS)]
 Engine = Literal["auto", "none", "replicated", "zero3", "deepspeed-inference"]
 Attention = Literal["sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 Mix = Literal["paper", "uniform"]
-Count, Rate, Text = int | None, float | None, str | None
-Json = Annotated[Path | None, Option("--json", help="Also write it to this file.")]
+Count, Rate, Text, File = int | None, float | None, str | None, Path | None
+Names, Files = list[str] | None, list[Path] | None
+Json = Annotated[File, Option("--json", help="Also write it to this file.")]
+ZERO2 = "ds_configs/zero2.json"
 
 
 def plan(
@@ -53,9 +56,7 @@ def plan(
     steps: Annotated[Count, Option(min=1, help="Steps of the run.")] = None,
     teacher_engine: Annotated[Engine, Option(help="none: labels alone.")] = "auto",
     zero: Annotated[Config | None, Option(help="Of ds_configs. Default: the best.")] = None,
-    checkpointing: Annotated[
-        bool | None, Option(help="Recompute activations. Default: where it must be.")
-    ] = None,
+    checkpointing: Annotated[bool | None, Option(help="Default: where it must be.")] = None,
     attention: Annotated[Attention, Option(help="Of the student.")] = "sdpa",
     mix: Annotated[Mix, Option(help="paper: language sources distil; uniform: all do.")] = "paper",
     lora: Annotated[int, Option(min=0, help="Rank of adapters on the decoder; 0: none.")] = 0,
@@ -64,7 +65,7 @@ def plan(
 ) -> None:
     """Does a pair fit so many GPUs, laid out how, and what will a run take? Computed, not run."""
     from ldistill.tools.pairs import pair_shape
-    from ldistill.tools.plan import plan, report
+    from ldistill.tools.plan import plan
 
     flops = device_tflops and device_tflops * 1e12
     card = {"memory": gpu_memory, "flops": flops, "gpu_link": gpu_link}
@@ -73,17 +74,16 @@ def plan(
     how = (mfu, teacher_engine, zero, checkpointing, attention, mix, lora)
     made = plan.make_plan(pair_shape(pair), cluster, plan.Request(*sizes, *how))
     if json is not None:
-        json.write_text(json_module.dumps(report.as_dict(made), indent=2), encoding="utf-8")
-    head, tables, command = report.headline(made.chosen), report.tables(made), report.command(made)
+        json.write_text(json_module.dumps(plan.as_dict(made), indent=2), encoding="utf-8")
+    head, tables, command = plan.headline(made.chosen), plan.tables(made), plan.command(made)
     if markdown:
         text = "\n\n".join(table.markdown() for table in tables)
         typer.echo(f"{head}\n\n{text}\n\n```\n{command}\n```")
         return
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(head, highlight=False)
+    typer.echo(head)
     for table in tables:
-        console.print(table.rich())
-    console.print(command, highlight=False, soft_wrap=True)
+        table.print()
+    typer.echo(command)
 
 
 def torture(
@@ -91,14 +91,9 @@ def torture(
     kills: Annotated[int, Option(min=0, help="kill -9 at so many random moments.")] = 3,
     ranks: Annotated[int, Option(min=1, help="gloo ranks of each run, on the CPU.")] = 2,
     stage: Annotated[int, Option(min=1, max=3, help="ZeRO stage.")] = 2,
-    fault: Annotated[
-        list[str] | None,
-        Option(help="Of the other faults only this one; may be repeated; `none`: no other."),
-    ] = None,
+    fault: Annotated[Names, Option(help="Of the others only this one, or `none`; repeat.")] = None,
     seed: Annotated[int, Option(help="Of the random moments.")] = 0,
-    workdir: Annotated[
-        Path | None, Option(help="Empty folder to keep runs and logs in; default: none kept.")
-    ] = None,
+    workdir: Annotated[File, Option(help="Empty folder to keep runs and logs in.")] = None,
     json: Json = None,
 ) -> None:
     """Kill real tiny runs, fill their disk, break their shards: the losses must stay the same.
@@ -106,18 +101,15 @@ def torture(
     Runs the embedded pair with DeepSpeed on CPU ranks. Exit status 1 when anything did not hold, 2
     when it could not be tried.
     """
-    from ldistill.tools.table import Table
     from ldistill.tools.torture import faults
 
-    trials, console, began = faults.choose(fault or [], ranks), Console(), time.monotonic()
+    trials, began = faults.choose(fault or [], ranks), time.monotonic()
     root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise ValueError(f"{root} is not empty: choose an empty folder.")
 
-    def tell(text: str) -> None:
-        console.print(text, style="dim", highlight=False)
-
+    tell = partial(typer.secho, dim=True)
     if ranks == 1 and not fault:
         tell(f"{faults.TEXT_ONLY} is left out: it takes several ranks to differ (--ranks 2).")
     if kills:
@@ -130,16 +122,10 @@ def torture(
     finally:
         if workdir is None:
             shutil.rmtree(root, ignore_errors=True)
-    columns = ("fault", "expected", "outcome", "")
-    lines = [
-        [
-            *(row[name] for name in columns[:3]),
-            "[green]held[/]" if row["passed"] else "[red]FAILED[/]",
-        ]
-        for row in rows
-    ]
+    columns, marks = ("fault", "expected", "outcome"), ("[red]FAILED[/]", "[green]held[/]")
+    lines = [[*(row[name] for name in columns), marks[row["passed"]]] for row in rows]
     title = f"{ranks} ranks, ZeRO-{stage}, {steps} steps"
-    console.print(Table(title, columns, lines, left=range(4)).rich())
+    Table(title, (*columns, ""), lines, left=range(4)).print()
     passed = all(row["passed"] for row in rows)
     if json is not None:
         seconds = round(time.monotonic() - began, 1)
@@ -151,18 +137,14 @@ def torture(
 
 def study(
     context: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="STUDY", help="tiny, table3, paper, or a file of one's own.")
-    ],
+    name: Annotated[str, Argument(metavar="STUDY", help="tiny, table3, paper, or a YAML file.")],
     out: Annotated[Path, Option(help="Folder of the runs and the report.")] = Path("runs/study"),
     seeds: Annotated[Count, Option(min=1, help="Runs of every arm.")] = None,
-    variant: Annotated[list[str] | None, Option(help="Only this arm; may be repeated.")] = None,
+    variant: Annotated[Names, Option(help="Only this arm; may be repeated.")] = None,
     items: Annotated[Count, Option(help="Held-out items per task.")] = None,
-    report_to: Annotated[Path | None, Option(help="Folder of the report; default --out.")] = None,
+    report_to: Annotated[File, Option(help="Folder of the report; default --out.")] = None,
     shards: Annotated[Text, Option(help="Folder or URL of all arms' shards.")] = None,
-    deepspeed: Annotated[
-        str, Option(help="DeepSpeed configuration, of commands.")
-    ] = "ds_configs/zero2.json",
+    deepspeed: Annotated[str, Option(help="Configuration, of commands.")] = ZERO2,
     submit: Annotated[bool, Option(help="Submit to SLURM instead of printing.")] = False,
 ) -> None:
     """Train and evaluate every arm of a study from the same start; goes on where it stopped.
@@ -192,40 +174,31 @@ def study(
 
 
 def models(
-    families: Annotated[
-        list[str] | None, typer.Argument(help="Of the table; default: all.")
-    ] = None,
-    check: Annotated[
-        bool, Option("--check", help="Build each small, on the spot, and check it.")
-    ] = False,
+    families: Annotated[Names, Argument(help="Of the table; default: all.")] = None,
+    check: Annotated[bool, Option("--check", help="Build each small and check it.")] = False,
     student: Annotated[Text, Option(help="Check this student, with --teacher, instead.")] = None,
     teacher: Annotated[Text, Option(help="The LM it was built on.")] = None,
-    reduced: Annotated[
-        bool, Option("--reduced", help="Of that pair the configurations, small and random.")
-    ] = False,
-    markdown: Annotated[
-        bool, Option("--markdown", help="The table as it stands in docs/models.md.")
-    ] = False,
+    reduced: Annotated[bool, Option("--reduced", help="Of that pair small, random ones.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="As it is in docs/models.md.")] = False,
 ) -> None:
     """The families that fit and why others do not; --check after every upgrade of transformers."""
-    from ldistill.tools.models import table
-    from ldistill.tools.models.check import passes
+    from ldistill.tools import models as zoo
 
     if (student is None) != (teacher is None) or (reduced and not student):
         raise ValueError("give --student and --teacher together, and --reduced only with them.")
     if student or check:
-        names = ["the pair"] if student else table.asked_for(families)
-        failed = [name for name in names if not passes(name, student, teacher, reduced)]
+        names = ["the pair"] if student else zoo.asked_for(families)
+        failed = [name for name in names if not zoo.passes(name, student, teacher, reduced)]
         but = f"; not {', '.join(failed)}" if failed else ""
         typer.echo(f"{len(names) - len(failed)} of {len(names)} hold{but}")
         raise typer.Exit(1 if failed else 0)
-    chosen = {name: table.FAMILIES[name] for name in table.asked_for(families)}
-    tables = [table.families_table(chosen), *([] if families else [table.refused_table()])]
+    chosen = {name: zoo.FAMILIES[name] for name in zoo.asked_for(families)}
+    tables = [zoo.families_table(chosen), *([] if families else [zoo.refused_table()])]
     if markdown:
-        typer.echo("\n\n".join(shown.markdown() for shown in tables))
+        typer.echo("\n\n".join(table.markdown() for table in tables))
         return
-    for shown in tables:
-        Console().print(shown.rich())
+    for table in tables:
+        table.print()
 
 
 def look(
@@ -233,9 +206,7 @@ def look(
     prompt: Annotated[str, Option(help="The question.")],
     answer: Annotated[str, Option(help="The answer that both judge.")],
     teacher: Annotated[Text, Option(help="The LM. Default: that of the run.")] = None,
-    image: Annotated[
-        list[Path] | None, Option(help="Picture; may be repeated.", exists=True)
-    ] = None,
+    image: Annotated[Files, Option(help="Picture; may be repeated.", exists=True)] = None,
     out: Annotated[Path, Option(help="The page.")] = Path("look.html"),
     temperature: Annotated[float, Option(min=LEAST, help="τ of the KL.")] = 1.0,
     top: Annotated[int, Option(min=1, help="Guesses of each.")] = 3,
@@ -259,13 +230,9 @@ def merge(
     student: Annotated[str, Option(help="Student folder or hub id, of any family.")],
     lm: Annotated[str, Option(help="The LM it was built on, or another of its shape.")],
     out: Annotated[Path, Option(help="Where to; with --weights a folder for each below.")],
-    weight: Annotated[
-        Text, Option(help="Of the LM, 0 to 1; FIRST:LAST grows from the first layer to the last.")
-    ] = None,
+    weight: Annotated[Text, Option(help="Of the LM, 0 to 1; FIRST:LAST grows with depth.")] = None,
     weights: Annotated[Text, Option(help="Several in one go: 0.1,0.2,0:0.5.")] = None,
-    layers: Annotated[
-        Text, Option(help="Only these, from 0, such as 0-3,8; embedding and head stay as well.")
-    ] = None,
+    layers: Annotated[Text, Option(help="Only these, from 0, such as 0-3,8.")] = None,
 ) -> None:
     """Average a student's decoder with a language model: one weight, one a layer, or a sweep."""
     from ldistill.tools.merge import merge

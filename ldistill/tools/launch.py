@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -22,30 +23,11 @@ from ldistill.train import main as run_training
 
 PACKAGE = Path(ldistill.__file__).parent
 CONFIGS = PACKAGE / "ds_configs"
-# Options of DeepSpeed's launcher; with True they take a value. All else is train.py's.
-LAUNCHER = {
-    "--num_gpus": True,
-    "--num_accelerators": True,
-    "--num_nodes": True,
-    "--hostfile": True,
-    "-H": True,
-    "--include": True,
-    "-i": True,
-    "--exclude": True,
-    "-e": True,
-    "--master_addr": True,
-    "--master_port": True,
-    "--node_rank": True,
-    "--launcher": True,
-    "--launcher_args": True,
-    "--ssh_port": True,
-    "--bind_core_list": True,
-    "--enable_each_rank_log": True,
-    "--bind_cores_to_rank": False,
-    "--force_multi": False,
-    "--no_ssh": False,
-    "--no_ssh_check": False,
-}
+# Options of DeepSpeed's launcher, with a value and without. All else is train.py's.
+VALUED = "--num_gpus --num_accelerators --num_nodes --hostfile -H --include -i --exclude -e "
+VALUED += "--master_addr --master_port --node_rank --launcher --launcher_args --ssh_port "
+VALUED += "--bind_core_list --enable_each_rank_log"
+ALONE = "--bind_cores_to_rank --force_multi --no_ssh --no_ssh_check"
 
 
 def train(context: typer.Context) -> None:
@@ -79,41 +61,27 @@ def free_port(args: list[str], usual: int = 29500) -> list[str]:
 
 def launch_command(args: list[str]) -> list[str]:
     """DeepSpeed's launcher, its options, the installed `train.py` and what is meant for it."""
-    script = str(PACKAGE / "train.py")
-    launcher, own = _split(args)
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *launcher]
-    return [*runner, script, *_configured(own)]
-
-
-def _split(args: list[str]) -> tuple[list[str], list[str]]:
-    launcher: list[str] = []
-    own: list[str] = []
-    rest = iter(args)
+    launcher, own, rest = [], [], iter(args)
     for arg in rest:
-        takes_value = LAUNCHER.get(arg.split("=")[0])
-        if takes_value is None:
-            own.append(arg)
-            continue
-        launcher.append(arg)
-        if takes_value and "=" not in arg:
-            launcher.extend([value] if (value := next(rest, None)) is not None else [])
-    return launcher, own
-
-
-def _configured(own: list[str]) -> list[str]:
-    """With a DeepSpeed configuration: a shipped one by its name, or zero2 where none is given."""
-    found = False
-    for place, arg in enumerate(own):
         name, _, value = arg.partition("=")
-        if name != "--deepspeed":
-            continue
-        found = True
-        at_value = place if value else place + 1
-        value = value or (own[at_value] if at_value < len(own) else "")
-        shipped = CONFIGS / f"{value}.json"
-        if not Path(value).exists() and shipped.is_file():
-            own[at_value] = f"--deepspeed={shipped}" if at_value == place else str(shipped)
-    return own if found else ["--deepspeed", str(CONFIGS / "zero2.json"), *own]
+        if name in ALONE.split():
+            launcher.append(arg)
+        elif name in VALUED.split():
+            launcher += [arg] if value else [arg, *islice(rest, 1)]
+        elif name == "--deepspeed":
+            own += [name, *map(_configuration, [value] if value else islice(rest, 1))]
+        else:
+            own.append(arg)
+    if "--deepspeed" not in own:
+        own = ["--deepspeed", str(CONFIGS / "zero2.json"), *own]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *launcher]
+    return [*runner, str(PACKAGE / "train.py"), *own]
+
+
+def _configuration(value: str) -> str:
+    """A DeepSpeed configuration's file; of a shipped one the name is enough."""
+    shipped = CONFIGS / f"{value}.json"
+    return str(shipped) if shipped.is_file() and not Path(value).exists() else value
 
 
 scripts = typer.Typer(help="Write the shipped job scripts into a folder.", no_args_is_help=True)

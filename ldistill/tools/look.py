@@ -246,8 +246,7 @@ def _guesses(
 def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:
     """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``.
 
-    Raises:
-        ValueError: no teacher is named, and the student is no run's, which would name it.
+    Raises ValueError: no teacher is named, and the student is no run's, which would name it.
     """
     logging.disable_progress_bar()
     folder = model_folder(student)

@@ -30,8 +30,7 @@ _RUN = {
 def recipe_of(pair: str) -> str | None:
     """The recipe that trains a pair; None for a student's folder.
 
-    Raises:
-        ValueError: no such pair.
+    Raises ValueError: no such pair.
     """
     name = KNOWN_STUDENTS.get(pair, pair)
     name = _RECIPES.get(name, name)

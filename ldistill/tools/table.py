@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rich.console import Console
 from rich.table import Table as RichTable
 
 
@@ -18,20 +20,16 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Columns left and right as they are said to be."""
+        rule = "|".join("---" if i in self.left else "---:" for i in range(len(self.columns)))
         lines = [f"**{self.title}**", ""] if self.title else []
-        lines += ["| " + " | ".join(self.columns) + " |", self._rule()]
+        lines += ["| " + " | ".join(self.columns) + " |", f"|{rule}|"]
         return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in self.rows)])
 
-    def _rule(self) -> str:
-        return "|" + "".join(
-            "---|" if i in self.left else "---:|" for i in range(len(self.columns))
-        )
-
-    def rich(self) -> RichTable:
-        """For a rich console."""
+    def print(self, width: int = 120) -> None:
+        """On a terminal as wide as that is, else in so many columns."""
         table = RichTable(title=self.title, title_justify="left")
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index in self.left else "right")
         for row in self.rows:
             table.add_row(*row)
-        return table
+        Console(width=None if sys.stdout.isatty() else width).print(table)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ldistill.checkpoint.logs import read_metrics
+from ldistill.checkpoint.logs import StepLog, read_metrics, rewrite_records
+from ldistill.common import ranks
+from ldistill.common.run_files import SAMPLES
 from ldistill.common.telling import Telling
-from ldistill.training.metrics import MetricsFile
+from ldistill.data.archive import sample_key
+from ldistill.data.index import ShardIndex
 
 _SHOWN = (
     ("loss", "loss", ".3f"),
@@ -87,20 +92,74 @@ class ShortProgress(ProgressCallback):
 
 
 class WriteMetrics(TrainerCallback):
-    """Logged steps to ``metrics.jsonl``."""
+    """``metrics.jsonl``: an object a logged step; a resumed run forgets what it does again."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        self.file, self.resume_step = MetricsFile(path), resume_step
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.file, self.resume_step = StepLog(path), resume_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.file.begin(self.resume_step)
+            self.file.path.parent.mkdir(parents=True, exist_ok=True)
+            rewrite_records(self.file.path, self.resume_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        logs = logs or {}
-        told = "loss" in logs or any(k.startswith("eval_") for k in logs)
+        told = any(name == "loss" or name.startswith("eval_") for name in logs or {})
         if state.is_world_process_zero and told:
-            self.file.write(state.global_step, logs)
+            odd = {k for k, v in logs.items() if isinstance(v, float) and not math.isfinite(v)}
+            finite = {k: v for k, v in logs.items() if k not in odd}
+            self.file.append({"step": state.global_step} | finite)
+
+
+class SampleLog(TrainerCallback):
+    """Which samples every step trained on, where ``--log_samples`` asks for it.
+
+    ``samples/rank-N.jsonl`` in the run folder has one line a step of that rank, with the packed
+    rows it took: ``{"step": 3, "packs": [["vqav2-000000012", "docvqa-000000003"], ...]}``. A
+    resumed run cuts every rank's file back to its checkpoint's step, so the files always tell of
+    one history.
+
+    Args:
+        run: the run's folder.
+        index: names the samples.
+        resume_step: later lines are cut away.
+    """
+
+    def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
+        self.folder, self.index, self.resume_step = run / SAMPLES, index, resume_step
+        self.file = StepLog(self.folder / f"rank-{ranks.index()}.jsonl")
+        self._rows = index.column("row")
+        self._pending: list[list[str]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if ranks.is_first():
+            self.folder.mkdir(exist_ok=True)
+            for path in self.folder.glob("rank-*.jsonl"):
+                rewrite_records(path, self.resume_step)
+        ranks.wait()
+
+    def add(self, batch: Mapping[str, Any]) -> None:
+        """Note a micro-batch (see `collate`) of the step under way."""
+        samples = batch["doc_sample"].numpy()
+        packs: list[list[str]] = [[] for _ in batch["input_ids"]]
+        found = zip(self.index.source_of(samples), self._rows[samples], batch["doc_batch"].tolist())
+        for source, row, pack in found:
+            packs[pack].append(sample_key(self.index.sources[source], int(row)))
+        self._pending += packs
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.file.append({"step": state.global_step, "packs": self._pending})
+        self._pending = []
+
+
+def read_samples(run: Path) -> dict[int, list[list[str]]]:
+    """``{step: [samples of pack 0, of pack 1, ...]}`` in the plan's order, whatever the ranks."""
+    steps: dict[int, list[list[list[str]]]] = defaultdict(list)
+    paths = (run / SAMPLES).glob("rank-*.jsonl")
+    for path in sorted(paths, key=lambda p: int(p.stem.partition("-")[2])):
+        for record in read_metrics(path):
+            steps[record["step"]].append(record["packs"])
+    # Rank r of R takes packs r, r + R, ...: reading them in turns restores the order.
+    return {s: [p for turn in zip(*of) for p in turn] for s, of in sorted(steps.items())}
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:
@@ -116,19 +175,17 @@ def plot_curves(metrics: Path, target: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [("ce", "cross-entropy (nats)")]
-    if any("kd" in r for r in records):
-        panels.append(("kd", "KL to the teacher at τ (nats)"))
+    panels = {"ce": "cross-entropy (nats)", "kd": "KL to the teacher at τ (nats)"}
+    if not any("kd" in r for r in records):
+        del panels["kd"]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
-    for axis, (key, label) in zip(axes[0], panels, strict=True):
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
         for category, colour in (("language", "tab:blue"), ("document", "tab:orange")):
             for prefix, style, held in (("", "-", ""), ("eval_", "--", ", held out")):
                 metric = f"{prefix}{category}/{key}"
                 if points := [(r["step"], r[metric]) for r in records if metric in r]:
-                    shown = {"color": colour, "label": category + held}
-                    axis.plot(*zip(*points, strict=True), style, **shown)
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
+                    axis.plot(*zip(*points), style, color=colour, label=category + held)
+        axis.set(xlabel="step", ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, title="sources")

@@ -25,7 +25,7 @@ from ldistill.evaluation.loading import kind_of
 from ldistill.models.pair import Pair
 
 PAPER = "https://arxiv.org/abs/2604.00829"
-_TRAINING = (
+_TRAINING = (  # label, field of the recipe
     ("recipe", "recipe"),
     ("distilled sources", "distil"),
     ("α", "alpha"),
@@ -75,22 +75,16 @@ def origins(pair: Pair, student: str, teacher: str, index: ShardIndex) -> dict[s
 
 def _model(name: str, folder: Path) -> dict[str, str]:
     """A hub id, or what a folder is called; and its licence."""
-    shipped = name.startswith(PACKAGE_SCHEME)
-    local = shipped or Path(name).expanduser().exists()
-    shown = folder.resolve().name if local else name
-    if shipped:
-        shown = name.removeprefix(PACKAGE_SCHEME)
-    return {"name": shown} | ({} if local else {"hub": name}) | readme.origin(readme.head(folder))
+    found = {"name": name, "hub": name}
+    if name.startswith(PACKAGE_SCHEME):
+        found = {"name": name.removeprefix(PACKAGE_SCHEME)}
+    elif Path(name).expanduser().exists():
+        found = {"name": folder.resolve().name}
+    return found | readme.origin(readme.head(folder))
 
 
 def write_card(run: Path, student: Path, out: Path) -> None:
-    """Write ``out/README.md`` for a student of a run; one that lies there is replaced.
-
-    Args:
-        run: the run's folder, with its recipe.
-        student: folder of the student in it.
-        out: folder of the export.
-    """
+    """Write ``out/README.md``; one that lies there is replaced. See :func:`card`."""
     (out / readme.NAME).write_text(card(run, student), encoding="utf-8")
 
 
@@ -98,14 +92,14 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
     """The card's text.
 
     Args:
-        run, student: as for :func:`write_card`.
+        run: the run's folder, with its recipe.
+        student: folder of the student in it.
         name: what a reader loads: a hub id, or a folder.
         curves: whether the picture of the run's curves lies beside the card.
     """
     recipe = yaml.safe_load((run / run_files.RECIPE).read_text(encoding="utf-8"))
     recipe["recipe"] = Path(recipe.get("recipe") or "run").stem  # a path may be its author's own
     about = _read(run / run_files.ORIGINS)
-    environment = _read(run / run_files.ENVIRONMENT)
     base = about.get("student", {"name": Path(str(recipe["student"])).name})
     lm = about.get("teacher")
     scores = _scores(run)
@@ -121,6 +115,7 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
         eval_results=list(_eval_results(scores)) or None,
     )
     taught = f"its own language model, {lm['name']}, as the teacher" if lm else "labels alone"
+    table = "| task | before | after | measured by |\n|---|---|---|---|"
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {title}\n",
@@ -130,15 +125,28 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
         f"## Load it\n\n```python\n{_LOADING[kind_of(student)].format(name=name)}\n```\n",
         f'```\nldistill generate --student {name} --image cat.jpg --prompt "What is this?"\n```\n',
         "## Scores\n",
-        *_score_lines(scores),
+        table if scores else "Not measured.",
+        *(_row(t, "" if b is None else f"{b:.3f}", f"{a:.3f}", by) for t, b, a, by in scores),
+        "",
         "## Training\n",
-        *_training_lines(run, student, recipe, base, lm, environment),
+        "| | |\n|---|---|",
+        _row("base", _named(base)),
+        _row("language model, the frozen teacher", _named(lm) if lm else "none"),
+        *(_row(*told) for told in _training(run, student, recipe, lm is not None) if told[1]),
         "\n## Data\n",
-        *_data_lines(about.get("sources", [])),
+        "| source | category | samples | licence | from |\n|---|---|---|---|---|",
     ]
+    for s in about.get("sources", []):
+        licence = s.get("licence", "not stated in the shards")
+        place = s.get("dataset") or s.get("homepage") or ""
+        parts.append(_row(s["source"], s["category"], s["samples"], licence, place))
     if curves:
         parts.append(f"\n## Curves\n\n![CE and KD by category]({run_files.CURVES})")
     return "\n".join(parts) + "\n"
+
+
+def _row(*cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,15 +159,15 @@ def _named(model: dict[str, str]) -> str:
     return f"{shown} (licence: {model.get('licence', 'not stated')})"
 
 
+# Task, score before training or None, score after it, who measured.
 Score = tuple[str, float | None, float, str]
-"""Task, score before training or None, score after it, who measured."""
 
 
 def _scores(run: Path) -> list[Score]:
     """On the recipe's items, before and after; by `ldistill eval`, where its results lie here."""
-    items, found = _read(run / run_files.EVALUATION), []
-    before = items.get("before", {})
-    found += [(k, before.get(k), v, "held-out items") for k, v in items.get("after", {}).items()]
+    items = _read(run / run_files.EVALUATION)
+    before, after = items.get("before", {}), items.get("after", {})
+    found: list[Score] = [(k, before.get(k), v, "held-out items") for k, v in after.items()]
     for file in sorted(run.glob(f"*/{EVALUATION}")):
         result = _read(file)
         by = "lmms-eval" + (f", first {result['limit']}" if result["limit"] else "")
@@ -178,48 +186,20 @@ def _eval_results(scores: list[Score]) -> Iterator[EvalResult]:
         )
 
 
-def _score_lines(scores: list[Score]) -> Iterator[str]:
-    if not scores:
-        yield "Not measured.\n"
-        return
-    yield "| task | before | after | measured by |\n|---|---|---|---|"
-    for task, before, after, by in scores:
-        yield f"| {task} | {'' if before is None else f'{before:.3f}'} | {after:.3f} | {by} |"
-    yield ""
-
-
-def _training_lines(
-    run: Path,
-    student: Path,
-    recipe: dict[str, Any],
-    base: dict[str, str],
-    lm: dict[str, str] | None,
-    environment: dict[str, Any],
-) -> Iterator[str]:
-    yield "| | |\n|---|---|"
-    yield f"| base | {_named(base)} |"
-    yield f"| language model, the frozen teacher | {_named(lm) if lm else 'none'} |"
+def _training(
+    run: Path, student: Path, recipe: dict[str, Any], taught: bool
+) -> Iterator[tuple[str, Any]]:
+    """What is told of a training, by its label."""
     _, _, step = student.parent.name.partition("checkpoint-")
-    records = read_metrics(run / run_files.METRICS) if (run / run_files.METRICS).is_file() else []
-    yield f"| steps | {step or (records[-1]['step'] if records else recipe.get('max_steps'))} |"
+    records = read_metrics(run / run_files.METRICS)
+    yield "steps", step or (records[-1]["step"] if records else recipe.get("max_steps"))
     if recipe.get("projector_lr") and recipe.get("decoder_lr"):
         recipe = recipe | {"learning_rate": None}  # nothing trains at it
     for label, key in _TRAINING:
-        value = recipe.get(key) or None  # an adapter of rank 0 is none
-        if value is not None and (lm or key not in ("distil", "alpha", "temperature", "mix")):
-            yield f"| {label} | {value} |"
-    git, packages = environment.get("git"), environment.get("packages", {})
-    if git:
-        changed = ", changed" if git["changed"] else ""
-        yield f"| commit of ldistill | {git['commit']}{changed} |"
-    versions = ", ".join(f"{k} {v}" for k, v in packages.items() if v)
-    yield f"| versions | {versions} |"
-
-
-def _data_lines(sources: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| source | category | samples | licence | from |\n|---|---|---|---|---|"
-    for entry in sources:
-        licence = entry.get("licence", "not stated in the shards")
-        place = entry.get("dataset") or entry.get("homepage") or ""
-        cells = (entry["source"], entry["category"], entry["samples"], licence, place)
-        yield f"| {' | '.join(map(str, cells))} |"
+        if taught or key not in ("distil", "alpha", "temperature", "mix"):
+            yield label, recipe.get(key)
+    environment = _read(run / run_files.ENVIRONMENT)
+    if git := environment.get("git"):
+        yield "commit of ldistill", git["commit"] + (", changed" if git["changed"] else "")
+    packages = environment.get("packages", {})
+    yield "versions", ", ".join(f"{name} {found}" for name, found in packages.items() if found)

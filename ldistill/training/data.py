@@ -1,8 +1,9 @@
-"""What a run reads: shards, order, weights of the sources, and what is held out to validate on."""
+"""What a run reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from ldistill.common.ranks import say
 from ldistill.data.held_out import held_out, parse_share
@@ -15,10 +16,7 @@ from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, res
 
 @dataclass
 class Data:
-    """What a run reads: shards, their order, and the weights of their sources.
-
-    ``held``: index and order of what it is validated on.
-    """
+    """Shards, their order, the weights of their sources; what is held out to validate on."""
 
     index: ShardIndex
     order: Order
@@ -43,32 +41,34 @@ def open_data(recipe: Recipe) -> Data:
     declared = dict(zip(everything.sources, everything.categories, strict=True))
     extra = {n: c for n, c in declared.items() if n not in known_sources()}
     extra |= declared_here
-    names = everything.sources
+    found = names = everything.sources
     if options.sources != ALL:
         names = resolve_sources(options.sources, extra)
-        _check_there(options.shards, options.sources, names, everything.sources)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{options.shards} has no finished shards of {', '.join(missing)} (--sources "
+            f"{options.sources}); it has {', '.join(found)}. Train on what is there with --sources "
+            f"{ALL}, or build the others with `ldistill shards build`."
+        )
     index = ShardIndex.load(options.shards, names, reading)
     args = recipe.training
-    how = {
-        "limit": options.max_length,
-        "over_long": options.on_long,
-        "packing": options.packing,
-    }
+    order_of = partial(
+        Order, limit=options.max_length, over_long=options.on_long, packing=options.packing
+    )
     held, chosen = None, None
     if options.validation:
         mask = held_out(index, parse_share(options.validation))
-        held, chosen = ShardIndex.load(options.shards, names, reading), ~mask
-        held = held, Order(held, chosen=mask, **how)
+        other, chosen = ShardIndex.load(options.shards, names, reading), ~mask
+        held = other, order_of(other, chosen=mask)
     elif options.eval_shards:
-        held = _open_eval_shards(options.eval_shards, names, reading)
-        held = held, Order(held, **how)
-    order = Order(
+        other = _open_eval_shards(options.eval_shards, names, reading)
+        held = other, order_of(other)
+    order = order_of(
         index,
         seed=args.seed if args.data_seed is None else args.data_seed,
         shuffle_window=options.shuffle_window,
         mix=options.mix,
         chosen=chosen,
-        **how,
     )
     weights = SourceWeights.build(
         index.sources,
@@ -77,6 +77,8 @@ def open_data(recipe: Recipe) -> Data:
         temperature=recipe.distil.temperature,
         extra=extra,
     )
+    for opened in (index, *(held or ())[:1]):
+        opened.check_files()
     return Data(index, order, weights, held)
 
 
@@ -92,13 +94,3 @@ def _open_eval_shards(shards: str, names: list[str], reading: Reading) -> ShardI
     if left := sorted(set(found) - set(common)):
         say(f"validation leaves out {', '.join(left)}: this run does not train on them.")
     return ShardIndex.load(shards, common, reading)
-
-
-def _check_there(shards: str, asked: str, names: list[str], found: list[str]) -> None:
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(
-            f"{shards} has no finished shards of {', '.join(missing)} (--sources {asked}); it has "
-            f"{', '.join(found)}. Train on what is there with --sources {ALL}, or build the others "
-            "with `ldistill shards build`."
-        )

@@ -10,38 +10,30 @@ from ldistill.common import readme, run_files
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import is_complete, weight_dtype
 from ldistill.training.card import write_card
-from ldistill.training.trainer import STUDENT
 
 
-def find_student(run: Path) -> Path:
-    """Folder of the newest student of a run: its result, else its newest checkpoint's.
+def find_student(run: Path) -> tuple[Path, Path]:
+    """Folder of the newest student of a run, its result, else its newest checkpoint's; and the run.
+
+    Args:
+        run: the run's folder, or one of its checkpoints.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing trained in it.
+        FileNotFoundError: no such folder, nothing trained in it, or no run's.
     """
     if not run.is_dir():
         raise FileNotFoundError(f"run folder {run} does not exist.")
-    candidates = [run / run_files.STUDENT, run / STUDENT]
     # Newest first, but what is known to be whole before what is not.
     checkpoints = sorted(survey(run), key=lambda found: found.problem is not None)
-    candidates += [found.path / STUDENT for found in checkpoints]
-    for candidate in candidates:
-        if is_complete(candidate):
-            return candidate
-    raise FileNotFoundError(
-        f"{run} holds no trained student yet: neither a result nor checkpoints."
-    )
-
-
-def run_of(student: Path) -> Path:
-    """The run that a student's folder lies in: beside its recipe, or in a checkpoint beside it.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    candidates = [folder / run_files.STUDENT for folder in (run, *(c.path for c in checkpoints))]
+    student = next(filter(is_complete, candidates), None)
+    if student is None:
+        raise FileNotFoundError(
+            f"{run} holds no trained student yet: neither a result nor checkpoints."
+        )
     for folder in (student.parent, student.resolve().parent.parent):
         if (folder / run_files.RECIPE).is_file():
-            return folder
+            return student, folder
     raise FileNotFoundError(
         f"{student} lies in no run's folder (no {run_files.RECIPE}), so there is nothing to make a "
         "model card of: copy it as it is, or upload it with `hf upload`."
@@ -52,23 +44,19 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     """Copy the newest student of a run to ``out``, with its card; returns where it came from.
 
     Args:
-        run: the run's folder.
+        run: as for :func:`find_student`.
         out: where to; an earlier export there is replaced.
         also: names in ``out`` that the caller writes anew.
 
     Raises:
         ValueError: ``out`` holds other files.
-        FileNotFoundError: ``run`` is not a run's folder, or nothing is trained in it.
+        FileNotFoundError: as for :func:`find_student`.
     """
-    source = find_student(run)
-    home = run_of(source)
-    names = sorted(path.name for path in source.iterdir())
-    ours = {*names, *also, readme.NAME}
-    others = [p.name for p in out.iterdir() if p.name not in ours] if out.is_dir() else []
-    if others:
-        raise ValueError(
-            f"{out} holds other files ({', '.join(sorted(others)[:3])}): choose another."
-        )
+    source, home = find_student(run)
+    names = {path.name for path in source.iterdir()}
+    others = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if others := sorted(others - {*names, *also, readme.NAME}):
+        raise ValueError(f"{out} holds other files ({', '.join(others[:3])}): choose another.")
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, out / name)

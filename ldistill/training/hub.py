@@ -14,7 +14,7 @@ from ldistill.common import readme, run_files
 from ldistill.common.errors import TransientError
 from ldistill.common.telling import telling
 from ldistill.training.card import card
-from ldistill.training.export import find_student, run_of
+from ldistill.training.export import find_student
 
 
 def make_repo(name: str, private: bool | None) -> str:
@@ -37,7 +37,7 @@ def push(run: Path, name: str, private: bool | None = None) -> str:
     """Upload the newest student of a run with its card and curves, in one commit.
 
     Args:
-        run: the run's folder, or one of its checkpoints.
+        run: as for :func:`find_student`.
         name: ``owner/name``, or the name of one's own.
         private: of a new repository; None: as the owner's repositories are.
 
@@ -45,11 +45,10 @@ def push(run: Path, name: str, private: bool | None = None) -> str:
         Address of the commit.
 
     Raises:
-        FileNotFoundError: nothing trained, or not a run's folder.
+        FileNotFoundError: as for :func:`find_student`.
         ValueError, TransientError: as for :func:`make_repo`.
     """
-    student = find_student(run)
-    home = run_of(student)
+    student, home = find_student(run)
     repo = make_repo(name, private)
     files: dict[str, Path | bytes] = {p.name: p for p in student.iterdir() if p.is_file()}
     if (curves := home / run_files.CURVES).is_file():

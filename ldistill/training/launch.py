@@ -24,10 +24,6 @@ from ldistill.common.telling import telling
 
 # Whether there is a CUDA runtime is said in our own words, where it matters.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-GPUS_VARIABLE = "LDISTILL_GPUS_PER_NODE"
-"""GPUs that the job was given on each node; set by `slurm/common.sh`, 0 for a CPU run."""
-EXIT_FILE_VARIABLE = "LDISTILL_EXIT_FILE"
-"""File for the exit code of a run that ends early; set by `slurm/common.sh`."""
 CLOCK_TOLERANCE = 60.0
 """Seconds that the clocks of two machines may differ: the newest checkpoint is found by name and
 time, logs are put in order, and munge refuses what is older than some minutes."""
@@ -43,8 +39,9 @@ def check_launch() -> None:
             cannot use.
         OSError: rank 0's port is taken.
     """
-    check_gpus(int(os.environ.get(GPUS_VARIABLE) or 0), torch.cuda.device_count())
-    if (reason := unusable_gpu()) is not None:
+    asked = os.environ.get("LDISTILL_GPUS_PER_NODE") or 0  # set by slurm/common.sh
+    check_gpus(int(asked), torch.cuda.device_count())
+    if reason := unusable_gpu():
         raise ValueError(
             f"there is a GPU, and PyTorch {torch.__version__} cannot use it ({reason}): install a "
             "build for its driver (https://pytorch.org/get-started/locally), or train on the CPU "
@@ -57,16 +54,14 @@ def check_launch() -> None:
 def check_gpus(asked: int, seen: int) -> None:
     """Compare GPUs of the job on this node with those that torch sees and with the ranks here."""
     host, here = socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if not asked:
-        return
-    if not seen:
+    if asked and not seen:
         raise ValueError(
             f"the job asked for {asked} GPUs a node, but PyTorch finds none on {host}: check the "
             "driver there with nvidia-smi (inside the container, if there is one) and leave the "
             f"node out with sbatch --exclude={host}; for a run on CPUs submit with "
             "--gpus-per-node=0."
         )
-    if not here == asked <= seen:
+    if asked and not here == asked <= seen:
         raise ValueError(
             f"{here} ranks on {host} for {asked} GPUs asked for and {seen} that PyTorch finds: "
             "submit with --ntasks-per-node and --gpus-per-node the same, and let every rank see "
@@ -75,13 +70,9 @@ def check_gpus(asked: int, seen: int) -> None:
 
 
 def check_launcher(driven: int) -> None:
-    """Refuse one process that drives several GPUs: transformers would split batches by threads.
+    """Raise ValueError where one process drives several GPUs (``TrainingArguments.n_gpu``).
 
-    Args:
-        driven: ``TrainingArguments.n_gpu``: 1 under a launcher, else all that are visible.
-
-    Raises:
-        ValueError: more than one.
+    transformers would split batches by threads.
     """
     if driven > 1:
         raise ValueError(
@@ -93,16 +84,14 @@ def check_launcher(driven: int) -> None:
 
 def check_port(port: int) -> None:
     """Raise OSError when another process of this machine listens on ``port``."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise OSError(
-                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
-                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
-                "before sbatch, or deepspeed --master_port N."
-            ) from error
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise OSError(
+            f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
+            f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N before "
+            "sbatch, or deepspeed --master_port N."
+        ) from error
 
 
 def check_clocks() -> None:
@@ -112,10 +101,9 @@ def check_clocks() -> None:
         ValueError: on every rank, when two clocks are further apart than `CLOCK_TOLERANCE`.
     """
     ranks.wait()
-    clocks = dict(ranks.gather((socket.gethostname(), time.time())))
-    behind, ahead = min(clocks, key=clocks.__getitem__), max(clocks, key=clocks.__getitem__)
-    apart = clocks[ahead] - clocks[behind]
-    if apart > CLOCK_TOLERANCE:
+    clocks = sorted((now, host) for host, now in ranks.gather((socket.gethostname(), time.time())))
+    (first, behind), (last, ahead) = clocks[0], clocks[-1]
+    if (apart := last - first) > CLOCK_TOLERANCE:
         raise ranks.shared(
             ValueError(
                 f"the clock of {ahead} is {apart:.0f} s ahead of {behind}'s: have both follow a "
@@ -162,12 +150,12 @@ def compiler() -> str | None:
 
 
 def leave_code(code: int) -> None:
-    """Write the run's exit code where the job's script asked for it.
+    """Write the exit code of a run that ends early where the job's script asked for it.
 
     Whoever starts many ranks learns the highest of their codes, and ranks that it kills because
     another one has left count as 128 and more: the code that says why is lost.
     """
-    if file := os.environ.get(EXIT_FILE_VARIABLE):
+    if file := os.environ.get("LDISTILL_EXIT_FILE"):  # set by slurm/common.sh
         Path(file).write_text(f"{code}\n", encoding="utf-8")
 
 

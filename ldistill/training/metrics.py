@@ -8,7 +8,6 @@ throughput, packing, memory, samples and drops.
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections import Counter
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldistill.checkpoint.logs import StepLog, rewrite_records
 from ldistill.common import ranks
 from ldistill.distill.objective import COLUMNS
 from ldistill.models.flops import StepCounts
@@ -50,19 +48,15 @@ class Meter:
 
     def __init__(self, weights: SourceWeights, device: torch.device, peak: float) -> None:
         self.weights, self.device, self.peak = weights, device, peak
-        self._reset()
+        self.start()
 
-    def _reset(self) -> None:
-        """Start a new interval, now."""
+    def start(self) -> None:
+        """Begin a new interval now: what came before does not count."""
         self.sums = torch.zeros(len(self.weights.names), len(COLUMNS), device=self.device)
         self.counts = dict.fromkeys(_COUNTS, 0.0)
         self.health = torch.zeros(2, device=self.device)
         self._drops: Counter[str] = Counter()
         self._since = time.perf_counter()
-
-    def start(self) -> None:
-        """Begin to measure: what came before (setting up) does not count."""
-        self._reset()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -109,54 +103,40 @@ class Meter:
     def flush(self) -> dict[str, float]:
         """Metrics since the last call, over all ranks. Every rank must call it."""
         seconds = time.perf_counter() - self._since
-        counts = torch.tensor([self.counts[k] for k in _COUNTS], dtype=torch.float64)
-        counts = ranks.sum_over(counts.to(self.device)).tolist()
+        own = torch.tensor([self.counts[k] for k in _COUNTS], dtype=torch.float64)
+        counts = dict(zip(_COUNTS, ranks.sum_over(own.to(self.device)).tolist(), strict=True))
         logs = of_sources(ranks.sum_over(self.sums).double().cpu(), self.weights)
-        logs |= self._rates(dict(zip(_COUNTS, counts, strict=True)), seconds)
-        right, judged = ranks.sum_over(self.health).tolist()
-        if judged:
-            logs["teacher_alone_label_accuracy"] = right / judged
-        logs |= self._drop_counts()
-        logs["memory_gib"] = _peak_memory(self.device) / 2**30
-        self._reset()
-        return logs
-
-    def _rates(self, counts: dict[str, float], seconds: float) -> dict[str, float]:
-        return {
+        logs |= {
             "tokens_per_second": counts["tokens"] / seconds,
             "mfu": counts["flops"] / seconds / ranks.count() / self.peak,
             "packing_efficiency": counts["tokens"] / max(counts["positions"], 1),
-            "teacher_rows": counts["teacher_rows"],
-            "flops": counts["flops"],
-            "tokens": counts["tokens"],
+            **{name: counts[name] for name in ("teacher_rows", "flops", "tokens")},
             "images": counts["tiles"],
             "documents": counts["documents"],
         }
-
-    def _drop_counts(self) -> dict[str, float]:
-        total: Counter[str] = Counter()
-        for drops in ranks.gather(dict(self._drops)):
-            total.update(drops)
-        return {f"dropped/{reason}": float(n) for reason, n in sorted(total.items())}
+        right, judged = ranks.sum_over(self.health).tolist()
+        if judged:
+            logs["teacher_alone_label_accuracy"] = right / judged
+        drops = sum(ranks.gather(self._drops), Counter())
+        logs |= {f"dropped/{reason}": float(n) for reason, n in sorted(drops.items())}
+        # The most a GPU's allocator held, or the process's largest resident set.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        logs["memory_gib"] = peak / 2**30
+        self.start()
+        return logs
 
 
 def of_sources(sums: Tensor, weights: SourceWeights) -> dict[str, float]:
     """Means and counts of sums [sources, len(COLUMNS)]: of all, by category, by source."""
     logs = _of_rows(sums.sum(0), "")
     for category in CATEGORIES:
-        chosen = [i for i, c in enumerate(weights.categories) if c == category]
-        if chosen:
+        if chosen := [i for i, c in enumerate(weights.categories) if c == category]:
             logs |= _of_rows(sums[chosen].sum(0), f"{category}/")
     for index, name in enumerate(weights.names):
         logs |= _of_rows(sums[index], f"source/{name}/")
     return logs
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the most a GPU's allocator held, or the process's largest resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _of_rows(columns: Tensor, prefix: str) -> dict[str, float]:
@@ -168,19 +148,3 @@ def _of_rows(columns: Tensor, prefix: str) -> dict[str, float]:
         for name, (total, count) in _MEANS.items()
         if values[count]
     }
-
-
-class MetricsFile(StepLog):
-    """``metrics.jsonl``: one JSON object a logged step."""
-
-    def begin(self, resume_step: int = 0) -> None:
-        """Forget what a resumed run does again."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rewrite_records(self.path, resume_step)
-
-    def write(self, step: int, logs: Mapping[str, float]) -> None:
-        self.append({"step": step} | {k: v for k, v in logs.items() if _plain(v)})
-
-
-def _plain(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)

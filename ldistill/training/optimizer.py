@@ -30,10 +30,9 @@ def parameter_groups(student: Student, rates: Rates, weight_decay: float) -> lis
     for part, rate in (*parts, (student, rates.decoder)):
         trained = [p for p in part.parameters() if p.requires_grad and id(p) not in known]
         known.update(map(id, trained))
-        for params, decay in (
-            ([p for p in trained if _shape(p).numel() and len(_shape(p)) > 1], weight_decay),
-            ([p for p in trained if len(_shape(p)) <= 1], 0.0),
-        ):
+        matrices = [p for p in trained if len(_shape(p)) > 1 and _shape(p).numel()]
+        vectors = [p for p in trained if len(_shape(p)) <= 1]
+        for params, decay in ((matrices, weight_decay), (vectors, 0.0)):
             if params:
                 groups.append({"params": params, "lr": rate, "weight_decay": decay})
     return groups

@@ -24,42 +24,44 @@ from ldistill.training.card import write_card
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.validation import Best
 
+Scores = dict[str, float] | None
 
-def export_result(trainer: DistillTrainer, folder: Path) -> None:
-    """The last state of the student, in the format it came in."""
-    everywhere(trainer.sync_logs)
+
+def save_last(trainer: DistillTrainer, folder: Path) -> Path:
+    """The last state of a training: its checkpoint, or what is saved of it now."""
+    everywhere(trainer.parts.saver.sync_logs)
     last = folder / f"checkpoint-{trainer.state.global_step}"
     if not last.is_dir():
         last = folder / "final"
         trainer.save_model(str(last))
-    take_result(choose_result(last, folder, trainer.best), folder)
+    return last
 
 
-def choose_result(last: Path, folder: Path, best: Best | None) -> Path:
-    """The checkpoint whose student is the run's result: the last, or the best evaluated.
+def export_result(last: Path, folder: Path, best: Best | None) -> None:
+    """The run's result, in the format the student came in; every rank must call it.
+
+    Args:
+        last: checkpoint of the last state.
+        folder: the run's.
+        best: where the best evaluated student is asked for instead.
 
     Raises:
         FileNotFoundError: the best is no longer there.
+        TransientError: there is no room for it.
     """
-    if best is None:
-        return last
-    found = from_first(lambda: best.find(step_of(last)))
-    if found is None:
+    chosen = last
+    found = from_first(lambda: best and best.find(step_of(last)))
+    if found is not None:
+        step, value = found
+        say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
+        chosen = folder / f"checkpoint-{step}"
+        if not from_first(chosen.is_dir):
+            raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
+    elif best is not None:
         say(f"{best.metric} was never evaluated: the result is the last state.")
-        return last
-    step, value = found
-    say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
-    chosen = folder / f"checkpoint-{step}"
-    if not from_first(chosen.is_dir):
-        raise FileNotFoundError(f"{chosen}, the best by {best.metric}, is no longer there.")
-    return chosen
-
-
-def take_result(last: Path, folder: Path) -> None:
-    """The student of a checkpoint as the result of the run; every rank must call it."""
-    source, result = last / run_files.STUDENT, folder / run_files.STUDENT
+    result = folder / run_files.STUDENT
     say(f"exporting the student to {result}")
-    from_first(lambda: copy_student(source, result))
+    from_first(lambda: copy_student(chosen / run_files.STUDENT, result))
 
 
 def copy_student(source: Path, target: Path) -> None:
@@ -72,9 +74,8 @@ def copy_student(source: Path, target: Path) -> None:
     """
     part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
     with writing(target):
-        for leftover in (part, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        for leftover in filter(Path.exists, (part, old)):
+            shutil.rmtree(leftover)
         part.mkdir()
         for path in sorted(source.rglob("*")):  # copytree hides which error it was
             copy = part / path.relative_to(source)
@@ -90,29 +91,24 @@ def copy_student(source: Path, target: Path) -> None:
             shutil.rmtree(old)
 
 
-def evaluate_student(recipe: Recipe, student: Path, when: str) -> dict[str, float] | None:
-    """Scores of a student folder on the recipe's items, by rank 0 alone."""
-    if recipe.run.eval_items is None or not recipe.run.evaluate:
-        return None
-    return from_first(lambda: _evaluate_here(recipe, student, when))
+def evaluate_student(recipe: Recipe, student: Path, when: str) -> Scores:
+    """Scores of a student folder on the recipe's items, by rank 0 alone; None without items."""
+
+    def scores() -> dict[str, float]:
+        items = first_of_each(load_items(recipe.run.eval_items), recipe.run.eval_limit)
+        device = recipe.training.device
+        dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
+        model = load_student(student, dtype=dtype).to(device)
+        processor = load_processor(student, recipe.pair.tokenizer, tiling=recipe.data.tiling)
+        with telling(f"evaluating {when} on {len(items)} held-out items", len(items)) as told:
+            return evaluate(model, processor, items, progress=told.advance)
+
+    asked = recipe.run.eval_items is not None and recipe.run.evaluate
+    return from_first(scores) if asked else None
 
 
-def _evaluate_here(recipe: Recipe, student: Path, when: str) -> dict[str, float]:
-    items = first_of_each(load_items(recipe.run.eval_items), recipe.run.eval_limit)
-    device = recipe.training.device
-    dtype = compute_dtype(recipe) if device.type == "cuda" else torch.float32
-    model = load_student(student, dtype=dtype).to(device)
-    processor = load_processor(student, recipe.pair.tokenizer, tiling=recipe.data.tiling)
-    with telling(f"evaluating {when} on {len(items)} held-out items", len(items)) as told:
-        return evaluate(model, processor, items, progress=told.advance)
-
-
-def report(
-    recipe: Recipe,
-    folder: Path,
-    before: dict[str, float] | None,
-    after: dict[str, float] | None,
-) -> None:
+def report(recipe: Recipe, folder: Path, before: Scores, after: Scores) -> None:
+    """Draw the curves, write scores and card; tell where everything lies and what comes next."""
     drawn = plot_curves(folder / run_files.METRICS, folder / run_files.CURVES)
     console = Console()
     if before and after:
@@ -121,27 +117,19 @@ def report(
         console.print(_table(recipe, before, after))
     student = folder / run_files.STUDENT
     write_card(folder, student, student)
-    console.print(f"student   {student}  (model card: README.md)", highlight=False)
-    console.print(f"metrics   {folder / run_files.METRICS}", highlight=False)
-    if drawn:
-        console.print(f"curves    {folder / run_files.CURVES}", highlight=False)
-    for place, line in enumerate(_next_steps(recipe, folder)):
-        label = "" if place else "next"
-        console.print(f"{label:10}{line}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _next_steps(recipe: Recipe, folder: Path) -> list[str]:
-    """Commands, to be changed and typed: see inside, measure or train on one's own, share."""
+    lines = [f"student   {student}  (model card: README.md)"]
+    lines += [f"metrics   {folder / run_files.METRICS}"]
+    lines += [f"curves    {folder / run_files.CURVES}"] if drawn else []
+    # Commands, to be changed and typed: see inside, measure or train on one's own, share.
     look = '--image cat.jpg --prompt "What is this?" --answer "A cat."'
-    steps = [f"ldistill look --student {folder} {look}"]
+    lines += [f"next      ldistill look --student {folder} {look}"]
+    steps = [f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}"]
     if recipe.data.prepare:  # data for a try
-        steps.append(
-            "ldistill shards build --dataset mine.json --extra-sources mine=language --out shards/"
-        )
-        steps.append("ldistill train --recipe mine --shards shards/")
-    else:
-        steps.append(f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}")
-    return [*steps, f"ldistill push {folder} --repo NAME"]
+        build = "--dataset mine.json --extra-sources mine=language --out shards/"
+        steps = [f"ldistill shards build {build}", "ldistill train --recipe mine --shards shards/"]
+    lines += [" " * 10 + step for step in (*steps, f"ldistill push {folder} --repo NAME")]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) -> Table:
@@ -150,7 +138,8 @@ def _table(recipe: Recipe, before: dict[str, float], after: dict[str, float]) ->
         table.add_column(column, justify="right" if column else "left")
     group_of = {item.task: item.group for item in load_items(recipe.run.eval_items)}
     for group in dict.fromkeys(group_of.values()):
-        table.add_row(group, f"{before[group]:.3f}", f"{after[group]:.3f}", style="bold")
-        for task in (task for task, of in group_of.items() if of == group):
-            table.add_row(f"  {task}", f"{before[task]:.3f}", f"{after[task]:.3f}")
+        tasks = {f"  {task}": task for task, of in group_of.items() if of == group}
+        for shown, name in ({group: group} | tasks).items():
+            style = "bold" if shown == group else None
+            table.add_row(shown, f"{before[name]:.3f}", f"{after[name]:.3f}", style=style)
     return table

@@ -16,21 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
 
-from ldistill.checkpoint import identity, resuming, universal
+from ldistill.checkpoint import resuming, universal
 from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
 from ldistill.common.device import peak_flops
-from ldistill.common.partition import whole_numel
-from ldistill.common.ranks import (
-    everywhere,
-    from_first,
-    is_first,
-    say,
-)
-from ldistill.data.index import ShardIndex
-from ldistill.data.loader import PackLoader, make_loader
+from ldistill.common.ranks import everywhere, from_first, is_first, say
+from ldistill.data.loader import make_loader
 from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
 from ldistill.distill.attention import choose_attention
@@ -40,28 +32,21 @@ from ldistill.distill.teacher import Teacher, choose_engine, zero3_config
 from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
-from ldistill.recipe import DataArguments, Recipe, compute_dtype, zero_stage
+from ldistill.recipe import Recipe, compute_dtype, zero_stage
 from ldistill.sources import SourceWeights
 from ldistill.training import hub, run_folder
-from ldistill.training.callbacks import ShortProgress, WriteMetrics
+from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
 from ldistill.training.card import origins
 from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
-from ldistill.training.result import (
-    choose_result,
-    evaluate_student,
-    export_result,
-    report,
-    take_result,
-)
-from ldistill.training.sample_log import SampleLog
+from ldistill.training.result import evaluate_student, export_result, report, save_last
 from ldistill.training.stopping import StopRequest
 from ldistill.training.suite_evaluator import evaluator_of
-from ldistill.training.trainer import DistillTrainer
+from ldistill.training.trainer import DistillTrainer, Parts
 from ldistill.training.validation import best_of, open_validation
-from ldistill.training.wandb_run import keep_wandb_run, use_patient_wandb
+from ldistill.training.wandb_run import keep_wandb_run
 
 
 def run(recipe: Recipe) -> Path:
@@ -75,24 +60,22 @@ def run(recipe: Recipe) -> Path:
     torch.manual_seed(recipe.training.seed)
     if recipe.training.deepspeed:
         announce_compiling()
-    device = recipe.training.device  # also starts torch.distributed
-    check_launcher(recipe.training.n_gpu)
+    check_launcher(recipe.training.n_gpu)  # asking for it starts torch.distributed, too
     check_clocks()
     for note in recipe.notes:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
         repo = _settle_repo(recipe, folder)
-        trainer, before = _set_up(recipe, folder, resume, device)
-        if left := resume is None or resuming.step_of(resume) < recipe.training.max_steps:
-            with trainer.stop.listening(folder), closing(trainer.progress):
-                trainer.train(resume_from_checkpoint=str(trainer.resume) if resume else None)
-                trainer.stop.raise_if_stopped(trainer.state, folder)
-    if left:
-        export_result(trainer, folder)
-    else:
+        trainer, before = _set_up(recipe, folder, resume)
+        parts = trainer.parts
+        if left := parts.start.step < recipe.training.max_steps:
+            with parts.stop.listening(folder), closing(parts.progress):
+                trainer.train(resume_from_checkpoint=resume and str(parts.start.checkpoint))
+                parts.stop.raise_if_stopped(trainer.state, folder)
+    if not left:
         say(f"{resume} is the last step: nothing is left to train.")
-        take_result(choose_result(resume, folder, trainer.best), folder)
+    export_result(save_last(trainer, folder) if left else resume, folder, parts.best)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
     if repo is not None:
@@ -127,45 +110,27 @@ def _settle_repo(recipe: Recipe, folder: Path) -> str | None:
     return from_first(lambda: hub.make_repo(asked, args.hub_private_repo))
 
 
-def _set_up(
-    recipe: Recipe, folder: Path, resume: Path | None, device: torch.device
-) -> tuple[DistillTrainer, dict[str, float] | None]:
-    """The trainer of a claimed folder, and the student's scores before training."""
-    _prepare(recipe)
-    data = everywhere(lambda: _open_whole_data(recipe))
-    pair = open_pair(recipe, data.weights)
-    data.index.check(pair.processor)
-    if data.index.store.remote:
-        say(settle_reads(data.index, data.order, recipe.training.world_size))
-    _settle_steps(recipe, data.order)
-    _check_disk(recipe, pair, folder)
-    _tell_order(data.order, folder)
-    _keep_origins(recipe, pair, data.index, folder)
-    before = evaluate_student(recipe, pair.student_folder, "before training")
-    return build_trainer(recipe, pair, data, folder, resume, device), before
-
-
 def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     """Settle and claim the output folder; every rank gets the same one.
 
     Returns:
         The folder, the checkpoint to go on from, and the id of the run if one begins here.
     """
-    args = recipe.training
+    args, overwrite = recipe.training, recipe.run.overwrite
     asked = args.resume_from_checkpoint
     if "output_dir" not in recipe.given:
-        is_path = asked and str(asked).lower() not in ("true", "auto", "false")
-        chosen = Path(asked).parent if is_path else None
-        args.output_dir = from_first(lambda: str(chosen or _own_folder(recipe)))
+        args.output_dir = from_first(lambda: str(_own_folder(recipe)))
     folder = Path(args.output_dir)
-    if recipe.run.overwrite and resuming.wants_newest(asked):
+    if overwrite and resuming.wants_newest(asked):
         asked = None  # the run whose checkpoint it would be goes
     resume = resuming.find_checkpoint(asked, folder)
     restart = resume is None and resuming.wants_newest(asked)
-    begins = from_first(
-        lambda: run_folder.claim(folder, recipe.as_dict(), resume, recipe.run.overwrite, restart)
-    )
-    run_id = from_first(lambda: run_files.run_id(folder))
+
+    def claim() -> tuple[bool, str | None]:
+        begins = run_folder.claim(folder, recipe.as_dict(), resume, overwrite, restart)
+        return begins, run_files.run_id(folder)
+
+    begins, run_id = from_first(claim)
     begun = run_id if begins else None
     with _released_on_failure(folder, begun):
         everywhere(lambda: run_folder.check_shared(folder, run_id))
@@ -177,14 +142,34 @@ def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
 
 
 def _own_folder(recipe: Recipe) -> Path:
-    """The folder where none was given: a new one, or the recipe's newest to go on with its run."""
-    name = recipe.run.recipe or "run"
-    asked = recipe.training.resume_from_checkpoint
-    goes_on = resuming.wants_newest(asked) and not recipe.run.overwrite
-    newest = run_folder.newest_folder(name) if goes_on else None
-    if newest is not None:
-        say(f"no --output_dir was given: {newest} holds the newest run of {name}.")
-    return newest or run_folder.default_folder(name)
+    """Where none was given: the checkpoint's, the recipe's newest to go on with, or a new one."""
+    name, asked = recipe.run.recipe or "run", recipe.training.resume_from_checkpoint
+    if resuming.wants_newest(asked):
+        newest = None if recipe.run.overwrite else run_folder.newest_folder(name)
+        if newest is not None:
+            say(f"no --output_dir was given: {newest} holds the newest run of {name}.")
+            return newest
+    elif asked and str(asked).lower() != "false":
+        return Path(asked).parent
+    return run_folder.default_folder(name)
+
+
+def _set_up(
+    recipe: Recipe, folder: Path, resume: Path | None
+) -> tuple[DistillTrainer, dict[str, float] | None]:
+    """The trainer of a claimed folder, and the student's scores before training."""
+    _prepare(recipe)
+    data = everywhere(lambda: open_data(recipe))
+    pair = open_pair(recipe, data.weights)
+    data.index.check(pair.processor)
+    if data.index.store.remote:
+        say(settle_reads(data.index, data.order, recipe.training.world_size))
+    _settle_steps(recipe, data.order)
+    _check_disk(recipe, pair, folder)
+    if is_first():
+        _write_down(recipe, pair, data, folder)
+    before = evaluate_student(recipe, pair.student_folder, "before training")
+    return build_trainer(recipe, pair, data, folder, resume), before
 
 
 def _prepare(recipe: Recipe) -> None:
@@ -203,13 +188,6 @@ def _prepare(recipe: Recipe) -> None:
     made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
-
-
-def _open_whole_data(recipe: Recipe) -> Data:
-    data = open_data(recipe)
-    for index in (data.index, *(data.held or ())[:1]):
-        index.check_files()
-    return data
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
@@ -252,10 +230,11 @@ def make_teacher(recipe: Recipe, pair: Pair) -> Teacher | None:
 
 
 def build_trainer(
-    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None, device: torch.device
+    recipe: Recipe, pair: Pair, data: Data, folder: Path, resume: Path | None
 ) -> DistillTrainer:
     """Distiller and trainer of a recipe."""
-    args, distil = recipe.training, recipe.distil
+    args, distil, options = recipe.training, recipe.distil, recipe.data
+    dtype, rows = compute_dtype(recipe), args.per_device_train_batch_size
     distiller = Distiller(
         pair.student,
         make_teacher(recipe, pair),
@@ -263,62 +242,11 @@ def build_trainer(
         Objective(distil.combine, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
         kv_scope=distil.kv_scope,
         kv_grad=distil.kv_grad,
-        attention=choose_attention(recipe.pair.attention, compute_dtype(recipe)),
+        attention=choose_attention(recipe.pair.attention, dtype),
     )
     if recipe.pair.compile_blocks:
         distiller.compile_blocks(**recipe.compile_options)
-    load = _loader(pair, recipe.data, args)
-    validation = open_validation(recipe, data.held, data.weights, load)
-    about = identity.describe(
-        run_files.run_id(folder),
-        pair,
-        data.index,
-        data.order,
-        universal.layout(args.deepspeed_plugin, args.world_size, compute_dtype(recipe)),
-    )
-    resume, converted = resuming.fit(resume, about, folder, args.deepspeed_plugin)
-    step = resuming.step_of(resume)
-    say(f"attention of the student: {distiller.attention}.")
-    rate, source = peak_flops(device, compute_dtype(recipe))
-    say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
-    stop = StopRequest(recipe.run.stop_file)
-    metrics = WriteMetrics(folder / run_files.METRICS, step)
-    best = best_of(recipe, folder / run_files.METRICS, validation)
-    samples = SampleLog(folder, data.index, step) if recipe.run.log_samples else None
-    logs = [writer.file for writer in (metrics, samples) if writer is not None]
-    trainer = DistillTrainer(
-        distiller,
-        args,
-        pair=pair,
-        loader=partial(
-            load, data.index, order=data.order, batch_size=args.per_device_train_batch_size
-        ),
-        meter=Meter(data.weights, device, rate),
-        rates=_rates(recipe),
-        saver=Saver(folder, about, args.save_total_limit, logs, best and best.find),
-        health_steps=recipe.run.health_steps,
-        resume=resume,
-        validation=validation,
-        best=best,
-        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
-        stop=stop,
-        converted=converted,
-        sample_log=samples,
-    )
-    _use_own_progress(trainer, metrics, distil.t_squared)
-    use_patient_wandb(trainer)
-    return trainer
-
-
-def _rates(recipe: Recipe) -> Rates:
-    """Learning rates of what trains; at 0, it stays as it is."""
-    default, own = recipe.training.learning_rate, recipe.run
-    asked = (own.vision_lr, own.projector_lr, own.decoder_lr)
-    return Rates(*(default if rate is None else rate for rate in asked))
-
-
-def _loader(pair: Pair, options: DataArguments, args: TrainingArguments) -> partial[PackLoader]:
-    return partial(
+    load = partial(
         make_loader,
         processor=pair.processor,
         limit=options.max_length,
@@ -330,35 +258,50 @@ def _loader(pair: Pair, options: DataArguments, args: TrainingArguments) -> part
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
     )
+    validation = open_validation(recipe, data.held, data.weights, load)
+    layout = universal.layout(args.deepspeed_plugin, args.world_size, dtype)
+    about = resuming.describe(run_files.run_id(folder), pair, data.index, data.order, layout)
+    start = resuming.fit(resume, about, folder, args.deepspeed_plugin)
+    say(f"attention of the student: {distiller.attention}.")
+    rate, source = peak_flops(args.device, dtype)
+    say(f"MFU is counted against {rate / 1e12:.3g} TFLOP/s ({source}).")
+    metrics = WriteMetrics(folder / run_files.METRICS, start.step)
+    samples = SampleLog(folder, data.index, start.step) if recipe.run.log_samples else None
+    best = best_of(recipe, folder / run_files.METRICS, validation)
+    logs = [writer.file for writer in (metrics, samples) if writer is not None]
+    stop, own = StopRequest(recipe.run.stop_file), recipe.run
+    asked_rates = (own.vision_lr, own.projector_lr, own.decoder_lr)
+    scales = [tau**2 if distil.t_squared else 1.0 for tau in data.weights.temperature]
+    parts = Parts(
+        distiller=distiller,
+        pair=pair,
+        load=partial(load, data.index, order=data.order, batch_size=rows),
+        rates=Rates(*(args.learning_rate if rate is None else rate for rate in asked_rates)),
+        meter=Meter(data.weights, args.device, rate),
+        metrics=metrics,
+        progress=ShortProgress(dict(zip(data.weights.names, scales, strict=True))),
+        saver=Saver(folder, about, args.save_total_limit, logs, best and best.find),
+        start=start,
+        stop=stop,
+        validation=validation,
+        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
+        best=best,
+        samples=samples,
+        health_steps=recipe.run.health_steps,
+    )
+    return DistillTrainer(args, parts)
 
 
-def _use_own_progress(trainer: DistillTrainer, metrics: WriteMetrics, t_squared: bool) -> None:
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    weights = trainer.distiller.weights
-    scales = [tau**2 if t_squared else 1.0 for tau in weights.temperature]
-    trainer.progress = ShortProgress(dict(zip(weights.names, scales, strict=True)))
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(trainer.progress)
-    trainer.add_callback(metrics)
-
-
-def _tell_order(order: Order, folder: Path) -> None:
-    """What an epoch reads and what it leaves out, on screen and in the run's folder."""
-    if is_first():
-        summary = order.summary()
-        say(f"data: {summary}")
-        text = json.dumps(dataclasses.asdict(summary), indent=2)
-        (folder / run_files.ORDER).write_text(text, encoding="utf-8")
-
-
-def _keep_origins(recipe: Recipe, pair: Pair, index: ShardIndex, folder: Path) -> None:
-    """What the model card will say of pair and data, as long as both are here."""
-    if is_first():
-        found = origins(pair, recipe.pair.student, recipe.pair.teacher, index)
-        (folder / run_files.ORIGINS).write_text(json.dumps(found, indent=2), encoding="utf-8")
+def _write_down(recipe: Recipe, pair: Pair, data: Data, folder: Path) -> None:
+    """What an epoch reads and leaves out; what the model card says of pair and data."""
+    summary = data.order.summary()
+    say(f"data: {summary}")
+    found = origins(pair, recipe.pair.student, recipe.pair.teacher, data.index)
+    for name, value in {
+        run_files.ORDER: dataclasses.asdict(summary),
+        run_files.ORIGINS: found,
+    }.items():
+        (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 
 def _settle_steps(recipe: Recipe, order: Order) -> None:
@@ -372,8 +315,9 @@ def _settle_steps(recipe: Recipe, order: Order) -> None:
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:
     args = recipe.training
-    total = sum(whole_numel(p) for p in pair.student.parameters())
-    trained = sum(whole_numel(p) for p in pair.student.parameters() if p.requires_grad)
+    # Of whole parameters, also where a rank holds only its part of them.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p) for p in pair.student.parameters()]
+    total, trained = sum(n for n, _ in sizes), sum(n for n, p in sizes if p.requires_grad)
     kept = (args.save_total_limit or 2) if args.save_strategy != "no" else 0
     kept += args.load_best_model_at_end  # which may be an older one
     from_first(lambda: run_folder.check_disk(folder, trained, total, kept))

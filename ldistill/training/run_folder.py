@@ -27,58 +27,17 @@ from typing import Any
 import yaml
 
 from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, survey, write_durably
-from ldistill.common.run_files import (
-    ENVIRONMENT,
-    JOB,
-    METRICS,
-    ORDER,
-    ORIGINS,
-    RECIPE,
-    RUN,
-    SAMPLES,
-    STUDENT,
-    run_id,
-)
+from ldistill.common import run_files
+from ldistill.common.run_files import run_id
 from ldistill.training.wandb_run import RUN_ID
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
-IDENTITY = (
-    "student",
-    "teacher",
-    "sources",
-    "mix",
-    "validation",
-    "max_length",
-    "packing",
-    "on_long",
-    "shuffle_window",
-    "tiling",
-    "distil",
-    "alpha",
-    "temperature",
-    "combine",
-    "t_squared",
-    "kl",
-    "gate",
-    "kv_scope",
-    "kv_grad",
-    "train",
-    "lora_rank",
-    "lora_alpha",
-    "seed",
-    "data_seed",
-    "optim",
-)
-_PACKAGES = (
-    "ldistill",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "triton",
-    "accelerate",
-    "datasets",
-    "webdataset",
-)
+_IDENTITY = """
+student teacher sources mix validation max_length packing on_long shuffle_window tiling
+distil alpha temperature combine t_squared kl gate kv_scope kv_grad
+train lora_rank lora_alpha seed data_seed optim
+"""
+_PACKAGES = "ldistill torch deepspeed transformers triton accelerate datasets webdataset"
 
 
 def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
@@ -95,14 +54,16 @@ def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:
     """The folder among those of :func:`default_folder` whose run was started last."""
     name = Path(recipe).stem
     named = re.compile(re.escape(name) + r"(-\d+)?")
-    runs = [path for path in root.glob(f"*/{RECIPE}") if named.fullmatch(path.parent.name)]
-    own = [path for path in runs if Path(_recipe_of(path)).stem == name]  # not one named like it
+    runs = [
+        path for path in root.glob(f"*/{run_files.RECIPE}") if named.fullmatch(path.parent.name)
+    ]
+    own = [path for path in runs if Path(_read(path).get("recipe") or "run").stem == name]
     newest = max(own, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parent
 
 
-def _recipe_of(path: Path) -> str:
-    return yaml.safe_load(path.read_text(encoding="utf-8")).get("recipe") or "run"
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def claim(
@@ -127,52 +88,39 @@ def claim(
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
     """
-    old, aside = folder / RECIPE, None
-    begins = overwrite or not old.exists()
+    old = folder / run_files.RECIPE
+    there, aside = old.exists(), None
     if resume is not None:
-        _check_same_run(resume.parent / RECIPE, recipe)
+        _check_same_run(resume.parent / run_files.RECIPE, recipe)
         if overwrite and folder.resolve() in resume.resolve().parents:
             raise ValueError(
                 f"--overwrite would rename {resume}, from which the run is to go on: leave one of "
                 "the two flags out."
             )
-        if old.exists() and not overwrite and not folder.samefile(resume.parent):
-            _check_room_for(folder, resume, recipe)
-    elif old.exists() and restart and not overwrite:
-        _check_same_run(old, recipe)
-    elif old.exists() and not overwrite:
-        raise ValueError(
-            f"{folder} already holds a run: continue it with --resume_from_checkpoint auto, "
-            "begin anew with --overwrite, or choose another --output_dir."
-        )
-    if old.exists() and overwrite:
+    if there and overwrite:
         aside = _set_aside(folder)
+    elif there and not (resume and folder.samefile(resume.parent)):
+        # What has no checkpoint yet may be the same run, started again.
+        kept = survey(folder) or (folder / run_files.STUDENT).exists()
+        if not restart and (resume is None or kept):
+            which = f", which is not the one of {resume}" if resume else ""
+            raise ValueError(
+                f"{folder} already holds a run{which}: continue it with --resume_from_checkpoint "
+                "auto, begin anew with --overwrite, or choose another --output_dir."
+            )
+        _check_same_run(old, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if run_id(folder) is None:
             replaced = {"replaced": str(aside)} if aside else {}
-            write_durably(folder / RUN, json.dumps({"id": uuid.uuid4().hex} | replaced))
+            write_durably(folder / run_files.RUN, json.dumps({"id": uuid.uuid4().hex} | replaced))
         write_durably(old, yaml.safe_dump(plain(recipe), sort_keys=False))
-        write_durably(folder / ENVIRONMENT, json.dumps(environment(), indent=2))
+        write_durably(folder / run_files.ENVIRONMENT, json.dumps(environment(), indent=2))
     except OSError:
         if aside:
             _put_back(folder, aside)
         raise
-    return begins
-
-
-def _check_room_for(folder: Path, resume: Path, recipe: dict[str, Any]) -> None:
-    """Refuse to mix the run that a folder holds with one from another folder's checkpoint.
-
-    One that has no checkpoint yet may be the same, started again.
-    """
-    if survey(folder) or (folder / STUDENT).exists():
-        raise ValueError(
-            f"{folder} already holds a run, which is not the one of {resume}: continue it with "
-            "--resume_from_checkpoint true, replace it with --overwrite, or choose another "
-            "--output_dir."
-        )
-    _check_same_run(folder / RECIPE, recipe)
+    return overwrite or not there
 
 
 def _set_aside(folder: Path) -> Path:
@@ -182,8 +130,8 @@ def _set_aside(folder: Path) -> Path:
         number += 1
     real.rename(aside)
     real.mkdir()
-    if (aside / JOB).exists():  # by the script that starts this run
-        shutil.copyfile(aside / JOB, real / JOB)
+    if (aside / run_files.JOB).exists():  # by the script that starts this run
+        shutil.copyfile(aside / run_files.JOB, real / run_files.JOB)
     print(f"the run that was in {folder} is now in {aside}.", flush=True)
     return aside
 
@@ -195,26 +143,22 @@ def _put_back(folder: Path, aside: Path) -> None:
 
 
 def release(folder: Path, run: str) -> None:
-    """Undo :func:`claim` for a run that began and failed before anything came of it.
+    """Undo :func:`claim` for a run of this id that began and failed before anything came of it.
 
     A folder in which anything was trained, or that is another run's by now, stays as it is. Raises
     nothing: there is an error to tell already.
-
-    Args:
-        folder: the run's.
-        run: its id.
     """
     with suppress(OSError, ValueError):
-        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        metrics = folder / METRICS
+        record = json.loads((folder / run_files.RUN).read_text(encoding="utf-8"))
+        metrics = folder / run_files.METRICS
         if record["id"] != run or survey(folder) or (metrics.exists() and metrics.stat().st_size):
             return
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RECIPE, ENVIRONMENT, ORDER, ORIGINS, RUN_ID, METRICS, RUN):
+        for name in (RUN_ID, *run_files.OF_A_START):
             (folder / name).unlink(missing_ok=True)
-        for name in (SAMPLES, WRITING):
+        for name in (run_files.SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)
         folder.rmdir()  # unless there was something in it before
 
@@ -234,11 +178,11 @@ def check_shared(folder: Path, expected: str | None) -> None:
 
 def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
     if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")
-    old, new = yaml.safe_load(path.read_text(encoding="utf-8")), plain(recipe)
+        raise ValueError(f"{path.parent} holds no {run_files.RECIPE}: not a run of this program.")
+    old, new = _read(path), plain(recipe)
     differing = [
         f"{k}: then {old[k]!r}, now {new.get(k)!r}"
-        for k in IDENTITY
+        for k in _IDENTITY.split()
         if k in old and old[k] != new.get(k)
     ]
     if differing:
@@ -250,23 +194,15 @@ def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
 
 def plain(values: Any) -> Any:
     """The same values in types that YAML and JSON have."""
-    if isinstance(values, dict):
-        return {str(k): plain(v) for k, v in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [plain(v) for v in values]
-    if isinstance(values, (str, int, float, bool)) or values is None:
-        return getattr(values, "value", values)
-    return str(getattr(values, "value", values))
+    return json.loads(json.dumps(values, default=lambda value: str(getattr(value, "value", value))))
 
 
 def environment() -> dict[str, Any]:
     """Versions of what computes, and the state of the source tree."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES.split())
+    for name in versions:
+        with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
     return {"python": platform.python_version(), "packages": versions, "git": _git_state()}
 
 
@@ -300,7 +236,7 @@ def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None
     needed = (checkpoints + 1) * each + 4 * total
     kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
     there = sum(min(_bytes(path), each) for path in kept)
-    there += min(_bytes(folder / STUDENT), 4 * total)
+    there += min(_bytes(folder / run_files.STUDENT), 4 * total)
     # What a killed run left half done goes before the next checkpoint.
     there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED))
     free = shutil.disk_usage(folder).free

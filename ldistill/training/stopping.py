@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ldistill.common import ranks
 from ldistill.data.worker_signals import STOP_SIGNALS
@@ -28,7 +28,6 @@ from ldistill.training.launch import leave_code
 from ldistill.training.wandb_run import close_wandb
 
 STOPPED_EXIT_CODE = 85
-STOP_FILE_VARIABLE = "LDISTILL_STOP_FILE"
 STOPPED = "stopped.json"
 
 
@@ -43,39 +42,38 @@ class Stopped(Exception):
         )
 
 
-class StopRequest:
+class StopRequest(TrainerCallback):
     """Whether the ranks of a run were asked to stop, and whether they all know.
+
+    The Trainer's loop ends after the step in which they agreed, with a checkpoint.
 
     Args:
         stop_file: its appearance is a request; default the environment's, if any. Rank 0 looks.
     """
 
     def __init__(self, stop_file: str | Path | None = None) -> None:
-        named = stop_file or os.environ.get(STOP_FILE_VARIABLE)
+        named = stop_file or os.environ.get("LDISTILL_STOP_FILE")
         self.stop_file = Path(named) if named else None
         self.agreed = False
         self._signal: str | None = None
 
     @property
-    def asked(self) -> bool:
-        """Whether this rank knows of a request."""
-        return self._signal is not None or self._file_is_there()
+    def why(self) -> str | None:
+        """What asked this rank, in words."""
+        if self._signal is None and self.stop_file and ranks.is_first() and self.stop_file.exists():
+            return f"the file {self.stop_file}"
+        return self._signal
 
     @property
-    def why(self) -> str:
-        """What asked, in words, as far as this rank knows."""
-        file = f"the file {self.stop_file}" if self._file_is_there() else "another rank"
-        return self._signal or file
-
-    def _file_is_there(self) -> bool:
-        return self.stop_file is not None and ranks.is_first() and self.stop_file.exists()
+    def asked(self) -> bool:
+        """Whether this rank knows of a request."""
+        return self.why is not None
 
     @contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
         """While training runs, signals are requests; before and after they do what they always do.
 
-        Args:
-            folder: the run's, whose `stopped.json` of an earlier stop goes.
+        The run's `stopped.json` of an earlier stop goes.
         """
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
@@ -95,6 +93,11 @@ class StopRequest:
             os.write(2, b"\nasked to stop: a checkpoint is saved after this step\n")
         self._signal = signal.Signals(number).name
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it may take longer than there is
+
     def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
         """End a run that was stopped before its last step; every rank calls it.
 
@@ -103,11 +106,8 @@ class StopRequest:
         """
         if not self.agreed or state.global_step >= state.max_steps:
             return
-        why = ranks.gather(self.why)
-        stopped = Stopped(
-            next((w for w in why if w != "another rank"), why[0]),
-            folder / f"checkpoint-{state.global_step}",
-        )
+        why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone
+        stopped = Stopped(why, folder / f"checkpoint-{state.global_step}")
         if ranks.is_first():
             record = {"step": state.global_step, "of": state.max_steps, "why": stopped.why}
             (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -118,21 +118,3 @@ class StopRequest:
             print(f"\n{stopped}", flush=True)
         ranks.wait()  # a launcher may kill the other ranks as soon as one has left
         raise stopped
-
-
-class StopAtStep(TrainerCallback):
-    """Ends the Trainer's loop after the step in which the ranks agreed, with a checkpoint."""
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if self.request.agreed:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False  # it may take longer than there is

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,45 +27,24 @@ if TYPE_CHECKING:
     from ldistill.models.pair import Pair
     from ldistill.recipe import Recipe
 
-FOLDER = "eval"
 FAILED = "failed"
 
 
+@dataclass
 class SuiteEvaluator:
-    """A suite on the weights of a running training.
+    """A suite on the weights of a running training; every rank must call it.
 
-    Args:
-        suite: name of the suite.
-        base: folder of the student the training began from.
-        folder: of the run; results go to ``eval/step-N`` below it.
-        device: of the training: the evaluation runs on the first rank's.
-        limit: documents of every task, or None for all.
-        batch_size: requests per forward, or None for the suite's own.
-        options: of the lmms-eval model.
-        give_up: asked again and again while an evaluation runs: whether to end it.
-
-    Raises:
-        ValueError: the suite cannot run here (unknown, lmms-eval or Java missing).
+    asked:    what is evaluated; results go to ``step-N`` below its folder.
+    base:     folder of the student the training began from.
+    give_up:  asked again and again while an evaluation runs: whether to end it.
     """
 
-    def __init__(
-        self,
-        suite: str,
-        base: Path,
-        folder: Path,
-        device: torch.device,
-        limit: int | None = None,
-        batch_size: int | None = None,
-        options: Mapping[str, Any] | None = None,
-        give_up: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.suite, self.base, self.folder = suite, base, folder / FOLDER
-        self.device, self.limit, self.batch_size = device, limit, batch_size
-        self.options, self.give_up = dict(options or {}), give_up
-        check(self._asked(0))
+    asked: Evaluation
+    base: Path
+    give_up: Callable[[], bool] = lambda: False
 
     def __call__(self, step: int, updates: WeightUpdates) -> dict[str, float]:
-        """Scores by row and by group, on every rank. Every rank must call it.
+        """Scores by row and by group, on every rank.
 
         Args:
             step: of the training.
@@ -72,27 +52,16 @@ class SuiteEvaluator:
         """
         return ranks.from_first(lambda: self._evaluate(step, updates))
 
-    def _asked(self, step: int) -> Evaluation:
-        out = self.folder / f"step-{step}"
-        return Evaluation(
-            student=str(out / "student"),
-            out=out,
-            suite=self.suite,
-            limit=self.limit,
-            batch_size=self.batch_size,
-            options=self.options,
-            processes=1,
-            environment={"CUDA_VISIBLE_DEVICES": visible_device(self.device)},
-        )
-
     def _evaluate(self, step: int, updates: WeightUpdates) -> dict[str, float]:
-        asked = self._asked(step)
-        shutil.rmtree(asked.out, ignore_errors=True)  # of a run that was resumed before this step
+        out = self.asked.out / f"step-{step}"
+        student = out / "student"
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was resumed before this step
         try:
-            export_like(self.base, updates, Path(asked.student))
-            if self.device.type == "cuda":
+            export_like(self.base, updates, student)
+            if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()  # what the allocator only keeps, the other process can use
-            with telling(f"evaluating step {step} on suite {self.suite}"):
+            with telling(f"evaluating step {step} on suite {self.asked.suite}"):
+                asked = replace(self.asked, student=str(student), out=out)
                 result = evaluate(asked, self.give_up)
         except InterruptedError:
             print(f"the evaluation of step {step} was given up: the run is to stop", flush=True)
@@ -101,9 +70,9 @@ class SuiteEvaluator:
             print(f"the evaluation of step {step} failed, training goes on: {error}", flush=True)
             return {FAILED: 1.0}
         finally:
-            shutil.rmtree(asked.student, ignore_errors=True)
+            shutil.rmtree(student, ignore_errors=True)
         means = ", ".join(f"{group} {value:.3f}" for group, value in result["groups"].items())
-        print(f"step {step}: {means}  ({asked.out})", flush=True)
+        print(f"step {step}: {means}  ({out})", flush=True)
         return {key: score["value"] for key, score in result["scores"].items()} | result["groups"]
 
 
@@ -119,25 +88,25 @@ def visible_device(device: torch.device) -> str:
 def evaluator_of(
     recipe: Recipe, pair: Pair, folder: Path, give_up: Callable[[], bool]
 ) -> SuiteEvaluator | None:
-    """What a recipe's ``eval_suite`` and ``eval_steps`` ask for.
+    """What a recipe's ``eval_suite`` and ``eval_steps`` ask for, on the first rank's device.
 
     Raises:
-        ValueError: the suite cannot run here.
+        ValueError: the suite cannot run here (unknown, lmms-eval or Java missing).
     """
-    args = recipe.training
-    if recipe.run.eval_suite is None:
+    args, suite = recipe.training, recipe.run.eval_suite
+    if suite is None:
         return None
     given = "per_device_eval_batch_size" in recipe.given
-    options: dict[str, Any] = {"tokenizer": recipe.pair.tokenizer}
-    if recipe.data.tiling:
-        options["tiling"] = True
-    return SuiteEvaluator(
-        recipe.run.eval_suite,
-        pair.student_folder,
-        folder,
-        args.device,
-        recipe.run.eval_limit,
-        args.per_device_eval_batch_size if given else None,
-        options,
-        give_up,
+    tiling = {"tiling": True} if recipe.data.tiling else {}
+    asked = Evaluation(
+        student=str(pair.student_folder),
+        out=folder / "eval",
+        suite=suite,
+        limit=recipe.run.eval_limit,
+        batch_size=args.per_device_eval_batch_size if given else None,
+        options={"tokenizer": recipe.pair.tokenizer} | tiling,
+        processes=1,
+        environment={"CUDA_VISIBLE_DEVICES": visible_device(args.device)},
     )
+    check(asked)
+    return SuiteEvaluator(asked, pair.student_folder, give_up)

@@ -75,25 +75,26 @@ class Validation:
         return set(of_sources(sums, self.weights))
 
 
+@dataclass
 class Best:
     """The best evaluation so far, as ``metrics.jsonl`` tells: a resumed run needs no other state.
 
-    Args:
-        file: ``metrics.jsonl``; rank 0 reads it.
-        metric: as logged.
-        greater: whether more of it is better.
+    file:     ``metrics.jsonl``; rank 0 reads it.
+    metric:   as logged.
+    greater:  whether more of it is better.
     """
 
-    def __init__(self, file: Path, metric: str, greater: bool) -> None:
-        self.file, self.metric, self.greater = file, metric, greater
+    file: Path
+    metric: str
+    greater: bool
 
     def find(self, last_step: int) -> tuple[int, float] | None:
         """Step and value of the best, the first of equals, up to a step; on rank 0."""
         records = [r for r in read_metrics(self.file) if self.metric in r]
-        records = [r for r in records if 0 < r["step"] <= last_step]  # 0 has no checkpoint
-        sign = -1 if self.greater else 1
-        best = min(records, key=lambda r: sign * r[self.metric], default=None)
-        return best and (int(best["step"]), best[self.metric])
+        values = {int(r["step"]): r[self.metric] for r in records}
+        found = [step for step in values if 0 < step <= last_step]  # 0 has no checkpoint
+        best = (max if self.greater else min)(found, key=values.__getitem__, default=None)
+        return None if best is None else (best, values[best])
 
 
 def open_validation(

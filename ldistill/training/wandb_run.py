@@ -6,28 +6,21 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.integrations import WandbCallback
-
-if TYPE_CHECKING:
-    from transformers import Trainer
 
 RUN_ID = "wandb_run_id"
 
 
-def keep_wandb_run(folder: Path, report_to: Sequence[str]) -> str | None:
+def keep_wandb_run(folder: Path, report_to: Sequence[str]) -> None:
     """Have wandb go on in the run whose id the run's folder keeps; made at the first start.
 
     `$WANDB_RUN_ID`, where set, is taken instead and kept. Call it on rank 0, before training.
-
-    Returns:
-        the id, or None where nothing is reported to wandb.
     """
     if "wandb" not in report_to:
-        return None
+        return
     file = folder / RUN_ID
     kept = file.read_text(encoding="utf-8").strip() if file.is_file() else None
     run_id = os.environ.get("WANDB_RUN_ID") or kept or secrets.token_hex(4)
@@ -35,7 +28,6 @@ def keep_wandb_run(folder: Path, report_to: Sequence[str]) -> str | None:
         file.write_text(run_id + "\n", encoding="utf-8")
     os.environ["WANDB_RUN_ID"] = run_id
     os.environ.setdefault("WANDB_RESUME", "allow")
-    return run_id
 
 
 class PatientWandb(WandbCallback):
@@ -63,14 +55,8 @@ class PatientWandb(WandbCallback):
         try:
             report(*args, **kwargs)
         except Exception as error:  # of its sockets or its own, whatever they are
-            _tell_lost(f"{type(error).__name__}: {error}")
+            _tell_lost(error)
             self._wandb = None
-
-
-def use_patient_wandb(trainer: Trainer) -> None:
-    """Put `PatientWandb` in the place of the Trainer's own callback, if it has one."""
-    if trainer.pop_callback(WandbCallback) is not None:
-        trainer.add_callback(PatientWandb)
 
 
 def close_wandb() -> None:
@@ -81,11 +67,9 @@ def close_wandb() -> None:
     try:
         wandb.finish()
     except Exception as error:
-        _tell_lost(f"{type(error).__name__}: {error}")
+        _tell_lost(error)
 
 
-@cache
-def _tell_lost(why: str) -> None:
-    """Once for every reason."""
-    told = f"wandb is lost ({why}); metrics.jsonl has every record."
+def _tell_lost(error: Exception) -> None:
+    told = f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl has every record."
     print(told, file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ from ldistill.checkpoint.logs import read_metrics
 from ldistill.data.index import ShardIndex
 from ldistill.data.order import Order
 from ldistill.train import main
-from ldistill.training.sample_log import SampleLog, read_samples
+from ldistill.training.callbacks import SampleLog, read_samples
 from ldistill.training.trainer import WEIGHTS, DistillTrainer
 
 

@@ -287,7 +287,7 @@ def test_frozen_is_frozen(world):
     }
     before = {name: p.detach().clone() for name, p in frozen.items()}
     projector = pair.student.projector.proj.weight.detach().clone()
-    trainer = runs.build_trainer(recipe, pair, data, folder, None, recipe.training.device)
+    trainer = runs.build_trainer(recipe, pair, data, folder, None)
     trainer.train()
     assert all(torch.equal(p, before[name]) for name, p in frozen.items())
     assert all(p.grad is None for p in frozen.values())

@@ -20,7 +20,7 @@ from ldistill.data.loader import make_loader
 from ldistill.data.order import Order
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 from ldistill.train import main
-from ldistill.training.sample_log import read_samples
+from ldistill.training.callbacks import read_samples
 
 STEPS = 6
 

@@ -60,7 +60,7 @@ def _backward(
     grad_k, grad_v, out, lse, needs, scale, window, softcap, triton,
 ):  # fmt: skip
     if triton:
-        from ldistill_kernels.shared_kv_attention.triton_bwd import attention_backward
+        from ldistill_kernels.shared_kv_attention.launch_bwd import attention_backward
 
         return attention_backward(
             grad_out, grad_lse, q, k, v, batch, start, position, visible, k2, v2, start2, end2,

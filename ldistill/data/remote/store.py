@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, get_args
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from ldistill.data.remote.reader import ObjectChanged, Refused, RemoteReader, Re
 from ldistill.sources import known_sources
 
 Reads = Literal["auto", "whole", "ranged"]
-READS = get_args(Reads)
 
 
 @dataclass(frozen=True)

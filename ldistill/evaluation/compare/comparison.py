@@ -47,10 +47,8 @@ class Comparison:
     table: ScoreTable
     matches: tuple[Match, ...]
     paired: tuple[PairedRow, ...]
-    ocrbench: Mapping[str, Mapping[str, ocrbench.Count]]
-    """Variant → sub-task → count."""
-    data: Mapping[str, TaskData]
-    """Task → its documents, of the tasks that have pairs."""
+    ocrbench: Mapping[str, Mapping[str, ocrbench.Count]]  # variant → sub-task → count
+    data: Mapping[str, TaskData]  # task → its documents, of the tasks that have pairs
     notes: tuple[str, ...]
 
 
@@ -118,13 +116,9 @@ def compare(
     read_pictures: bool = True,
     missing: Sequence[str] = (),
 ) -> Comparison:
-    """Compare variants on some rows.
+    """Compare variants on some rows, each with the baseline: see `choose_rows`, `choose_roles`.
 
     Args:
-        variants: of `read_variants`.
-        chosen: of `choose_rows`.
-        baseline: of `choose_roles`: the variant that others are compared with.
-        original: of `choose_roles`: the variant before training.
         read_pictures: let tesseract read pictures, where failure modes are looked for.
         missing: sentences on what was asked for and has no results.
     """
@@ -227,27 +221,14 @@ def _ocrbench(
     row = next((row for row in chosen if row.task == ocrbench.TASK), None)
     for variant in variants if row else ():
         name, result = variant.name, variant.tasks.get(ocrbench.TASK)
-        samples = result.samples(row.filter) if result else {}
-        if not samples:
+        if samples := result.samples(row.filter) if result else {}:
+            try:
+                counts[name] = ocrbench.count(samples.values())
+            except ValueError as error:
+                notes.append(f"{error} {name}'s sub-tasks are missing.")
+        else:
             what = "results" if result is None else "samples"
             notes.append(f"OCRBench: {name} has no {what}: its sub-tasks are missing.")
-            continue
-        try:
-            counts[name] = ocrbench.count(samples.values())
-        except ValueError as error:
-            notes.append(f"{error} {name}'s sub-tasks are missing.")
-            continue
-        whole, told = ocrbench.total(counts[name]), result.scores.get(row.key)
-        if not ocrbench.complete(counts[name]):
-            notes.append(
-                f"OCRBench: {name} has {whole.of:,} of the 1,000 samples; sub-tasks show right "
-                "answers out of the samples there are."
-            )
-        elif told is not None and abs(told * 1000 - whole.right) > 0.5:
-            notes.append(
-                f"OCRBench: {name}'s samples add up to {whole.right:g}, its results file says "
-                f"{told * 1000:g}: are they of one evaluation?"
-            )
     return counts, notes
 
 

@@ -12,11 +12,10 @@ shortened    *number cut*: fewer decimals, cut off or rounded (5.04 → 5)
 elsewhere    the answer is text of the picture, but not the text that was asked for
 shortened    *reworded*: half of the words or more are shared, and the picture does not say it so
 
-Near is an edit distance (a swap of neighbours counts 1) of at most half the expected length. Words
-are compared without case; tokens are words and numbers. With several accepted answers the nearest
-counts. What no rule takes is ``other``, or ``undecided`` where only the unknown text of the picture
-could tell. The rules count, they don't explain: a misread 13.40 that also stands on the receipt is
-``elsewhere``.
+Near is an edit distance (a swap of neighbours counts 1) of at most half the expected length. With
+several accepted answers the nearest counts. What no rule takes is ``other``, or ``undecided`` where
+only the unknown text of the picture could tell. The rules count, they don't explain: a misread
+13.40 that also stands on the receipt is ``elsewhere``.
 """
 
 from __future__ import annotations

@@ -78,11 +78,6 @@ def total(counts: Mapping[str, Count]) -> Count:
     return Count(sum(c.right for c in counts.values()), sum(c.of for c in counts.values()))
 
 
-def complete(counts: Mapping[str, Count]) -> bool:
-    """Whether these are all 1000 samples."""
-    return {kind: c.of for kind, c in counts.items()} == SIZES
-
-
 def limited_score(result: TaskResult) -> float | None:
     """Share of right answers where a limit was set, of which lmms-eval makes thousandths.
 

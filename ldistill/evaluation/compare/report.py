@@ -4,34 +4,118 @@ report.md          everything, for people          comparison.json   everything,
 scores.csv         the table of scores             table.tex         the same for LaTeX (booktabs)
 paired.csv         won, lost, p by task, category  recovery.png      share recovered by group
 ocrbench.csv       ten sub-tasks                   failures.html     won and lost samples, pictures
+
+The page of won and lost samples opens from disk and needs nothing else. Its template is
+``failures.html``; data go into it as JSON, pictures as data URIs. Filters (variant, task, won or
+lost, mode, a search) stand in the address: ``failures.html#mode=elsewhere&task=...``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ldistill.evaluation.compare import ocrbench
-from ldistill.evaluation.compare.comparison import Comparison, PairedRow, unlike_samples
-from ldistill.evaluation.compare.examples import LOST, WON, Examples, write_page
-from ldistill.evaluation.compare.failure_modes import MODES
-from ldistill.evaluation.compare.recovery import plot_recovery, recovery, recovery_markdown
-from ldistill.evaluation.compare.tables import MISSING, csv_text, markdown_table
+from ldistill.evaluation.compare.comparison import Comparison, unlike_samples
+from ldistill.evaluation.compare.failure_modes import MODES, Lexicon, accepted_answers, judge
+from ldistill.evaluation.compare.results import Sample
+from ldistill.evaluation.compare.samples import sample_categories
+from ldistill.evaluation.compare.tables import (
+    MISSING,
+    csv_text,
+    markdown_table,
+    plot_recovery,
+    recovery,
+    recovery_markdown,
+)
+from ldistill.evaluation.compare.task_data import inline_picture
+from ldistill.evaluation.suites import READING, Row
+
+WON, LOST = "won", "lost"
+_GENERATED = "generate_until"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All judged samples, with the counts the report shows."""
+
+    found: tuple[tuple[Sample, Mapping[str, Any]], ...]
+    """The baseline's sample, and what the page says of how one of the two got it wrong."""
+    looked_at: tuple[Row, ...]
+    notes: tuple[str, ...]
+    counts: Mapping[tuple[str, str, str], Counter[str]]
+    """(variant, row id, won or lost) → mode → samples."""
+
+
+def find_examples(
+    comparison: Comparison,
+    lexicon: Lexicon | None,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> Examples:
+    """Judge every won and lost sample of tasks whose generated answers are read in pictures.
+
+    On a *lost* sample the baseline scores higher and the variant's answer is judged, on a *won* one
+    the baseline's. Without a lexicon the first mode is left out; ``progress`` wraps the samples.
+    """
+    results = {v.name: v.tasks for v in comparison.variants}
+    matches = [
+        m
+        for m in comparison.matches
+        if m.pairs
+        and m.row.group in READING
+        and results[m.variant][m.row.task].config.get("output_type", _GENERATED) == _GENERATED
+    ]
+    base = results.get(str(comparison.table.baseline), {})
+    every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
+    outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
+    counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
+    found = []
+    work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
+    for m, pair in progress(work):
+        outcome = LOST if pair.after < pair.before else WON
+        wrong = pair.variant if outcome == LOST else pair.baseline
+        data, sample, others = comparison.data[m.row.task], pair.baseline, every[m.row]
+        accepted = accepted_answers(sample.target)
+        verdict = judge(wrong.answer, accepted, partial(data.text, sample, others), lexicon)
+        shown = {
+            "variant": m.variant,
+            "task": m.row.name,
+            "category": ", ".join(sample_categories(sample, m.row)),
+            "outcome": outcome,
+            "mode": verdict.mode,
+            "rule": verdict.rule,
+            "reason": verdict.reason,
+            "doc_id": sample.doc_id,
+            "question": sample.question,
+            "expected": " | ".join(accepted),
+            "baseline_answer": sample.answer,
+            "variant_answer": pair.variant.answer,
+            "picture": f"{m.row.task}/{sample.doc_id}",
+        }
+        found.append((sample, shown))
+        counts[m.variant, m.row.id, outcome][verdict.mode] += 1
+    notes, rows = [], tuple(dict.fromkeys(m.row for m in matches))
+    if lexicon is None:
+        notes.append(
+            'Mode "corrected" is missing: it needs a list of words (pip install pyspellchecker, '
+            "or --words FILE)."
+        )
+    for row, data in ((row, comparison.data[row.task]) for row in rows):
+        if data.documents is None:
+            notes.append(f"{row.name}: pictures and their text are missing: {data.reason}.")
+    return Examples(tuple(found), rows, tuple(notes), counts)
 
 
 def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25) -> list[Path]:
-    """Write the report; files of an earlier one in ``out`` are replaced or removed.
+    """Write the report, at most so many examples of a kind; returns the files written.
 
-    Args:
-        comparison, examples: of ``compare.compare`` and ``examples.find_examples``.
-        out: made if need be.
-        most: examples on the page of each variant, task, outcome and mode.
-
-    Returns:
-        The files written.
+    ``out`` is made if need be; files of an earlier report there are replaced or removed.
     """
     out.mkdir(parents=True, exist_ok=True)
     picture, page = out / "recovery.png", out / "failures.html"
@@ -39,14 +123,14 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
         path.unlink(missing_ok=True)
     drawn = _has_roles(comparison) and plot_recovery(comparison.table, picture)
     if examples.looked_at:
-        write_page(page, comparison, examples, most)
-    plain = json.dumps(_plain(comparison, examples), indent=2, ensure_ascii=False)
-    paired = paired_csv(comparison.paired) if comparison.paired else None
+        _write_page(page, comparison, examples, most)
+    plain = _plain(comparison, examples)
+    paired = _paired_csv(comparison) if comparison.paired else None
     parts = csv_text(*_ocrbench_lines(comparison)) if comparison.ocrbench else None
     written = []
     for name, text in (
         ("report.md", markdown(comparison, examples, drawn)),
-        ("comparison.json", plain),
+        ("comparison.json", json.dumps(plain, indent=2, ensure_ascii=False, default=asdict)),
         ("scores.csv", comparison.table.csv()),
         ("table.tex", comparison.table.latex()),
         ("paired.csv", paired),
@@ -120,11 +204,11 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def paired_csv(lines: Sequence[PairedRow]) -> str:
-    """Won and lost, one line per variant, task and category (empty: all of the task)."""
+def _paired_csv(comparison: Comparison) -> str:
+    """One line per variant, task and category (empty: all of the task)."""
     head = "variant task metric category samples baseline score difference low high won lost p"
     body = []
-    for p in lines:
+    for p in comparison.paired:
         r = p.result
         numbers = [f"{n:.6g}" for n in (r.baseline, r.variant, r.difference, r.low, r.high)]
         before = [p.variant, p.row.task, p.row.metric, p.category or "", r.samples]
@@ -195,24 +279,18 @@ def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
 
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
-    """Everything as JSON types."""
+    """Everything; what is no JSON type is a dataclass."""
     table, roles = comparison.table, _has_roles(comparison)
-    shares = recovery(table) if roles else {}
+    cells = {v: {row.id: table.cell(v, row) for row in table.rows} for v in table.variants}
+    models = {v.name: {"folder": str(v.folder), "model": v.model} for v in comparison.variants}
     return {
         "baseline": table.baseline,
         "original": table.original,
-        "variants": {
-            v.name: {"folder": str(v.folder), "model": v.model} for v in comparison.variants
-        },
+        "variants": models,
         "rows": [{"id": r.id, **asdict(r)} for r in table.rows],
-        "scores": {
-            v: {row.id: asdict(cell) for row in table.rows if (cell := table.cell(v, row))}
-            for v in table.variants
-        },
+        "scores": {v: {row: cell for row, cell in own.items() if cell} for v, own in cells.items()},
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
-        "recovered": {
-            v: {group: asdict(share) for group, share in of.items()} for v, of in shares.items()
-        },
+        "recovered": recovery(table) if roles else {},
         "recovered_notes": unlike_samples(comparison.variants, table) if roles else [],
         "paired": [
             {"variant": p.variant, "row": p.row.id, "category": p.category}
@@ -220,10 +298,7 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
             | {"difference": p.result.difference}
             for p in comparison.paired
         ],
-        "ocrbench": {
-            v: {kind: asdict(c) for kind, c in counts.items()}
-            for v, counts in comparison.ocrbench.items()
-        },
+        "ocrbench": comparison.ocrbench,
         "failure_modes": [
             {"variant": v, "row": row, "outcome": outcome, **counts}
             for (v, row, outcome), counts in examples.counts.items()
@@ -235,8 +310,47 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
 def headline(comparison: Comparison, examples: Examples, files: Sequence[Path]) -> str:
     """What the terminal shows: notes, counts of lost samples, and where everything is."""
     lines = [f"note: {note}" for note in (*comparison.notes, *examples.notes)]
-    if examples.looked_at:
-        for outcome in (LOST, WON):
-            total = sum(example.outcome == outcome for example in examples.found)
-            lines.append(f"reading samples {outcome}: {total:,}")
+    for outcome in (LOST, WON) if examples.looked_at else ():
+        total = sum(own.total() for key, own in examples.counts.items() if key[2] == outcome)
+        lines.append(f"reading samples {outcome}: {total:,}")
     return "\n".join([*lines, *map(str, files)])
+
+
+def _write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
+    """Write the page: at most ``most`` of each variant, task, outcome and mode, in sample order."""
+    seen: Counter[tuple] = Counter()
+    listed, bare = [], {}
+    pictures: dict[str, list[str]] = {}  # of task/document, as data URIs
+    for sample, shown in examples.found:
+        key = tuple(shown[part] for part in ("variant", "task", "outcome", "mode"))
+        seen[key] += 1
+        if seen[key] > most:
+            continue
+        listed.append(shown)
+        task, _, _ = (document := shown["picture"]).rpartition("/")
+        bare[shown["task"]] = comparison.data[task].reason or "none in its data"
+        if document not in pictures:
+            encoded = comparison.data[task].pictures(sample)
+            pictures[document] = [uri for p in encoded if (uri := inline_picture(p))]
+    baseline, found = comparison.table.baseline, len(examples.found)
+    count = f"all {found:,}" if found == len(listed) else f"{len(listed):,} of {found:,}"
+    data = {
+        "title": f"Samples won and lost against {baseline}",
+        "lead": (
+            f"Listed are {count} samples of reading tasks on which a variant and {baseline} score "
+            "differently. On a lost sample the variant's answer is judged, on a won one the "
+            "baseline's."
+        ),
+        "baseline": baseline,
+        "variants": list(dict.fromkeys(shown["variant"] for shown in listed)),
+        "tasks": list(dict.fromkeys(shown["task"] for shown in listed)),
+        "modes": MODES,
+        "notes": examples.notes,
+        "bare": bare,
+        "pictures": pictures,
+        "examples": listed,
+    }
+    template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
+    # No text of a sample can end the script element that the data stand in.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    path.write_text(template.replace("__DATA__", text), encoding="utf-8")

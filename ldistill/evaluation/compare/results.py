@@ -30,6 +30,7 @@ _NAME = re.compile(rf"\d{{8}}_\d{{6}}{re.escape(_RESULTS)}")
 _STEP = re.compile(r"(?:eval/)?step-(\d+)/")
 _NOT_METRICS = {"doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media", "resps"}
 _NOT_METRICS |= {"filtered_resps", "token_counts"}
+_ERRORS = ("_stderr", "_stderr_clt", "_stderr_clustered")
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
 Record = tuple[Path, dict[str, Any]]
@@ -52,16 +53,11 @@ class TaskResult:
     """One task of one variant; samples are read when asked for."""
 
     task: str
-    scores: Mapping[str, Any]
-    """``metric,filter`` → number, as lmms-eval aggregated it."""
-    config: Mapping[str, Any]
-    """The task's configuration: data set, split, output type."""
-    expected: int | None
-    """Documents that were to be answered."""
-    available: int | None
-    """Documents the task has."""
-    path: Path
-    """The results file."""
+    scores: Mapping[str, Any]  # `metric,filter` → number, as lmms-eval aggregated it
+    config: Mapping[str, Any]  # of the task: data set, split, output type
+    expected: int | None  # documents that were to be answered
+    available: int | None  # documents the task has
+    path: Path  # the results file
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
     model_args: Mapping[str, str] = field(default_factory=dict)
     """Arguments of the lmms-eval model: ``pretrained``, ``dtype``, ``tiling``, ..."""
@@ -95,23 +91,16 @@ class TaskResult:
         text = self.samples_path.read_text("utf-8") if self.samples_path.is_file() else ""
         for line in filter(str.strip, text.split("\n")):
             try:
-                sample = _sample(json.loads(line))
+                record = json.loads(line)
+                asked, doc_id = record.get("input", ""), int(record["doc_id"])
+                asked = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
+                answer, target = _answer(record["filtered_resps"]), str(record["target"])
             except (KeyError, TypeError, ValueError):
                 bad += 1
-            else:
-                found.setdefault(sample.doc_id, []).append(sample)
+                continue
+            metrics = {k: v for k, v in record.items() if k not in _NOT_METRICS}
+            found.setdefault(doc_id, []).append(Sample(doc_id, asked, target, answer, metrics))
         return found, bad
-
-
-def _sample(record: Mapping[str, Any]) -> Sample:
-    prompt = record.get("input", "")
-    return Sample(
-        doc_id=int(record["doc_id"]),
-        question=prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False),
-        target=str(record["target"]),
-        answer=_answer(record["filtered_resps"]),
-        metrics={k: v for k, v in record.items() if k not in _NOT_METRICS},
-    )
 
 
 def _answer(responses: Any) -> str:
@@ -157,23 +146,22 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
     """A task of a results file whose content is ``record``."""
     counts = record.get("n-samples", {}).get(task, {})
     arguments = str(record.get("config", {}).get("model_args") or "").split(",")
+    scores = {
+        key: float(value)
+        for key, value in record["results"][task].items()
+        if "," in key and not key.partition(",")[0].endswith(_ERRORS)
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
     return TaskResult(
-        task=task,
-        scores={k: float(v) for k, v in record["results"][task].items() if _is_score(k, v)},
-        config=record.get("configs", {}).get(task, {}),
-        expected=counts.get("effective"),
-        available=counts.get("original"),
-        path=path,
-        higher_is_better=record.get("higher_is_better", {}).get(task, {}),
-        model_args=dict(part.split("=", 1) for part in arguments if "=" in part),
+        task,
+        scores,
+        record.get("configs", {}).get(task, {}),
+        counts.get("effective"),
+        counts.get("original"),
+        path,
+        record.get("higher_is_better", {}).get(task, {}),
+        dict(part.split("=", 1) for part in arguments if "=" in part),
     )
-
-
-def _is_score(key: str, value: Any) -> bool:
-    metric, comma, _ = key.partition(",")
-    if not comma or metric.endswith(("_stderr", "_stderr_clt", "_stderr_clustered")):
-        return False
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def other_row(result: TaskResult) -> Row:
@@ -288,19 +276,20 @@ def _found(folder: Path) -> list[Record]:
 def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:
     """The variant whose results these are; None where they are of several models."""
     taken, notes = _of_run(folder, files)
-    if not taken and len({_model_of(record) for _, record in files}) > 1:
+    taken = taken or files
+    if taken is files and len({_model_of(record) for _, record in files}) > 1:
         return None
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
-    for path, record in taken or files:
+    for path, record in taken:
         found = {task: task_result(task, path, record) for task in tasks_of(record)}
         again |= found.keys() & tasks.keys()
         tasks |= found
     if again:
         listed = ", ".join(sorted(again))
         notes.append(f"{listed} evaluated more than once; the newest results are used.")
-    model = _model_of((taken or files)[-1][1])
-    return Variant(name, folder, model, tasks, tuple(f"{name}: {note}" for note in notes))
+    told = tuple(f"{name}: {note}" for note in notes)
+    return Variant(name, folder, _model_of(taken[-1][1]), tasks, told)
 
 
 def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]:
@@ -314,18 +303,19 @@ def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]
     for path, record in files:
         step = _STEP.match(path.relative_to(folder).as_posix())
         (steps.setdefault(int(step[1]), []) if step else outside).append((path, record))
-    students = {(p / "student").resolve() for p in ([folder, folder.parent] if steps else [folder])}
-    final = [
-        (path, record)
-        for path, record in files
-        if (model := _model_of(record)) and Path(model).expanduser().resolve() in students
-    ]
-    if steps and len({_model_of(record) for _, record in outside}) == 1:
-        final = final or outside
+    places = [folder, folder.parent] if steps else [folder]
+    students = {(place / "student").resolve() for place in places}
+
+    def own(record: dict[str, Any]) -> bool:
+        model = _model_of(record)
+        return bool(model) and Path(model).expanduser().resolve() in students
+
+    final = [(path, record) for path, record in files if own(record)]
+    if steps and not final and len({_model_of(record) for _, record in outside}) == 1:
+        final = outside
     if final and (left := len(files) - len(final)):
         note = f"results of {left} other evaluations in {folder} (steps in between) left aside."
         return final, [note]
     if steps and not outside and not final:
-        last = max(steps)
-        return steps[last], [f"evaluated during training, at step {last}."]
+        return steps[max(steps)], [f"evaluated during training, at step {max(steps)}."]
     return final, []

@@ -38,9 +38,6 @@ DRAWN_AT_ONCE = 1 << 20
 """Counts in memory while resampling: graded scores have as many distinct values as samples."""
 
 
-# ---- one sample ----
-
-
 def sample_score(sample: Sample, row: Row) -> float | None:
     """Score of one sample under a row's metric; None where the logs hold none."""
     value = sample.metrics.get(row.metric)
@@ -82,9 +79,6 @@ def document_categories(document: Mapping[str, Any], task: str) -> tuple[str, ..
         if any(values) and all(isinstance(v, str) for v in values):
             return tuple(values)
     return ()
-
-
-# ---- samples of two variants ----
 
 
 @dataclass(frozen=True)
@@ -164,24 +158,18 @@ def sentences(matches: Iterable[Match]) -> list[str]:
     return [f"{gap}: {', '.join(rows)}{ends[some]}" for (gap, some), rows in where.items()]
 
 
-# ---- won, lost, and whether that could be chance ----
-
-
 @dataclass(frozen=True)
 class Paired:
     """How a variant compares with the baseline on the samples both answered."""
 
     samples: int
-    baseline: float
-    """Mean score of the baseline."""
+    baseline: float  # mean score
     variant: float
     won: int
     lost: int
-    low: float
-    """Lower end of the 95% interval of ``difference``."""
+    low: float  # end of the 95% interval of `difference`
     high: float
-    p: float
-    """Two-sided p value of won against lost."""
+    p: float  # two-sided, of won against lost
 
     @property
     def difference(self) -> float:

@@ -1,13 +1,11 @@
 """The documents behind logged samples: their pictures, what stands in them, their categories.
 
-lmms-eval's logs hold neither documents nor pictures. They are taken from the task's data set as the
-results file names it, from local files or the data sets cache; nothing is ever downloaded. A
-document is only used when a text of it stands in the sample's prompt, so that a data set that was
-filtered or shuffled before evaluation cannot pass for the one that was evaluated.
+lmms-eval's logs hold neither. They are taken from the task's data set as the results file names it,
+from local files or the data sets cache; nothing is ever downloaded. A document only counts where a
+text of it stands in the sample's prompt: the data may have been filtered or shuffled before.
 
-The text in a picture comes from, in this order: a text column of the data (InfographicVQA has
-``ocr``), the `tesseract` program where it is installed, the answers to other questions about the
-same picture.
+The text in a picture comes from a text column of the data (InfographicVQA has ``ocr``), else from
+the `tesseract` program, else from the answers to other questions about the same picture.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -34,7 +31,6 @@ from ldistill.evaluation.compare.results import Sample, TaskResult
 TEXT_COLUMNS = ("ocr", "ocr_text", "ocr_tokens", "picture_text", "words")
 _PICTURE_IDS = (("image_url",), ("ucsf_document_id", "ucsf_document_page_no"), ("image_id",))
 _QUESTION_COLUMNS = ("question", "query", "prompt", "context")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _LOADER_KEYS = ("data_files", "data_dir", "revision", "cache_dir")
 
 
@@ -42,14 +38,9 @@ _LOADER_KEYS = ("data_files", "data_dir", "revision", "cache_dir")
 class TaskData:
     """The documents of one task, or the reason why they are not at hand."""
 
-    documents: Sequence[Mapping[str, Any]] | None
-    """Indexed by ``doc_id``; None when they could not be loaded."""
-    reason: str = ""
-    """Why not, as a clause."""
-    folder: Path = Path()
-    """Where picture files are looked for that the data names by relative path."""
-    read: bool = True
-    """Whether to read pictures with tesseract where the data holds no text."""
+    documents: Sequence[Mapping[str, Any]] | None  # by `doc_id`; None: they could not be loaded
+    reason: str = ""  # why not, as a clause
+    read: bool = True  # whether tesseract reads pictures where the data holds no text
 
     def document(self, sample: Sample) -> Mapping[str, Any] | None:
         """The document of a sample, whose question (or any text) must stand in its prompt."""
@@ -64,7 +55,7 @@ class TaskData:
     def pictures(self, sample: Sample) -> list[bytes]:
         """Encoded pictures of a sample's document; empty without any."""
         document = self.document(sample)
-        return [] if document is None else list(_pictures(document, self.folder))
+        return [] if document is None else list(_pictures(document))
 
     def text(self, sample: Sample, samples: Mapping[int, Sample]) -> PictureText:
         """What is known of the text in a sample's picture.
@@ -95,7 +86,7 @@ class TaskData:
             document = self.documents[doc_id]
             ids = ([document.get(column) for column in columns] for columns in _PICTURE_IDS)
             key = next(("\n".join(map(str, own)) for own in ids if not {None, ""} & {*own}), None)
-            if key is None and (picture := next(_pictures(document, self.folder), None)):
+            if key is None and (picture := next(_pictures(document), None)):
                 key = hashlib.sha1(picture).hexdigest()
             if key:
                 same.setdefault(key, []).append(doc_id)
@@ -109,38 +100,26 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
         result: of any variant.
         read: see `TaskData`.
     """
+    import datasets
+
     config = result.config
     path, name = config.get("dataset_path"), config.get("dataset_name")
     split = config.get("test_split") or config.get("validation_split")
     if not path or not split:
         return TaskData(None, "the results file names no data set", read=read)
     kwargs = config.get("dataset_kwargs") or {}
+    options = {key: kwargs[key] for key in _LOADER_KEYS if key in kwargs}
     try:
         with _offline():
-            documents = _load(path, name, split, kwargs)
+            documents = datasets.load_dataset(path, name, split=split, **options)
+        for column, feature in documents.features.items():
+            if isinstance(feature, datasets.Image):
+                documents = documents.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # whatever a loader raises, the comparison goes on without pictures
         line = (str(error).splitlines() or [""])[0]
         where = f"data set {path}{f' ({name})' if name else ''}, split {split},"
         return TaskData(None, f"{where} is not on this machine ({line})", read=read)
-    files = kwargs.get("data_files")
-    while isinstance(files, (Mapping, list)):
-        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
-    folder = Path(files).parent if isinstance(files, str) else Path()
-    return TaskData(documents, folder=folder, read=read)
-
-
-def _load(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
-    import datasets
-
-    if kwargs.get("load_from_disk"):
-        loaded = datasets.load_from_disk(path)[split]
-    else:
-        options = {key: kwargs[key] for key in _LOADER_KEYS if key in kwargs}
-        loaded = datasets.load_dataset(path, name, split=split, **options)
-    for column, feature in loaded.features.items():
-        if isinstance(feature, datasets.Image):
-            loaded = loaded.cast_column(column, datasets.Image(decode=False))
-    return loaded
+    return TaskData(documents, read=read)
 
 
 @contextmanager
@@ -158,22 +137,16 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
-def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
-    """Encoded pictures of its fields: bytes, pictures, data URIs, names of files."""
+def _pictures(document: Mapping[str, Any]) -> Iterator[bytes]:
+    """Encoded pictures of its fields."""
     fields = (value if isinstance(value, list) else [value] for value in document.values())
     for value in chain.from_iterable(fields):
-        name = value.get("path") if isinstance(value, Mapping) else value
-        if isinstance(value, Image.Image):
+        if isinstance(value, Image.Image):  # of a list of pictures
             encoded = io.BytesIO()
             value.save(encoded, "PNG")
             yield encoded.getvalue()
         elif isinstance(value, Mapping) and value.get("bytes"):
             yield value["bytes"]
-        elif isinstance(name, str) and name.startswith("data:image/"):
-            yield base64.b64decode(name.partition(",")[2])
-        elif isinstance(name, str) and name.lower().endswith(_PICTURES):
-            path = folder / name
-            yield from [path.read_bytes()] if path.is_file() else []
 
 
 def _texts(value: Any) -> Iterator[str]:

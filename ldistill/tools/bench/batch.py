@@ -104,8 +104,7 @@ def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
 def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int = 64) -> RowCounts:
     """Averages over so many packed rows of the mix, ``limit`` tokens each, without making them.
 
-    Raises:
-        ValueError: a row has no room for one document.
+    Raises ValueError: a row has no room for one document.
     """
     alphas = mix_weights(mix, 1.0, 1.0).alpha
     documents = list(_documents(image_tokens, rows, limit, 0))
@@ -125,8 +124,7 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
 def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> dict[str, Tensor]:
     """A packed batch as the collator makes it: rows of ``limit`` tokens, drawn from the seed.
 
-    Raises:
-        ValueError: a row has no room for one document.
+    Raises ValueError: a row has no room for one document.
     """
     rng, blank = np.random.default_rng(seed), shape.picture["pixel_values"]
     packs = [LoadedPack() for _ in range(rows)]

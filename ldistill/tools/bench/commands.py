@@ -11,19 +11,18 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from typer import Option
 
 from ldistill.sources import split_names
 
 app = typer.Typer(help="Measure time, throughput and memory.", no_args_is_help=True)
 
-MODES = "ce,naive,ours"
+MODES, STUDENT = "ce,naive,ours", "lusxvr/nanoVLM-460M-8k"
+WIDTH = 140  # of tables where there is no terminal
 LOADERS = "ours,ours-packed,webdataset,datasets"
 Attention = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 DType, Mix = Literal["bf16", "fp16", "fp32"], Literal["paper", "uniform"]
@@ -63,40 +62,35 @@ def step_command(
     modes: Annotated[str, Option(help=f"{MODES}, by commas.")] = MODES,
     memory: Annotated[bool, Option(help="Also measure peak memory.")] = True,
     compile: Annotated[bool, Option("--compile", help="Also time compiled blocks.")] = False,
-    checkpointing: Annotated[
-        bool, Option("--checkpointing", help="Recompute the decoder.")
-    ] = False,
+    checkpointing: Annotated[bool, Option("--checkpointing", help="Recompute.")] = False,
     plot: Annotated[Path | None, Option(help="Draw where the time goes into this PNG.")] = None,
 ) -> None:
     """One training step with random weights: labels alone, naive distillation, ours."""
     from ldistill.tools.bench import report, step
 
-    console, say = _console()
     chosen = _names(modes, MODES, "modes")
     sizes = (pair, rows, length, steps, warmup)
     how = (device, dtype, kernels, attention, mix, chosen, memory, compile, checkpointing)
     options = step.StepOptions(*sizes, *how).resolved()
-    say(str(options))
-    results = step.measure_step(options, say)
+    typer.echo(str(options))
+    results = step.measure_step(options, typer.echo)
     for table in report.step_tables(results):
-        console.print(table.rich())
+        table.print(WIDTH)
     for row in results:
         if gain := row["compile_gain"]:
-            say(f"{row['mode']}: {gain:.2f} × as fast as with eager blocks")
+            typer.echo(f"{row['mode']}: {gain:.2f} × as fast as with eager blocks")
     if plot:
         report.draw_profile(results, str(options), plot)
-        say(f"where the time goes: {plot}")
+        typer.echo(f"where the time goes: {plot}")
     if csv:
         report.append_csv(csv, results, ("ldistill", "torch", "transformers", "triton"))
-        say(f"rows appended to {csv}")
+        typer.echo(f"rows appended to {csv}")
 
 
 @app.command("data")
 def data_command(
     shards: Annotated[str, typer.Argument(help="Folder of shards; a URL for our own loader.")],
-    student: Annotated[
-        str, Option(help="What the shards were built for: a checkpoint, or a recipe's name.")
-    ] = "lusxvr/nanoVLM-460M-8k",
+    student: Annotated[str, Option(help="Built for: a checkpoint, or a recipe.")] = STUDENT,
     tokenizer: Annotated[str | None, Option(help="Default: the student's.")] = None,
     sources: Annotated[str | None, Option(help="a,b,c. Default: all.")] = None,
     workers: Annotated[str, Option(help="Numbers of workers, by commas.")] = "0,2,4,8",
@@ -113,30 +107,29 @@ def data_command(
     """Samples/s and memory of our loader, webdataset and datasets on the same shards."""
     from ldistill.tools.bench import data, report
 
-    console, say = _console()
-    how = {"loaders": _names(loaders, LOADERS, "loaders"), "seconds": seconds, "say": say}
+    how = {"loaders": _names(loaders, LOADERS, "loaders"), "seconds": seconds, "say": typer.echo}
     counts, factors = _numbers(workers, "workers"), _numbers(grow, "grow") if grow else ()
     sizes = {"batch": batch, "limit": max_length, "buffer": buffer}
     chosen = split_names(sources) if sources else None
     setup = data.open_setup(shards, student, tokenizer, chosen, **sizes)
     index, size = setup.index, sum(shard.bytes for shard in setup.index.shards) / 1e6
-    say(
+    typer.echo(
         f"{len(index):,} samples in {len(index.shards)} shards ({size:,.1f} MB), batches of "
         f"{batch}, {rounds} rounds of {seconds:g} s on {report.device_name('cpu')}"
     )
     results = data.bench_data(setup, workers=counts, rounds=rounds, **how)
-    console.print(report.speed_table(results).rich())
+    report.speed_table(results).print(WIDTH)
     if factors:
         growth = data.bench_growth(setup, factors=factors, **how)
-        console.print(report.growth_table(growth).rich())
+        report.growth_table(growth).print(WIDTH)
         if plot:
             report.draw_growth(growth, plot)
-            say(f"memory over samples: {plot}")
+            typer.echo(f"memory over samples: {plot}")
         results += growth
     if csv:
         rows = [row | {"seconds": seconds} for row in results]
         report.append_csv(csv, rows, ("ldistill", "torch", "webdataset", "datasets"))
-        say(f"rows appended to {csv}")
+        typer.echo(f"rows appended to {csv}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -149,9 +142,3 @@ def kernels(
     script = package / "benchmarks" / f"{which}.py"
     command = [sys.executable, str(script), *context.args]
     sys.exit(subprocess.run(command, check=False).returncode)
-
-
-def _console():
-    """A console as wide as its tables, and a function that says a line on it."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    return console, partial(console.print, highlight=False)

@@ -102,8 +102,7 @@ def _table(title: str, rows: list[Row], columns: Columns, left: tuple[int, ...] 
 def append_csv(path: Path, rows: list[Row], packages: tuple[str, ...]) -> None:
     """Add rows, all of the same columns, with the versions that they were measured with.
 
-    Raises:
-        ValueError: the file has other columns.
+    Raises ValueError: the file has other columns.
     """
     versions = environment()
     made_with = {"python": versions["python"]} | {p: versions["packages"][p] for p in packages}

@@ -83,8 +83,6 @@ class StepOptions:
     memory: bool = True
     compile: bool = False
     checkpointing: bool = False
-    alpha: float = 0.7
-    temperature: float = 4.0
 
     def __str__(self) -> str:
         return (
@@ -100,10 +98,9 @@ class StepOptions:
         return (*self.modes, *compiled)
 
     def resolved(self) -> StepOptions:
-        """With row length, rows, α and τ of the pair's recipe.
+        """With row length and rows of the pair's recipe.
 
-        Raises:
-            ValueError: unknown pair, or a device or attention that this machine has not.
+        Raises ValueError: unknown pair, or a device or attention that this machine has not.
         """
         pair = self.pair or DEFAULT_RECIPE
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,8 +108,7 @@ class StepOptions:
             raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
         if device == "cpu" and self.attention == "flex_attention":
             raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
-        recipe = load_recipe(recipe_of(pair) or MAIN_RECIPE)
-        rows = self.rows
+        recipe, rows = load_recipe(recipe_of(pair) or MAIN_RECIPE), self.rows
         if rows is None:
             whole = device == "cuda" or pair_shape(pair).student_weights < SMALL
             rows = recipe["per_device_train_batch_size"] if whole else 1
@@ -124,8 +120,6 @@ class StepOptions:
             device=device,
             dtype=self.dtype or ("bf16" if device == "cuda" else "fp32"),
             modes=tuple(mode for mode in MODES if mode in self.modes),
-            alpha=recipe["alpha"],
-            temperature=recipe["temperature"],
         )
 
 
@@ -139,7 +133,8 @@ class StepBench:
         torch.manual_seed(0)
         self.options, self.device = options, torch.device(options.device)
         self.shape, config = pair_shape(options.pair), pair_config(options.pair)
-        self.weights = mix_weights(options.mix, options.alpha, options.temperature)
+        recipe = load_recipe(recipe_of(options.pair) or MAIN_RECIPE)
+        self.weights = mix_weights(options.mix, recipe["alpha"], recipe["temperature"])
         self.labels_only = mix_weights(options.mix, 0.0, 1.0)
         teacher = None
         # weights are drawn where they run, so that the CPU never holds a copy
@@ -173,7 +168,6 @@ class StepBench:
         self.move_batch()
 
     def move_batch(self) -> None:
-        """The batch on the device."""
         self.batch = to_device(self.host_batch, self.device)
 
     def targets(self, mode: str) -> Any:
@@ -194,12 +188,10 @@ class StepBench:
         return self.distiller(self.batch, plan, count, mode.startswith("ours"))["loss"]
 
     def step(self, mode: str) -> None:
-        """Forward, backward, AdamW."""
         self.loss(mode).backward()
         self.update()
 
     def update(self) -> None:
-        """AdamW on the gradients there are."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -226,8 +218,7 @@ class StepBench:
 def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[Row]:
     """Time and memory of every mode; ``options`` are resolved, ``say`` is told what goes on.
 
-    Raises:
-        ValueError: a mode needs more memory than this machine has.
+    Raises ValueError: a mode needs more memory than this machine has.
     """
     if options.attention == "auto":
         with _within_memory("choosing the attention"):
@@ -333,13 +324,9 @@ def _row(bench: StepBench, mode: str, rounds: list[Times], memory: Times, rate: 
 
 def peak_memory(options: StepOptions, mode: str) -> float:
     """MiB at the peak of a step of one mode alone."""
-    if options.device == "cuda":
-        return _peak_on_gpu(options, mode)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(_growth_of_process, options, mode).result()
-
-
-def _peak_on_gpu(options: StepOptions, mode: str) -> float:
+    if options.device == "cpu":
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            return fresh.submit(_growth_of_process, options, mode).result()
     bench = StepBench(options, (mode,))
     bench.step(mode)
     torch.cuda.reset_peak_memory_stats(bench.device)

@@ -44,8 +44,7 @@ class Cluster:
     def of(cls, gpus: int, gpu: str = "H100", **given: float | None) -> Cluster:
         """So many GPUs of a card, 8 a node; fields that are given and not None replace its own.
 
-        Raises:
-            ValueError: no whole number of nodes.
+        Raises ValueError: no whole number of nodes.
         """
         card = CARDS[gpu]
         usual = {"per_node": min(gpus, 8), "memory": card.memory, "flops": card.flops}

@@ -1,6 +1,5 @@
-"""Token lengths by source: the columns of the paper's Table 5, and a histogram.
-
-    rows = source_stats(ShardIndex.load("shards/"), limit=1024); plot_lengths(index, path, 1024)
+"""`ldistill shards stats`: token lengths by source, as the paper's Table 5 has them, a histogram of
+them, and what a run would read of them in an epoch.
 
 Lengths are those of whole documents, template and image tokens included, because that is what
 counts against the limit; `text_only` leaves the image tokens out, as the paper's table does.
@@ -8,19 +7,19 @@ counts against the limit; `text_only` leaves the image tokens out, as the paper'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ldistill.data.index import ShardIndex
+from ldistill.data.order import Order
+from ldistill.tools.table import Table
 
 
-@dataclass(frozen=True)
-class SourceStats:
+class SourceStats(NamedTuple):
     """One line of the table; `over` is the share of documents above the limit."""
 
     source: str
@@ -46,35 +45,43 @@ def token_lengths(index: ShardIndex, number: int, text_only: bool = False) -> np
 def source_stats(index: ShardIndex, limit: int, text_only: bool = False) -> list[SourceStats]:
     """One line per source and, with several sources, one for all of them."""
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
-    lines = [
-        _line(source, category, values, limit)
-        for source, category, values in zip(index.sources, index.categories, lengths, strict=True)
-    ]
-    if len(lines) > 1:
-        lines.append(_line("all", "", np.concatenate(lengths), limit))
-    return lines
+    lines = [*zip(index.sources, index.categories, lengths, strict=True)]
+    lines += [("all", "", np.concatenate(lengths))] if len(lines) > 1 else []
+
+    def measured(found: np.ndarray) -> tuple[float, ...]:
+        middle, high = np.percentile(found, (50, 95))
+        return len(found), found.mean(), middle, high, found.max(), (found > limit).mean()
+
+    return [SourceStats(source, category, *measured(found)) for source, category, found in lines]
 
 
-def _line(source: str, category: str, lengths: np.ndarray, limit: int) -> SourceStats:
-    return SourceStats(
-        source=source,
-        category=category,
-        samples=len(lengths),
-        mean=float(lengths.mean()),
-        median=float(np.median(lengths)),
-        p95=float(np.percentile(lengths, 95)),
-        max=int(lengths.max()),
-        over=float((lengths > limit).mean()),
-    )
+def print_stats(index: ShardIndex, limit: int, text_only: bool) -> None:
+    """Token lengths, a line a source."""
+    lines = []
+    for source, category, samples, *sizes, over in source_stats(index, limit, text_only):
+        shown = (f"{size:.0f}" for size in sizes)
+        lines.append((source, category, f"{samples:,}", *shown, f"{over:.1%}"))
+    columns = ("Source", "Cat.", "Samples", "Mean", "Med.", "P95", "Max", f"%>{limit}")
+    Table("tokens per document", columns, lines, left=(0, 1)).print()
+
+
+def print_epoch(index: ShardIndex, limit: int, mix: str | None) -> None:
+    """Documents and tokens of an epoch, a line a source, and how well they pack."""
+    summary, lines = Order(index, limit=limit, mix=mix).summary(), []
+    for source, line in summary.sources.items():
+        counts = (f"{line[name]:,.0f}" for name in ("documents", "tokens"))
+        lines.append((source, f"{line['repeats']:.4g}", *counts, f"{line['share']:.1%}"))
+    columns = ("Source", "Repeats", "Documents", "Tokens", "% of tokens")
+    Table("an epoch", columns, lines).print()
+    print(f"at {limit} tokens: {summary}")
 
 
 def plot_lengths(index: ShardIndex, path: Path, limit: int, text_only: bool = False) -> None:
     """Save a histogram of document lengths by category, with the limit marked, as PNG."""
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
-    longest = max(int(values.max()) for values in lengths)
-    bins = np.geomspace(max(1, min(int(v.min()) for v in lengths)), longest + 1, 60)
+    every = np.concatenate(lengths)
+    bins = np.geomspace(max(1, every.min()), every.max() + 1, 60)
     figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for category in sorted(set(index.categories)):
         pairs = zip(index.categories, lengths, strict=True)

@@ -13,8 +13,12 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+from rich.progress import Progress
 
 from ldistill.common.images import check_image
 from ldistill.common.samples import BadImage
@@ -48,21 +52,28 @@ def verify_shards(
     index = ShardIndex.load(root, sources, reading)
     report = VerifyReport(len(index.sources), len(index.shards), len(index))
     report.problems += _damaged_tables(index) + _strays(index)
-    if workers > 1:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            checked = pool.map(_check_shard, [index] * len(index.shards), range(len(index.shards)))
-            _collect(report, index, checked, advance)
-    else:
-        checked = (_check_shard(index, number) for number in range(len(index.shards)))
-        _collect(report, index, checked, advance)
+    with ExitStack() as stack:
+        check = map
+        if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, mp_context=context)
+            check = stack.enter_context(pool).map
+        checked = check(partial(_check_shard, index), range(len(index.shards)))
+        for shard, problems in zip(index.shards, checked, strict=True):
+            report.problems += problems
+            advance(shard)
     return report
 
 
-def _collect(report: VerifyReport, index: ShardIndex, checked, advance) -> None:
-    for shard, problems in zip(index.shards, checked, strict=True):
-        report.problems += problems
-        advance(shard)
+def verify(
+    folder: str, sources: Sequence[str] | None, workers: int, reading: Reading
+) -> VerifyReport:
+    """Check every shard under a progress bar."""
+    size = sum(shard.bytes for shard in ShardIndex.load(folder, sources, reading).shards)
+    with Progress() as bar:
+        task = bar.add_task("verify", total=size)
+        told = lambda shard: bar.advance(task, shard.bytes)  # noqa: E731
+        return verify_shards(folder, sources, workers, told, reading)
 
 
 def _damaged_tables(index: ShardIndex) -> list[str]:

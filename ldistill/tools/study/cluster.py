@@ -44,8 +44,7 @@ class _Student(NamedTuple):
 def _students(of: ClusterStudy) -> list[_Student]:
     """The start and every run's student.
 
-    Raises:
-        ValueError: an arm made of another's, or whose budget must be measured; no shards.
+    Raises ValueError: an arm made of another's, or whose budget must be measured; no shards.
     """
     found = [_Student(of.study.start, of.study.shared["student"], of.out / of.study.start)]
     for arm in of.arms:
@@ -86,17 +85,11 @@ def _compare(of: ClusterStudy, students: Sequence[_Student]) -> str:
 
 
 def submit(of: ClusterStudy) -> Iterator[str]:
-    """Submit what `commands` prints, as jobs that wait for one another.
+    """Submit what `commands` prints, as jobs that wait for one another; gives a line on each.
 
-    The start and every arm are evaluated, each arm once its training is done; the comparison runs
-    when all of that is over, with the arms that got there.
-
-    Yields:
-        A line on each job.
-
-    Raises:
-        FileNotFoundError: no `sbatch`, or no job scripts here.
-        ValueError: SLURM refused a job, or an arm cannot be a job.
+    Each arm is evaluated once its training is done; the comparison runs when all of that is over,
+    with the arms that got there. Raises FileNotFoundError without `sbatch` or job scripts here,
+    ValueError where SLURM refuses a job, or an arm cannot be one.
     """
     students, evaluated = _students(of), []
     for one in students:

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import yaml
 
@@ -23,7 +23,7 @@ from ldistill.common.errors import did_you_mean
 from ldistill.evaluation.suites import Row, suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
-Launch = Literal["here", "commands"]
+Grid = Mapping[str, Sequence[Any] | None]  # field → values
 BUDGETS = ("steps", "tokens", "flops")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -32,21 +32,18 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 class Merge:
     """An arm that averages a decoder with the LM instead of training; see `ldistill merge`."""
 
-    of: str
-    """The arm whose student it is, or the study's `start`."""
+    of: str  # the arm whose student it is, or the study's `start`
     weight: float | str = 0.5
     layers: str | None = None
 
 
 @dataclass(frozen=True)
 class Command:
-    """An arm that another program makes of an arm's student."""
+    """An arm that another program makes of an arm's student; its words have {student}, {lm},
+    {seed}, {out} (where a student's folder shall be) and {FIELD}s of the arm's grid filled in."""
 
-    of: str
-    """The arm, or the study's `start`."""
+    of: str  # the arm whose student it is, or the study's `start`
     run: str
-    """With {student}, {lm}, {seed}, {out} (where a student's folder shall be) and {FIELD}s of the
-    arm's grid, filled in."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,11 @@ class Arm:
     """One way to get a student from the start."""
 
     name: str
-    recipe: str | None = None
-    """A shipped recipe whose differences from the shared fields it has."""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of the recipe."""
+    recipe: str | None = None  # a shipped one, whose differences from the shared fields it has
+    fields: Mapping[str, Any] = field(default_factory=dict)  # further ones of the recipe
     merge: Merge | None = None
     command: Command | None = None
-    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
-    """Field → values, over the study's grid; None takes a field out of that."""
+    grid: Grid = field(default_factory=dict)  # over the study's; None takes a field out of that
     budget: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
@@ -101,34 +95,29 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says; see this module's text."""
+    """What a study file says: docs/study.md.
+
+    ``fields``, ``budget`` and ``grid`` are of every arm that trains; an arm's own come over them.
+    """
 
     arms: tuple[Arm, ...]
-    baseline: str
-    """The arm that the others are compared with."""
+    baseline: str  # the arm that the others are compared with
     title: str = "The study"
-    main: str = ""
-    """The arm that the study is about: marked in pictures."""
-    start: str = "adapted"
-    """What the report calls the student before training."""
-    launch: Launch = "here"
-    """commands: it is printed, or submitted to SLURM, instead of run here."""
+    main: str = ""  # the arm that the study is about: marked in pictures
+    start: str = "adapted"  # what the report calls the student before training
+    launch: str = "here"  # commands: it is printed, or submitted to SLURM, instead of run here
     recipe: str | None = None
     suite: str | None = None
     tasks: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     items_per_task: int | None = None
-    measure: str = ""
-    """A command for scores that no task has: of {student}, to {out}, a JSON of task → document →
-    score, more being better."""
-    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Name → groups of the suite or tasks; the picture shows `reading` and `language`."""
+    measure: str = ""  # a command: {student} to {out}, a JSON of task → document → score
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the suite, or tasks
     seeds: int = 3
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Of every arm that trains, as `budget` and `grid`; an arm's own come over them."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    validation: float = 0.0
+    grid: Grid = field(default_factory=dict)
+    validation: float = 0.0  # share of the documents that choose among the settings
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -155,8 +144,7 @@ def filled(command: str, **values: Any) -> list[str]:
 def load_study(name: str, **given: Any) -> Study:
     """A shipped study, or a file's; fields that are given and not None come over its own.
 
-    Raises:
-        ValueError: no such study, or something in it that cannot be: what and where.
+    Raises ValueError: no such study, or something in it that cannot be: what and where.
     """
     shipped = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
     path = shipped.get(name, Path(name))
@@ -204,8 +192,8 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
 def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
-    if study.launch not in get_args(Launch):
-        yield f"launch must be one of {', '.join(get_args(Launch))}, got {study.launch!r}."
+    if study.launch not in ("here", "commands"):
+        yield f"launch must be one of here, commands, got {study.launch!r}."
     for role in ("baseline", "main"):
         if (name := getattr(study, role)) and name not in names:
             yield f"{role} {name!r} is no arm; there are: {', '.join(names)}."

@@ -45,35 +45,32 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(decoder, dtype="float32")
         # Both must speak of the same tokens; the student's own ones come back in the merge.
         model.resize_token_embeddings(teacher.config.vocab_size)
+        settings = DistillationConfig(
+            output_dir=made,
+            beta=1.0,  # reverse KL, over answers that are the student's own
+            max_completion_length=asked.length,
+            max_steps=asked.steps,
+            per_device_train_batch_size=asked.batch,
+            learning_rate=asked.rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            seed=asked.seed,
+            bf16=False,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=10,
+        )
         trainer = DistillationTrainer(
             model=model,
             teacher_model=teacher,
-            args=_settings(asked, Path(made)),
+            args=settings,
             train_dataset=_prompts(asked.prompts),
             processing_class=AutoTokenizer.from_pretrained(decoder),
         )
         trainer.train()
         model.save_pretrained(trained)
         merge(asked.student, str(trained), {"1": Path(asked.out)})
-
-
-def _settings(asked: argparse.Namespace, folder: Path) -> DistillationConfig:
-    return DistillationConfig(
-        output_dir=str(folder),
-        beta=1.0,  # reverse KL, over answers that are the student's own
-        max_completion_length=asked.length,
-        max_steps=asked.steps,
-        per_device_train_batch_size=asked.batch,
-        learning_rate=asked.rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,
-        seed=asked.seed,
-        bf16=False,
-        disable_tqdm=True,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=10,
-    )
 
 
 def _prompts(path: str | None) -> Dataset:

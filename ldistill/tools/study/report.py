@@ -18,9 +18,13 @@ from matplotlib.figure import Figure
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
-from ldistill.evaluation.compare.recovery import recovery_markdown
 from ldistill.evaluation.compare.report import p_value
-from ldistill.evaluation.compare.tables import ScoreTable, markdown_table, score_table
+from ldistill.evaluation.compare.tables import (
+    ScoreTable,
+    markdown_table,
+    recovery_markdown,
+    score_table,
+)
 from ldistill.evaluation.suites import rows
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
@@ -33,19 +37,10 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def write_report(place: Workplace, problems: Sequence[str], out: Path, command: str) -> list[Path]:
-    """Everything there is to say about what is finished so far.
+    """Everything there is to say about what is finished so far; returns the files in ``out``.
 
-    Args:
-        place: study and folder.
-        problems: sentences on what is missing.
-        out: folder, made if need be.
-        command: what the reader types to get the same.
-
-    Returns:
-        The files written.
-
-    Raises:
-        ValueError: nothing was evaluated; with the first problem.
+    ``problems`` are sentences on what is missing, ``command`` is what one types to get the same.
+    Raises ValueError, with the first problem: nothing was evaluated.
     """
     study, finished = place.study, list(place.finished())
     chosen: dict[str, list[Run]] = {}
@@ -172,10 +167,11 @@ def _costs(results: Results) -> str:
     lines = []
     for name, of in results.items():
         setting = ", ".join(f"{key} {value}" for key, value in of["setting"].items()) or "its own"
-        took = of["cost"]
-        flops = f"{took['flops']:.2e}" if took["flops"] or not took["steps"] else "not logged"
-        numbers = [f"{took['steps']:,.0f}", f"{took['tokens']:,.0f}", flops]
-        lines.append([name, setting, *numbers, f"{took['seconds'] / 60:.1f}"])
+        steps, tokens, flops, seconds = of["cost"].values()
+        told = f"{flops:.2e}" if flops or not steps else "not logged"
+        lines.append(
+            [name, setting, f"{steps:,.0f}", f"{tokens:,.0f}", told, f"{seconds / 60:.1f}"]
+        )
     head = ["arm", "setting", "steps", "tokens", "FLOPs", "minutes"]
     return markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
 
@@ -188,8 +184,7 @@ def plot_trade_off(
 ) -> bool:
     """A point per arm with its deviation, the curve of its settings, and the Pareto front.
 
-    Returns:
-        False, and no file, without points.
+    Without points there is no file, and False.
     """
     along, up = _axes(study)
     points = {name: of for name, of in results.items() if _point(study, of)}

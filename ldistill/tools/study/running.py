@@ -80,8 +80,7 @@ class Workplace:
 def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[str]:
     """Do all that is not there yet; returns a sentence on everything that failed.
 
-    Raises:
-        ValueError: the folder holds a study with other settings.
+    Raises ValueError: the folder holds a study with other settings.
     """
     _claim(place)
     study, problems = place.study, []

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.compare.samples import Paired, paired, sample_score
@@ -46,8 +46,7 @@ class Scores:
 def read_scores(folder: Path, validation: float) -> Scores:
     """Scores of a run's folder, of lmms-eval and of what the study measures itself; or none.
 
-    Raises:
-        ValueError: its ``eval.json`` is damaged.
+    Raises ValueError: its ``eval.json`` is damaged.
     """
     evaluation = folder / "eval"
     record = read_evaluation(evaluation)
@@ -57,7 +56,9 @@ def read_scores(folder: Path, validation: float) -> Scores:
     results = read_variants([f"run={evaluation}"])[0].tasks if record.get("results") else {}
     known, found = {row.id: row for row in ROWS}, {}
     for name, entry in record["scores"].items():
-        row = known.get(name) or _row(name, entry)
+        metric, _, filter_ = entry["metric"].partition(",")
+        own = (name, entry["name"], entry["group"], metric, filter_, entry["top"])
+        row = known.get(name) or Row(*own)
         result = results.get(row.task)
         samples = result.samples(row.filter).items() if result else ()
         scored = {number: sample_score(sample, row) for number, sample in samples}
@@ -77,11 +78,6 @@ def read_scores(folder: Path, validation: float) -> Scores:
             if number == WHOLE or chooses:
                 scores.validation.setdefault(row, {})[number] = score
     return scores
-
-
-def _row(name: str, entry: Mapping[str, Any]) -> Row:
-    metric, _, filter = entry["metric"].partition(",")
-    return Row(name, entry["name"], entry["group"], metric, filter, entry["top"])
 
 
 def group_mean(study: Study, rows: Mapping[Row, Mapping[int, float]], group: str) -> float | None:

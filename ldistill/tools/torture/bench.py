@@ -27,7 +27,7 @@ from ldistill.common.locate import default_cache
 from ldistill.common.run_files import METRICS
 from ldistill.tools.torture import world
 from ldistill.tools.torture.rank import FIRED, Fault, run_rank
-from ldistill.training.sample_log import read_samples
+from ldistill.training.callbacks import read_samples
 
 TIMED_OUT = 124
 _CONFIGS = Path(ldistill.__file__).parent / "ds_configs"
@@ -207,8 +207,7 @@ class Bench:
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:
         """The run that nothing happens to; run once under its name.
 
-        Raises:
-            ChildProcessError: it fails, so that nothing can be tried on this machine.
+        Raises ChildProcessError: it fails, so that nothing can be tried on this machine.
         """
         run = self.root / name
         if (run / "student").exists():

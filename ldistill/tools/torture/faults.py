@@ -12,11 +12,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ldistill.checkpoint.folder import WRITING, survey
 from ldistill.checkpoint.logs import read_metrics
@@ -26,8 +27,8 @@ from ldistill.data.index import ShardIndex
 from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, check
 from ldistill.tools.torture.rank import FIRED, Fault, last_step
 
-# fp32 sums in another order on another number of ranks or ZeRO stage.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # fp32 sums in another order on another number of ranks or ZeRO stage
+Spoil = Callable[[Path], object]
 
 
 class Trial(NamedTuple):
@@ -58,9 +59,6 @@ def choose(asked: Sequence[str], ranks: int) -> list[Trial]:
         known = ", ".join(possible)
         raise ValueError(f"no fault {', '.join(unknown)}; there are {known} and none{hint}.")
     return [FAULTS[name] for name in dict.fromkeys(asked or possible) if name != "none"]
-
-
-# ---- killed ranks ----
 
 
 def kills(count: int, seed: int = 0, tell: Callable[[str], None] = lambda text: None) -> Trial:
@@ -178,55 +176,45 @@ def _end(
     check(not alone or "Traceback" not in said, "a traceback beside the sentence")
 
 
-# ---- disks, shards, workers ----
-
-
 def _full_disk(bench: Bench, run: Path) -> str:
-    """The disk fills up after the first checkpoint; later there is room again."""
+    """The disk fills up after the first checkpoint; later there is room again.
+
+    It is one of 64 MiB where this user may mount one; else files may not grow.
+    """
     recovers, filler = partial(_recovers, "could not be written", bench, run), run / "filler"
-    with _small_disk(run) as small:
-        bench.details["disk"] = "tmpfs" if small else "file size limit"
-        if not small:  # files that may not grow instead
-            return recovers(fault=Fault("file_size", 200_000))
+    run.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)]
+    small = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
+    bench.details["disk"] = "tmpfs" if small else "file size limit"
+    if not small:
+        return recovers(fault=Fault("file_size", 200_000))
 
-        def fill(ranks: Ranks) -> None:  # but for metrics: a megabyte holds no checkpoint
-            with filler.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run).free - 1_000_000)
+    def fill(ranks: Ranks) -> None:  # but for metrics: a megabyte holds no checkpoint
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(run).free - 1_000_000)
 
-        def mend() -> None:
-            filler.unlink()
-            check(not any((run / WRITING).glob("*")), "a half-written checkpoint was left")
-            check(bool(survey(run)), "no checkpoint was kept")
+    def mend() -> None:
+        filler.unlink()
+        check(not any((run / WRITING).glob("*")), "a half-written checkpoint was left")
+        check(bool(survey(run)), "no checkpoint was kept")
 
-        return recovers(under_way=fill, mend=mend)
-
-
-@contextmanager
-def _small_disk(folder: Path) -> Iterator[bool]:
-    """A disk of 64 MiB at ``folder``, where this user may mount one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    mounted = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
     try:
-        yield bool(mounted)
+        return recovers(under_way=fill, mend=mend)
     finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
+        subprocess.run(["umount", "-l", str(run)], check=False)
 
 
-def _cut(tar: Path) -> None:
-    os.truncate(tar, 700)
+_cut = partial(os.truncate, length=700)
 
 
 def _flip(tar: Path) -> None:
     """One bit of every sample is wrong; sizes are right."""
-    data = bytearray(tar.read_bytes())
-    for place in range(600, len(data) - 1024, 512):
-        data[place] ^= 1
-    tar.write_bytes(data)
+    data = np.fromfile(tar, np.uint8)
+    data[600:-1024:512] ^= 1
+    data.tofile(tar)
 
 
-def _broken_at_start(spoil: Callable[[Path], object], bench: Bench, run: Path) -> str:
+def _at_start(spoil: Spoil, bench: Bench, run: Path) -> str:
     """A shard that the run does not even start with."""
     shards = shutil.copytree(bench.shards(), bench.root / f"shards-{run.name}")
     tar = max(shards.glob("*/*.tar"))
@@ -235,7 +223,7 @@ def _broken_at_start(spoil: Callable[[Path], object], bench: Bench, run: Path) -
     return "ended before the first step, naming the shard"
 
 
-def _broken_midway(spoil: Callable[[Path], object], needle: str, bench: Bench, run: Path) -> str:
+def _midway(spoil: Spoil, needle: str, bench: Bench, run: Path) -> str:
     """Spoil all shards of a source under a run, see it end, mend them, see it go on."""
     shards = shutil.copytree(bench.shards(), bench.root / f"shards-{run.name}")
 
@@ -266,73 +254,59 @@ def _killed_worker(bench: Bench, run: Path) -> str:
 
 
 def _as_alone(
-    count: Callable[[Bench, Path, Path], dict[str, int]],
-    mixture: dict[str, Any],
-    bench: Bench,
-    run: Path,
+    count: Callable[[Bench, Path, Path], None], bench: Bench, run: Path, **mixture: Any
 ) -> str:
     """Several ranks under ZeRO-3 do what one rank alone does.
 
-    ``count`` (bench, run, shards) counts how often the fault was there; RuntimeError for never.
+    ``count`` (bench, run, shards) tells how often the fault was there; RuntimeError for never.
     """
     shards = bench.shards(f"shards-{run.name}", **mixture)
     options = {"shards": shards, "packing": False, "per_device_train_batch_size": 1}
     expected = bench.undisturbed(f"{run.name}-alone", ranks=1, **options)
     outcome = expected.require(bench.complete(run, stage=3, **options), TOLERANCE)
-    bench.details |= count(bench, run, shards)
+    count(bench, run, shards)
     return outcome
 
 
-def _uneven_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
-    index = ShardIndex.load(shards)
+def _uneven_steps(bench: Bench, run: Path, shards: Path) -> None:
+    index, uneven = ShardIndex.load(shards), 0
     tiles = dict(zip((index.locate(n)[2] for n in range(len(index))), index.column("tiles")))
-    uneven = 0
     for packs in History.of(run).samples.values():
         for turn in zip(*[iter(packs)] * bench.ranks):
-            pictures = [sum(tiles[name] for name in pack) > 0 for pack in turn]
-            uneven += any(pictures) and not all(pictures)
+            uneven += len({any(tiles[name] for name in pack) for pack in turn}) > 1
     check(uneven > 0, "no step had a rank without pictures: more steps are needed")
-    return {"steps with pictures on some ranks only": uneven}
+    bench.details["steps with pictures on some ranks only"] = uneven
 
 
-def _idle_steps(bench: Bench, run: Path, shards: Path) -> dict[str, int]:
+def _idle_steps(bench: Bench, run: Path, shards: Path) -> None:
     rows = [record["teacher_rows"] for record in read_metrics(run / METRICS)]
-    idle = sum(r == 0 for r in rows)
-    check(0 < idle < len(rows), f"{idle} of {len(rows)} steps had nothing to teach: not the case")
-    return {"steps without teacher rows": idle, "steps": len(rows)}
+    idle, steps = rows.count(0), len(rows)
+    check(0 < idle < steps, f"{idle} of {steps} steps had nothing to teach: not the case")
+    bench.details |= {"steps without teacher rows": idle, "steps": steps}
 
 
 TEXT_ONLY = "text-only-rank"
-_TEXTUAL = {"documents": {"docvqa": 16, "vqav2": 32}, "text_only": 0.8}
-_HARDLY_DISTILLING = {"documents": {"docvqa": 56, "vqav2": 8}}
-_ATTEMPTS: dict[str, Callable[[Bench, Path], str]] = {
-    "full-disk": _full_disk,
-    "truncated-shard": partial(_broken_at_start, _cut),
-    "missing-shard": partial(_broken_at_start, Path.unlink),
-    "flipped-bit": partial(_broken_midway, _flip, "checksum"),
-    "vanished-shard": partial(_broken_midway, Path.unlink, "unreadable"),
-    "cut-shard": partial(_broken_midway, _cut, "truncated shard"),
-    "slow-reads": partial(_unharmed, Fault("slow", 0.05)),
-    "failing-reads": partial(_unharmed, Fault("flaky", 1)),
-    "dead-storage": partial(_recovers, "unreadable", fault=Fault("broken")),
-    "killed-worker": _killed_worker,
-    TEXT_ONLY: partial(_as_alone, _uneven_steps, _TEXTUAL),
-    "nothing-distils": partial(_as_alone, _idle_steps, _HARDLY_DISTILLING),
-}
-_MENDED, _SAME = "a sentence; then, mended, as if undisturbed", "as if undisturbed"
-_SENTENCE, _ALONE = "a sentence", "losses of one rank alone"
-_TOLD = {  # title, what is expected
-    "full-disk": ("disk full while saving", _MENDED),
-    "truncated-shard": ("shard truncated at the start", _SENTENCE),
-    "missing-shard": ("shard missing at the start", _SENTENCE),
-    "flipped-bit": ("bits flipped in a shard", _MENDED),
-    "vanished-shard": ("shard vanishes during the run", _MENDED),
-    "cut-shard": ("shard truncated during the run", _MENDED),
-    "slow-reads": ("slow reads", _SAME),
-    "failing-reads": ("reads that fail once", _SAME),
-    "dead-storage": ("reads that fail for good", _MENDED),
-    "killed-worker": ("a data worker is killed", _MENDED),
-    TEXT_ONLY: ("a rank with text alone (ZeRO-3)", _ALONE),
-    "nothing-distils": ("many steps without distilling rows (ZeRO-3 teacher)", _ALONE),
-}
-FAULTS = {name: Trial(name, *_TOLD[name], attempt) for name, attempt in _ATTEMPTS.items()}
+_SAME, _SAID = "as if undisturbed", "a sentence"
+_MENDED, _ALONE = "a sentence; then, mended, as if undisturbed", "losses of one rank alone"
+_bits_flipped = partial(_midway, _flip, "checksum")
+_vanished = partial(_midway, Path.unlink, "unreadable")
+_truncated = partial(_midway, _cut, "truncated shard")
+_dead_storage = partial(_recovers, "unreadable", fault=Fault("broken"))
+_textual = partial(_as_alone, _uneven_steps, documents={"docvqa": 16, "vqav2": 32}, text_only=0.8)
+_idle = partial(_as_alone, _idle_steps, documents={"docvqa": 56, "vqav2": 8})
+_RARE = "many steps without distilling rows (ZeRO-3 teacher)"
+_TRIALS = (
+    Trial("full-disk", "disk full while saving", _MENDED, _full_disk),
+    Trial("truncated-shard", "shard truncated at the start", _SAID, partial(_at_start, _cut)),
+    Trial("missing-shard", "shard missing at the start", _SAID, partial(_at_start, Path.unlink)),
+    Trial("flipped-bit", "bits flipped in a shard", _MENDED, _bits_flipped),
+    Trial("vanished-shard", "shard vanishes during the run", _MENDED, _vanished),
+    Trial("cut-shard", "shard truncated during the run", _MENDED, _truncated),
+    Trial("slow-reads", "slow reads", _SAME, partial(_unharmed, Fault("slow", 0.05))),
+    Trial("failing-reads", "reads that fail once", _SAME, partial(_unharmed, Fault("flaky", 1))),
+    Trial("dead-storage", "reads that fail for good", _MENDED, _dead_storage),
+    Trial("killed-worker", "a data worker is killed", _MENDED, _killed_worker),
+    Trial(TEXT_ONLY, "a rank with text alone (ZeRO-3)", _ALONE, _textual),
+    Trial("nothing-distils", _RARE, _ALONE, _idle),
+)
+FAULTS = {trial.name: trial for trial in _TRIALS}

@@ -13,7 +13,7 @@ from helpers_data import Evil
 from test_checkpoint_folder import write
 
 from ldistill.checkpoint import folder as checkpoint_folder
-from ldistill.checkpoint import identity, resuming
+from ldistill.checkpoint import resuming
 from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.checkpoint.universal import check_convertible
 from ldistill.common.errors import exit_code
@@ -141,9 +141,9 @@ ABOUT = {"run": "r", "student": "s", "teacher": None, "data": "d"}
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, key, words):
-    identity.check_belongs(tmp_path, dict(ABOUT), ABOUT)
+    resuming.check_belongs(tmp_path, dict(ABOUT), ABOUT)
     with pytest.raises(ValueError, match=words):
-        identity.check_belongs(tmp_path, ABOUT | {key: "x"}, ABOUT)
+        resuming.check_belongs(tmp_path, ABOUT | {key: "x"}, ABOUT)
 
 
 def test_a_model_is_known_by_its_weights(tmp_path):
@@ -157,10 +157,10 @@ def test_a_model_is_known_by_its_weights(tmp_path):
         folder.mkdir()
         save_file({"w": tensor}, folder / "model.safetensors")
         (folder / "config.json").write_text("{}")
-        prints.add(identity.model_fingerprint(folder))
-        assert identity.model_fingerprint(folder) in prints
+        prints.add(resuming.model_fingerprint(folder))
+        assert resuming.model_fingerprint(folder) in prints
     (folder / "config.json").write_text('{"a": 1}')
-    prints.add(identity.model_fingerprint(folder))
+    prints.add(resuming.model_fingerprint(folder))
     assert len(prints) == 3
 
 
@@ -169,7 +169,7 @@ def test_a_model_without_safetensors_is_known_by_its_weights(tmp_path):
     prints = set()
     for number in (1, 2):
         torch.save({"w": torch.full((4,), number)}, tmp_path / "pytorch_model.bin")
-        prints.add(identity.model_fingerprint(tmp_path))
+        prints.add(resuming.model_fingerprint(tmp_path))
     assert len(prints) == 2
 
 

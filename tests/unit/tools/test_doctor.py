@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ldistill.tools.doctor import OK, PROBLEM, WARNING, doctor
-from ldistill.tools.doctor import gpu as doctor_gpu
+from ldistill.tools import doctor, doctor_gpu
+from ldistill.tools.doctor import OK, PROBLEM, WARNING
 
 
 @pytest.fixture(autouse=True)

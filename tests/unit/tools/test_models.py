@@ -14,8 +14,8 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.models.pair import load_pair
 from ldistill.models.zoo import FAMILIES, write_pair
-from ldistill.tools.models import check
-from ldistill.tools.models.table import families_table, refused_table
+from ldistill.tools import models as check
+from ldistill.tools.models import families_table, refused_table
 
 DOCS = Path(__file__).parents[3] / "docs" / "models.md"
 

@@ -26,8 +26,8 @@ from ldistill.models.lora import add_lora
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.parts import DEFAULT_TRAIN, train_only
 from ldistill.models.towers import tower_of
-from ldistill.training.callbacks import ShortProgress, plot_curves, short_line
-from ldistill.training.metrics import Meter, MetricsFile
+from ldistill.training.callbacks import ShortProgress, WriteMetrics, plot_curves, short_line
+from ldistill.training.metrics import Meter
 
 
 def sums(**by_source) -> torch.Tensor:
@@ -69,13 +69,14 @@ def test_drops_and_documents_are_counted_by_interval():
 
 def test_metrics_file_forgets_what_a_resumed_run_does_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path)
-    for step in (1, 2, 3):
-        first.write(step, {"loss": float(step), "bad": float("nan")})
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    first = WriteMetrics(path)
+    for state.global_step in (1, 2, 3):
+        first.on_log(None, state, None, {"loss": float(state.global_step), "bad": float("nan")})
     path.write_text(path.read_text() + '{"step": 4, "lo')  # cut off by a kill
-    again = MetricsFile(path)
-    again.begin(resume_step=2)
-    again.write(3, {"loss": 30.0})
+    again = WriteMetrics(path, resume_step=2)
+    again.on_train_begin(None, state, None)
+    again.on_log(None, state, None, {"loss": 30.0})
     assert [(r["step"], r["loss"]) for r in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert "bad" not in path.read_text()
     assert read_metrics(tmp_path / "none.jsonl") == []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.evaluation import lmms_run
-from ldistill.evaluation.lmms_run import metadata
+from ldistill.evaluation.lmms_run import Evaluation, metadata
 from ldistill.models.nanovlm_format import load_nanovlm
 from ldistill.training import suite_evaluator
 from ldistill.training.metrics import Meter
@@ -92,9 +92,9 @@ def test_a_run_that_is_to_stop_gives_its_evaluation_up(tmp_path):
 
 
 @pytest.fixture
-def evaluator(tmp_path, pair_root, monkeypatch):
-    monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
-    return SuiteEvaluator("tiny", pair_root / "student", tmp_path, CPU)
+def evaluator(tmp_path, pair_root):
+    asked = Evaluation(student="", out=tmp_path, suite="tiny")
+    return SuiteEvaluator(asked, pair_root / "student")
 
 
 def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_root, capsys):
@@ -130,12 +130,20 @@ def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
     assert f"training goes on: {error}" in capsys.readouterr().out
 
 
+def recipe(suite, given=(), limit=3):
+    args = SimpleNamespace(device=CPU, per_device_eval_batch_size=8)
+    run = SimpleNamespace(eval_suite=suite, eval_limit=limit)
+    pair, data = SimpleNamespace(tokenizer=None), SimpleNamespace(tiling=True)
+    return SimpleNamespace(run=run, training=args, pair=pair, data=data, given=given)
+
+
 def test_an_odd_limit_of_mme_is_refused_before_training(tmp_path, pair_root, monkeypatch):
     pytest.importorskip("lmms_eval")
     entry = SimpleNamespace(name="ldistill")
     monkeypatch.setattr(lmms_run.metadata, "entry_points", lambda group: [entry])
+    pair = SimpleNamespace(student_folder=pair_root / "student")
     with pytest.raises(ValueError, match="mme asks in pairs"):
-        SuiteEvaluator("general", pair_root / "student", tmp_path, CPU, limit=5)
+        evaluator_of(recipe("general", limit=5), pair, tmp_path, bool)
 
 
 def test_evaluation_takes_no_training_time():
@@ -155,16 +163,10 @@ def test_the_evaluation_runs_on_the_first_ranks_device(monkeypatch):
 
 
 def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
-    def recipe(suite, given=()):
-        args = SimpleNamespace(device=CPU, per_device_eval_batch_size=8)
-        run = SimpleNamespace(eval_suite=suite, eval_limit=3)
-        pair, data = SimpleNamespace(tokenizer=None), SimpleNamespace(tiling=True)
-        return SimpleNamespace(run=run, training=args, pair=pair, data=data, given=given)
-
     pair = SimpleNamespace(student_folder=pair_root / "student")
     monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
     assert evaluator_of(recipe(None), pair, tmp_path, bool) is None
-    made = evaluator_of(recipe("tiny"), pair, tmp_path, bool)
+    made = evaluator_of(recipe("tiny"), pair, tmp_path, bool).asked
     assert (made.limit, made.batch_size, made.options["tiling"]) == (3, None, True)
     given = recipe("tiny", given={"per_device_eval_batch_size"})
-    assert evaluator_of(given, pair, tmp_path, bool).batch_size == 8
+    assert evaluator_of(given, pair, tmp_path, bool).asked.batch_size == 8

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldistill.evaluation.compare.recovery import plot_recovery, recovery, recovery_markdown, share
-from ldistill.evaluation.compare.tables import Cell, order, score_table
+from ldistill.evaluation.compare.tables import (
+    Cell,
+    order,
+    plot_recovery,
+    recovery,
+    recovery_markdown,
+    score_table,
+    share,
+)
 from ldistill.evaluation.suites import rows
 
 ROWS = {row.id: row for row in rows("paper")}

@@ -1,4 +1,4 @@
-"""The contracts of a family, on one pair: what must hold for whatever transformers is installed.
+"""`ldistill models`: the families, and whether they hold what is promised of them.
 
 The LM is given the weights of the student's decoder; then its logits over the student's keys and
 values must be the student's. Documents packed side by side must be what each is alone, and what is
@@ -8,10 +8,11 @@ exported must be what transformers reads.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
+from ldistill.common.errors import did_you_mean
 from ldistill.common.locate import resolve
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
@@ -34,8 +40,70 @@ from ldistill.models.logits import LogitScaling
 from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
 from ldistill.models.weights import gather_trained, weight_files
-from ldistill.models.zoo import copy_decoder, write_pair, write_reduced
+from ldistill.models.zoo import FAMILIES, Family, copy_decoder, write_pair, write_reduced
 from ldistill.sources import SourceWeights
+from ldistill.tools.table import Table
+
+REFUSED = {
+    "Qwen3.5, Qwen3-Next": "linear attention: a state carries positions on, there are no keys",
+    "LFM2-VL": "short convolutions mix positions beside the attention",
+    "Llama 3.2 Vision (Mllama)": "pictures come in through cross-attention that its LM lacks",
+    "Llama 4": "attends in chunks and scales queries by their place in the whole sequence",
+    "Gemma 3n, Gemma 4 with per-layer inputs": "layers read other layers' keys or the token ids",
+    "rotary types `dynamic`, `longrope` in rows longer than the LM's own": (
+        "frequencies are chosen by the length of a batch"
+    ),
+}
+"""Kinds of students that do not fit, and why."""
+
+
+def asked_for(names: Sequence[str] | None) -> list[str]:
+    """Families by name; all of them without. Raises ValueError: no such family."""
+    for name in names or ():
+        if name not in FAMILIES:
+            raise ValueError(
+                f"no family {name!r}.{did_you_mean(name, FAMILIES)} `ldistill models` lists them."
+            )
+    return list(names or FAMILIES)
+
+
+def families_table(families: Mapping[str, Family]) -> Table:
+    """A line a family: its classes, what is chosen for it, and what is checked."""
+    rows = [
+        (
+            name,
+            family.called,
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.kind, "nanoVLM's own"),
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.lm],
+            "full, prompt" if family.kind == "paligemma" else "all",
+            _needs(family),
+        )
+        for name, family in families.items()
+    ]
+    columns = ("name", "family", "student", "LM", "kv_scope", "needs")
+    return Table("", columns, rows, left=range(len(columns)))
+
+
+def _needs(family: Family) -> str:
+    """What is particular about its attention, for those who choose a backend."""
+    capped = family.lm == "gemma2"
+    found = {
+        "windows": "sliding_window" in family.text and family.text["sliding_window"],
+        "soft cap": capped,
+        "sinks": family.lm == "gpt_oss",
+        "pictures both ways": family.kind in ("gemma3", "paligemma"),
+        "narrow values": family.lm == "deepseek_v3",
+        "logit scale": family.lm in ("granite", "cohere2"),
+    }
+    return ", ".join(name for name, here in found.items() if here)
+
+
+def refused_table() -> Table:
+    """What does not fit, and why."""
+    return Table("", ("does not fit", "because"), list(REFUSED.items()), left=(0, 1))
+
+
+# ---- the check ----
 
 TOLERANCE = 1e-4
 """Largest difference of two float32 logits that are one, relative to their deviation."""
@@ -43,8 +111,7 @@ _SHARED = ("full", "prompt", "visual")  # scopes with keys and values of the stu
 _WEIGHTS = SourceWeights(("a", "b"), ("language", "language"), (0.5, 0.5), (1.0, 1.0))
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What became of one contract: ``problem`` is empty where it holds."""
 
     contract: str
@@ -137,9 +204,8 @@ def _packing(distiller: Distiller, batch: dict[str, Tensor], alone: list[dict[st
     """Documents side by side against each alone: nothing leaks, nothing is out of place."""
     packed = _states(distiller, batch)
     single = [torch.cat(parts) for parts in zip(*(_states(distiller, a) for a in alone))]
-    return next(filter(None, map(_differ, (
-        "a student's logits, packed and alone,", "a teacher's logits, packed and alone,"
-    ), packed, single)), "")  # fmt: skip
+    whose = [f"a {name}'s logits, packed and alone," for name in ("student", "teacher")]
+    return next(filter(None, map(_differ, whose, packed, single)), "")
 
 
 def _training(distiller: Distiller, batch: dict[str, Tensor]) -> str:
@@ -148,16 +214,13 @@ def _training(distiller: Distiller, batch: dict[str, Tensor]) -> str:
     supervision = distiller.supervise(batch)
     loss = distiller(batch, supervision, len(supervision.targets), True)["loss"]
     loss.backward()
-    named = dict(student.named_parameters())
-    idle = [n for n, p in named.items() if p.requires_grad and p.grad is None]
-    frozen = [n for n, p in named.items() if not p.requires_grad and p.grad is not None]
+    amiss = [n for n, p in student.named_parameters() if p.requires_grad == (p.grad is None)]
     student.zero_grad()
     student.eval()
     if not loss.isfinite():
         return f"the loss is {loss.item()}"
-    problems = [f"no gradient for {', '.join(idle[:3])}"] if idle else []
-    problems += [f"a gradient for frozen {', '.join(frozen[:3])}"] if frozen else []
-    return "; ".join(problems)
+    told = f"trains without a gradient, or has one and is frozen: {', '.join(amiss[:3])}"
+    return told if amiss else ""
 
 
 @torch.no_grad()
@@ -171,9 +234,12 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
     with TemporaryDirectory() as folder:
         out = Path(folder)
         pair.export(trained, out)
-        kept = ["config.json", *weight_files(pair.student_folder)]
-        if problem := _unlike(pair.student_folder, out, kept):
-            return problem
+        base, config = pair.student_folder, "config.json"
+        if (base / config).read_bytes() != (out / config).read_bytes():
+            return f"{config} changed"
+        for name in weight_files(base):
+            if _stored(base / name) != _stored(out / name):
+                return f"{name} holds other keys, dtypes or shapes"
         if formats.format_of(out).name != "nanoVLM":
             _, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -184,27 +250,18 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
     return _differ("states of the exported student", again.student(**student_inputs(batch)), wanted)
 
 
-def _unlike(base: Path, out: Path, names: list[str]) -> str:
-    if (base / names[0]).read_bytes() != (out / names[0]).read_bytes():
-        return f"{names[0]} changed"
-    for name in names[1:]:
-        found = []
-        for folder in (base, out):
-            with safe_open(folder / name, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            found.append({key: (t.dtype, list(t.shape)) for key, t in tensors.items()})
-        if found[0] != found[1]:
-            return f"{name} holds other keys, dtypes or shapes"
-    return ""
+def _stored(path: Path) -> dict[str, tuple[str, list[int]]]:
+    with safe_open(path, "pt") as file:
+        stored = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return {key: (part.get_dtype(), part.get_shape()) for key, part in stored.items()}
 
 
 def _generates(pair: Pair) -> str:
     image = Image.new("RGB", (50, 40), (200, 10, 30))
     ids = pair.processor.prompt((), "What colour?", [image.size])
-    new = pair.student.generate(
-        torch.from_numpy(ids.astype(np.int64))[None], pair.processor.pictures([image]),
-        max_new_tokens=3, do_sample=False, pad_token_id=pair.processor.pad_token_id,
-    )  # fmt: skip
+    ids, pictures = torch.from_numpy(ids.astype(np.int64))[None], pair.processor.pictures([image])
+    how = {"do_sample": False, "pad_token_id": pair.processor.pad_token_id}
+    new = pair.student.generate(ids, pictures, max_new_tokens=3, **how)
     return "" if 1 <= new.shape[1] <= 3 else f"{new.shape[1]} tokens instead of 3"
 
 
@@ -221,9 +278,7 @@ def passes(name: str, student: str | None, teacher: str | None, reduced: bool) -
             if student is None:
                 write_pair(name, root)
             elif reduced:
-                write_reduced(
-                    resolve(student, weights=False), resolve(teacher, weights=False), root
-                )
+                write_reduced(*(resolve(of, weights=False) for of in (student, teacher)), root)
             else:
                 pair = (resolve(student), resolve(teacher))
             for verdict in check_folders(*pair):

@@ -80,28 +80,22 @@ def kernels() -> Iterator[Line]:
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return
     for name, error_of in (("attention", attention_error), ("loss", loss_error)):
-        yield _kernel(f"{name} kernel", f"triton {version}; ", error_of)
-
-
-def _kernel(what: str, version: str, error_of: Callable[[str, str], float]) -> Line:
-    try:
-        error = error_of("cuda", "triton")
-    except Exception as failure:
-        first = (str(failure).strip().splitlines() or [""])[0][:160]
-        advice = "Triton needs gcc and Python's headers; till then train with --kernels reference."
-        return Line(PROBLEM, what, f"{version}{type(failure).__name__}: {first}", advice)
-    good = error < 1e-2
-    found = "it compiles and agrees with the reference" if good else f"off by {error:.1g}"
-    advice = "train with --kernels reference and report this GPU."
-    return judged(good, what, version + found, advice)
+        advice = "train with --kernels reference and report this GPU."
+        try:
+            error = error_of("cuda", "triton")
+            good = error < 1e-2
+            found = f"off by {error:.1g}"
+        except Exception as failure:
+            good, found = False, f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+            advice = "Triton needs gcc and Python's headers; till then use --kernels reference."
+        found = "it compiles and agrees with the reference" if good else found
+        yield judged(good, f"{name} kernel", f"triton {version}; {found}", advice)
 
 
 def attention_error(device: str, kind: str) -> float:
     """Largest difference of `shared_kv_attention` from its reference."""
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (1, 2, 32, 64)
-    k, v = (torch.randn(shape, generator=generator, device=device).half() for _ in range(2))
-    q = torch.randn(8, 4, 64, generator=generator, device=device).half()
+    made = _generator(device)
+    k, v, q = made(1, 2, 32, 64).half(), made(1, 2, 32, 64).half(), made(8, 4, 64).half()
     zero, last = torch.zeros(8, dtype=torch.int64, device=device), torch.arange(8, device=device)
     ours, plain = (
         shared_kv_attention(q, k, v, zero, zero, last + 20, kernels=kernels)
@@ -112,21 +106,21 @@ def attention_error(device: str, kind: str) -> float:
 
 def loss_error(device: str, kind: str) -> float:
     """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def made(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
+    made = _generator(device)
     h_s, h_t, w_s, w_t = made(16, 64), made(16, 64), made(320, 64) / 8, made(256, 64) / 8
-    labels = torch.arange(16, device=device) * 15
+    labels, how = torch.arange(16, device=device) * 15, {"ce_weight": 0.3, "kd_weight": 0.7}
     found = []
     for kernels in (kind, "reference"):
         hidden, head = h_s.clone().requires_grad_(), w_s.clone().requires_grad_()
-        result = distill_loss(
-            hidden, head, h_t, w_t, labels,
-            ce_weight=0.3, kd_weight=0.7, temperature=4.0, kernels=kernels,
-        )  # fmt: skip
+        options = how | {"temperature": 4.0, "kernels": kernels}
+        result = distill_loss(hidden, head, h_t, w_t, labels, **options)
         result.loss.backward()
         found.append((result.loss.detach(), hidden.grad, head.grad))
     pairs = zip(*found, strict=True)
     return max(((ours - plain).abs().max() / plain.abs().max()).item() for ours, plain in pairs)
+
+
+def _generator(device: str) -> Callable[..., torch.Tensor]:
+    """Draws tensors of a shape, the same ones every time."""
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator, device=device)

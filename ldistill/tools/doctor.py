@@ -2,7 +2,7 @@
 
 Every check gives lines: ok, warning (slower, or a feature less) or problem (training stops).
 Nothing is built and no model is loaded; a check that fails itself becomes a warning, never a
-traceback. `gpu` holds the checks that need torch.
+traceback. `doctor_gpu` holds the checks that need torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -18,13 +19,15 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 
-from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
+from ldistill.common.locate import default_cache
 
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 _EXTRAS = {
     "flash": "--attention flash_attention_2",
@@ -34,6 +37,30 @@ _EXTRAS = {
 }
 _ENOUGH_GIB, _LEAST_GIB = 20, 1
 _HUB_SECONDS = 3.0
+
+
+class Line(NamedTuple):
+    """One finding; ``advice`` is a single sentence, empty when all is well."""
+
+    state: str
+    what: str
+    found: str
+    advice: str = ""
+
+
+def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROBLEM) -> Line:
+    """A finding that needs its advice only where it is not good."""
+    return Line(OK, what, found) if good else Line(otherwise, what, found, advice)
+
+
+def driver_present() -> bool:
+    """Whether an NVIDIA driver shows a GPU, usable by torch or not."""
+    return Path("/dev/nvidia0").exists()
+
+
+def output(*command: str) -> str:
+    """What a quick command prints."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def run() -> int:
@@ -70,7 +97,7 @@ def _tried(*checks: Callable[[], Iterator[Line]]) -> Iterator[Line]:
 
 def graphics() -> Iterator[Line]:
     """GPUs, CUDA toolkit, kernels: apart, so that a torch that cannot be loaded is a line, too."""
-    from ldistill.tools.doctor import gpu
+    from ldistill.tools import doctor_gpu as gpu
 
     return _tried(gpu.gpus, gpu.toolkit, gpu.kernels, gpu.ops)
 
@@ -92,7 +119,17 @@ def packages() -> Iterator[Line]:
         yield judged(good, need.name, found, f"pip install --upgrade '{need.name}{need.specifier}'")
     for extra, purpose in _EXTRAS.items():
         needs = [n for n in wanted if n.marker and n.marker.evaluate({"extra": extra})]
-        yield _extra(f"extra {extra}", purpose, needs)
+        there = {need: _installed(need) for need in needs}
+        lacking = [need for need, (_, good) in there.items() if not good]
+        found = ", ".join(f"{need.name} {version}" for need, (version, _) in there.items())
+        half = bool(lacking)  # what the extra is for fails in the middle
+        if half and all(version == "not installed" for version, _ in there.values()):
+            half, found = False, f"not installed; only needed for {purpose}"
+        elif half:
+            names = ", ".join(need.name for need in lacking)
+            found = f"{names} missing or too old, for {purpose}"
+        names = " ".join(f"'{need.name}{need.specifier}'" for need in lacking)
+        yield judged(not half, f"extra {extra}", found, f"pip install --upgrade {names}", WARNING)
 
 
 def _installed(need: Requirement) -> tuple[str, bool]:
@@ -102,72 +139,51 @@ def _installed(need: Requirement) -> tuple[str, bool]:
     return found or "not installed", good
 
 
-def _extra(what: str, purpose: str, needs: list[Requirement]) -> Line:
-    """All of an extra's packages, none, or some: then what it is for fails in the middle."""
-    found = {need: _installed(need) for need in needs}
-    lacking = [need for need, (_, good) in found.items() if not good]
-    if not lacking:
-        return Line(OK, what, ", ".join(f"{need.name} {v}" for need, (v, _) in found.items()))
-    if all(version == "not installed" for version, _ in found.values()):
-        return Line(OK, what, f"not installed; only needed for {purpose}")
-    text = f"{', '.join(need.name for need in lacking)} missing or too old, for {purpose}"
-    names = " ".join(f"'{need.name}{need.specifier}'" for need in lacking)
-    return Line(WARNING, what, text, f"pip install --upgrade {names}")
-
-
 def compilers() -> Iterator[Line]:
     """What DeepSpeed's first start needs: a C++ compiler, ninja and Python's headers."""
-    # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
-    severity = WARNING if driver_present() else PROBLEM
     from ldistill.training.launch import compiler
 
-    found = compiler()
-    version = output(found, "--version").partition("\n")[0] if found else "none in PATH"
+    # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
+    severity = WARNING if driver_present() else PROBLEM
+    path = compiler()
+    found = output(path, "--version").partition("\n")[0] if path else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
-    yield judged(bool(found), "C++ compiler", version, advice, severity)
-    ninja, own = shutil.which("ninja"), Path(sys.executable).parent
+    yield judged(bool(path), "C++ compiler", found, advice, severity)
+    path, own = shutil.which("ninja"), Path(sys.executable).parent
     advice = "pip install ninja, and keep the environment's bin folder in PATH."
     if (own / "ninja").exists():
         advice = f"it is in {own}: activate this environment, or add that folder to PATH."
-    yield judged(bool(ninja), "ninja", ninja or "not in PATH", advice, severity)
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    found = str(header.parent) if header.is_file() else f"not in {header.parent}"
+    yield judged(bool(path), "ninja", path or "not in PATH", advice, severity)
+    folder = Path(sysconfig.get_paths()["include"])
+    good = (folder / "Python.h").is_file()
     advice = "install Python's headers (apt install python3-dev) for DeepSpeed's ops and Triton."
-    yield judged(header.is_file(), "Python.h", found, advice, severity)
+    yield judged(good, "Python.h", str(folder) if good else f"not in {folder}", advice, severity)
 
 
 def disks() -> Iterator[Line]:
     """Room where runs and caches go."""
-    home = Path.home()
-    folders = {
-        "disk, here": Path.cwd(),
-        "disk, cache": Path(os.environ.get("LDISTILL_CACHE", home / ".cache" / "ldistill")),
-        "disk, hub": Path(os.environ.get("HF_HOME", home / ".cache" / "huggingface")),
-    }
-    for name, folder in folders.items():
+    hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    for name, folder in {"here": Path.cwd(), "cache": default_cache(), "hub": hub}.items():
         standing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(standing).free / 2**30
-        found = f"{free:.0f} GiB free in {folder}"
+        state, found = WARNING, f"{free:.0f} GiB free in {folder}"
+        advice = "enough for the embedded default; the paper's run wants 100 GiB and more."
         if not os.access(standing, os.W_OK):
-            advice = (
-                "choose a folder that you may write to (--output_dir, LDISTILL_CACHE, HF_HOME)."
-            )
-            yield Line(PROBLEM, name, f"{standing} is not writable", advice)
+            state, found = PROBLEM, f"{standing} is not writable"
+            advice = "choose one that you may write to (--output_dir, LDISTILL_CACHE, HF_HOME)."
         elif free < _LEAST_GIB:
-            yield Line(PROBLEM, name, found, "make room, or work in another folder.")
-        else:
-            advice = "enough for the embedded default; the paper's run wants 100 GiB and more."
-            yield judged(free >= _ENOUGH_GIB, name, found, advice, WARNING)
+            state, advice = PROBLEM, "make room, or work in another folder."
+        elif free >= _ENOUGH_GIB:
+            state, advice = OK, ""
+        yield Line(state, f"disk, {name}", found, advice)
 
 
 def shared_memory() -> Iterator[Line]:
     """Loader workers hand their batches over through /dev/shm."""
-    folder = Path("/dev/shm")
-    if folder.exists():
-        free = shutil.disk_usage(folder).free / 2**30
-        found = f"{free:.0f} GiB free" if free >= _LEAST_GIB else f"{free * 1024:.0f} MiB free"
-        advice = "loader workers need it: docker run --shm-size=8g, or --dataloader_num_workers 0."
-        yield judged(free >= _LEAST_GIB, "/dev/shm", found, advice, WARNING)
+    free = shutil.disk_usage("/dev/shm").free / 2**30
+    found = f"{free:.0f} GiB free" if free >= _LEAST_GIB else f"{free * 1024:.0f} MiB free"
+    advice = "loader workers need it: docker run --shm-size=8g, or --dataloader_num_workers 0."
+    yield judged(free >= _LEAST_GIB, "/dev/shm", found, advice, WARNING)
 
 
 def hub() -> Iterator[Line]:
@@ -192,7 +208,8 @@ def _unreachable(address: str) -> str:
     try:
         request = urllib.request.Request(address, method="HEAD")
         urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:
+        return ""
     except (OSError, ValueError) as error:
-        answered = isinstance(error, urllib.error.HTTPError)
-        return "" if answered else str(getattr(error, "reason", error))
+        return str(getattr(error, "reason", error))
     return ""

@@ -1,1 +1,0 @@
-"""`ldistill models`: which families fit, and whether they do with what is installed."""
