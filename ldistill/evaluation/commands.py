@@ -47,31 +47,21 @@ def generate(
 
 
 def evaluate_command(
-    student: Annotated[
-        str, Option(help="nanoVLM, Hugging Face VLM or bare LM; folder, run or hub id.")
-    ],
+    student: Annotated[str, Option(help="nanoVLM, VLM or bare LM: folder, run or hub id.")],
     out: Annotated[Path, Option(help="Folder of the results.")],
     suite: Annotated[str | None, Option(help="language, document, general, paper or tiny.")] = None,
     tasks: Annotated[str | None, Option(help="Further tasks of lmms-eval: a,b,c.")] = None,
     limit: Annotated[int | None, Option(help="Documents of every task; to try out.")] = None,
-    batch_size: Annotated[
-        int | None, Option(help="Requests per forward. Default 1, for tiny 64.")
-    ] = None,
-    include_path: Annotated[
-        list[Path] | None, Option(help="Folder with tasks of your own; repeatable.")
-    ] = None,
+    batch_size: Annotated[int | None, Option(help="Per forward; default 1, tiny 64.")] = None,
+    include_path: Annotated[list[Path] | None, Option(help="Folder of your own tasks.")] = None,
     tiling: Annotated[
         bool | None,
         Option(help="Cut large pictures into tiles (nanoVLM, SmolVLM). Default: as in training."),
     ] = None,
-    drop_pictures: Annotated[
-        bool, Option(help="Bare LM: ask without the pictures instead of refusing them.")
-    ] = False,
+    drop_pictures: Annotated[bool, Option(help="Bare LM: ask without the pictures.")] = False,
     dtype: Annotated[str, Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = "auto",
     tokenizer: Annotated[str | None, Option(help="Default: the model's own.")] = None,
-    processes: Annotated[
-        int | None, Option(min=1, help="Default: one for every visible GPU.")
-    ] = None,
+    processes: Annotated[int | None, Option(min=1, help="Default: one per visible GPU.")] = None,
 ) -> None:
     """Evaluate a model with lmms-eval, samples logged."""
     from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
@@ -138,28 +128,18 @@ def show(result: dict[str, Any], out: Path) -> None:
 def compare(
     results: Annotated[
         list[str],
-        Argument(
-            metavar="RUN_DIR|RESULTS_DIR...",
-            help="Folders with lmms-eval results; NAME=DIR names a variant.",
-        ),
+        Argument(metavar="RUN_DIR|RESULTS_DIR...", help="NAME=DIR names a variant."),
     ],
     out: Annotated[Path, Option(help="Folder for the report.")],
-    baseline: Annotated[
-        str | None, Option(help="Variant to compare with. Default: nanovlm-full.")
-    ] = None,
+    baseline: Annotated[str | None, Option(help="To compare with; default nanovlm-full.")] = None,
     original: Annotated[
-        str | None,
-        Option(help="Student before training, or teacher: what counts as 100% recovered."),
+        str | None, Option(help="Before training, or the teacher: what is 100% recovered.")
     ] = None,
     suite: Annotated[str | None, Option(help="Rows of this suite, found or not.")] = None,
     tasks: Annotated[str | None, Option(help="Only these tasks, comma-separated.")] = None,
-    examples: Annotated[
-        int, Option(min=1, help="Samples on the page per variant, task, outcome and mode.")
-    ] = 25,
+    examples: Annotated[int, Option(min=1, help="Samples of every kind on the page.")] = 25,
     words: Annotated[Path | None, Option(help="Words, one a line, instead of English.")] = None,
-    read_pictures: Annotated[
-        bool, Option(help="Let tesseract read pictures for the failure modes.")
-    ] = True,
+    read_pictures: Annotated[bool, Option(help="Let tesseract read the pictures.")] = True,
 ) -> None:
     """Put variants side by side: scores, share recovered, samples won and lost, and how."""
     lexicon = english() if words is None else Lexicon(words.read_text("utf-8").split())

@@ -172,10 +172,8 @@ class ScoredModel(lmms):
                 loaded[key] = tuple(v for v in request.to_visual(document) or () if v is not None)
             pictures = loaded[key]
             if other := {type(p).__name__ for p in pictures if not isinstance(p, Image.Image)}:
-                raise ValueError(
-                    f"{request.where} shows something that is no picture ({', '.join(other)}): "
-                    "video and audio tasks are not for these models."
-                )
+                what = f"no picture ({', '.join(other)}): these models take no video or audio"
+                raise ValueError(f"{request.where} shows something that is {what}.")
             part, questions = parts[bool(pictures)]
             part.append(index)
             in_chat = document.get(CHAT, chat or bool(pictures))

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -148,44 +148,30 @@ def check(asked: Evaluation, *paths: Path) -> None:
 
     `paths` are further ones that it will be handed.
     """
-    for problem in _problems(asked, paths):
-        raise ValueError(problem)
-
-
-def _problems(asked: Evaluation, paths: Sequence[Path]) -> Iterator[str]:
     tasks = asked.all_tasks
     if not tasks:
-        yield f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks."
+        raise ValueError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks.")
     for name, value in (("limit", asked.limit), ("batch size", asked.batch_size)):
         if value is not None and value < 1:
-            yield f"the {name} must be at least 1, got {value}."
+            raise ValueError(f"the {name} must be at least 1, got {value}.")
     for path in asked.include_paths:
         if not path.is_dir():
-            yield f"include path {path} is not a folder."
+            raise ValueError(f"include path {path} is not a folder.")
     for text in map(str, (asked.out.resolve(), *paths, *asked.options.values())):
         if found := sorted(_SPLITS.intersection(text)):
-            yield f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}"
+            raise ValueError(f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}")
     if find_spec("lmms_eval") is None:
-        yield "lmms-eval is not installed: pip install 'ldistill[eval]'."
+        raise ValueError("lmms-eval is not installed: pip install 'ldistill[eval]'.")
     if not any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models")):
-        yield (
-            "ldistill runs from a folder that is not installed, so lmms-eval cannot find its "
-            "models: pip install -e . in the repository."
-        )
+        raise ValueError("lmms-eval cannot find ldistill: pip install -e . in the repository.")
     if asked.limit and asked.limit % 2 and any(fnmatchcase("mme", task) for task in tasks):
-        yield (
-            "task mme asks in pairs, and lmms-eval fails on half of one: the limit must be even, "
-            f"got {asked.limit}."
-        )
+        raise ValueError(f"task mme asks in pairs: the limit must be even, got {asked.limit}.")
     captions = ", ".join(task for task in tasks if task.startswith(_CAPTIONS))
     if captions and shutil.which("java") is None:
-        yield (
-            f"task {captions}: caption scores are computed by a Java program, and there is no java "
-            "on the PATH. Install a Java runtime (apt install default-jre-headless), or name the "
-            "others with --tasks and no --suite."
-        )
+        java = "apt install default-jre-headless; or name other tasks with --tasks and no --suite"
+        raise ValueError(f"task {captions}: caption scores need Java ({java}).")
     if captions and find_spec("pycocoevalcap") is None:
-        yield f"task {captions} needs pycocoevalcap: pip install pycocoevalcap."
+        raise ValueError(f"task {captions} needs pycocoevalcap: pip install pycocoevalcap.")
 
 
 def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
@@ -257,12 +243,10 @@ def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     earlier = lmms_results.read_evaluation(asked.out)
     if not earlier or not (earlier.get("scores") or earlier.get("samples")):
         return {}  # nothing that could be mixed up
-    then, now = (earlier["model_args"], earlier["limit"]), (arguments, asked.limit)
-    if then != now:
-        raise ValueError(
-            f"{asked.out} holds an evaluation of {then[0]} (limit {then[1]}), this one is of "
-            f"{now[0]} (limit {now[1]}): choose another --out."
-        )
+    then = earlier["model_args"], earlier["limit"]
+    if then != (arguments, asked.limit):
+        of = f"{then[0]} (limit {then[1]}), not of {arguments} (limit {asked.limit})"
+        raise ValueError(f"{asked.out} holds an evaluation of {of}: choose another --out.")
     return earlier
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 import yaml
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ldistill.common.locate import resolve
 from ldistill.common.run_files import RECIPE
@@ -61,7 +57,7 @@ def kind_of(folder: Path) -> str:
     if "vit_hidden_dim" in config:
         return "nanovlm"
     named = config.get("model_type")
-    cls = type(AutoConfig.from_pretrained(folder)) if named else None
+    cls = type(transformers.AutoConfig.from_pretrained(folder)) if named else None
     if cls in AutoModelForImageTextToText._model_mapping:
         return "vlm"
     if cls in AutoModelForCausalLM._model_mapping:
@@ -104,25 +100,27 @@ def load_scorer(
     if kind == "nanovlm":
         processor = load_processor(folder, tokenizer, tiling=tiling)
         return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
-    # Every weight must come from the folder: random ones would be scored as well.
-    auto = AutoModelForImageTextToText if kind == "vlm" else AutoModelForCausalLM
-    model, problems, _ = read_model(auto, folder, dtype=torch_type)
-    refuse_misfit(folder, problems)
     template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
     other = AutoTokenizer.from_pretrained(resolve(tokenizer)) if tokenizer else None
     if kind == "lm":
         tok = other or AutoTokenizer.from_pretrained(folder)
         tok.chat_template = template or tok.chat_template
-        return LMScorer(model.to(device), tok, pictures)
-    processor = AutoProcessor.from_pretrained(folder)
+        lm = _whole(AutoModelForCausalLM, folder, torch_type)
+        return LMScorer(lm.to(device), tok, pictures)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.chat_template = template or processor.chat_template
     if other:
         own, token = processor.tokenizer, image_token(processor)
         if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
-            raise ValueError(
-                f"tokenizer {tokenizer!r} gives {token} another id than the model's own: it is not "
-                "the tokenizer this model was trained with."
-            )
+            raise ValueError(f"tokenizer {tokenizer!r} gives {token} another id than the model's.")
         other.chat_template = own.chat_template or other.chat_template
         processor.tokenizer = other
-    return VLMScorer(model.to(device), processor, tiling)
+    vlm = _whole(AutoModelForImageTextToText, folder, torch_type)
+    return VLMScorer(vlm.to(device), processor, tiling)
+
+
+def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A model whose every weight comes from its folder: random ones would be scored as well."""
+    model, problems, _ = read_model(auto, folder, dtype=dtype)
+    refuse_misfit(folder, problems)
+    return model

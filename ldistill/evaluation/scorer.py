@@ -235,8 +235,7 @@ class LMScorer(TransformersScorer):
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         if self.pictures != "drop" and any(question.pictures for question in questions):
             raise ValueError(
-                "the question has a picture, and a bare language model cannot see: evaluate it on "
-                "text-only tasks, or leave the pictures out with pictures=drop (--drop-pictures)."
+                "a bare LM cannot see: choose tasks of text alone, or --drop-pictures."
             )
         return super()._prompts(questions)
 
@@ -258,14 +257,9 @@ class VLMScorer(TransformersScorer):
         super().__init__(model, processor.tokenizer)
         splits = hasattr(getattr(processor, "image_processor", None), "do_image_splitting")
         if tiling and not splits:
-            raise ValueError(
-                f"tiling: {type(processor).__name__} has no image splitting to turn on; leave it "
-                "out, or evaluate a nanoVLM or a SmolVLM."
-            )
+            raise ValueError(f"tiling: {type(processor).__name__} has no image splitting.")
         if not (processor.chat_template or processor.tokenizer.chat_template):
-            raise ValueError(
-                "the processor has no chat template: name a file with one (chat_template=FILE)."
-            )
+            raise ValueError("the processor has no chat template: name one (chat_template=FILE).")
         self.processor = processor
         self._options: Inputs = {"do_image_splitting": tiling} if splits else {}
         processor.tokenizer.padding_side = "left"
@@ -305,8 +299,7 @@ class VLMScorer(TransformersScorer):
     def _blank_before_answers(self) -> str:
         """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
         turns = [
-            {"role": role, "content": [{"type": "text", "text": role}]}
-            for role in ("user", "assistant")
+            {"role": r, "content": [{"type": "text", "text": r}]} for r in ("user", "assistant")
         ]
         try:
             whole = self.processor.apply_chat_template(turns, tokenize=False)
@@ -317,11 +310,10 @@ class VLMScorer(TransformersScorer):
         return blank if before.startswith(invited) and not blank.strip() else ""
 
     def _render(self, question: Question) -> str:
-        content: list[dict[str, str]] = [{"type": "image"} for _ in question.pictures]
-        content.append({"type": "text", "text": question.text})
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
+        text = {"type": "text", "text": question.text}
+        turn = {"role": "user", "content": [*({"type": "image"} for _ in question.pictures), text]}
+        template = self.processor.apply_chat_template
+        return template([turn], tokenize=False, add_generation_prompt=True)
 
 
 def image_token(processor: Any) -> str | None:

@@ -78,9 +78,11 @@ def check_pair(
 def unsupported(config: PretrainedConfig, max_length: int | None = None) -> str | None:
     """Why keys of such a decoder cannot be shared in rows so long; None: they can."""
     for rope in _ropes(config).values():
-        kind, fixed = rope.get("rope_type"), config.max_position_embeddings
-        fixed = rope.get("original_max_position_embeddings") or fixed
-        if kind in _ROPE_BY_LENGTH and max_length is not None and max_length > fixed:
+        kind = rope.get("rope_type")
+        if kind not in _ROPE_BY_LENGTH or max_length is None:
+            continue
+        fixed = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        if max_length > fixed:
             return (
                 f"chooses its rotary frequencies by the length of a batch (rope_type {kind!r}), of "
                 f"which the teacher runs a part; up to {fixed} they are fixed: give --max_length "

@@ -36,14 +36,8 @@ from transformers import (
     PretrainedConfig,
     ProcessorMixin,
 )
+from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    rename_source_key,
-    revert_weight_conversion,
-)
 
 from ldistill.common.documents import Pictures, Size
 from ldistill.common.locate import resolve
@@ -65,13 +59,19 @@ def load_hf_vlm(
 ) -> HFVLM:
     """As :func:`ldistill.models.formats.load_student`."""
     folder = resolve(name)
-    for name in weight_files(folder):
-        with open_weights(folder / name):  # there and whole, before any of them is read
-            pass
+    keys: list[str] = []
+    for file in weight_files(folder):
+        with open_weights(folder / file) as opened:
+            keys += opened.keys()
     with partitioned_by_the_run() if partition else partitioned_by(None):
         vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
     model = HFVLM(vlm, load_processor(folder).pictures([Image.new("RGB", BLANK)]))
-    refuse_misfit(folder, problems)
+    # What trains must have a place in the export; a tied pair is stored once.
+    names, vision = DiskNames(folder), {id(p) for p in model.vision_parameters()}
+    stored = {names.parameter(key)[0] for key in keys}
+    found = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
+    lost = [n for n, p in model.named_parameters() if id(p) not in found | vision]
+    refuse_misfit(folder, problems + [f"no tensor for {n.removeprefix(PREFIX)}" for n in lost])
     if unused:
         kept = ", ".join(unused[:5])
         logger.warning("%s: tensors kept on export but not used: %s", folder, kept)
@@ -102,20 +102,20 @@ class DiskNames:
     and fuses some (experts of a layer into one tensor)."""
 
     def __init__(self, folder: Path) -> None:
+        config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"), partitioned_by(None):
-            self._model = AutoModelForImageTextToText.from_config(
-                AutoConfig.from_pretrained(folder)
-            )
+            self._model = AutoModelForImageTextToText.from_config(config)
         conversions = get_model_conversion_mapping(self._model)
-        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self._fusions = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._renamings = [c for c in conversions if isinstance(c, loading.WeightRenaming)]
+        self._fusions = [c for c in conversions if isinstance(c, loading.WeightConverter)]
         self._state = self._model.state_dict()
         self._model._weight_conversions = self._fusions or None  # of which to take fused ones apart
 
     def parameter(self, key: str) -> tuple[str, bool]:
         """Our name of a tensor on disk, and whether it is only a part of that."""
         prefix = self._model.base_model_prefix
-        name, fusion = rename_source_key(key, self._renamings, self._fusions, prefix, self._state)
+        how = (self._renamings, self._fusions, prefix, self._state)
+        name, fusion = loading.rename_source_key(key, *how)
         return PREFIX + name, fusion is not None
 
     def update_of(
@@ -126,8 +126,8 @@ class DiskNames:
         update = updates.get(name)
         if update is None or not part:
             return update
-        parts = revert_weight_conversion(self._model, {name.removeprefix(PREFIX): update})
-        return parts[apply_renamings(key, self._renamings)]
+        parts = loading.revert_weight_conversion(self._model, {name.removeprefix(PREFIX): update})
+        return parts[loading.apply_renamings(key, self._renamings)]
 
 
 # ---- inputs ----

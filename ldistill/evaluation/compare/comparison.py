@@ -1,8 +1,7 @@
 """Comparing variants: scores side by side, samples won and lost, OCRBench's parts.
 
     variants = read_variants(["runs/nanovlm-full", "runs/lingudistill", "nanovlm=eval/original"])
-    comparison = compare(variants, choose_rows(variants))
-    print(comparison.table.markdown())
+    print(compare(variants, choose_rows(variants)).table.markdown())
 
 What cannot be compared is said in `Comparison.notes`; a score that is not there is a footnote of
 the table, never a hole. `report.write` writes all of it down.
@@ -94,10 +93,8 @@ def choose_roles(
     """
     for role, name in (("baseline", baseline), ("original", original)):
         if name is not None and name not in names:
-            raise ValueError(
-                f"{role} {name!r} is none of the variants; there are: {', '.join(names)}. Without "
-                f"--{role} the scores can still be put side by side."
-            )
+            there = ", ".join(names)
+            raise ValueError(f"{role} {name!r} is none of the variants; there are: {there}.")
     if baseline is None and BASELINE in names:
         baseline = BASELINE
     if original is None:
@@ -128,18 +125,15 @@ def compare(
     matches: list[Match] = []
     base = next((v for v in variants if v.name == baseline), None)
     if base is None:
-        notes.append(
-            f"No baseline: no variant is called {BASELINE} and --baseline was not given, so there "
-            "are no changes, no shares recovered and no won or lost samples."
-        )
+        notes.append(f"No baseline: give --baseline, or call one {BASELINE}, for more than scores.")
     else:
         others = [v for v in variants if v is not base]
         matches = [match(row, base, v) for v in others for row in chosen if row.task in v.tasks]
         notes += sampled.sentences(matches)
         if original is None:
+            usual = " or ".join(ORIGINALS)
             notes.append(
-                f"No original: no variant is called {', '.join(ORIGINALS[:-1])} or "
-                f"{ORIGINALS[-1]} and --original was not given, so there are no shares recovered."
+                f"No original: give --original, or call one {usual}, for shares recovered."
             )
     with_pairs = dict.fromkeys(m.row.task for m in matches if m.pairs)
     data = {task: load_task_data(base.tasks[task], read=read_pictures) for task in with_pairs}
@@ -177,24 +171,18 @@ def _remarks(result: TaskResult, row: Row) -> list[str]:
 def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str]:
     """A sentence for each way in which the options of variants differ, with its tasks."""
     where: dict[str, list[str]] = {}
+    usual = _USUAL_OPTIONS.items()
     for task in dict.fromkeys(row.task for row in rows):
-        options = {
-            v.name: {
-                name: value
-                for name, value in v.tasks[task].model_args.items()
-                if name != "pretrained" and _USUAL_OPTIONS.get(name) != value
-            }
-            for v in variants
-            if task in v.tasks
-        }
-        names = dict.fromkeys(name for own in options.values() for name in own)
-        differ = [n for n in names if len({own.get(n) for own in options.values()}) > 1]
-        if differ:
-            each = "; ".join(
-                f"{variant} {', '.join(f'{n}={own[n]}' for n in differ if n in own) or 'without'}"
-                for variant, own in options.items()
+        own = {v.name: v.tasks[task].model_args.items() for v in variants if task in v.tasks}
+        options = {v: dict(i for i in items if i not in usual) for v, items in own.items()}
+        names = dict.fromkeys(name for of in options.values() for name in of)
+        names.pop("pretrained", None)
+        if differ := [n for n in names if len({of.get(n) for of in options.values()}) > 1]:
+            each = (
+                f"{v} {', '.join(f'{n}={of[n]}' for n in differ if n in of) or 'without'}"
+                for v, of in options.items()
             )
-            where.setdefault(each, []).append(task)
+            where.setdefault("; ".join(each), []).append(task)
     return [
         f"Evaluated with different model options: {each} ({', '.join(tasks)})."
         for each, tasks in where.items()

@@ -59,10 +59,7 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
         logged = sample.metrics.get(METRIC)
         kind = logged.get("question_type") if isinstance(logged, Mapping) else None
         if kind not in SIZES:
-            raise ValueError(
-                f"OCRBench sample {sample.doc_id} has no known sub-task ({kind!r}): is this "
-                "lmms-eval's task ocrbench?"
-            )
+            raise ValueError(f"OCRBench sample {sample.doc_id} has no known sub-task ({kind!r}).")
         scores[kind].append(logged["score"])
     return {kind: Count(sum(own), len(own)) for kind, own in scores.items() if own}
 

@@ -21,19 +21,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ldistill.evaluation.compare import ocrbench
+from ldistill.evaluation.compare import ocrbench, tables
 from ldistill.evaluation.compare.comparison import Comparison, unlike_samples
 from ldistill.evaluation.compare.failure_modes import MODES, Lexicon, accepted_answers, judge
 from ldistill.evaluation.compare.results import Sample
 from ldistill.evaluation.compare.samples import sample_categories
-from ldistill.evaluation.compare.tables import (
-    MISSING,
-    csv_text,
-    markdown_table,
-    plot_recovery,
-    recovery,
-    recovery_markdown,
-)
 from ldistill.evaluation.compare.task_data import inline_picture
 from ldistill.evaluation.suites import READING, Row
 
@@ -121,12 +113,12 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
     picture, page = out / "recovery.png", out / "failures.html"
     for path in (picture, page):
         path.unlink(missing_ok=True)
-    drawn = _has_roles(comparison) and plot_recovery(comparison.table, picture)
+    drawn = _has_roles(comparison) and tables.plot_recovery(comparison.table, picture)
     if examples.looked_at:
         _write_page(page, comparison, examples, most)
     plain = _plain(comparison, examples)
     paired = _paired_csv(comparison) if comparison.paired else None
-    parts = csv_text(*_ocrbench_lines(comparison)) if comparison.ocrbench else None
+    parts = tables.csv_text(*_ocrbench_lines(comparison)) if comparison.ocrbench else None
     written = []
     for name, text in (
         ("report.md", markdown(comparison, examples, drawn)),
@@ -151,11 +143,14 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         [v.name, roles.get(v.name, "variant"), v.model or "not named", len(v.tasks)]
         for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name))
     ]
-    parts = ["# Comparison\n", markdown_table(["name", "role", "model", "tasks"], lines, left=3)]
+    parts = [
+        "# Comparison\n",
+        tables.markdown_table(["name", "role", "model", "tasks"], lines, left=3),
+    ]
     parts += ["## Scores\n", table.markdown()]
     if _has_roles(comparison):
         unlike = unlike_samples(comparison.variants, table)
-        parts += ["## Share recovered\n", recovery_markdown(table, unlike)]
+        parts += ["## Share recovered\n", tables.recovery_markdown(table, unlike)]
         parts += ["![Share recovered by group](recovery.png)\n"] if picture else []
     if comparison.paired:
         parts += ["## Samples won and lost\n", _paired_markdown(comparison)]
@@ -192,10 +187,10 @@ def _paired_markdown(comparison: Comparison) -> str:
                 tasks.append([p.row.name, *line])
             else:
                 parts.append([p.row.name, p.category, *line])
-        text += f"\n### {variant}\n\n" + markdown_table(["Task", *head], tasks)
+        text += f"\n### {variant}\n\n" + tables.markdown_table(["Task", *head], tasks)
         if parts:
             text += "\nBy category:\n\n"
-            text += markdown_table(["Task", "Category", *head], parts, left=2)
+            text += tables.markdown_table(["Task", "Category", *head], parts, left=2)
     return text
 
 
@@ -213,7 +208,7 @@ def _paired_csv(comparison: Comparison) -> str:
         numbers = [f"{n:.6g}" for n in (r.baseline, r.variant, r.difference, r.low, r.high)]
         before = [p.variant, p.row.task, p.row.metric, p.category or "", r.samples]
         body.append([*before, *numbers, r.won, r.lost, f"{r.p:.6g}"])
-    return csv_text(head.split(), body)
+    return tables.csv_text(head.split(), body)
 
 
 def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
@@ -233,10 +228,10 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
     rows.append(("", "Total", {v: ocrbench.total(own) for v, own in counts.items()}))
     lines = []
     for group, name, found in rows:
-        told = [f"{c.right:g}/{c.of}" if c else MISSING for c in found.values()]
+        told = [f"{c.right:g}/{c.of}" if c else tables.MISSING for c in found.values()]
         for before, after in ((found[baseline], found[v]) for v in changes):
             if before is None or after is None:
-                told.append(MISSING)
+                told.append(tables.MISSING)
             else:  # points gained, where both are of as many samples
                 same, gained = before.of == after.of, after.right - before.right
                 told.append(f"{gained:+g}" if same else "other samples")
@@ -251,7 +246,7 @@ def _ocrbench_markdown(comparison: Comparison) -> str:
         for line in lines
     ]
     text = "Right answers out of samples, recomputed from the samples.\n\n"
-    text += markdown_table(head, bold, left=2)
+    text += tables.markdown_table(head, bold, left=2)
     base = comparison.ocrbench.get(str(comparison.table.baseline), {})
     before = ocrbench.total(base)
     for variant, counts in comparison.ocrbench.items():
@@ -275,7 +270,7 @@ def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
         [v, names[row], outcome, *(counts[mode] for mode in MODES), sum(counts.values())]
         for (v, row, outcome), counts in examples.counts.items()
     ]
-    return text + markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
+    return text + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
 
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
@@ -290,7 +285,7 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
         "rows": [{"id": r.id, **asdict(r)} for r in table.rows],
         "scores": {v: {row: cell for row, cell in own.items() if cell} for v, own in cells.items()},
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
-        "recovered": recovery(table) if roles else {},
+        "recovered": tables.recovery(table) if roles else {},
         "recovered_notes": unlike_samples(comparison.variants, table) if roles else [],
         "paired": [
             {"variant": p.variant, "row": p.row.id, "category": p.category}

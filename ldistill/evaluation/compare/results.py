@@ -129,10 +129,8 @@ def load_results(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["results"].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a results file of lmms-eval ({error}): evaluate again, or remove it to "
-            "compare without it."
-        ) from error
+        wrong = f"{path} is not a results file of lmms-eval ({error})"
+        raise ValueError(f"{wrong}: evaluate again, or remove it.") from error
     return record
 
 
@@ -253,10 +251,8 @@ def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
     mixed = [folder] if named else [folder / part for part, found in each.items() if not found]
     if mixed:
         models = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
-        raise ValueError(
-            f"{mixed[0]} holds results of several models ({', '.join(sorted(models))}): give the "
-            "folder of each one, NAME=DIR."
-        )
+        several = f"{mixed[0]} holds results of several models ({', '.join(sorted(models))})"
+        raise ValueError(f"{several}: give the folder of each one, NAME=DIR.")
     return list(each.values())
 
 

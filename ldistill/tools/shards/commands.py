@@ -21,6 +21,12 @@ import typer
 from typer import Argument, Option
 
 from ldistill import sources as known_sources
+from ldistill.data.build.build_types import BuildOptions, InputOptions
+from ldistill.data.build.slices import Slice, join_slices
+from ldistill.data.index import ShardIndex
+from ldistill.data.store import Reading
+from ldistill.tools.shards import building
+from ldistill.tools.shards import verify as checking
 
 app = typer.Typer(help="Build, check and describe shards of training data.", no_args_is_help=True)
 
@@ -73,11 +79,8 @@ def build(
     part: Annotated[Text, Option("--slice", help="Only part i of n of every source: i/n.")] = None,
 ) -> None:
     """Build shards. Run the same command again to go on after an interruption."""
-    from ldistill.data.build.build_types import BuildOptions, InputOptions
     from ldistill.data.build.inputs import open_inputs
-    from ldistill.data.build.slices import Slice
     from ldistill.models.formats import load_processor
-    from ldistill.tools.shards import building
     from ldistill.tools.shards.preview import preview
 
     extra, ratings = known_sources.parse_extra(extra_sources), parse_ratings(min_rating or [])
@@ -112,11 +115,8 @@ def merge(
     overwrite: Annotated[bool, Option(help="Replace sources merged before.")] = False,
 ) -> None:
     """Join slices, built on any number of machines, to the shards that one would have built."""
-    from ldistill.data.build.slices import join_slices
-    from ldistill.tools.shards.building import print_reports
-
     if reports := join_slices(folder, _names(sources), overwrite=overwrite):
-        print_reports(reports, folder)
+        building.print_reports(reports, folder)
     else:
         typer.echo(f"nothing to merge in {folder}: it is done")
 
@@ -131,11 +131,8 @@ def verify(
     cache_gb: CacheSize = 64.0,
 ) -> None:
     """Re-hash every shard, decode every sample; exit code 1: something is wrong, 2: no shards."""
-    from ldistill.data.store import Reading
-    from ldistill.tools.shards import verify
-
     reading = Reading(cache, cache_gb)
-    report = verify.verify(folder, _names(sources), workers or _cores(), reading)
+    report = checking.verify(folder, _names(sources), workers or _cores(), reading)
     for problem in report.problems:
         typer.echo(problem, err=True)
     counts = f"{report.sources} sources, {report.shards} shards, {report.samples} samples"
@@ -157,8 +154,6 @@ def stats(
     cache_gb: CacheSize = 64.0,
 ) -> None:
     """Token lengths by source, the share above the limit, and an epoch as a run would read it."""
-    from ldistill.data.index import ShardIndex
-    from ldistill.data.store import Reading
     from ldistill.tools.shards import stats
 
     index = ShardIndex.load(folder, _names(sources), Reading(cache, cache_gb))

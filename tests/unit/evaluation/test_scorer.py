@@ -133,6 +133,18 @@ def test_logits_are_scaled_and_capped_as_the_decoders_own_class_does(name, tmp_p
         assert total == pytest.approx(expected, abs=1e-3)
 
 
+def test_rotary_positions_of_several_axes_go_on_behind_the_prompt(tmp_path):
+    """A run's scorer against lmms-eval's, where the model makes its positions itself."""
+    folder = zoo.write_pair("qwen2-vl", tmp_path)
+    processor, own = formats.load_processor(folder), load_scorer(str(folder))
+    run = StudentScorer(formats.load_student(folder), processor)
+    asked = ["what is it?", "what is the total red?", "why"]
+    pairs = [(Question(text, (picture(len(text)),)), "the lazy dog" + text[:4]) for text in asked]
+    found = run.log_likelihoods(pairs)
+    expected = [own.log_likelihoods([pair])[0] for pair in pairs]
+    assert [total for total, _ in found] == pytest.approx([t for t, _ in expected], abs=1e-3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("context", ["Question: the fox\nAnswer:", "the fox jumps ", ""])
 def test_plain_text_is_split_as_in_the_harness(models, folders, context):
