@@ -65,7 +65,7 @@ class Steps:
         found = []
         for batch, plan, queries in zip(read, plans, taught, strict=True):
             inputs = {
-                "batch": {k: v for k, v in batch.items() if isinstance(v, Tensor)},
+                "batch": batch,
                 "supervision": plan,
                 "total": max(total, 1.0),
                 "run_teacher": queries > 0,
