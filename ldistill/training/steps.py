@@ -30,8 +30,8 @@ class Steps:
 
     def read(
         self, batches: Iterator, count: int, done: int, problem: Exception | None = None
-    ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """So many micro-batches, each beside what :meth:`Distiller.forward` takes of it.
+    ) -> list[dict[str, Any]]:
+        """So many micro-batches, each as what :meth:`Distiller.forward` takes.
 
         One reduction a step: rows of the batch, who teaches, is all finite, readable, to stop?
         What one rank alone could not read stops all of them here, instead of leaving the others in
@@ -54,24 +54,18 @@ class Steps:
         counts = [*flags, sum(len(plan.targets) for plan in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.device)
         vector = torch.cat([vector, 1 - self._finite[:1].double()])
-        asked, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
-        self.stop.agreed |= asked > 0
+        stop, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
+        self.stop.agreed |= stop > 0
         if broken:
             self.check_finite(done)
         if unread:
             _stop_unreadable(problem, done)
         teacher = self.distiller.teacher
         taught = teachers if teacher is not None and teacher.collective else own
-        found = []
-        for batch, plan, queries in zip(read, plans, taught, strict=True):
-            inputs = {
-                "batch": batch,
-                "supervision": plan,
-                "total": max(total, 1.0),
-                "run_teacher": queries > 0,
-            }
-            found.append((batch, inputs))
-        return found
+        return [
+            {"batch": batch, "supervision": plan, "total": max(total, 1.0), "run_teacher": asked > 0}
+            for batch, plan, asked in zip(read, plans, taught, strict=True)
+        ]
 
     def note_finite(self, outputs: Mapping[str, Tensor]) -> None:
         """Remember whether what the distiller gave is finite; no synchronisation."""

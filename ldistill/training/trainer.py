@@ -113,16 +113,18 @@ class DistillTrainer(Trainer):
             self._restore()
         parts, step, student = self.parts, self.state.global_step, self.distiller.student
         read = self.steps.read(epoch_iterator, num_batches, step, parts.saver.log_problem)
-        for batch, inputs in read:
+        for inputs in read:
+            batch = inputs["batch"]
             counts = count_step(student, batch, inputs["supervision"])
             flops = student_flops(student, counts, self.distiller.kv_scope)
             parts.meter.add_batch(batch, counts, flops)
             if parts.samples is not None:
                 parts.samples.add(batch)
-        batch, first = read[0]
+        first = read[0]
         if parts.health_steps and step % parts.health_steps == 0 and first["run_teacher"]:
-            first["own_queries"] = self.distiller.own_queries(batch, first["supervision"])
-        return [inputs for _, inputs in read], None
+            asked = first["batch"], first["supervision"]
+            first["own_queries"] = self.distiller.own_queries(*asked)
+        return read, None
 
     def _restore(self) -> None:
         """What is restored, or let go, when everything is set up, before the first batch."""
@@ -246,7 +248,7 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             batches = iter(self.parts.validation.batches())
             for _ in range(self.parts.validation.passes):
-                [(_, inputs)] = self.steps.read(batches, 1, self.state.global_step)
+                [inputs] = self.steps.read(batches, 1, self.state.global_step)
                 sums += self.model_wrapped(**self._prepare_inputs(inputs))["metrics"]
         self.model_wrapped.train()
         return of_sources(ranks.sum_over(sums).cpu(), self.distiller.weights)
