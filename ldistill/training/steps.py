@@ -63,8 +63,8 @@ class Steps:
         teacher = self.distiller.teacher
         taught = teachers if teacher is not None and teacher.collective else own
         return [
-            {"batch": batch, "supervision": plan, "total": max(total, 1.0), "run_teacher": asked > 0}
-            for batch, plan, asked in zip(read, plans, taught, strict=True)
+            {"batch": batch, "supervision": plan, "total": max(total, 1.0), "run_teacher": n > 0}
+            for batch, plan, n in zip(read, plans, taught, strict=True)
         ]
 
     def note_finite(self, outputs: Mapping[str, Tensor]) -> None:
