@@ -227,7 +227,7 @@ def test_every_differing_field_is_named(pair_root, tmp_path):
 def test_a_checkpoint_that_is_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         resolve(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         resolve("pkg://ldistill/nowhere")
     with pytest.raises(FileNotFoundError, match="hub"):
         resolve("nobody/no-such-model-at-all")
