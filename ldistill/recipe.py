@@ -381,7 +381,12 @@ def world_size() -> int:
 def print_help(everything: bool) -> None:
     """Own flags with their defaults, in groups; transformers' by reference, or argparse's list."""
     if everything:
-        HfArgumentParser([*OWN, TrainingArguments], prog="ldistill/train.py").print_help()
+        parser = HfArgumentParser([*OWN, TrainingArguments], prog="ldistill/train.py")
+        own = {f.name for cls in OWN for f in dataclasses.fields(cls)}
+        for action in parser._actions:
+            if action.dest in own:  # argparse would fill a % in
+                action.help = action.help.replace("%", "%%")
+        parser.print_help()
         return
     from rich.console import Console
     from rich.table import Table

@@ -59,17 +59,26 @@ def load_hf_vlm(
 ) -> HFVLM:
     """As :func:`ldistill.models.formats.load_student`."""
     folder = resolve(name)
-    keys: list[str] = []
+    shapes: dict[str, list[int]] = {}
     for file in weight_files(folder):
         with open_weights(folder / file) as opened:
-            keys += opened.keys()
+            for key in opened.keys():  # noqa: SIM118
+                shapes[key] = opened.get_slice(key).get_shape()
     with partitioned_by_the_run() if partition else partitioned_by(None):
         vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
     model = HFVLM(vlm, load_processor(folder).pictures([Image.new("RGB", BLANK)]))
-    # What trains must have a place in the export; a tied pair is stored once.
+    # What trains must have a place in the export; a tied pair is stored once. With ZeRO-3
+    # transformers tells rank 0 alone of another shape, so every rank looks.
     names, vision = DiskNames(folder), {id(p) for p in model.vision_parameters()}
-    stored = {names.parameter(key)[0] for key in keys}
-    found = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in stored}
+    stored: dict[str, list[int] | None] = {}
+    for key, shape in shapes.items():
+        name, part = names.parameter(key)
+        stored[name] = None if part else shape
+    found = {
+        id(p)
+        for n, p in model.named_parameters(remove_duplicate=False)
+        if n in stored and stored[n] in (None, list(getattr(p, "ds_shape", p.shape)))
+    }
     lost = [n for n, p in model.named_parameters() if id(p) not in found | vision]
     refuse_misfit(folder, problems + [f"no tensor for {n.removeprefix(PREFIX)}" for n in lost])
     if unused:

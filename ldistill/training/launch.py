@@ -84,14 +84,16 @@ def check_launcher(driven: int) -> None:
 
 def check_port(port: int) -> None:
     """Raise OSError when another process of this machine listens on ``port``."""
-    try:
-        socket.create_server(("", port)).close()
-    except OSError as error:
-        raise OSError(
-            f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
-            f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N before "
-            "sbatch, or deepspeed --master_port N."
-        ) from error
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))  # without listening: another rank may be trying already
+        except OSError as error:
+            raise OSError(
+                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
+                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
+                "before sbatch, or deepspeed --master_port N."
+            ) from error
 
 
 def check_clocks() -> None:

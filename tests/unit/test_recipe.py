@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ldistill.recipe import load_recipe, parse, shipped_recipes
+from ldistill.recipe import OWN, load_recipe, parse, print_help, shipped_recipes
 from ldistill.recipe_values import HEEDED, check_deepspeed, check_trainer_flags
 from ldistill.sources import (
     DOCUMENT,
@@ -237,6 +237,15 @@ def test_evaluation_goes_with_the_checkpoints_unless_told():
     argv = ["--eval_suite", "tiny", "--save_steps", "50"]
     assert parse(argv).training.eval_steps == 50
     assert parse([*argv, "--eval_steps", "7"]).training.eval_steps == 7
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_help_names_every_flag_of_ours(everything, capsys):
+    print_help(everything)
+    told = capsys.readouterr().out
+    names = [f.name for group in OWN for f in dataclasses.fields(group)]
+    assert [name for name in names if f"--{name}" not in told] == []
+    assert ("--weight_decay" in told) == everything
 
 
 def test_every_flag_of_the_trainer_is_heeded_or_refused():

@@ -214,6 +214,13 @@ def _ocrbench(
                 counts[name] = ocrbench.count(samples.values())
             except ValueError as error:
                 notes.append(f"{error} {name}'s sub-tasks are missing.")
+                continue
+            right, told = ocrbench.total(counts[name]).right, result.scores.get(row.key)
+            if not result.limited and told is not None and abs(told * 1000 - right) > 0.5:
+                notes.append(
+                    f"OCRBench: {name}'s samples add up to {right:g}, its results file says "
+                    f"{told * 1000:g}: are they of one evaluation?"
+                )
         else:
             what = "results" if result is None else "samples"
             notes.append(f"OCRBench: {name} has no {what}: its sub-tasks are missing.")

@@ -18,9 +18,10 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -31,6 +32,7 @@ from ldistill.evaluation.compare.results import Sample, TaskResult
 TEXT_COLUMNS = ("ocr", "ocr_text", "ocr_tokens", "picture_text", "words")
 _PICTURE_IDS = (("image_url",), ("ucsf_document_id", "ucsf_document_page_no"), ("image_id",))
 _QUESTION_COLUMNS = ("question", "query", "prompt", "context")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _LOADER_KEYS = ("data_files", "data_dir", "revision", "cache_dir")
 
 
@@ -41,6 +43,8 @@ class TaskData:
     documents: Sequence[Mapping[str, Any]] | None  # by `doc_id`; None: they could not be loaded
     reason: str = ""  # why not, as a clause
     read: bool = True  # whether tesseract reads pictures where the data holds no text
+    folder: Path = Path()  # of pictures that it names by their files
+    _read: dict[str, str] = field(default_factory=dict, repr=False)  # by the picture's hash
 
     def document(self, sample: Sample) -> Mapping[str, Any] | None:
         """The document of a sample, whose question (or any text) must stand in its prompt."""
@@ -55,7 +59,7 @@ class TaskData:
     def pictures(self, sample: Sample) -> list[bytes]:
         """Encoded pictures of a sample's document; empty without any."""
         document = self.document(sample)
-        return [] if document is None else list(_pictures(document))
+        return [] if document is None else list(_pictures(document, self.folder))
 
     def text(self, sample: Sample, samples: Mapping[int, Sample]) -> PictureText:
         """What is known of the text in a sample's picture.
@@ -71,12 +75,18 @@ class TaskData:
             if texts := tuple(_texts(document.get(column))):
                 return PictureText(texts, "the picture's text (by its data set)", whole=True)
         seen = self.pictures(sample) if self.read and shutil.which("tesseract") else []
-        if read := "\n".join(filter(None, map(read_text, seen))):
+        if read := "\n".join(filter(None, map(self._tesseract, seen))):
             return PictureText((read,), "the picture's text (as tesseract reads it)", whole=True)
         others = (i for i in self._same_picture.get(sample.doc_id, ()) if i in samples)
         answers = (accepted_answers(samples[i].target) for i in others if i != sample.doc_id)
         known = tuple(answer for accepted in answers for answer in accepted)
         return PictureText(known, "the answer to another question about this picture")
+
+    def _tesseract(self, picture: bytes) -> str:
+        key = hashlib.sha1(picture).hexdigest()
+        if key not in self._read:
+            self._read[key] = read_text(picture)
+        return self._read[key]
 
     @cached_property
     def _same_picture(self) -> dict[int, list[int]]:
@@ -85,8 +95,9 @@ class TaskData:
         for doc_id in range(len(self.documents or ())):
             document = self.documents[doc_id]
             ids = ([document.get(column) for column in columns] for columns in _PICTURE_IDS)
-            key = next(("\n".join(map(str, own)) for own in ids if not {None, ""} & {*own}), None)
-            if key is None and (picture := next(_pictures(document), None)):
+            whole = (own for own in ids if all(value not in (None, "") for value in own))
+            key = next(("\n".join(map(str, own)) for own in whole), None)
+            if key is None and (picture := next(_pictures(document, self.folder), None)):
                 key = hashlib.sha1(picture).hexdigest()
             if key:
                 same.setdefault(key, []).append(doc_id)
@@ -111,7 +122,10 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
     options = {key: kwargs[key] for key in _LOADER_KEYS if key in kwargs}
     try:
         with _offline():
-            documents = datasets.load_dataset(path, name, split=split, **options)
+            if kwargs.get("load_from_disk"):
+                documents = datasets.load_from_disk(path)[split]
+            else:
+                documents = datasets.load_dataset(path, name, split=split, **options)
         for column, feature in documents.features.items():
             if isinstance(feature, datasets.Image):
                 documents = documents.cast_column(column, datasets.Image(decode=False))
@@ -119,7 +133,14 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
         line = (str(error).splitlines() or [""])[0]
         where = f"data set {path}{f' ({name})' if name else ''}, split {split},"
         return TaskData(None, f"{where} is not on this machine ({line})", read=read)
-    return TaskData(documents, read=read)
+    return TaskData(documents, read=read, folder=_folder(kwargs.get("data_files")))
+
+
+def _folder(files: Any) -> Path:
+    """Of the first local data file."""
+    while isinstance(files, (Mapping, list)):
+        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
+    return Path(files).parent if isinstance(files, str) else Path()
 
 
 @contextmanager
@@ -137,8 +158,8 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
 
 
-def _pictures(document: Mapping[str, Any]) -> Iterator[bytes]:
-    """Encoded pictures of its fields."""
+def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
+    """Encoded pictures of its fields: bytes, files, data URIs."""
     fields = (value if isinstance(value, list) else [value] for value in document.values())
     for value in chain.from_iterable(fields):
         if isinstance(value, Image.Image):  # of a list of pictures
@@ -147,6 +168,14 @@ def _pictures(document: Mapping[str, Any]) -> Iterator[bytes]:
             yield encoded.getvalue()
         elif isinstance(value, Mapping) and value.get("bytes"):
             yield value["bytes"]
+        elif isinstance(value, str) and value.startswith("data:image/"):
+            yield base64.b64decode(value.partition(",")[2])
+        else:
+            name = value.get("path") if isinstance(value, Mapping) else value
+            if isinstance(name, str) and name.lower().endswith(_ENDINGS):
+                path = folder / name
+                if path.is_file():
+                    yield path.read_bytes()
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -177,7 +206,6 @@ def _json(text: str) -> Any:
         return None
 
 
-@cache
 def read_text(picture: bytes) -> str:
     """What tesseract reads in a picture within a minute; empty when it fails."""
     command = ["tesseract", "stdin", "stdout"]

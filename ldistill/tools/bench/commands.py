@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -80,7 +81,8 @@ def step_command(
         if gain := row["compile_gain"]:
             typer.echo(f"{row['mode']}: {gain:.2f} × as fast as with eager blocks")
     if plot:
-        report.draw_profile(results, str(options), plot)
+        measured = replace(options, attention=results[0]["attention"])
+        report.draw_profile(results, str(measured), plot)
         typer.echo(f"where the time goes: {plot}")
     if csv:
         report.append_csv(csv, results, ("ldistill", "torch", "transformers", "triton"))

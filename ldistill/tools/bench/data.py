@@ -219,7 +219,7 @@ def worker_memory(pid: int) -> tuple[float, float]:
 def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], failure: str) -> Row:
     """Medians over the rounds; ratios are of the loader to webdataset in the same round."""
     workers, loader = cell
-    mine, theirs = found[cell], found.get((workers, "webdataset"), [])
+    mine, theirs = [] if failure else found[cell], found.get((workers, "webdataset"), [])
 
     def of(column: str) -> float | None:
         return statistics.median(one[column] for one in mine) if mine else None

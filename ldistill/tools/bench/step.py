@@ -209,6 +209,8 @@ class StepBench:
     def flops(self, mode: str) -> float:
         """FLOPs of a step as this mode runs it; recomputed activations are not counted."""
         counts = count_step(self.distiller.student, self.host_batch, self.targets(mode))
+        # The shape counts pictures, with all tiles of each; every document here has one.
+        counts = replace(counts, tiles=len(self.host_batch["doc_length"]))
         if mode == "naive":
             # the stock LM runs its k and v projections, which scope `full` leaves out
             return self.shape.step_flops(naive_counts(counts), kv_scope="visual")

@@ -161,6 +161,8 @@ def load_study(name: str, **given: Any) -> Study:
 def _read(values: Any) -> Study:
     made = _known(values, Study, "the file")
     arms = []
+    if not made.get("arms"):
+        raise ValueError("it names no arms")
     for name, of in made["arms"].items():
         of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
         for kind, cls in (("merge", Merge), ("command", Command)):

@@ -105,7 +105,7 @@ def _kill(
         begin = max((f.step for f in survey(run) if f.problem is None), default=0)
         ahead = rng.randint(1, max(1, 2 * (bench.steps - begin) // (left + 1)))
         at = min(bench.steps - 1, begin + ahead)
-        waits = [lambda: last_step(run) >= at and metrics.stat().st_mtime > ranks.began]
+        waits = [lambda: _anew(metrics, ranks) and last_step(run) >= at]
         waits += [lambda: any((run / WRITING).glob("*"))] if moment == "writing" else []
         if not all(map(ranks.wait_for, waits)):
             return None
@@ -116,6 +116,11 @@ def _kill(
     ranks.kill(victim)
     who = "all ranks" if victim is None else f"rank {victim}"
     return {"moment": moment, "killed": who, "after step": last_step(run)}
+
+
+def _anew(metrics: Path, ranks: Ranks) -> bool:
+    """Whether this start has written them already."""
+    return metrics.exists() and metrics.stat().st_mtime > ranks.began
 
 
 # ---- how a run takes a fault ----
@@ -185,9 +190,8 @@ def _full_disk(bench: Bench, run: Path) -> str:
     run.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)]
     small = shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode
-    bench.details["disk"] = "tmpfs" if small else "file size limit"
     if not small:
-        return recovers(fault=Fault("file_size", 200_000))
+        return f"{recovers(fault=Fault('file_size', 200_000))} (file size limit)"
 
     def fill(ranks: Ranks) -> None:  # but for metrics: a megabyte holds no checkpoint
         with filler.open("wb") as file:
@@ -199,7 +203,7 @@ def _full_disk(bench: Bench, run: Path) -> str:
         check(bool(survey(run)), "no checkpoint was kept")
 
     try:
-        return recovers(under_way=fill, mend=mend)
+        return f"{recovers(under_way=fill, mend=mend)} (tmpfs)"
     finally:
         subprocess.run(["umount", "-l", str(run)], check=False)
 

@@ -119,6 +119,8 @@ def test_numbers_are_of_what_was_measured(setup):
 
 
 def test_another_librarys_failure_is_told_and_ours_is_raised(setup, monkeypatch):
+    working = LOADERS["datasets"]
+
     def fails(setup, workers):
         raise RuntimeError("no such luck\nmore")
 
@@ -127,6 +129,15 @@ def test_another_librarys_failure_is_told_and_ours_is_raised(setup, monkeypatch)
     [result] = bench_data(setup, loaders=("datasets",), **options)
     assert result["failure"] == "RuntimeError: no such luck"
     assert "RuntimeError: no such luck" in speed_table([result]).markdown()
+    calls = []
+
+    def fails_later(setup, workers):
+        calls.append(workers)
+        return working(setup, workers) if len(calls) < 2 else fails(setup, workers)
+
+    monkeypatch.setitem(LOADERS, "datasets", fails_later)
+    rows = bench_data(setup, loaders=("webdataset", "datasets"), **options)
+    assert "| RuntimeError: no such luck |" in speed_table(rows).markdown()
     monkeypatch.setitem(LOADERS, "ours", fails)
     with pytest.raises(RuntimeError):
         bench_data(setup, loaders=("ours",), **options)

@@ -192,6 +192,17 @@ def test_limited_ocrbench_is_recomputed(tmp_path):
     assert not (tmp_path / "out" / "paired.csv").exists()
 
 
+def test_an_ocrbench_whose_samples_are_not_its_results(tmp_path):
+    lines = [ocrbench_sample(0, "Key Information Extraction", ["1"], "1", True)]
+    for name, told in (("a", 0.001), ("b", 0.002)):
+        score = {"ocrbench": {"ocrbench_accuracy,none": told}}
+        write_results(tmp_path / name, score, {"ocrbench": lines})
+    folders = [str(tmp_path / name) for name in ("a", "b")]
+    done = runner.invoke(app, ["compare", *folders, "--out", str(tmp_path / "out")])
+    assert "OCRBench: b's samples add up to 1, its results file says 2" in done.output
+    assert "a's samples add up" not in done.output
+
+
 def test_an_ocrbench_of_another_kind(tmp_path):
     lines = [ocrbench_sample(0, "Emoji", ["1"], "1", True)]
     score = {"ocrbench": {"ocrbench_accuracy,none": 0.5}}

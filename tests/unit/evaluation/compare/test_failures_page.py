@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import json
@@ -164,6 +165,47 @@ def test_text_columns_of_the_data(tmp_path):
     first, second = (data.text(samples[i], samples) for i in (0, 1))
     assert (first.texts, first.whole) == (("Total 9.50",), True)
     assert second.holds("ann lee")
+
+
+def named_results(tmp_path, config):
+    answers = [sample(i, "5", str(i), f"How many in {i}?", exact_match=0.0) for i in range(3)]
+    scores = {"own": {"exact_match,none": 0.0}}
+    write_results(tmp_path / "v", scores, {"own": answers}, configs={"own": config})
+    task = read_variants([str(tmp_path / "v")])[0].tasks["own"]
+    return load_task_data(task, read=False), task.samples()
+
+
+def test_pictures_are_found_by_file_and_in_the_text(tmp_path):
+    picture = receipt(["Total 9.50"])
+    (tmp_path / "one.png").write_bytes(picture)
+    given = ["one.png", f"data:image/png;base64,{base64.b64encode(picture).decode()}", "gone.png"]
+    lines = [{"question": f"How many in {i}?", "image": name} for i, name in enumerate(given)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kwargs = {"data_files": {"test": str(tmp_path / "d.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    config = {"dataset_path": "json", "dataset_kwargs": kwargs, "test_split": "test"}
+    data, samples = named_results(tmp_path, config)
+    assert [data.pictures(samples[i]) for i in range(3)] == [[picture], [picture], []]
+
+
+def test_a_saved_data_set_whose_pictures_are_files(tmp_path):
+    from datasets import Dataset, DatasetDict, Features, Sequence, Value
+    from datasets import Image as Picture
+
+    picture = receipt(["Total 9.50"])
+    (tmp_path / "one.png").write_bytes(picture)
+    columns = {
+        "question": [f"How many in {i}?" for i in range(3)],
+        "image_id": [["a", "b"], ["c"], []],  # no text, but it is what tells pictures apart
+        "image": [{"bytes": None, "path": str(tmp_path / "one.png")}] * 3,
+    }
+    kinds = {"question": Value("string"), "image_id": Sequence(Value("string"))}
+    made = Dataset.from_dict(columns, features=Features({**kinds, "image": Picture(decode=False)}))
+    DatasetDict(test=made).save_to_disk(str(tmp_path / "saved"))
+    kwargs = {"load_from_disk": True}
+    config = {"dataset_path": str(tmp_path / "saved"), "dataset_kwargs": kwargs}
+    data, samples = named_results(tmp_path, config | {"test_split": "test"})
+    assert [data.pictures(samples[i]) for i in range(3)] == [[picture]] * 3
+    assert not data.text(samples[0], samples).texts
 
 
 def test_pictures_that_are_none():
