@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from ldistill.distill.distiller import student_inputs
 from ldistill.distill.targets import supervise
-from ldistill.models.flops import count_step, step_flops, vision_flops
+from ldistill.models.flops import count_step, step_flops, student_flops, vision_flops
 from ldistill.models.nanovlm import NanoVLM, decoder_config, vision_config
 from ldistill.models.shapes import shape_of
 from ldistill.models.towers import tower_of
@@ -253,6 +253,10 @@ def test_other_families_run_through_the_same_bench(family, tmp_path, monkeypatch
         assert bench.loss("naive").item() == pytest.approx(ours, rel=1e-5)
     assert ours != pytest.approx(bench.loss("ce").item(), rel=1e-3)
     assert bench.flops("naive") > bench.flops("ours") > bench.flops("ce") > 0
+    if family not in ("qwen2.5-vl", "mistral3", "kimi", "videollama3"):  # towers of one size
+        student = bench.distiller.student
+        counts = count_step(student, bench.host_batch, bench.targets("ce"))
+        assert bench.flops("ce") == pytest.approx(student_flops(student, counts), rel=0.01)
 
 
 def test_csv_grows_and_refuses_a_file_of_other_columns(tmp_path):
