@@ -13,7 +13,11 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.models.zoo import write_pair
 
-NAMES = ("llava-next", "smolvlm2", "qwen2.5-vl", "qwen3-vl", "gemma3", "mistral3", "glm4v", "ovis2")
+NAMES = (
+    *("nanovlm", "nanovlm-222m", "llava", "llava-next", "llava-onevision", "smolvlm", "smolvlm2"),
+    *("idefics3", "internvl", "internvl-qwen3", "internvl-llama", "qwen2-vl", "qwen2.5-vl"),
+    *("qwen3-vl", "gemma3", "paligemma", "paligemma2", "mistral3", "glm4v", "glm46v", "ovis2"),
+)
 
 
 @pytest.fixture(scope="module")
