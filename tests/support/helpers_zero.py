@@ -20,7 +20,7 @@ from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.parts import train_only
-from ldistill.training.optimizer import parameter_groups
+from ldistill.training.optimizer import Rates, parameter_groups
 
 SHAPE = {"lm_hidden_dim": 192, "lm_inter_dim": 384, "lm_n_blocks": 4}
 
@@ -49,7 +49,7 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     else:
         teacher.place(torch.device("cpu"), torch.bfloat16)
     distiller = Distiller(student, teacher, weights())
-    optimizer = torch.optim.AdamW(parameter_groups(student, 1e-4, 1e-4, 0.0))
+    optimizer = torch.optim.AdamW(parameter_groups(student, Rates(1e-4, 1e-4, 1e-4), 0.0))
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=config)
     sent: Counter[str] = Counter()
     count_collectives(sent)
