@@ -40,8 +40,7 @@ numpy._core.multiarray.scalar numpy.core.multiarray.scalar
 numpy.ndarray numpy.dtype numpy.dtypes.UInt32DType _codecs.encode
 """
 _HARMLESS = frozenset(_PLAIN.split())
-
-
+# Of a manifest's `about`: what a checkpoint belongs to that this run may not go on from.
 _WHAT = {
     "run": "another run (its id is not the one in {folder})",
     "student": "a run that began from another student",

@@ -44,8 +44,9 @@ def settle_environment() -> None:
     came down to a tenth of its speed. Ranks on one machine share its cores out.
     """
     settings = {"TOKENIZERS_PARALLELISM": "false"}
-    if "OMP_WAIT_POLICY" not in os.environ:  # which every OpenMP reads; the next one GNU's,
-        settings |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}  # in microseconds
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Every OpenMP reads the first; the second is GNU's, PyTorch's own, in microseconds.
+        settings |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
     # torchrun and slurm/common.sh say how many threads a rank has, DeepSpeed's launcher does not.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     if ranks > 1:
