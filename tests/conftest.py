@@ -12,6 +12,8 @@ from packaging.version import Version
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tensors are small: threads of two test processes, or two ranks, would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ops that DeepSpeed compiles are built once for this checkout and this PyTorch. Builds wait for a
 # lock in their folder: two checkouts that shared one would wait for each other.
 COMPILED = Path(__file__).parents[1] / ".pytest_cache" / f"torch-{version('torch')}-ops"
@@ -33,6 +35,9 @@ if not GPU:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    for item in items:  # what one test process runs: a file, and all that share the one cluster
+        group = "slurm" if item.path.parent.name == "slurm" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

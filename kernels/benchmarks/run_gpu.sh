@@ -68,7 +68,7 @@ grid=(--hidden 960 2048 --vocab 49152 --targets 256 2048 8192 32768)
 
 # --seconds ends a benchmark before its limit does: what was begun last needs the difference.
 measure() {
-    local test=("$python" -m pytest -q -m gpu -p no:cacheprovider)
+    local test=("$python" -m pytest -q -o addopts= -m gpu -p no:cacheprovider)
     local tests=tests/unit/kernels/test_shared_kv_attention_triton.py
     step tests-attention-plain 140 "${test[@]}" $tests -k "table and plain" &
     step tests-attention-second 140 "${test[@]}" $tests -k "table and second" &

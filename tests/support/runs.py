@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -111,37 +114,43 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """``train.py`` on so many ranks, with the environment that DeepSpeed's launcher sets.
 
-    The launcher itself (which imports everything twice more) is left to one test of its own.
+    The launcher itself is left to tests of its own, and so is the import of everything, which takes
+    longer than a small run: the ranks are forked from a process that has done it.
     """
-    command = [sys.executable, "ldistill/train.py", *args]
+    words, port = [*args], free_port()
     if config is not None:
-        command += ["--deepspeed", f"ds_configs/{config}.json"]
-    port = free_port()
-    processes = []
-    for rank in range(ranks):
-        own = environment() | dict(env or {})
-        if ranks > 1 or config is not None:
-            own |= world.place(rank, ranks, port)
-        processes.append(
-            subprocess.Popen(
-                command,
-                cwd=REPO,
-                env=own,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
-    try:
-        outputs = finish(processes, timeout)
-    finally:
-        discard_buffers(port)
-    code = max(abs(process.returncode) for process in processes)
-    result = subprocess.CompletedProcess(command, code, outputs[0][0], outputs[0][1])
+        words += ["--deepspeed", f"ds_configs/{config}.json"]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            [Path(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(ranks)
+        ]
+        places = []
+        for rank, (out, err) in enumerate(files):
+            own = environment() | dict(env or {})
+            if ranks > 1 or config is not None:
+                own |= world.place(rank, ranks, port)
+            places.append({"env": own, "out": str(out), "err": str(err)})
+        zygote = _zygote()
+        request = {"words": words, "timeout": timeout, "ranks": places}
+        try:
+            zygote.stdin.write(json.dumps(request) + "\n")
+            statuses = json.loads(zygote.stdout.readline())
+        finally:
+            discard_buffers(port)
+        texts = [[file.read_text("utf-8", "replace") for file in own] for own in files]
+    code = max(map(abs, statuses))
     if check and code != 0:
-        texts = "\n".join(f"{out[-2000:]}\n{err[-3000:]}" for out, err in outputs)
-        raise AssertionError(texts)
-    return result
+        said = (f"{out[-2000:]}\n{err[-3000:]}" for out, err in texts)
+        raise AssertionError(f"exit statuses {statuses}\n" + "\n".join(said))
+    return subprocess.CompletedProcess(["ldistill/train.py", *words], code, *texts[0])
+
+
+@cache
+def _zygote() -> subprocess.Popen[str]:
+    """It ends with this process, when its input does."""
+    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    return subprocess.Popen(command, env=environment(), cwd=REPO, **pipes)
 
 
 def losses(folder: Path) -> list[float]:

@@ -155,7 +155,10 @@ def load_study(name: str, **given: Any) -> Study:
         study = _read(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"study {name!r}: {error}") from error
-    return dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
+    study = dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
+    if study.items_per_task and not study.suite:
+        raise ValueError(f"study {name!r} has no suite that makes items: its tasks have theirs.")
+    return study
 
 
 def _read(values: Any) -> Study:

@@ -114,6 +114,13 @@ def test_what_cannot_be_is_a_sentence(tmp_path, fields, message):
         load_study(study_file(tmp_path, **fields))
 
 
+def test_tasks_have_the_items_they_have(tmp_path):
+    file = study_file(tmp_path, suite=None, tasks=["arc_easy"])
+    assert load_study(file).items_per_task is None
+    with pytest.raises(ValueError, match="no suite that makes items"):
+        load_study(file, items_per_task=4)
+
+
 def test_no_such_study_is_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"no study 'tyni'\. Shipped: paper, table3, tiny; or"):
         load_study("tyni")
