@@ -238,8 +238,10 @@ _BACKWARD_38 = {
 # What only fits where nothing but keys and values is read. Of no other class, not even Blackwell.
 PLAIN_FORWARD = {
     (227, 64, 2, False): Config(64, 64, 4, 3, 168),  # three blocks a multiprocessor, not two
+    (99, 64, 2, True): Config(128, 64, 8, 2),
 }
 PLAIN_BACKWARD = {
+    (227, 64, 2): BackwardConfig(128, 64, 64, 128, 8, 2),
     (227, 128, 2): BackwardConfig(128, 64, 32, 128, 8, 2),
 }
 # Earlier compilers need more registers: entries that spilled there take less.
@@ -249,6 +251,7 @@ _FORWARD = {
         (227, 96, 2, False): Config(64, 32, 4, 3, 255),
         (BLACKWELL, 128, 2, True): Config(128, 32, 8, 3),
         (163, 128, 2, True): Config(64, 32, 8, 2),
+        (99, 64, 2, True): Config(128, 32, 8, 2),
     },
     (3, 7): _FORWARD_38
     | {
@@ -267,6 +270,8 @@ _BACKWARD = {
     (3, 6): _BACKWARD_38
     | {
         (BLACKWELL, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
+        (BLACKWELL, 128, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
+        (227, 64, 2): BackwardConfig(128, 64, 32, 64, 8, 2),
         (163, 64, 2): BackwardConfig(64, 32, 32, 64, 8, 2, 255),
     },
     (3, 7): _BACKWARD_38
