@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ldistill.common.device import has_fast_bf16
-from ldistill.common.errors import did_you_mean
+from ldistill.common.errors import did_you_mean, refuse
 from ldistill.data.loader import OnBadSample
 from ldistill.data.mixture import parse_mix
 from ldistill.data.order import OverLong
@@ -311,7 +311,7 @@ def _check(recipe: Recipe) -> None:
     trained = parse_train(run.train)
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
     decodes = trained - {"vision", "projector"}
-    refused = {
+    cases = {
         "attention is flex_attention, which PyTorch can train on a GPU alone: choose sdpa.": (
             pair.attention == "flex_attention" and not torch.cuda.is_available()
         ),
@@ -335,8 +335,7 @@ def _check(recipe: Recipe) -> None:
             args.hub_model_id and not args.push_to_hub
         ),
     }
-    if found := [sentence for sentence, holds in refused.items() if holds]:
-        raise ValueError(found[0])
+    refuse(cases)
     if not args.report_to:
         return  # looking for trackers imports them, which takes seconds
     trackers = get_available_reporting_integrations()

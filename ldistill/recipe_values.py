@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from ldistill.common.errors import refuse
+
 LISTS = ("sources", "distil", "train")
 """Fields that a YAML list may say as well: names, which the command line has between commas."""
 BY_SOURCE = {
@@ -225,22 +227,23 @@ def settle_evaluation(
     Raises:
         ValueError: nothing to evaluate on, or twice.
     """
-    if validation and eval_shards:
-        raise ValueError("--validation and --eval_shards both say what to validate on: choose one.")
     evaluates = validation or eval_shards or eval_suite
-    if not evaluates and args.eval_strategy != "no":
-        raise ValueError(
-            "--eval_strategy needs something to evaluate on: give --validation, --eval_shards or "
-            "--eval_suite, and --eval_steps."
-        )
+    best = args.load_best_model_at_end
+    cases = {
+        "--validation and --eval_shards both say what to validate on: choose one.": (
+            validation and eval_shards
+        ),
+        "--eval_strategy needs something to evaluate on: give --validation, --eval_shards or "
+        "--eval_suite, and --eval_steps.": not evaluates and args.eval_strategy != "no",
+        "load_best_model_at_end takes the checkpoint that was evaluated best: give --validation, "
+        "--eval_shards or --eval_suite, and leave out --save_strategy no.": (
+            best and (not evaluates or args.save_strategy == "no")
+        ),
+    }
+    refuse(cases)
     args.eval_steps = args.eval_steps or args.save_steps
-    if not args.load_best_model_at_end:
+    if not best:
         return
-    if not evaluates or args.save_strategy == "no":
-        raise ValueError(
-            "load_best_model_at_end takes the checkpoint that was evaluated best: give "
-            "--validation, --eval_shards or --eval_suite, and leave out --save_strategy no."
-        )
     metric = (args.metric_for_best_model or "loss").removeprefix("eval_")
     args.metric_for_best_model = f"eval_{metric}"
     if "greater_is_better" not in given:

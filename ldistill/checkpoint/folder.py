@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldistill.common.errors import writing
+from ldistill.common.errors import refuse, writing
 from ldistill.data.archive import hash_file, patiently
 
 MANIFEST = "manifest.json"
@@ -202,10 +202,12 @@ def read_manifest(folder: Path) -> Manifest:
         version = record["format"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its {MANIFEST} is damaged ({error!r})") from error
-    if version != FORMAT:
-        raise ValueError(f"it has format {version}, this version reads {FORMAT}")
-    if not files or any(Path(n).is_absolute() or ".." in Path(n).parts for n in files):
-        raise ValueError(f"its {MANIFEST} lists no files, or some outside of it")
+    outside = any(Path(n).is_absolute() or ".." in Path(n).parts for n in files)
+    cases = {
+        f"it has format {version}, this version reads {FORMAT}": version != FORMAT,
+        f"its {MANIFEST} lists no files, or some outside of it": not files or outside,
+    }
+    refuse(cases)
     return manifest
 
 

@@ -21,6 +21,7 @@ import torch
 
 from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.checkpoint.folder import ADAPTED
+from ldistill.common.errors import refuse
 
 _STAGE12 = "mp_rank_00_model_states.pt"
 _STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -54,18 +55,15 @@ def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]
     """
     names = {"none": "no DeepSpeed", "zero0": "ZeRO stage 0"}
     had, has = (names.get(of["engine"], of["engine"]) for of in (old, new))
-    if had == has == names["zero0"]:
-        differing = [f"{k}: then {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
-        raise ValueError(
-            f"{checkpoint} was written with ZeRO stage 0, which goes on only as it began; "
-            f"{', '.join(differing)}."
-        )
-    if {had, has} & set(names.values()):
-        raise ValueError(
-            f"{checkpoint} was written with {had}, this run has {has}: checkpoints pass between "
-            "ranks and ZeRO stages, not between a run with ZeRO and one without. Choose the "
-            "--deepspeed configuration accordingly."
-        )
+    differing = [f"{k}: then {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
+    cases = {
+        f"{checkpoint} was written with ZeRO stage 0, which goes on only as it began; "
+        f"{', '.join(differing)}.": had == has == names["zero0"],
+        f"{checkpoint} was written with {had}, this run has {has}: checkpoints pass between "
+        "ranks and ZeRO stages, not between a run with ZeRO and one without. Choose the "
+        "--deepspeed configuration accordingly.": {had, has} & set(names.values()),
+    }
+    refuse(cases)
 
 
 def convert(checkpoint: Path, run: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,6 +62,12 @@ def did_you_mean(name: str, known: Iterable[str], form: str = "{!r}") -> str:
     """
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {form.format(close[0])}?" if close else ""
+
+
+def refuse(cases: Mapping[str, object]) -> None:
+    """Raise ValueError with the first of the sentences whose condition holds."""
+    if found := [sentence for sentence, holds in cases.items() if holds]:
+        raise ValueError(found[0])
 
 
 def ignore_dead_workers() -> None:

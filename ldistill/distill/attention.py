@@ -35,6 +35,8 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from ldistill.common.errors import refuse
+
 logger = logging.getLogger(__name__)
 
 PREFIX = "ldistill_"
@@ -185,16 +187,17 @@ def choose_attention(asked: Backend, dtype: torch.dtype) -> str:
         if half and is_flash_attn_2_available():
             return "flash_attention_2"
         return "varlen" if half and varlen_available() else "sdpa"
-    if asked == "flash_attention_2" and not is_flash_attn_2_available():
-        raise ValueError(
-            "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
-            "pip install flash-attn --no-build-isolation, or leave --attention at sdpa."
-        )
-    if asked == "varlen" and not (half and varlen_available()):
-        raise ValueError(
-            "attention is varlen, which computes in bf16 or fp16 on a GPU from Ampere on: give "
-            "--bf16 true there, or choose sdpa."
-        )
+    cases = {
+        "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
+        "pip install flash-attn --no-build-isolation, or leave --attention at sdpa.": (
+            asked == "flash_attention_2" and not is_flash_attn_2_available()
+        ),
+        "attention is varlen, which computes in bf16 or fp16 on a GPU from Ampere on: give "
+        "--bf16 true there, or choose sdpa.": (
+            asked == "varlen" and not (half and varlen_available())
+        ),
+    }
+    refuse(cases)
     return asked
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ldistill.common.errors import refuse
 from ldistill.distill.attention import (
     PACKED,
     SharedKV,
@@ -54,13 +55,14 @@ class Distiller(nn.Module):
         attention: str = "sdpa",
     ) -> None:
         super().__init__()
-        if weights.distils and teacher is None:
-            raise ValueError("the recipe distils, but no teacher was given (--teacher).")
-        if weights.distils and kv_scope == "visual" and student.sees == "prefix":
-            raise ValueError(
-                "kv_scope visual: this student reads its prompt both ways, its LM does not, so the "
-                "LM's own keys and values there are others; use kv_scope full or prompt."
-            )
+        cases = {
+            "the recipe distils, but no teacher was given (--teacher).": teacher is None,
+            "kv_scope visual: this student reads its prompt both ways, its LM does not, so the "
+            "LM's own keys and values there are others; use kv_scope full or prompt.": (
+                kv_scope == "visual" and student.sees == "prefix"
+            ),
+        }
+        refuse(cases if weights.distils else {})
         self.student = student
         # Past nn.Module's own, which would make the teacher's weights a part of this module.
         object.__setattr__(self, "teacher", teacher)

@@ -31,6 +31,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from ldistill.common.errors import refuse
 from ldistill.common.images import open_image
 from ldistill.evaluation.scorer import LMScorer, Question, Scorer, StudentScorer
 from ldistill.models.processor import Processor
@@ -54,12 +55,18 @@ class Item:
     style: str = "chat"
 
     def __post_init__(self) -> None:
-        if self.style not in STYLES:
-            raise ValueError(f"style must be one of {', '.join(STYLES)}, got {self.style!r}.")
-        if self.choices and self.answer not in self.choices:
-            raise ValueError(f"answer {self.answer!r} is not among the choices {self.choices}.")
-        if self.style == "text" and self.image is not None:
-            raise ValueError("an item with a picture needs style chat.")
+        cases = {
+            f"style must be one of {', '.join(STYLES)}, got {self.style!r}.": (
+                self.style not in STYLES
+            ),
+            f"answer {self.answer!r} is not among the choices {self.choices}.": (
+                self.choices and self.answer not in self.choices
+            ),
+            "an item with a picture needs style chat.": (
+                self.style == "text" and self.image is not None
+            ),
+        }
+        refuse(cases)
 
     @property
     def delimiter(self) -> str:

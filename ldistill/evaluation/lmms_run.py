@@ -33,7 +33,7 @@ import torch
 import yaml
 
 import ldistill
-from ldistill.common.errors import did_you_mean
+from ldistill.common.errors import did_you_mean, refuse
 from ldistill.evaluation import lmms_results
 from ldistill.evaluation.loading import kind_of, model_folder
 from ldistill.evaluation.suites import ROWS, SUITES, suite
@@ -148,30 +148,31 @@ def check(asked: Evaluation, *paths: Path) -> None:
 
     `paths` are further ones that it will be handed.
     """
-    tasks = asked.all_tasks
-    if not tasks:
-        raise ValueError(f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks.")
-    for name, value in (("limit", asked.limit), ("batch size", asked.batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"the {name} must be at least 1, got {value}.")
-    for path in asked.include_paths:
-        if not path.is_dir():
-            raise ValueError(f"include path {path} is not a folder.")
-    for text in map(str, (asked.out.resolve(), *paths, *asked.options.values())):
-        if found := sorted(_SPLITS.intersection(text)):
-            raise ValueError(f"lmms-eval cannot take a path with {' '.join(found)} in it: {text}")
-    if find_spec("lmms_eval") is None:
-        raise ValueError("lmms-eval is not installed: pip install 'ldistill[eval]'.")
-    if not any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models")):
-        raise ValueError("lmms-eval cannot find ldistill: pip install -e . in the repository.")
-    if asked.limit and asked.limit % 2 and any(fnmatchcase("mme", task) for task in tasks):
-        raise ValueError(f"task mme asks in pairs: the limit must be even, got {asked.limit}.")
+    tasks, limit, batch = asked.all_tasks, asked.limit, asked.batch_size
+    absent = [path for path in asked.include_paths if not path.is_dir()]
+    texts = map(str, (asked.out.resolve(), *paths, *asked.options.values()))
+    odd = next((text for text in texts if _SPLITS.intersection(text)), "")
+    listed = any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models"))
     captions = ", ".join(task for task in tasks if task.startswith(_CAPTIONS))
-    if captions and shutil.which("java") is None:
-        java = "apt install default-jre-headless; or name other tasks with --tasks and no --suite"
-        raise ValueError(f"task {captions}: caption scores need Java ({java}).")
-    if captions and find_spec("pycocoevalcap") is None:
-        raise ValueError(f"task {captions} needs pycocoevalcap: pip install pycocoevalcap.")
+    cases = {
+        f"nothing to evaluate: give --suite ({', '.join(SUITES)}) or --tasks.": not tasks,
+        f"the limit must be at least 1, got {limit}.": limit is not None and limit < 1,
+        f"the batch size must be at least 1, got {batch}.": batch is not None and batch < 1,
+        f"include path {', '.join(map(str, absent))} is not a folder.": absent,
+        f"lmms-eval cannot take a path with {' '.join(sorted(_SPLITS.intersection(odd)))} in it: "
+        f"{odd}": odd,
+        "lmms-eval is not installed: pip install 'ldistill[eval]'.": find_spec("lmms_eval") is None,
+        "lmms-eval cannot find ldistill: pip install -e . in the repository.": not listed,
+        f"task mme asks in pairs: the limit must be even, got {limit}.": (
+            limit and limit % 2 and any(fnmatchcase("mme", task) for task in tasks)
+        ),
+        f"task {captions}: caption scores need Java (apt install default-jre-headless; or name "
+        "other tasks with --tasks and no --suite).": captions and shutil.which("java") is None,
+        f"task {captions} needs pycocoevalcap: pip install pycocoevalcap.": (
+            captions and find_spec("pycocoevalcap") is None
+        ),
+    }
+    refuse(cases)
 
 
 def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from ldistill.common.errors import refuse
 from ldistill.data.collate import merge, to_device
 from ldistill.models.logits import LogitScaling
 
@@ -256,10 +257,13 @@ class VLMScorer(TransformersScorer):
     def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
         splits = hasattr(getattr(processor, "image_processor", None), "do_image_splitting")
-        if tiling and not splits:
-            raise ValueError(f"tiling: {type(processor).__name__} has no image splitting.")
-        if not (processor.chat_template or processor.tokenizer.chat_template):
-            raise ValueError("the processor has no chat template: name one (chat_template=FILE).")
+        cases = {
+            f"tiling: {type(processor).__name__} has no image splitting.": tiling and not splits,
+            "the processor has no chat template: name one (chat_template=FILE).": (
+                not (processor.chat_template or processor.tokenizer.chat_template)
+            ),
+        }
+        refuse(cases)
         self.processor = processor
         self._options: Inputs = {"do_image_splitting": tiling} if splits else {}
         processor.tokenizer.padding_side = "left"

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ldistill.common.documents import Pictures, Size
+from ldistill.common.errors import refuse
 from ldistill.common.images import ImageSettings, cut_tiles
 from ldistill.common.locate import resolve
 from ldistill.common.samples import Turn
@@ -231,16 +232,13 @@ class NanoVLMProcessor(Processor):
         grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
         needed = self.tokens.needed(self.images.tiling)
         missing = [token for token in needed if token not in vocabulary]
-        if self.images.tiling and grid > most:
-            raise ValueError(
-                f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile "
-                f"tokens exist for {most} x {most}: lower max_side"
-            )
-        if missing:
-            raise ValueError(
-                f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
-                "them with extra_special_tokens"
-            )
+        cases = {
+            f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile tokens "
+            f"exist for {most} x {most}: lower max_side": self.images.tiling and grid > most,
+            f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
+            "them with extra_special_tokens": missing,
+        }
+        refuse(cases)
 
     def picture_texts(self, sizes: Sequence[Size]) -> list[str]:
         """Numbered where there are several, as nanoVLM does it."""

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ldistill.common.documents import IGNORE, Document, Pictures, Size
+from ldistill.common.errors import refuse
 from ldistill.common.images import open_image
 from ldistill.common.samples import Turn
 
@@ -60,10 +61,15 @@ class Processor(ABC):
         image_token: str,
         literals: Collection[str],
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("the tokenizer must be a fast one: labels need character offsets")
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template: set tokenizer.chat_template")
+        cases = {
+            "the tokenizer must be a fast one: labels need character offsets": (
+                not getattr(tokenizer, "is_fast", False)
+            ),
+            "the tokenizer has no chat template: set tokenizer.chat_template": (
+                not tokenizer.chat_template
+            ),
+        }
+        refuse(cases)
         self.tokenizer, self.images = tokenizer, images
         self.image_token, self.literals = image_token, frozenset(literals)
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ldistill.common.documents import IGNORE
+from ldistill.common.errors import refuse
 from ldistill.common.run_files import RECIPE
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
@@ -170,14 +171,15 @@ def look(
         ValueError: no LM in the pair, nothing to judge, or more pictures than the processor takes.
         BadImage: a picture that cannot be used.
     """
-    if pair.lm is None:
-        raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
     processor, student = pair.processor, pair.student
-    if len(images) > processor.images.max_images:
-        raise ValueError(
-            f"{len(images)} pictures, and the processor takes {processor.images.max_images}: load "
-            "the pair with max_images."
-        )
+    count, most = len(images), processor.images.max_images
+    cases = {
+        "the pair was loaded without its LM: give load_pair a teacher.": pair.lm is None,
+        f"{count} pictures, and the processor takes {most}: load the pair with max_images.": (
+            count > most
+        ),
+    }
+    refuse(cases)
     seen = [processor.load_image(image) for image in images]
     document = processor.encode([Turn(prompt, answer)], [image.size for image in seen])
     if not document.supervised:

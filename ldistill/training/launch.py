@@ -19,7 +19,7 @@ import torch
 
 from ldistill.common import ranks
 from ldistill.common.device import unusable_gpu
-from ldistill.common.errors import exit_code
+from ldistill.common.errors import exit_code, refuse
 from ldistill.common.telling import telling
 
 # Whether there is a CUDA runtime is said in our own words, where it matters.
@@ -54,19 +54,18 @@ def check_launch() -> None:
 def check_gpus(asked: int, seen: int) -> None:
     """Compare GPUs of the job on this node with those that torch sees and with the ranks here."""
     host, here = socket.gethostname(), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if asked and not seen:
-        raise ValueError(
-            f"the job asked for {asked} GPUs a node, but PyTorch finds none on {host}: check the "
-            "driver there with nvidia-smi (inside the container, if there is one) and leave the "
-            f"node out with sbatch --exclude={host}; for a run on CPUs submit with "
-            "--gpus-per-node=0."
-        )
-    if asked and not here == asked <= seen:
-        raise ValueError(
-            f"{here} ranks on {host} for {asked} GPUs asked for and {seen} that PyTorch finds: "
-            "submit with --ntasks-per-node and --gpus-per-node the same, and let every rank see "
-            "all GPUs of its node (no --gpus-per-task, no --gpu-bind)."
-        )
+    cases = {
+        f"the job asked for {asked} GPUs a node, but PyTorch finds none on {host}: check the "
+        "driver there with nvidia-smi (inside the container, if there is one) and leave the "
+        f"node out with sbatch --exclude={host}; for a run on CPUs submit with "
+        "--gpus-per-node=0.": asked and not seen,
+        f"{here} ranks on {host} for {asked} GPUs asked for and {seen} that PyTorch finds: "
+        "submit with --ntasks-per-node and --gpus-per-node the same, and let every rank see all "
+        "GPUs of its node (no --gpus-per-task, no --gpu-bind).": (
+            asked and not here == asked <= seen
+        ),
+    }
+    refuse(cases)
 
 
 def check_launcher(driven: int) -> None:

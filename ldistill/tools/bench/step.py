@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_utils import local_torch_dtype
 
 from ldistill.common.device import peak_flops, seconds, synchronise
+from ldistill.common.errors import refuse
 from ldistill.data.collate import to_device
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
@@ -104,10 +105,15 @@ class StepOptions:
         """
         pair = self.pair or DEFAULT_RECIPE
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
-        if device == "cpu" and self.attention == "flex_attention":
-            raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
+        cases = {
+            "device is cuda, but torch sees no GPU: see `ldistill doctor`.": (
+                device == "cuda" and not torch.cuda.is_available()
+            ),
+            "PyTorch has no backward for flex_attention on a CPU: choose sdpa.": (
+                device == "cpu" and self.attention == "flex_attention"
+            ),
+        }
+        refuse(cases)
         recipe, rows = load_recipe(recipe_of(pair) or MAIN_RECIPE), self.rows
         if rows is None:
             whole = device == "cuda" or pair_shape(pair).student_weights < SMALL

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from ldistill.common.errors import refuse
 from ldistill.common.run_files import STUDENT
 from ldistill.tools.study.files import Arm, Run, Study
 
@@ -48,12 +49,15 @@ def _students(of: ClusterStudy) -> list[_Student]:
     """
     found = [_Student(of.study.start, of.study.shared["student"], of.out / of.study.start)]
     for arm in of.arms:
-        if arm.of or arm.budget.keys() - {"steps"}:
-            raise ValueError(
-                f"arm {arm.name!r} needs what other runs gave: `launch: here` runs it."
-            )
-        if "--shards" not in (*arm.flags(of.study.recipe, {}), *of.overrides):
-            raise ValueError(f"arm {arm.name!r} has no shards: give --shards.")
+        cases = {
+            f"arm {arm.name!r} needs what other runs gave: `launch: here` runs it.": (
+                arm.of or arm.budget.keys() - {"steps"}
+            ),
+            f"arm {arm.name!r} has no shards: give --shards.": (
+                "--shards" not in (*arm.flags(of.study.recipe, {}), *of.overrides)
+            ),
+        }
+        refuse(cases)
         steps = [f"--max_steps={count}" for count in arm.budget.values()]
         for setting in arm.settings:
             name = Run(arm, setting, 1).name
