@@ -37,7 +37,7 @@ def recipes_page() -> str:
         "A recipe is a short YAML file of the fields below; `--recipe` takes a shipped one or a "
         "path. Values come, each overriding the one before, from the defaults, "
         "`recipes/_shared.yaml`, the recipe and the command line. Every flag of transformers' "
-        "`TrainingArguments` works too.\n",
+        "`TrainingArguments` works too, or is refused with a sentence.\n",
         "## Shipped recipes\n",
         "| recipe | what it is | sets |\n|---|---|---|",
     ]

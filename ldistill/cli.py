@@ -1,7 +1,8 @@
 """The `ldistill` command.
 
-Training itself is started by DeepSpeed's launcher (`deepspeed ldistill/train.py ...`); this command
-holds everything around it. Imports are inside the functions, so that `--help` answers at once.
+Training itself is started by DeepSpeed's launcher (`deepspeed ldistill/train.py ...`, or `ldistill
+train`, which starts that); this command holds everything around it. Imports are inside the
+functions, so that `--help` answers at once.
 """
 
 from __future__ import annotations

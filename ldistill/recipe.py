@@ -407,7 +407,7 @@ def print_help(everything: bool) -> None:
         console.print(table)
         console.print()
     console.print(
-        "Every flag of transformers' TrainingArguments works too and overrides the recipe, such as "
+        "Flags of transformers' TrainingArguments work too and override the recipe, such as "
         "--max_steps, --learning_rate, --per_device_train_batch_size, --save_steps, --report_to, "
         "--gradient_checkpointing. --help_all lists them."
     )

@@ -2,7 +2,7 @@
 # The evaluation suite, after a training job:
 #     job=$(OUTPUT_DIR=runs/mine sbatch --parsable slurm/selective.sh)
 #     OUTPUT_DIR=runs/mine sbatch --dependency=afterok:$job slurm/eval.sh [arguments of ldistill eval]
-# STUDENT: a folder or hub id, instead of OUTPUT_DIR/student. SUITE: default paper. EVAL_DIR: where
+# STUDENT: a folder or hub id, instead of OUTPUT_DIR/student. SUITE: default paper; empty: none, with --tasks. EVAL_DIR: where
 # results go, default OUTPUT_DIR/eval. Other options: slurm/common.sh
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
@@ -15,4 +15,5 @@
 source slurm/common.sh
 recipe=${RECIPE:-lingudistill}
 run=${OUTPUT_DIR:-runs/$(basename "${recipe%.yaml}")}
-on_one ldistill eval --student "${STUDENT:-$run/student}" --suite "${SUITE:-paper}" --out "${EVAL_DIR:-$run/eval}" "$@"
+suite=${SUITE-paper}
+on_one ldistill eval --student "${STUDENT:-$run/student}" ${suite:+--suite "$suite"} --out "${EVAL_DIR:-$run/eval}" "$@"

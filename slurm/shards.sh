@@ -2,12 +2,12 @@
 # Data preparation on any number of nodes: an array whose tasks share out the sources, or slices of
 # them. The result is the same, byte for byte, as one machine's.
 #     sbatch slurm/shards.sh --dataset HuggingFaceM4/the_cauldron --out shards/
-#     job=$(SLICES=8 sbatch --parsable --array=0-31 slurm/shards.sh --dataset big/ --out shards/)
+#     job=$(SLICES=8 sbatch --parsable --array=0-31 slurm/shards.sh --dataset cauldron/ --out shards/)
 #     sbatch --dependency=afterok:$job slurm/merge.sh shards/
 # SOURCES: full (the 17), lang or a,b,c. SLICES: parts of every source, default 1; with more, let
 # merge.sh join them. Arguments go to `ldistill shards build`. Other options: slurm/common.sh
 # Some tasks again, of an array 0-31:
-#     TASKS=32 SLICES=8 sbatch --array=3,7 slurm/shards.sh --dataset big/ --out shards/
+#     TASKS=32 SLICES=8 sbatch --array=3,7 slurm/shards.sh --dataset cauldron/ --out shards/
 #SBATCH --job-name=shards
 #SBATCH --array=0-16
 #SBATCH --nodes=1

@@ -19,6 +19,7 @@ from inspect import signature
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
@@ -94,7 +95,7 @@ def _flash_attention_2(
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
-        value.transpose(1, 2),
+        _as_wide(value, key).transpose(1, 2),
         attention_mask,
         query_length=query.shape[2],
         is_causal=True,
@@ -103,7 +104,13 @@ def _flash_attention_2(
         attn_implementation="flash_attention_2",
         **kwargs,
     )
-    return output, None
+    return output[..., : value.shape[-1]], None
+
+
+def _as_wide(value: Tensor, key: Tensor) -> Tensor:
+    """Values [..., value_dim], with zeros behind narrow ones: [..., head_dim]; else themselves."""
+    missing = key.shape[-1] - value.shape[-1]
+    return F.pad(value, (0, missing)) if missing else value
 
 
 def _varlen(
@@ -123,7 +130,8 @@ def _varlen(
     shape = query.shape
     # Transposed back to how the projections left them, so flattening copies nothing:
     # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    parts = query, key, _as_wide(value, key)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in parts)
     boundaries, longest = cu_seq_lens_q, max_length_q
     # A window counts the position itself, this kernel only those before it; -1 is no window.
     before = sliding_window - 1 if sliding_window else -1
@@ -131,7 +139,8 @@ def _varlen(
     if k.shape[1] != q.shape[1]:
         options |= _GROUPED
     out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
-    return out.unflatten(0, (shape[0], shape[2])), None  # [batch, seq, heads, head_dim]
+    out = out[..., : value.shape[-1]]
+    return out.unflatten(0, (shape[0], shape[2])), None  # [batch, seq, heads, value_dim]
 
 
 def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
@@ -168,29 +177,30 @@ _ATTENTIONS = {
 }
 
 
-def choose_attention(asked: Backend, dtype: torch.dtype) -> str:
+def choose_attention(asked: Backend, dtype: torch.dtype, device: str) -> str:
     """``auto`` is a variable-length kernel where one runs, else ``sdpa``.
 
-    flash-attn's where it is installed, PyTorch's own on any other GPU it knows; both compute in
-    bf16 or fp16 alone. ``flex_attention`` compiles at the first step, and whether it pays is for
+    flash-attn's where it is installed, else PyTorch's own; both compute in bf16 or fp16 alone, on
+    GPUs from Ampere on. ``flex_attention`` compiles at the first step, and whether it pays is for
     `ldistill bench step --attention auto` to measure, which tries them all.
 
     Args:
         asked: of a recipe.
         dtype: that the student computes in.
+        device: the type of device that it computes on.
 
     Raises:
         ValueError: a backend that does not run here.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if asked == "auto":
-        if half and is_flash_attn_2_available():
-            return "flash_attention_2"
-        return "varlen" if half and varlen_available() else "sdpa"
+        if not (half and varlen_available()):
+            return "sdpa"
+        return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
     cases = {
         "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
         "pip install flash-attn --no-build-isolation, or leave --attention at sdpa.": (
-            asked == "flash_attention_2" and not is_flash_attn_2_available()
+            asked == "flash_attention_2" and not (device == "cuda" and is_flash_attn_2_available())
         ),
         "attention is varlen, which computes in bf16 or fp16 on a GPU from Ampere on: give "
         "--bf16 true there, or choose sdpa.": (
@@ -205,26 +215,30 @@ def choose_attention(asked: Backend, dtype: torch.dtype) -> str:
 _CANNOT = {
     "sdpa": {"soft caps", "sinks"},
     "flash_attention_2": {"sinks", "positions that see what follows"},
-    "varlen": {"soft caps", "sinks", "positions that see what follows"},
+    "varlen": {"soft caps", "sinks", "positions that see what follows", "dropout"},
+    "flex_attention": {"dropout"},
 }
 
 
-def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool) -> str:
+def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool, device: str) -> str:
     """The backend, or where it cannot compute this student's attention one that can; says so.
 
     Args:
         backend: what :func:`choose_attention` gives, so not ``auto``.
         decoder: of the student.
         both_ways: whether some positions (a picture's) see what follows them.
+        device: the type of device that it computes on.
     """
     needs = {"positions that see what follows"} if both_ways else set()
     if getattr(decoder.config, "attn_logit_softcapping", None):
         needs.add("soft caps")
+    if getattr(decoder.config, "attention_dropout", 0):
+        needs.add("dropout")
     if hasattr(decoder.layers[0].self_attn, "sinks"):
         needs.add("sinks")
     if not (lacking := needs & _CANNOT.get(backend, set())):
         return backend
-    compiled = ["flex_attention"] if torch.cuda.is_available() else []
+    compiled = ["flex_attention"] if device == "cuda" else []
     able = ["sdpa", *compiled, "eager"]
     other = next(name for name in able if not needs & _CANNOT.get(name, set()))
     logger.warning(

@@ -41,6 +41,7 @@ class Distiller(nn.Module):
         kv_scope: ``full``, ``prompt``, ``visual`` or ``own`` (nothing of the student's).
         kv_grad: ``detached`` (Algorithm 1 of the paper) or ``through``.
         attention: the student's backend, of :func:`ldistill.distill.attention.choose_attention`.
+        device: the type of device that the student will compute on; default: where it lies.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Distiller(nn.Module):
         kv_scope: Scope = "full",
         kv_grad: Literal["detached", "through"] = "detached",
         attention: str = "sdpa",
+        device: str | None = None,
     ) -> None:
         super().__init__()
         cases = {
@@ -69,12 +71,14 @@ class Distiller(nn.Module):
         self.weights = weights
         self.objective = objective or Objective()
         self.kv_scope, self.kv_grad = kv_scope, kv_grad
+        self._device = device or next(student.backbone.parameters()).device.type
         self.use_attention(attention)
 
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on, if it can do that."""
         decoder = self.student.backbone
-        self.attention = fitting_attention(backend, decoder, bool(self.student.sees))
+        sees = bool(self.student.sees)
+        self.attention = fitting_attention(backend, decoder, sees, self._device)
         self.slots = attach(decoder, self.attention)
 
     def known(self, ids: Tensor) -> Tensor:

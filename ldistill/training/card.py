@@ -30,7 +30,7 @@ _TRAINING = (  # label, field of the recipe
     ("distilled sources", "distil"),
     ("α", "alpha"),
     ("τ", "temperature"),
-    ("objective", "mix"),
+    ("objective", "combine"),
     ("rows of a step", "global_batch_size"),
     ("tokens of a row", "max_length"),
     ("learning rate, projector", "projector_lr"),
@@ -196,7 +196,7 @@ def _training(
     if recipe.get("projector_lr") and recipe.get("decoder_lr"):
         recipe = recipe | {"learning_rate": None}  # nothing trains at it
     for label, key in _TRAINING:
-        if taught or key not in ("distil", "alpha", "temperature", "mix"):
+        if taught or key not in ("distil", "alpha", "temperature", "combine"):
             yield label, recipe.get(key)
     environment = _read(run / run_files.ENVIRONMENT)
     if git := environment.get("git"):

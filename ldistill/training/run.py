@@ -242,7 +242,8 @@ def build_trainer(
         Objective(distil.combine, distil.t_squared, distil.kl, recipe.pair.kernels, distil.gate),
         kv_scope=distil.kv_scope,
         kv_grad=distil.kv_grad,
-        attention=choose_attention(recipe.pair.attention, dtype),
+        attention=choose_attention(recipe.pair.attention, dtype, args.device.type),
+        device=args.device.type,
     )
     if recipe.pair.compile_blocks:
         distiller.compile_blocks(**recipe.compile_options)

@@ -43,6 +43,7 @@ LISTED = {
     "ruff check . && ruff format . && lint-imports": CI,
     "bash .ci/run": CI,
     "pytest": CI,
+    "pytest -n 0 FILE": SUITE,
     "ldistill train --recipe tiny": "test_wheel.py",
     "OMP_WAIT_POLICY=active GOMP_SPINCOUNT=300000 ldistill train": "test_environment.py",
     "python -m ldistill_kernels.compile_check --core": "test_compile_check.py",
@@ -55,10 +56,13 @@ LISTED = {
     "ldistill merge --student nanovlm/ --lm HuggingFaceTB/SmolLM2-360M-Instruct "
     "--weights 0.1,0.3,0:0.5 --out merged/": "test_merge.py",
     # the hub, with names of the reader's own
+    "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine "
+    "--student CHECKPOINT --teacher ITS_LM --shards shards/": "test_runs.py",
     "deepspeed ldistill/train.py --deepspeed ds_configs/zero3.json --recipe llava-7b "
     "--shards shards/ --sources mine": "test_runs_hf.py",
-    "ldistill shards build --dataset my.json --image-root pictures/ --sources mine --extra-sources "
-    "mine=language --student llava-hf/llava-1.5-7b-hf --out shards/": "test_shards_commands.py",
+    "ldistill shards build --dataset mine.json --image-root pictures/ --sources mine "
+    "--extra-sources mine=language --student llava-hf/llava-1.5-7b-hf --out shards/":
+        "test_shards_commands.py",
     "ldistill shards stats shards/ --mix vqav2=2,docvqa=0.5,smoltalk=25%":
         "test_shards_commands.py",
     "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine --shards shards/ "
@@ -120,12 +124,12 @@ LISTED = {
     "sbatch slurm/selective.sh": "test_slurm.py",
     "sbatch slurm/llava7b.sh": "test_slurm.py",
     "sbatch --account=lab --partition=gpu slurm/llava7b.sh": "test_slurm.py",
-    "job=$(SLICES=8 sbatch --parsable --array=0-63 slurm/shards.sh --dataset big/ --out shards/)":
-        "test_slurm.py",
+    "job=$(SOURCES=mine SLICES=8 sbatch --parsable --array=0-7 slurm/shards.sh --dataset mine/ "
+    "--extra-sources mine=language --out shards/)": "test_slurm.py",
     "sbatch --dependency=afterok:$job slurm/merge.sh shards/": "test_slurm.py",
     "sbatch slurm/shards.sh --dataset HuggingFaceM4/the_cauldron --out shards/": "test_slurm.py",
-    "TASKS=64 SLICES=8 sbatch --array=3,7 slurm/shards.sh --dataset big/ --out shards/":
-        "test_slurm_scripts.py",
+    "TASKS=8 SOURCES=mine SLICES=8 sbatch --array=3,7 slurm/shards.sh --dataset mine/ "
+    "--extra-sources mine=language --out shards/": "test_slurm_scripts.py",
     "job=$(sbatch --parsable slurm/selective.sh)": "test_slurm.py",
     "sbatch --dependency=afterok:$job slurm/eval.sh": "test_slurm.py",
     "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/selective.sh":
@@ -155,12 +159,10 @@ SHORT += ["--global_batch_size", "4", "--save_steps", "1", "--logging_steps", "1
 TRAIN = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe "
 RESUME = "deepspeed ldistill/train.py ... --resume_from_checkpoint auto"
 SELECTIVE = TRAIN + "lingudistill --shards shards/ --output_dir runs/lingudistill"
-OWN = TRAIN + "mine --shards shards/"
+OWN = TRAIN + "mine --shards own/"
 LOOK = "ldistill look --student runs/lingudistill --image cat.jpg "
 LOOK += '--prompt "What is this?" --answer "A cat."'
-BUILD = (
-    "ldistill shards build --dataset receipts.json --extra-sources receipts=document --out shards/"
-)
+BUILD = "ldistill shards build --dataset receipts.json --extra-sources receipts=document --out own/"
 
 
 def documented() -> set[str]:
@@ -216,7 +218,8 @@ def train(root: Path, command: str, *short: str) -> None:
     """A documented training line in this process; test_matrix.py has DeepSpeed's part of it."""
     _, _, _, config, *words = shlex.split(command)  # deepspeed ldistill/train.py --deepspeed ...
     assert (REPO / config).is_file()
-    placed = [str(root / w) if w.startswith(("shards/", "runs/")) else w for w in words]
+    folders = ("shards/", "own/", "runs/")
+    placed = [str(root / w) if w.startswith(folders) else w for w in words]
     assert main([*placed, *SHORT, *short]) == 0
 
 
@@ -233,16 +236,15 @@ def run(argv: list[str]) -> str:
 
 
 def build_own(world: Path, command: str) -> None:
-    run([*shlex.split(BUILD.replace("shards/", "own/"))[1:], "--student", STUDENT, "--workers=1"])
+    run([*shlex.split(command)[1:], "--student", STUDENT, "--workers=1"])
     assert (world / "own" / "receipts" / "index.json").is_file()
 
 
 def train_on_own(world: Path, command: str) -> None:
     """After the line before it."""
     build_own(world, BUILD)
-    line = OWN.replace("shards/", "own/").replace(" own/", f" {world}/own/")
-    train(world, line, "--max_steps", "1", "--output_dir", str(world / "runs" / "own"),
-          "--global_batch_size", "1")  # fmt: skip
+    short = ["--max_steps", "1", "--global_batch_size", "1"]
+    train(world, command, *short, "--output_dir", str(world / "runs" / "own"))
     assert (world / "runs" / "own" / "student" / "model.safetensors").is_file()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import psutil
@@ -21,6 +23,8 @@ from ldistill.tools.torture import world
 from ldistill.tools.torture.world import discard_buffers, free_port
 
 REPO = Path(__file__).resolve().parents[2]
+_OWN = threading.local()
+"""Of this thread: `zygote`, which ends when its input does, with this process."""
 
 
 def write_shards(folder: Path, pair_root: Path, count: int = 40) -> Path:
@@ -114,8 +118,9 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """``train.py`` on so many ranks, with the environment that DeepSpeed's launcher sets.
 
-    The launcher itself is left to tests of its own, and so is the import of everything, which takes
-    longer than a small run: the ranks are forked from a process that has done it.
+    The launcher itself is left to tests of its own. Loading the libraries takes longer than a small
+    run, so the ranks are forked from a process that has them: they share its hash seed, which ranks
+    of `test_stopping` and `test_torture` do not.
     """
     words, port = [*args], free_port()
     if config is not None:
@@ -130,11 +135,8 @@ def launch(
             if ranks > 1 or config is not None:
                 own |= world.place(rank, ranks, port)
             places.append({"env": own, "out": str(out), "err": str(err)})
-        zygote = _zygote()
-        request = {"words": words, "timeout": timeout, "ranks": places}
         try:
-            zygote.stdin.write(json.dumps(request) + "\n")
-            statuses = json.loads(zygote.stdout.readline())
+            statuses = _ask({"words": words, "timeout": timeout, "ranks": places})
         finally:
             discard_buffers(port)
         texts = [[file.read_text("utf-8", "replace") for file in own] for own in files]
@@ -145,12 +147,22 @@ def launch(
     return subprocess.CompletedProcess(["ldistill/train.py", *words], code, *texts[0])
 
 
-@cache
-def _zygote() -> subprocess.Popen[str]:
-    """It ends with this process, when its input does."""
-    command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    return subprocess.Popen(command, env=environment(), cwd=REPO, **pipes)
+def _ask(request: dict) -> list[int]:
+    """Exit statuses of the ranks of a request, from this thread's zygote."""
+    if (zygote := getattr(_OWN, "zygote", None)) is None:
+        command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
+        mine, its = socket.socketpair()
+        options = {"stdin": its, "env": environment(), "cwd": REPO, "start_new_session": True}
+        zygote = _OWN.zygote = subprocess.Popen(command, **options), mine.makefile("rw")
+        its.close()
+    process, talk = zygote
+    try:
+        print(json.dumps(request), file=talk, flush=True)
+        return json.loads(talk.readline())
+    except BaseException:  # a test that takes too long: its ranks end, and its answer is not read
+        os.killpg(process.pid, signal.SIGKILL)
+        _OWN.zygote = None
+        raise
 
 
 def losses(folder: Path) -> list[float]:

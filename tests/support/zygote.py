@@ -1,8 +1,8 @@
 """Ranks of train.py that begin where their imports end: forked from here, where these are loaded.
 
-Each line of input is a request in JSON: the words of the command line, the seconds it may take, and
-of every rank its environment and the files that it prints to. The answer is a line of their exit
-statuses, once all have ended.
+Input is a socket, to which it answers. A line is a request in JSON: the words of the command line,
+the seconds it may take, and of every rank its environment and the files that it prints to; the
+answer a line of their exit statuses, once all have ended.
 """
 
 import gc
@@ -31,12 +31,14 @@ def become_rank(words: list[str], env: dict[str, str], out: str, err: str) -> No
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+answers = os.fdopen(os.dup(0), "w")
 gc.freeze()  # no rank looks through what is loaded here
 for line in sys.stdin:
     request = json.loads(line)
     running, statuses = {}, {}
     for number, rank in enumerate(request["ranks"]):
         if (process := os.fork()) == 0:
+            answers.close()
             become_rank(request["words"], **rank)
             sys.exit()
         running[process] = number
@@ -50,4 +52,4 @@ for line in sys.stdin:
                 os.kill(process, signal.SIGKILL)
         else:
             time.sleep(0.02)
-    print(json.dumps([statuses[number] for number in sorted(statuses)]), flush=True)
+    print(json.dumps([statuses[number] for number in sorted(statuses)]), file=answers, flush=True)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ldistill.distill.attention import SharedKV, recording
-from ldistill.distill.distiller import Distiller, student_inputs
+from ldistill.distill.attention import SharedKV
+from ldistill.distill.distiller import Distiller
 from ldistill.distill.targets import Supervision
 from ldistill.models.flops import StepCounts
 from ldistill.models.logits import LogitScaling
@@ -33,9 +33,7 @@ def naive_loss(
         raise ValueError(
             "naive: this LM caches no keys that could be the student's: give --modes ce,ours."
         )
-    with recording(distiller.slots) as recorded:
-        hidden = distiller.student(**student_inputs(batch))
-        shared = recorded().detach()
+    hidden, shared = distiller._student(batch, True)
     scaling = LogitScaling.of(distiller.student.backbone.config)
     student = scaling(distiller.student.lm_head(hidden)).float().flatten(0, 1)
     teacher = teacher_logits(distiller.teacher.lm, batch, shared).float().flatten(0, 1)

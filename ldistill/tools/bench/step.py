@@ -159,7 +159,8 @@ class StepBench:
             teacher,
             self.weights if teacher else self.labels_only,
             Objective(kernels=options.kernels),
-            attention=choose_attention(options.attention, DTYPES[options.dtype]),
+            attention=choose_attention(options.attention, DTYPES[options.dtype], options.device),
+            device=options.device,
         )
         if options.checkpointing:
             self.distiller.activation_checkpointing_enable()
@@ -262,7 +263,7 @@ def fastest_attention(options: StepOptions, say: Say) -> str:
     if options.device == "cpu":
         say("attention: sdpa (nothing else runs here).")
         return "sdpa"
-    fast = choose_attention("auto", DTYPES[options.dtype])
+    fast = choose_attention("auto", DTYPES[options.dtype], options.device)
     bench, times = StepBench(replace(options, attention="sdpa"), ("ce",)), {}
     for backend in dict.fromkeys(["sdpa", "flex_attention", fast]):  # eager never wins
         bench.distiller.use_attention(backend)

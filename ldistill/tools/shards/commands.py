@@ -21,6 +21,7 @@ import typer
 from typer import Argument, Option
 
 from ldistill import sources as known_sources
+from ldistill.common.errors import exit_code
 from ldistill.data.build.build_types import BuildOptions, InputOptions
 from ldistill.data.build.slices import Slice, join_slices
 from ldistill.data.index import ShardIndex
@@ -43,14 +44,16 @@ CacheSize = Annotated[float, Option(help="The most it may take, in GB.")]
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn the errors meant for users into one line and exit code 2."""
+    """Turn the errors meant for users into one line and exit code 2 (75: it may pass)."""
     try:
         yield
     except typer.Exit:  # which is a RuntimeError
         raise
     except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("LDISTILL_DEBUG") == "1":
+            raise
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt:
         typer.echo("interrupted: run the same command again to go on", err=True)
         raise typer.Exit(130) from None

@@ -71,15 +71,18 @@ def commands(of: ClusterStudy) -> Iterator[str]:
     """One line of shell after another, in the order in which to run them. Raises ValueError."""
     students, study = _students(of), of.study
     suite = ["--suite", study.suite] if study.suite else []
-    tasks = ["--tasks", ",".join(study.tasks)] if study.tasks else []
     for one in students:
         if one.run:
             train = ["deepspeed", "ldistill/train.py", "--deepspeed", of.deepspeed, *one.flags]
             yield shlex.join([*train, "--output_dir", str(one.run)])
-        words = ["ldistill", "eval", "--student", one.student, *suite, *tasks]
-        include = (f"--include-path={path}" for path in study.include)
-        yield shlex.join([*words, "--out", str(one.evaluation), *include])
+        words = ["ldistill", "eval", "--student", one.student, *suite]
+        yield shlex.join([*words, "--out", str(one.evaluation), *_own_tasks(study)])
     yield _compare(of, students)
+
+
+def _own_tasks(study: Study) -> list[str]:
+    tasks = [f"--tasks={','.join(study.tasks)}"] if study.tasks else []
+    return [*tasks, *(f"--include-path={path}" for path in study.include)]
 
 
 def _compare(of: ClusterStudy, students: Sequence[_Student]) -> str:
@@ -112,7 +115,8 @@ def submit(of: ClusterStudy) -> Iterator[str]:
             purpose += f", after {trained}"
         environment = {"STUDENT": one.student, "SUITE": of.study.suite or ""}
         environment["EVAL_DIR"] = str(one.evaluation)
-        evaluated.append(_sbatch(of, [*waits, str(of.slurm / "eval.sh")], environment))
+        script = [str(of.slurm / "eval.sh"), *_own_tasks(of.study)]
+        evaluated.append(_sbatch(of, [*waits, *script], environment))
         yield f"submitted  {evaluated[-1]}  {purpose}"
     # afterany: what failed is left out of the comparison, and named there.
     options = [f"--dependency=afterany:{':'.join(evaluated)}", "--job-name=compare", "--nodes=1"]

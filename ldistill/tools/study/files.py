@@ -156,7 +156,7 @@ def load_study(name: str, **given: Any) -> Study:
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"study {name!r}: {error}") from error
     study = dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
-    if study.items_per_task and not study.suite:
+    if study.items_per_task and not (study.suite and suite(study.suite).make_tasks):
         raise ValueError(f"study {name!r} has no suite that makes items: its tasks have theirs.")
     return study
 

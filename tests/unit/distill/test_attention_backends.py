@@ -9,6 +9,7 @@ import torch
 from pairs import random_batch, small_config, spread, weights
 from torch.nn import functional as F
 
+from ldistill.distill import attention
 from ldistill.distill.attention import attach, choose_attention
 from ldistill.distill.distiller import Distiller, student_inputs
 from ldistill.distill.teacher import Teacher
@@ -101,27 +102,53 @@ def test_varlen_takes_documents_by_their_boundaries(pair_root, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flash", "varlen", "dtype", "chosen"),
+    ("flash", "varlen", "dtype", "device", "chosen"),
     [
-        (True, True, torch.bfloat16, "flash_attention_2"),
-        (False, True, torch.float16, "varlen"),
-        (False, False, torch.bfloat16, "sdpa"),
-        (True, True, torch.float32, "sdpa"),
+        (True, True, torch.bfloat16, "cuda", "flash_attention_2"),
+        (True, False, torch.bfloat16, "cuda", "sdpa"),  # a GPU that flash-attn does not know
+        (False, True, torch.float16, "cuda", "varlen"),
+        (False, False, torch.bfloat16, "cuda", "sdpa"),
+        (True, True, torch.float32, "cuda", "sdpa"),
+        (True, True, torch.bfloat16, "cpu", "sdpa"),
     ],
 )
 def test_the_choice_is_a_variable_length_kernel_where_one_runs(
-    monkeypatch, flash, varlen, dtype, chosen
+    monkeypatch, flash, varlen, dtype, device, chosen
 ):
     monkeypatch.setattr("ldistill.distill.attention.is_flash_attn_2_available", lambda: flash)
     monkeypatch.setattr("ldistill.distill.attention.varlen_available", lambda: varlen)
-    assert choose_attention("auto", dtype) == chosen
-    assert choose_attention("eager", dtype) == "eager"
+    assert choose_attention("auto", dtype, device) == chosen
+    assert choose_attention("eager", dtype, device) == "eager"
 
 
 def test_a_backend_that_does_not_run_here_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("they may run here")
     with pytest.raises(ValueError, match="pip install flash-attn"):
-        choose_attention("flash_attention_2", torch.bfloat16)
+        choose_attention("flash_attention_2", torch.bfloat16, "cpu")
     with pytest.raises(ValueError, match="varlen, which computes in bf16"):
-        choose_attention("varlen", torch.bfloat16)
+        choose_attention("varlen", torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flash_attention_2"])
+def test_narrow_values_are_widened_for_a_kernel_of_one_width(monkeypatch, backend):
+    def flash(q, k, v, mask, query_length, is_causal, softmax_scale, **kwargs):
+        parts = (t.transpose(1, 2) for t in (q, k, v))
+        options = {"is_causal": is_causal, "scale": softmax_scale}
+        return F.scaled_dot_product_attention(*parts, **options).transpose(1, 2)
+
+    def of_one_width(attend):
+        def kernel(q, k, v, *args, **kwargs):
+            assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+            return attend(q, k, v, *args, **kwargs)
+
+        return kernel
+
+    monkeypatch.setattr(attention, "varlen_attn", of_one_width(reference_varlen))
+    monkeypatch.setattr(attention, "_flash_attention_forward", of_one_width(flash))
+    q, k, v = torch.randn(1, 4, 9, 24), torch.randn(1, 4, 9, 24), torch.randn(1, 4, 9, 16)
+    documents = {}
+    if backend == "varlen":
+        documents = {"cu_seq_lens_q": torch.tensor([0, 9], dtype=torch.int32), "max_length_q": 9}
+    attend, _ = attention._ATTENTIONS[backend]
+    found, _ = attend(None, q, k, v, None, scaling=0.3, **documents)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))

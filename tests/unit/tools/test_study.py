@@ -119,6 +119,9 @@ def test_tasks_have_the_items_they_have(tmp_path):
     assert load_study(file).items_per_task is None
     with pytest.raises(ValueError, match="no suite that makes items"):
         load_study(file, items_per_task=4)
+    with pytest.raises(ValueError, match="no suite that makes items"):
+        load_study("paper", items_per_task=4)
+    assert load_study("table3", items_per_task=4).items_per_task == 4
 
 
 def test_no_such_study_is_a_sentence(tmp_path):
@@ -221,6 +224,20 @@ def test_what_is_submitted_is_what_is_printed(tmp_path, monkeypatch):
     assert "--dependency=afterany:1:3:5" in options
     assert wrap == "--wrap"
     assert f"on_one {printed[-1]}" in shlex.split(script)[2]
+
+
+def test_a_study_of_tasks_alone_is_submitted_with_them(tmp_path, monkeypatch):
+    submitted = []
+    monkeypatch.setattr(cluster, "_sbatch", lambda _, *job: submitted.append(job) or "1")
+    tasks = {"suite": None, "tasks": ["a", "b"], "include": ["own"], "launch": "commands"}
+    study = load_study(study_file(tmp_path, **tasks))
+    jobs = cluster.ClusterStudy(
+        study, tmp_path, study.arms, ["--shards", "shards/"], slurm=tmp_path
+    )
+    list(cluster.submit(jobs))
+    for arguments, environment in (submitted[0], submitted[2]):
+        assert arguments[-3:] == [str(tmp_path / "eval.sh"), "--tasks=a,b", "--include-path=own"]
+        assert environment["SUITE"] == ""
 
 
 def made(**scores: float) -> Scores:
