@@ -171,11 +171,11 @@ def test_a_batch_of_text_gives_every_trained_parameter_a_gradient(folder, name):
 
 
 @pytest.mark.parametrize(("name", "backend"), [
-    *((name, "eager") for name in ("gemma3", "paligemma2", "llava-gemma2", "qwen2.5-vl")),
-    # On a CPU torch 2.14 writes C++ for a PaliGemma's mask that does not always compile.
-    *(pytest.param(name, "flex_attention", marks=pytest.mark.slow)
-      for name in ("gemma3", "llava-gemma2", "qwen2.5-vl")),
+    (name, backend)
+    for name in ("gemma3", "paligemma2", "llava-gemma2", "qwen2.5-vl")
+    for backend in ("eager", "flex_attention")
 ])  # fmt: skip
+@torch.compiler.set_stance("force_eager")  # test_attention_backends.py compiles flex_attention
 def test_backends_agree_on_packed_rows(folder, name, backend):
     """Also with pictures seen both ways, sliding windows and soft caps."""
     pair, made = documents(folder(name))
