@@ -113,6 +113,7 @@ class Study:
     items_per_task: int | None = None
     measure: str = ""  # a command: {student} to {out}, a JSON of task → document → score
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the suite, or tasks
+    axes: Sequence[str] = ()  # the groups along and up in the picture; default reading, language
     seeds: int = 3
     fields: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, int | str] = field(default_factory=dict)
@@ -207,6 +208,9 @@ def _problems(study: Study) -> Iterator[str]:
     if study.suite:
         suite(study.suite)
     yield from _unfilled("measure", study.measure, ("student", "out"))
+    if study.axes and (len(study.axes) != 2 or not set(study.axes) <= study.groups.keys()):
+        known = ", ".join(study.groups)
+        yield f"axes are two of the groups, got {study.axes!r}; there are: {known}."
     if not 0 <= study.validation < 1:
         yield f"validation is a share of the documents below 1, got {study.validation}."
     for number, arm in enumerate(study.arms):

@@ -7,6 +7,7 @@ seeds (0 for one), and under `setting` and `cost` what was chosen and what its t
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -133,6 +134,8 @@ def _table(study: Study, scores: Mapping[str, Sequence[Scores]]) -> ScoreTable:
 
 def _axes(study: Study) -> tuple[str, str]:
     """Groups along and up: what is read, and what of language is left."""
+    if study.axes:
+        return tuple(study.axes)
     if {"reading", "language"} <= study.groups.keys():
         return "reading", "language"
     names = [*study.groups, *study.groups][:2] or ["", ""]
@@ -156,8 +159,10 @@ def _verdict(study: Study, results: Results) -> str:
     for name, (x, y) in points.items():
         if name not in (study.baseline, study.start):
             share = f"{(y - base) / lost:.0%} of it" if lost > 0 else "nothing was lost"
-            none = f"`{study.baseline}` has none"
-            kept = f"{x / before:.1%} of `{study.baseline}`'s" if before else none
+            kept = f"`{study.baseline}` has none"
+            if before:  # below 0 are likelihoods, of which there is no share
+                kept = f"{x / before:.1%} of" if before > 0 else f"{x - before:+.3f} against"
+                kept += f" `{study.baseline}`'s"
             mark = " **(the method)**" if name == study.main else ""
             lines.append(f"- `{name}`{mark}: {up} {y:.3f} ({share}), {along} {x:.3f} ({kept}).")
     return "\n".join(lines)
@@ -201,7 +206,7 @@ def plot_trade_off(
         axis.errorbar(x["mean"], y["mean"], linestyle="none", **how)
         if name in curves:
             axis.plot(*zip(*curves[name]), color=how["color"], marker=".", linewidth=1, alpha=0.7)
-    front, highest = [], -1.0
+    front, highest = [], -math.inf
     for x, y in sorted({_point(study, of) for of in points.values()}, reverse=True):
         if y > highest:
             front, highest = [*front, (x, y)], y

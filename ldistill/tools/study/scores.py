@@ -96,7 +96,7 @@ def best_setting(study: Study, runs: Sequence[tuple[Run, Scores]]) -> Run:
     def quality(scores: Scores) -> float:
         means = [group_mean(study, scores.validation, group) for group in study.groups]
         found = [mean for mean in means if mean is not None]
-        return statistics.fmean(found) if found else -1.0
+        return statistics.fmean(found) if found else -math.inf
 
     return max(runs, key=lambda run: quality(run[1]))[0]
 

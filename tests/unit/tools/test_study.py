@@ -94,6 +94,7 @@ LABELS = {"recipe": BASELINE}
         ({"suite": None}, "give a suite or tasks"),
         ({"launch": "there"}, "launch must be one of here, commands"),
         ({"validation": 2}, "a share of the documents below 1"),
+        ({"axes": ["language", "words"]}, "axes are two of the groups, got .'language', 'words'.;"),
         ({"grid": {"alpha": [0.1, 0.2]}}, "arm 'labels' has several settings: `validation`"),
         ({"budget": {"hours": 3}}, "a budget is one of steps, tokens, flops"),
         ({"budget": {"flops": "labels"}}, "names 'labels', which is no arm above it"),
@@ -309,6 +310,26 @@ def test_without_any_reading_there_is_still_a_report(finished, tmp_path):
         folders[folder] = Scores(blind, {})
     said = write_report(place, [], tmp_path, "ldistill study tiny")[0].read_text(encoding="utf-8")
     assert f"reading 0.000 (`{BASELINE}` has none)" in said
+
+
+def test_likelihoods_have_a_front_and_differences(finished, tmp_path, monkeypatch):
+    """Groups below 0, which the file puts on the axes."""
+    place, folders = finished
+    for folder, scored in folders.items():
+        below = {row: {n: s - 4 for n, s in docs.items()} for row, docs in scored.rows.items()}
+        folders[folder] = Scores(below, {})
+    fronts = []
+
+    def plot(axis, *values, **how) -> None:
+        if how.get("zorder") == 0:
+            fronts.append(values)
+
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", plot)
+    likely = replace(place, study=replace(place.study, axes=("language", "reading")))
+    said = write_report(likely, [], tmp_path, "")[0].read_text(encoding="utf-8")
+    assert "reading -3.150 (nothing was lost), language -3.150 (+0.150 against `nanovlm" in said
+    [(along, up)] = fronts
+    assert [*along, *up] == pytest.approx([-3.05, -3.15, -3.5, -3.15])
 
 
 def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
