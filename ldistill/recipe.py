@@ -258,7 +258,7 @@ def parse(argv: list[str]) -> Recipe:
         raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
     if values.get("bf16") and "bf16" not in given and not has_fast_bf16():
         values["bf16"] = False
-        notes.append("fp32 instead of the recipe's bf16, which is slow on this CPU (--bf16 true).")
+        notes.append("fp32 instead of the recipe's bf16, which is slow here (--bf16 true).")
     if "num_train_epochs" in given and "max_steps" not in given:
         values["max_steps"] = -1  # the recipe's, which the Trainer would heed instead
     parser = _Parser([*OWN, TrainingArguments], add_help=False, allow_abbrev=False)

@@ -12,4 +12,4 @@
 #SBATCH --output=slurm/logs/%x-%j.log
 #SBATCH --requeue --open-mode=append --signal=B:USR1@300
 source slurm/common.sh
-train llava-13b zero3_multinode "$@"
+train llava-13b zero3_multinode --teacher_engine replicated "$@"  # sharded, it would cross nodes

@@ -64,7 +64,8 @@ class Saver:
         """Note what the disk refuses instead of raising it, so that collectives stay in step."""
         try:
             yield
-        except FloatingPointError:  # agreed upon already
+        # The first is agreed upon already; of the others collectives are out of step as it is.
+        except (FloatingPointError, torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
             first = (str(error).splitlines() or [""])[0]

@@ -28,9 +28,11 @@ def unusable_gpu() -> str | None:
 
 
 def has_fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU, or a CPU that can."""
-    cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.cuda.is_available() or cpu
+    """Whether this machine multiplies bf16 at least as fast as fp32: a GPU from Ampere on, or
+    without one a CPU that can."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
@@ -46,7 +48,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def listed_peak(name: str) -> float | None:
-    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed."""
+    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed, or
+    a slice of one."""
+    if re.search(r"\bMIG\b", name):
+        return None
     for key, card in CARDS.items():
         if re.search(rf"\b{re.escape(key)}\b(?! (?:{_OTHERS})\b)", name, re.IGNORECASE):
             return card.flops

@@ -30,7 +30,7 @@ def gpus() -> Iterator[Line]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB"
     yield Line(OK, "GPU", f"none; training runs on the CPU ({cores})")
-    fast = "as fast as fp32" if has_fast_bf16() else "slow on this CPU: recipes train in fp32 here"
+    fast = "as fast as fp32" if has_fast_bf16() else "slow here: recipes train in fp32"
     yield Line(OK, "bf16", fast)
 
 

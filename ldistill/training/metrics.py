@@ -119,10 +119,11 @@ class Meter:
             logs["teacher_alone_label_accuracy"] = right / judged
         drops = sum(ranks.gather(self._drops), Counter())
         logs |= {f"dropped/{reason}": float(n) for reason, n in sorted(drops.items())}
-        # The most a GPU's allocator held, or the process's largest resident set.
+        # The most a GPU's allocator held since the line before, or the largest resident set.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         logs["memory_gib"] = peak / 2**30
         self.start()
         return logs

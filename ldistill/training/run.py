@@ -247,6 +247,8 @@ def build_trainer(
     )
     if recipe.pair.compile_blocks:
         distiller.compile_blocks(**recipe.compile_options)
+    # A step takes all of its passes at once: while it computes, those of the next one are loaded.
+    passes, workers = args.gradient_accumulation_steps, max(1, args.dataloader_num_workers)
     load = partial(
         make_loader,
         processor=pair.processor,
@@ -256,7 +258,7 @@ def build_trainer(
         packing=options.packing,
         on_bad_sample=options.on_bad_sample,
         num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
+        prefetch_factor=args.dataloader_prefetch_factor or 1 + math.ceil(passes / workers),
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
     )
     validation = open_validation(recipe, data.held, data.weights, load)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
@@ -179,6 +180,17 @@ def test_what_a_run_has_written_counts_as_its_room(tmp_path, monkeypatch):
     run_folder.check_disk(tmp_path, 1000, 1000, 2)
     with pytest.raises(OSError, match="Make room"):
         run_folder.check_disk(tmp_path, 1000, 1000, 4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.distributed.DistError])
+def test_what_is_no_failure_of_the_disk_ends_the_rank_at_once(tmp_path, error):
+    """Collectives are out of step by then: nothing can be agreed upon."""
+
+    def write() -> None:
+        raise error("of the GPU")
+
+    with pytest.raises(error, match="of the GPU"):
+        Saver(tmp_path, {}, keep=None).save(1, write)
 
 
 def test_a_log_is_durable_before_the_checkpoint_that_counts_on_it(tmp_path, monkeypatch):

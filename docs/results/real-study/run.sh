@@ -3,7 +3,7 @@
 #
 #   bash run.sh DATA LM_WHEEL VISION_WHEEL [flags of `ldistill study`, such as --variant labels]
 #
-# ITEMS (100) of each task, LIMIT (0: all) samples of each source, ALIGN flags of the projector stage.
+# ITEMS (40) of each task, LIMIT (0: all) samples of each source, ALIGN flags of the projector stage.
 set -euo pipefail
 data=$1 lm=$2 vision=$3
 here=$(cd "$(dirname "$0")" && pwd)
@@ -11,7 +11,7 @@ mkdir -p real
 cp "$here"/{recipe.yaml,measure.py} real/
 [ -e real/pair/student/config.json ] || python "$here/make_pair.py" "$lm" "$vision" real/pair
 if [ ! -e real/measured/texts.json ]; then # written last
-  python "$here/make_data.py" "$data" real/pair/student real --items "${ITEMS:-100}" --limit "${LIMIT:-0}"
+  python "$here/make_data.py" "$data" real/pair/student real --items "${ITEMS:-40}" --limit "${LIMIT:-0}"
 fi
 if [ ! -e real/aligned/student/config.json ]; then
   # shellcheck disable=SC2086 - several flags

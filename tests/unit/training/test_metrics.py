@@ -164,6 +164,7 @@ def test_flops_of_forward_and_backward_match_what_torch_counts(train, rank):
         ("NVIDIA GeForce RTX 3090 Ti", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA L4", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_a_card_is_known_by_its_whole_name(name, card):
