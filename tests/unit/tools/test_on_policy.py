@@ -7,19 +7,18 @@ import sys
 import pytest
 import torch
 
-from ldistill.common.locate import resolve
 from ldistill.models.formats import load_student
-from ldistill.tiny.prepare import STUDENT, TEACHER
 
 
-def test_the_decoder_is_trained_and_put_back(tmp_path, monkeypatch):
+def test_the_decoder_is_trained_and_put_back(tmp_path, pair_root, monkeypatch):
     pytest.importorskip("trl", reason="needs the extra: pip install ldistill[trl]")
     from ldistill.tools.study.on_policy import main
 
-    flags = ["--student", STUDENT, "--lm", TEACHER, "--out", str(tmp_path / "out")]
+    student, lm = str(pair_root / "student"), str(pair_root / "teacher")
+    flags = ["--student", student, "--lm", lm, "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["on_policy", *flags, "--steps", "2", "--batch", "4"])
     main()
-    before, after = load_student(resolve(STUDENT)), load_student(tmp_path / "out")
+    before, after = load_student(pair_root / "student"), load_student(tmp_path / "out")
     moved = {
         name
         for name, parameter in after.named_parameters()
