@@ -2,8 +2,8 @@
 # The evaluation suite, after a training job:
 #     job=$(OUTPUT_DIR=runs/mine sbatch --parsable slurm/selective.sh)
 #     OUTPUT_DIR=runs/mine sbatch --dependency=afterok:$job slurm/eval.sh [arguments of ldistill eval]
-# STUDENT: a folder or hub id, instead of OUTPUT_DIR/student. SUITE: default paper; empty: none, with --tasks. EVAL_DIR: where
-# results go, default OUTPUT_DIR/eval. Other options: slurm/common.sh
+# STUDENT: a folder or hub id, instead of OUTPUT_DIR/student. SUITE: default paper; empty: none, with
+# --tasks. EVAL_DIR: where results go, default OUTPUT_DIR/eval. Other options: slurm/common.sh
 #SBATCH --job-name=eval
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

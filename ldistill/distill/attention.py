@@ -36,6 +36,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from ldistill.common.device import has_fast_bf16
 from ldistill.common.errors import refuse
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool, d
 
 def varlen_available() -> bool:
     """Whether PyTorch's variable-length attention runs on this machine's GPU."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.is_available() and has_fast_bf16()
 
 
 def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:

@@ -39,8 +39,7 @@ for line in sys.stdin:
     for number, rank in enumerate(request["ranks"]):
         if (process := os.fork()) == 0:
             answers.close()
-            become_rank(request["words"], **rank)
-            sys.exit()
+            become_rank(request["words"], **rank)  # which ends the process
         running[process] = number
     end = time.monotonic() + request["timeout"]
     while running:

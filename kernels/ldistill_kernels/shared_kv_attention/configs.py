@@ -235,7 +235,8 @@ _BACKWARD_38 = {
         for size in (2, 4)
     },
 }
-# What only fits where nothing but keys and values is read. Of no other class, not even Blackwell.
+# What fits, on some Triton only, where nothing but keys and values is read. Of no other class, not
+# even Blackwell.
 PLAIN_FORWARD = {
     (227, 64, 2, False): Config(64, 64, 4, 3, 168),  # three blocks a multiprocessor, not two
     (99, 64, 2, True): Config(128, 64, 8, 2),

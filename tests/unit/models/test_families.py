@@ -211,6 +211,13 @@ def test_a_backend_that_cannot_gives_way_and_is_named(
     assert bool(why) == (f"{takes} computes it" in caplog.text)
 
 
+@pytest.mark.parametrize(("backend", "takes"), [("varlen", "sdpa"), ("flash_attention_2",) * 2])
+def test_dropout_is_not_lost_in_a_backend_without_it(folder, backend, takes):
+    decoder = load_student(folder("qwen2.5-vl")).backbone
+    decoder.config.attention_dropout = 0.1
+    assert fitting_attention(backend, decoder, False, "cuda") == takes
+
+
 def test_adapters_on_a_decoder_of_several_axes_are_merged_into_the_checkpoint(folder, tmp_path):
     pair, made = documents(folder("qwen2.5-vl"))
     train_only(pair.student)
