@@ -41,7 +41,6 @@ from ldistill.common.errors import refuse
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "ldistill_"
 Backend = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 PACKED = ("flash_attention_2", "varlen")
 """Backends that take documents by their boundaries (:func:`document_boundaries`), not by a mask."""
@@ -244,7 +243,7 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
         decoder: with attention modules in ``layers[l].self_attn``, with or without its head.
         backend: what :func:`fitting_attention` gives.
     """
-    name = PREFIX + backend
+    name = f"ldistill_{backend}"
     attend, mask = _ATTENTIONS[backend]
     backbone = decoder.base_model
     if attend is None:  # soft caps and sinks are in those of the models that have them

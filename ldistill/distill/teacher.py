@@ -181,10 +181,6 @@ class Teacher:
             self._root.make = None  # which holds the graph
         return made[0]
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move a replicated teacher to its device and the student's dtype."""
-        self.lm.to(device=device, dtype=dtype)
-
     def shard(self, engine: str, dtype: torch.dtype, offload: bool = False) -> None:
         """Hand the LM to a DeepSpeed engine.
 

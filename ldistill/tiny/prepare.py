@@ -30,8 +30,6 @@ from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
 
 STUDENT = "pkg://ldistill.tiny/pair/student"
 TEACHER = "pkg://ldistill.tiny/pair/teacher"
-SAMPLES_PER_SOURCE = 720
-TEXTS = 14_400
 
 
 class TinyData(NamedTuple):
@@ -44,7 +42,7 @@ class TinyData(NamedTuple):
 def prepare(
     cache_dir: str | Path | None = None,
     *,
-    samples_per_source: int = SAMPLES_PER_SOURCE,
+    samples_per_source: int = 720,
     items_per_task: int = ITEMS_PER_TASK,
     texts: int = 0,
 ) -> TinyData:
@@ -91,7 +89,7 @@ def prepare(
 
 def prepare_with_text() -> TinyData:
     """The same and a text source, for a recipe that replays text: `--mix text=25%`."""
-    return prepare(texts=TEXTS)
+    return prepare(texts=14_400)
 
 
 def prepare_tasks(items_per_task: int | None = None) -> Path:
