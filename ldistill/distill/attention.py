@@ -41,7 +41,6 @@ from ldistill.common.errors import refuse
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "ldistill_"
 Backend = Literal["auto", "sdpa", "flash_attention_2", "varlen", "flex_attention", "eager"]
 PACKED = ("flash_attention_2", "varlen")
 """Backends that take documents by their boundaries (:func:`document_boundaries`), not by a mask."""
@@ -51,15 +50,13 @@ PACKED = ("flash_attention_2", "varlen")
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
+@dataclass(eq=False, slots=True)
 class KVSlot:
     """Where one attention module leaves its keys and values."""
 
-    __slots__ = ("active", "key", "value")
-
-    def __init__(self) -> None:
-        self.active = False
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
+    active: bool = False
+    key: Tensor | None = None
+    value: Tensor | None = None
 
 
 @dataclass
@@ -88,11 +85,8 @@ def _flash_attention_2(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """flash-attn through transformers, called by its real name (ours would not be found).
-
-    query [batch, heads, seq, head_dim], key and value with kv_heads → [batch, seq, heads, head_dim]
-    """
-    # flash-attn wants heads behind positions: [batch, seq, heads, head_dim], views.
+    """flash-attn through transformers, called by its real name (ours would not be found)."""
+    # From [batch, heads, seq, head_dim] to what flash-attn wants: heads behind positions, views.
     output = _flash_attention_forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -128,20 +122,17 @@ def _varlen(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """PyTorch's own variable-length attention over the documents of a packed batch."""
-    shape = query.shape
     # Transposed back to how the projections left them, so flattening copies nothing:
     # [batch, heads, seq, head_dim] → [batch × seq, heads, head_dim].
-    parts = query, key, _as_wide(value, key)
-    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in parts)
-    boundaries, longest = cu_seq_lens_q, max_length_q
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, _as_wide(value, key)))
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
     # A window counts the position itself, this kernel only those before it; -1 is no window.
     before = sliding_window - 1 if sliding_window else -1
-    options = {"scale": scaling, "window_size": (before, 0)}  # causal
-    if k.shape[1] != q.shape[1]:
-        options |= _GROUPED
-    out = varlen_attn(q, k, v, boundaries, boundaries, longest, longest, **options)
+    options = _GROUPED if k.shape[1] != q.shape[1] else {}
+    out = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(before, 0), **options)
     out = out[..., : value.shape[-1]]
-    return out.unflatten(0, (shape[0], shape[2])), None  # [batch, seq, heads, value_dim]
+    # [batch, seq, heads, value_dim]
+    return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
 def shared_sdpa_mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
@@ -182,31 +173,27 @@ def choose_attention(asked: Backend, dtype: torch.dtype, device: str) -> str:
     """``auto`` is a variable-length kernel where one runs, else ``sdpa``.
 
     flash-attn's where it is installed, else PyTorch's own; both compute in bf16 or fp16 alone, on
-    GPUs from Ampere on. ``flex_attention`` compiles at the first step, and whether it pays is for
-    `ldistill bench step --attention auto` to measure, which tries them all.
+    GPUs from Ampere on. ``flex_attention`` compiles at the first step; whether it pays is for
+    `ldistill bench step --attention auto` to measure.
 
     Args:
         asked: of a recipe.
-        dtype: that the student computes in.
-        device: the type of device that it computes on.
+        dtype, device: that the student computes in and on.
 
     Raises:
         ValueError: a backend that does not run here.
     """
-    half = device == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    varlen = device == "cuda" and dtype in (torch.bfloat16, torch.float16) and has_fast_bf16()
+    flash = device == "cuda" and is_flash_attn_2_available()
     if asked == "auto":
-        if not (half and varlen_available()):
-            return "sdpa"
-        return "flash_attention_2" if is_flash_attn_2_available() else "varlen"
+        return ("flash_attention_2" if flash else "varlen") if varlen else "sdpa"
     cases = {
         "attention is flash_attention_2, but flash-attn is not installed or there is no GPU: "
         "pip install flash-attn --no-build-isolation, or leave --attention at sdpa.": (
-            asked == "flash_attention_2" and not (device == "cuda" and is_flash_attn_2_available())
+            asked == "flash_attention_2" and not flash
         ),
         "attention is varlen, which computes in bf16 or fp16 on a GPU from Ampere on: give "
-        "--bf16 true there, or choose sdpa.": (
-            asked == "varlen" and not (half and varlen_available())
-        ),
+        "--bf16 true there, or choose sdpa.": asked == "varlen" and not varlen,
     }
     refuse(cases)
     return asked
@@ -218,6 +205,7 @@ _CANNOT = {
     "flash_attention_2": {"sinks", "positions that see what follows"},
     "varlen": {"soft caps", "sinks", "positions that see what follows", "dropout"},
     "flex_attention": {"dropout"},
+    "eager": set(),
 }
 
 
@@ -230,28 +218,22 @@ def fitting_attention(backend: str, decoder: PreTrainedModel, both_ways: bool, d
         both_ways: whether some positions (a picture's) see what follows them.
         device: the type of device that it computes on.
     """
-    needs = {"positions that see what follows"} if both_ways else set()
-    if getattr(decoder.config, "attn_logit_softcapping", None):
-        needs.add("soft caps")
-    if getattr(decoder.config, "attention_dropout", 0):
-        needs.add("dropout")
-    if hasattr(decoder.layers[0].self_attn, "sinks"):
-        needs.add("sinks")
-    if not (lacking := needs & _CANNOT.get(backend, set())):
+    wanted = {
+        "positions that see what follows": both_ways,
+        "soft caps": getattr(decoder.config, "attn_logit_softcapping", None),
+        "dropout": getattr(decoder.config, "attention_dropout", 0),
+        "sinks": hasattr(decoder.layers[0].self_attn, "sinks"),
+    }
+    needs = {need for need, there in wanted.items() if there}
+    if not (lacking := needs & _CANNOT[backend]):
         return backend
-    compiled = ["flex_attention"] if device == "cuda" else []
-    able = ["sdpa", *compiled, "eager"]
-    other = next(name for name in able if not needs & _CANNOT.get(name, set()))
+    able = ["sdpa", "flex_attention", "eager"] if device == "cuda" else ["sdpa", "eager"]
+    other = next(name for name in able if not needs & _CANNOT[name])
     logger.warning(
         "attention %s has no %s, which this student's attention has: %s computes it.",
         backend, " and no ".join(sorted(lacking)), other,
     )  # fmt: skip
     return other
-
-
-def varlen_available() -> bool:
-    """Whether PyTorch's variable-length attention runs on this machine's GPU."""
-    return torch.cuda.is_available() and has_fast_bf16()
 
 
 def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
@@ -261,7 +243,7 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
         decoder: with attention modules in ``layers[l].self_attn``, with or without its head.
         backend: what :func:`fitting_attention` gives.
     """
-    name = PREFIX + backend
+    name = f"ldistill_{backend}"
     attend, mask = _ATTENTIONS[backend]
     backbone = decoder.base_model
     if attend is None:  # soft caps and sinks are in those of the models that have them
@@ -271,11 +253,9 @@ def attach(decoder: PreTrainedModel, backend: str = "sdpa") -> list[KVSlot]:
     if mask is not None:  # without one by that name transformers makes no mask
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     backbone.config._attn_implementation = name
-    slots = []
-    for layer in backbone.layers:
-        slot = KVSlot()
+    slots = [KVSlot() for _ in backbone.layers]
+    for layer, slot in zip(backbone.layers, slots):
         layer.self_attn.kv_slot = slot
-        slots.append(slot)
     return slots
 
 
@@ -285,23 +265,22 @@ def recording(slots: list[KVSlot]) -> Iterator[Callable[[], SharedKV]]:
 
     Recomputation under gradient checkpointing happens after the block, so it records nothing.
     """
+
+    def collect() -> SharedKV:
+        if missing := [index for index, slot in enumerate(slots) if slot.key is None]:
+            raise ValueError(
+                f"layers {missing} left no keys and values: this decoder does not go through "
+                "transformers' attention interface."
+            )
+        return SharedKV([slot.key for slot in slots], [slot.value for slot in slots])
+
     for slot in slots:
         slot.active = True
     try:
-        yield lambda: _collect(slots)
+        yield collect
     finally:
         for slot in slots:
             slot.active, slot.key, slot.value = False, None, None
-
-
-def _collect(slots: list[KVSlot]) -> SharedKV:
-    missing = [index for index, slot in enumerate(slots) if slot.key is None]
-    if missing:
-        raise ValueError(
-            f"layers {missing} left no keys and values: this decoder does not go through "
-            "transformers' attention interface."
-        )
-    return SharedKV([slot.key for slot in slots], [slot.value for slot in slots])
 
 
 def document_boundaries(position_ids: Tensor) -> dict[str, Tensor | int]:
@@ -316,12 +295,7 @@ def document_boundaries(position_ids: Tensor) -> dict[str, Tensor | int]:
     # Rows end to end, [batch × seq]: a document begins wherever the count is 0 again; padding
     # counts on by itself, as one more document that nobody reads.
     starts = torch.nonzero(position_ids.flatten() == 0).flatten().to(torch.int32)
-    total = torch.tensor([position_ids.numel()], dtype=torch.int32, device=position_ids.device)
-    boundaries = torch.cat([starts, total])  # [documents + 1]
+    boundaries = F.pad(starts, (0, 1), value=position_ids.numel())  # [documents + 1]
     longest = position_ids.shape[1]  # a bound; the true one would have to be waited for
-    return {
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    lengths = {"cu_seq_lens": boundaries, "max_length": longest}
+    return {f"{name}_{side}": value for name, value in lengths.items() for side in "qk"}

@@ -76,8 +76,7 @@ class Distiller(nn.Module):
 
     def use_attention(self, backend: str) -> None:
         """Run the student's attention through another backend from now on, if it can do that."""
-        decoder = self.student.backbone
-        sees = bool(self.student.sees)
+        decoder, sees = self.student.backbone, bool(self.student.sees)
         self.attention = fitting_attention(backend, decoder, sees, self._device)
         self.slots = attach(decoder, self.attention)
 
@@ -95,20 +94,14 @@ class Distiller(nn.Module):
         supervision = supervise(batch, self.weights, self.kv_scope, self.known)
         if self.teacher is not None:
             # Query heads that read the same key head are computed together, tile by tile.
-            queries, config = supervision.queries, self.teacher.lm.config
+            of, config = supervision.queries, self.teacher.lm.config
             group = config.num_attention_heads // config.num_key_value_heads
             memory = tuple(batch["input_ids"].shape)
-            queries.tiles = plan_tiles(
-                queries.batch, queries.start, queries.index, group=group, memory=memory
-            )
+            of.tiles = plan_tiles(of.batch, of.start, of.index, group=group, memory=memory)
         return supervision
 
     def forward(
-        self,
-        batch: dict[str, Tensor],
-        supervision: Supervision,
-        total: float,
-        run_teacher: bool,
+        self, batch: dict[str, Tensor], supervision: Supervision, total: float, run_teacher: bool
     ) -> dict[str, Tensor]:
         """Loss of a micro-batch as its share of the global batch.
 
@@ -126,7 +119,10 @@ class Distiller(nn.Module):
         teaches = run_teacher and (len(queries) > 0 or self.teacher.collective)
         hidden, shared = self._student(batch, teaches)
         # [batch, seq, hidden] → [targets, hidden]: the head runs on no other position.
-        hidden = _autocast(hidden.flatten(0, 1)[targets.flat])
+        hidden = hidden.flatten(0, 1)[targets.flat]
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # which does not reach inside the fused loss
+            hidden = hidden.to(torch.get_autocast_dtype(device))
         judge = partial(
             self.objective,
             targets=targets,
@@ -140,7 +136,7 @@ class Distiller(nn.Module):
         # (its hooks gather and release, in backward too), so the loss is computed within: the
         # teacher's head is entered within the student's, and both weights are whole there.
         def against_teacher() -> tuple[Tensor, Tensor]:
-            taught = self._teach(queries, shared)  # [taught, hidden of the teacher]
+            taught = self._teach(queries, shared, self.kv_scope, self.kv_grad == "through")
             return self.student.lm_head(
                 hidden,
                 lambda *student: self.teacher.head(
@@ -166,14 +162,19 @@ class Distiller(nn.Module):
             shared = recorded()
         return hidden, shared if self.kv_grad == "through" else shared.detach()
 
-    def _teach(self, queries: Queries, shared: SharedKV) -> Tensor:
-        """Teacher states of the taught targets; none where only other ranks distil."""
-        through = self.kv_grad == "through"
+    def _teach(
+        self, queries: Queries, shared: SharedKV, scope: str, through: bool = False
+    ) -> Tensor:
+        """Teacher states of the taught targets, [taught, hidden of the teacher]."""
         if len(queries):
             return self.teacher.hidden(queries, shared, through)
-        # A sharded teacher gathers its weights on all ranks together: take part with one query
-        # that counts nothing.
-        return self.teacher.hidden(_idle_query(shared, self.kv_scope), shared, through)[:0]
+        # Only other ranks distil. A sharded teacher gathers its weights on all ranks together: take
+        # part with one query, at the very first position, that counts nothing.
+        zero = torch.zeros(1, dtype=torch.long, device=shared.keys[0].device)
+        idle = Queries(zero, zero, zero, zero, zero)
+        if scope != "full":  # it sees itself alone
+            idle.own, idle.start2, idle.end2, idle.wanted = zero, zero, zero + 1, zero
+        return self.teacher.hidden(idle, shared, through)[:0]
 
     @torch.no_grad()
     def teacher_alone(
@@ -190,14 +191,9 @@ class Distiller(nn.Module):
             float32 [2]: targets predicted, targets.
         """
         label = supervision.targets.label[supervision.targets.taught]  # [taught]
-        blank = self._blank_kv(batch)
-        if len(own):
-            hidden = self.teacher.hidden(own, blank)  # [taught, hidden of the teacher]
-        else:
-            hidden = self.teacher.hidden(_idle_query(blank, "own"), blank)[:0]
-        best = self.teacher.head(hidden, _argmax)
-        right = (best == label).float().sum()
-        return torch.stack([right, torch.tensor(float(label.numel()), device=right.device)])
+        hidden = self._teach(own, self._blank_kv(batch), "own")
+        right = (self.teacher.head(hidden, _argmax) == label).float().sum()
+        return torch.stack([right, torch.full_like(right, label.numel())])
 
     def own_queries(self, batch: dict[str, Tensor], supervision: Supervision) -> Queries:
         """Queries for :meth:`teacher_alone`, of a batch that still lies on the CPU."""
@@ -207,20 +203,18 @@ class Distiller(nn.Module):
     def _blank_kv(self, batch: dict[str, Tensor]) -> SharedKV:
         """Shared K/V of the student's shape that nothing sees."""
         backbone = self.student.backbone
-        attention = backbone.layers[0].self_attn
+        attention, config = backbone.layers[0].self_attn, backbone.config
         key = getattr(attention, "qk_head_dim", None) or attention.head_dim
         value = getattr(attention, "v_head_dim", key)  # DeepSeek's are narrower
-        size, seq = batch["input_ids"].shape
-        device = batch["input_ids"].device
-        # One 0 seen as [batch, kv_heads, seq, head_dim]; made whole once, for all layers.
+        (size, seq), device = batch["input_ids"].shape, batch["input_ids"].device
+        # [batch, kv_heads, seq, head_dim], one for all layers.
         keys, values = (
-            torch.zeros(1, dtype=backbone.dtype, device=device).expand(
-                size, backbone.config.num_key_value_heads, seq, width
+            torch.zeros(
+                size, config.num_key_value_heads, seq, width, dtype=backbone.dtype, device=device
             )
             for width in (key, value)
         )
-        layers = backbone.config.num_hidden_layers
-        return SharedKV([keys.contiguous()] * layers, [values.contiguous()] * layers)
+        return SharedKV([keys] * config.num_hidden_layers, [values] * config.num_hidden_layers)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -235,17 +229,8 @@ class Distiller(nn.Module):
                 "gradient checkpointing drops the graph that kv_grad through needs: use "
                 "--kv_grad detached, or train without --gradient_checkpointing."
             )
-        decoder, kwargs = self.student.backbone, activation_checkpointing_kwargs or {}
-        # transformers renamed the method between 5.17 and 5.23.
-        name = "activation_checkpointing_enable"
-        enable = getattr(decoder, name, decoder.gradient_checkpointing_enable)
-        enable({"use_reentrant": False} | kwargs, **options)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """:meth:`activation_checkpointing_enable` by the name older transformers call."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        self.student.backbone.activation_checkpointing_enable(kwargs, **options)
 
     def compile_blocks(self, **options: Any) -> None:
         """`torch.compile` every decoder block, with its options: one graph serves all layers."""
@@ -259,24 +244,6 @@ def student_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def _idle_query(shared: SharedKV, scope: str) -> Queries:
-    """One query, at the very first position."""
-    zero = torch.zeros(1, dtype=torch.long, device=shared.keys[0].device)
-    queries = Queries(zero, zero, zero, zero, zero)
-    if scope != "full":  # it sees itself alone
-        queries.own, queries.start2, queries.end2, queries.wanted = zero, zero, zero + 1, zero
-    return queries
-
-
 def _argmax(hidden: Tensor, weight: Tensor) -> Tensor:
     """Most probable token of every state, a thousand positions' logits at a time."""
-    parts = [(part @ weight.T).argmax(-1) for part in hidden.split(1024)]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.long)
-
-
-def _autocast(hidden: Tensor) -> Tensor:
-    """The dtype the head would compute in: autocast does not reach inside the fused loss."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
+    return torch.cat([(part @ weight.T).argmax(-1) for part in hidden.split(1024)])

@@ -10,7 +10,7 @@ heads' weights alone: who calls it sees to it that the weights are whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,30 +22,11 @@ from ldistill_kernels import DistillLoss, distill_loss
 Combination = Literal["convex", "additive"]
 Divergence = Literal["forward", "reverse", "jsd"]
 Gate = Literal["none", "agreement", "confidence"]
-NO_SCALING = LogitScaling()
-_AT_ONCE = 1024  # teacher logits of so many targets exist at a time, for a gate
 
 # Columns of the metrics matrix, all sums over targets (called rows in what a run logs).
-COLUMNS = (
-    "rows",
-    "loss",
-    "ce",
-    "student_label",
-    "extra_mass",
-    "kd_rows",
-    "kl",
-    "teacher_student",
-    "teacher_label",
-    "gate",
-)
-
-
-class Weights(NamedTuple):
-    """Weights of CE and KD, [targets] each, and the gates in them, [taught] or None."""
-
-    ce: Tensor
-    kd: Tensor
-    gates: Tensor | None
+_OF_ALL = ("rows", "loss", "ce", "student_label", "extra_mass")
+_OF_TAUGHT = ("kd_rows", "kl", "teacher_student", "teacher_label", "gate")
+COLUMNS = (*_OF_ALL, *_OF_TAUGHT)
 
 
 @dataclass(frozen=True)
@@ -58,22 +39,6 @@ class Objective:
     kernels: str = "auto"
     gate: Gate = "none"
 
-    def weights(self, targets: Targets, gates: Tensor | None = None) -> Weights:
-        """CE and KD weight of every target, before the division by N.
-
-        Args:
-            targets: with their α.
-            gates: what α is multiplied by, float32 [taught]; None for 1.
-        """
-        alpha, taught = targets.alpha, targets.taught  # [targets], indices [taught]
-        if gates is not None:
-            alpha = alpha.index_copy(0, taught, alpha[taught] * gates)
-        ce = 1 - alpha if self.combine == "convex" else torch.ones_like(alpha)
-        # A target may have α and yet no teacher: what it predicts from is the student's own token.
-        kd = torch.zeros_like(alpha)
-        kd[taught] = alpha[taught]
-        return Weights(ce, kd, gates)
-
     def __call__(
         self,
         student: tuple[Tensor, Tensor],
@@ -82,8 +47,8 @@ class Objective:
         *,
         total: float,
         sources: int,
-        scaling: LogitScaling = NO_SCALING,
-        teacher_scaling: LogitScaling = NO_SCALING,
+        scaling: LogitScaling = LogitScaling(),
+        teacher_scaling: LogitScaling = LogitScaling(),
     ) -> tuple[Tensor, Tensor]:
         """Loss of a micro-batch as its share of the global batch.
 
@@ -101,12 +66,17 @@ class Objective:
         """
         # h: [targets, hidden] and [taught, hidden of the teacher]; w: [vocabulary, hidden].
         (h_s, w_s), (h_t, w_t) = student, teacher or (None, None)
-        gates = None
+        alpha, taught = targets.alpha, targets.taught  # [targets], indices [taught]
+        gates = torch.ones_like(taught, dtype=alpha.dtype)
         if h_t is not None:
             w_t = w_t.to(h_t.dtype)  # a head may be kept wider than the states
             if self.gate != "none":
-                gates = gate(self.gate, h_t, w_t, targets.label[targets.taught], teacher_scaling)
-        weights = self.weights(targets, gates)
+                gates = gate(self.gate, h_t, w_t, targets.label[taught], teacher_scaling)
+                alpha = alpha.index_copy(0, taught, alpha[taught] * gates)
+        # Weights of every target, before the division by N.
+        ce = 1 - alpha if self.combine == "convex" else torch.ones_like(alpha)
+        # A target may have α and yet no teacher: what it predicts from is the student's own token.
+        kd = torch.zeros_like(alpha).index_copy(0, taught, alpha[taught])
         result = distill_loss(
             h_s,
             w_s.to(h_s.dtype),
@@ -114,10 +84,10 @@ class Objective:
             w_t,
             targets.label,
             # Divided by N here, so that the sum over micro-batches and ranks is the global loss.
-            ce_weight=weights.ce / total,
-            kd_weight=None if h_t is None else weights.kd / total,
+            ce_weight=ce / total,
+            kd_weight=None if h_t is None else kd / total,
             temperature=targets.temperature,
-            kd_targets=None if h_t is None else targets.taught,
+            kd_targets=None if h_t is None else taught,
             # Either may have rows behind its tokens that stand for none (InternVL's are fewer).
             vocab=None if h_t is None else min(len(w_s), len(w_t)),
             kl=self.kl,
@@ -128,25 +98,22 @@ class Objective:
             softcap_t=teacher_scaling.softcap,
             kernels=self.kernels,
         )
-        return result.loss, self._metrics(result, targets, weights, sources)
+        return result.loss, self._metrics(result, targets, ce, kd, gates, sources)
 
     @torch.no_grad()
     def _metrics(
-        self, result: DistillLoss, targets: Targets, weights: Weights, sources: int
+        self, r: DistillLoss, targets: Targets, ce: Tensor, kd: Tensor, gates: Tensor, sources: int
     ) -> Tensor:
-        sums = torch.zeros(sources, len(COLUMNS), device=targets.label.device)
-        ones = torch.ones_like(targets.alpha)
-        of_all = [ones, weights.ce * result.ce, result.ce, result.student_label, result.extra_mass]
-        _add_by_source(sums[:, :5], targets.source, of_all)  # each [targets]
-        if result.kl is not None and result.kl.numel():
-            taught, ones = targets.taught, torch.ones_like(result.kl)
-            gates = ones if weights.gates is None else weights.gates
-            of_taught = [ones, result.kl, result.teacher_student, result.teacher_label, gates]
+        sums, taught = torch.zeros(sources, len(COLUMNS), device=ce.device), targets.taught
+        of_all = [torch.ones_like(ce), ce * r.ce, r.ce, r.student_label, r.extra_mass]
+        _add_by_source(sums[:, : len(_OF_ALL)], targets.source, of_all)  # each [targets]
+        if len(r.kl):
             source = targets.source[taught]
-            _add_by_source(sums[:, 5:], source, of_taught)  # each [taught]
+            of_taught = [torch.ones_like(r.kl), r.kl, r.teacher_student, r.teacher_label, gates]
+            _add_by_source(sums[:, len(_OF_ALL) :], source, of_taught)  # each [taught]
             # The KD part of the column `loss`, whose CE part was added with all targets.
             scale = targets.temperature[taught] ** 2 if self.t_squared else 1.0
-            sums[:, 1].index_add_(0, source, (weights.kd[taught] * scale * result.kl).float())
+            sums[:, 1].index_add_(0, source, (kd[taught] * scale * r.kl).float())
         return sums
 
 
@@ -155,13 +122,7 @@ def _add_by_source(sums: Tensor, source: Tensor, columns: list[Tensor]) -> None:
 
 
 @torch.no_grad()
-def gate(
-    kind: str,
-    hidden: Tensor,
-    weight: Tensor,
-    label: Tensor,
-    scaling: LogitScaling = NO_SCALING,
-) -> Tensor:
+def gate(kind: str, hidden: Tensor, weight: Tensor, label: Tensor, scaling: LogitScaling) -> Tensor:
     """How far to trust the teacher, target by target: an option beyond the paper.
 
     The teacher reads the picture through the student's keys and values and may misread it. A gate
@@ -182,17 +143,14 @@ def gate(
     Returns:
         float32 [taught].
     """
-    parts = [
-        _gate(kind, scaling((h @ weight.T).float()), y)
-        for h, y in zip(hidden.split(_AT_ONCE), label.split(_AT_ONCE), strict=True)
-    ]
-    return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def _gate(kind: str, logits: Tensor, label: Tensor) -> Tensor:
-    best = logits.amax(-1)  # [taught, vocabulary] → [taught]
-    if kind == "confidence":
-        return torch.exp(best - logits.logsumexp(-1))
-    known = label < logits.shape[1]
-    own = logits.gather(1, torch.where(known, label, 0)[:, None])[:, 0]
-    return torch.exp(own - best) * known
+    gates, at_once = [], 1024  # teacher logits of so many targets exist at a time
+    for h, y in zip(hidden.split(at_once), label.split(at_once)):
+        logits = scaling((h @ weight.T).float())  # [targets, vocabulary]
+        best = logits.amax(-1)
+        if kind == "confidence":
+            gates.append(torch.exp(best - logits.logsumexp(-1)))
+        else:
+            known = y < logits.shape[1]
+            own = logits.gather(1, torch.where(known, y, 0)[:, None])[:, 0]
+            gates.append(torch.exp(own - best) * known)
+    return torch.cat(gates)

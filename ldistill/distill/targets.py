@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldistill.models.processor import IGNORE
@@ -28,16 +29,10 @@ Known = Callable[[Tensor], Tensor]
 class _Tensors:
     """Dataclass of tensors that moves as one."""
 
-    def to(self, device: torch.device):
-        moved = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                value = value.to(device, non_blocking=True)
-            elif isinstance(value, _Tensors):
-                value = value.to(device)
-            moved[f.name] = value
-        return type(self)(**moved)
+    def to(self, device: torch.device, non_blocking: bool = True):
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        moved = (v if v is None else v.to(device, non_blocking=non_blocking) for v in values)
+        return type(self)(*moved)
 
 
 @dataclass
@@ -69,12 +64,8 @@ class Queries(_Tensors):
         return self.token.shape[0]
 
     def first_own_within(self, window: int, seq: int) -> Tensor:
-        """``start2`` for a layer whose queries see ``window`` positions, themselves included.
-
-        Args:
-            window: of the layer.
-            seq: length of a batch row.
-        """
+        """``start2`` for a layer whose queries see ``window`` positions, themselves included, of
+        batch rows of length ``seq``."""
         flat = self.batch * seq + self.index  # [queries], ascending
         first = torch.searchsorted(flat[self.own], flat - window + 1)
         return torch.maximum(self.start2, first)
@@ -124,7 +115,7 @@ def supervise(
     """
     labels = batch["labels"].flatten()  # [batch × seq], as are all that follow until `flat`
     flat = torch.nonzero(labels != IGNORE).flatten()
-    source = _source_at(batch)[flat]  # [targets] from here on
+    source = batch["doc_source"][_document_at(batch)[flat]]  # [targets] from here on
     alpha = torch.tensor(weights.alpha, dtype=torch.float32)[source]
     temperature = torch.tensor(weights.temperature, dtype=torch.float32)[source]
     taught = torch.nonzero((alpha > 0) & known(batch["input_ids"].flatten()[flat])).flatten()
@@ -150,22 +141,19 @@ def queries_for(batch: dict[str, Tensor], wanted: Tensor, scope: Scope, known: K
     distilling = torch.zeros(int(doc.max()) + 2, dtype=torch.bool)  # the last one for padding, -1
     distilling[doc[wanted]] = True
     text = known(ids) & (doc >= 0) & distilling[doc]
-    # Its own text under `prompt` is the answer; under the other two scopes, all of the text.
-    own_at = _answer_positions(batch["labels"]).flatten() & text if scope == "prompt" else text
+    # Its own text under `prompt` is the answer, one after each target; else all of the text.
+    answer = F.pad(batch["labels"][:, :-1] != IGNORE, (1, 0)).flatten()
+    own_at = answer & text if scope == "prompt" else text
     visible = torch.zeros_like(own_at) if scope == "own" else ~own_at
-    needed = own_at.clone()
-    needed[wanted] = True
-    flat = torch.nonzero(needed).flatten()
+    flat = torch.nonzero(own_at.index_fill(0, wanted, True)).flatten()
     queries = _gather(batch, flat)
     # [batch × seq] → [batch, seq], as the kernel has the shared K/V.
     queries.visible = visible.view(batch["input_ids"].shape)
     # Own positions are numbered through the batch; a query sees those of its document up to itself.
-    is_own = own_at[flat]
-    queries.own = torch.nonzero(is_own).flatten()
-    queries.end2 = is_own.long().cumsum(0)  # [queries]: own ones up to here, itself included
-    first_of_document = torch.searchsorted(doc[flat], doc[flat], right=False)
-    before = torch.cat([torch.zeros(1, dtype=torch.long), queries.end2])
-    queries.start2 = before[first_of_document]
+    queries.own = torch.nonzero(own_at[flat]).flatten()
+    queries.end2 = own_at[flat].cumsum(0)  # [queries]: own ones up to here, itself included
+    first_of_document = torch.searchsorted(doc[flat], doc[flat])
+    queries.start2 = F.pad(queries.end2, (1, 0))[first_of_document]
     queries.wanted = torch.searchsorted(flat, wanted)
     return queries
 
@@ -175,31 +163,12 @@ def _gather(batch: dict[str, Tensor], flat: Tensor) -> Queries:
     index, place = flat % seq, batch["position_ids"].flatten()[flat]
     # Queries stand at text, where all axes of a rotary position are equal.
     rotary = batch["rotary"][0].flatten()[flat] if "rotary" in batch else place
-    return Queries(
-        token=batch["input_ids"].flatten()[flat],
-        rotary=rotary,
-        batch=flat // seq,
-        start=index - place,
-        index=index,
-    )
-
-
-def _source_at(batch: dict[str, Tensor]) -> Tensor:
-    """Source of every flat position (0 on padding, where nothing is supervised)."""
-    padded = torch.cat([batch["doc_source"], torch.zeros(1, dtype=torch.long)])
-    return padded[_document_at(batch)]
+    return Queries(batch["input_ids"].flatten()[flat], rotary, flat // seq, index - place, index)
 
 
 def _document_at(batch: dict[str, Tensor]) -> Tensor:
     """Document number over the whole micro-batch of every flat position; -1 on padding."""
     documents = batch["document_ids"]  # [batch, seq], numbered row by row
     counts = torch.bincount(batch["doc_batch"], minlength=documents.shape[0])
-    offset = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)[:-1]])
+    offset = F.pad(counts.cumsum(0)[:-1], (1, 0))
     return torch.where(documents >= 0, documents + offset[:, None], -1).flatten()
-
-
-def _answer_positions(labels: Tensor) -> Tensor:
-    """Positions of the labelled tokens themselves: one after each target."""
-    answer = torch.zeros_like(labels, dtype=torch.bool)
-    answer[:, 1:] = labels[:, :-1] != IGNORE
-    return answer

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from ldistill.models.logits import LogitScaling
 from ldistill.models.student import LMHead, keep_rotary_float32
 from ldistill_kernels import shared_kv_attention
 
-T = TypeVar("T")
 Engine = Literal["auto", "replicated", "zero3", "deepspeed-inference"]
 ATTENTION = "ldistill_teacher"
 
@@ -122,17 +121,10 @@ class Teacher:
                 if isinstance(linear := getattr(module, name, None), nn.Linear):
                     setattr(module, name, _OwnProjection(linear))
         self.kernels = kernels
+        self.vocab_size, self.scaling = lm.config.vocab_size, LogitScaling.of(lm.config)
         self.collective = False  # set by `shard`: every rank must run it together
         self.engine: Any = None
         self._root: _Root | None = None
-
-    @property
-    def vocab_size(self) -> int:
-        return self.lm.config.vocab_size
-
-    @property
-    def scaling(self) -> LogitScaling:
-        return LogitScaling.of(self.lm.config)
 
     def hidden(self, queries: Queries, shared: SharedKV, through: bool = False) -> Tensor:
         """Hidden states after the final norm of the queries whose logits are wanted.
@@ -172,19 +164,22 @@ class Teacher:
         """``op(hidden, weight)`` with the head's weight whole, also under ZeRO-3."""
         return self.lm.get_output_embeddings()(hidden, op)
 
-    def as_one_forward(self, make: Callable[[], T]) -> T:
+    def as_one_forward(self, make: Callable[[], Any]) -> Any:
         """``make()``, which runs the teacher up to its head, as one forward for its engine.
 
         DeepSpeed learns from one forward of the module it was given which weights the next one
         will ask for, and gathers them ahead; called part by part alone it gathers each when its
         part begins, and waits.
         """
-        return make() if self._root is None else self._root.run(make)
-
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move a replicated teacher to its device and the student's dtype."""
-        if self.engine is None:
-            self.lm.to(device=device, dtype=dtype)
+        if self._root is None:
+            return make()
+        made = []
+        self._root.make = lambda: made.append(make())
+        try:
+            self._root()
+        finally:
+            self._root.make = None  # which holds the graph
+        return made[0]
 
     def shard(self, engine: str, dtype: torch.dtype, offload: bool = False) -> None:
         """Hand the LM to a DeepSpeed engine.
@@ -220,19 +215,10 @@ class _Root(nn.Module):
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        self._make: Callable[[], Any] | None = None
-        self._made: Any = None
+        self.make: Callable[[], None] | None = None
 
     def forward(self) -> None:
-        self._made = self._make()
-
-    def run(self, make: Callable[[], T]) -> T:
-        self._make = make
-        try:
-            self()
-            return self._made
-        finally:
-            self._make = self._made = None
+        self.make()
 
 
 def zero3_config(dtype: torch.dtype, offload: bool) -> dict[str, Any]:
@@ -260,6 +246,5 @@ def choose_engine(asked: Engine, zero_stage: int) -> str:
     """
     if asked == "zero3" and zero_stage < 0:
         raise ValueError("teacher engine zero3 needs --deepspeed: it is DeepSpeed's partitioning.")
-    if asked != "auto":
-        return asked
-    return "zero3" if zero_stage == 3 else "replicated"
+    automatic = "zero3" if zero_stage == 3 else "replicated"
+    return automatic if asked == "auto" else asked

@@ -1,40 +1,31 @@
 """The held-out benchmark of the tiny world: what no training text or picture ever contained.
 
-| task | group | question | scored by |
-|---|---|---|---|
-| facts | language | a fact no picture is asked for, in a new phrase | likelihood, 4 choices |
-| statements | language | a fact in a phrase it was never told in | likelihood, 4 choices |
-| spelling | language | letters of a word never spelt before | exact text |
-| words | reading | a sign with a word no picture showed | exact text |
-| codes | reading | a sign with letters that are no word | exact text |
-| fields | reading | one field of a form | exact text |
-| naming | vision | the name of a creature in a new picture | exact text |
-| knowledge | vision | a fact never asked about a picture, about a picture | likelihood, 4 choices |
+Facts are scored by the likelihood of four choices, everything else by the exact text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from itertools import islice
 from random import Random
 from typing import Any
 
 from ldistill.evaluation.items import Item
 from ldistill.tiny.scenes import NAMING, form, portrait, sign
-from ldistill.tiny.world import KNOWLEDGE, Creature, World, held_out, invent_word, options
+from ldistill.tiny.world import Creature, World, held_out, invent_word, options
 
 ITEMS_PER_TASK = 150
-Fields = Iterator[dict[str, Any]]
-"""Endless items of a task: the fields of `Item` beside its task and group."""
+Fields = Iterator[dict[str, Any]]  # of endless items: those of `Item` beside task and group
 
 
 def benchmark(world: World, per_task: int = ITEMS_PER_TASK) -> list[Item]:
     """`per_task` items of every task, a function of the world alone."""
-    items = []
-    for task, (group, make) in TASKS.items():
-        made = make(world, world.stream("benchmark", task))
-        items += [Item(task, group, **next(made)) for _ in range(per_task)]
-    return items
+    return [
+        Item(task, group, **fields)
+        for task, (group, make) in TASKS.items()
+        for fields in islice(make(world, world.stream("benchmark", task)), per_task)
+    ]
 
 
 def _pairs(
@@ -60,8 +51,7 @@ def _facts(world: World, rng: Random) -> Fields:
 
 
 def _statements(world: World, rng: Random) -> Fields:
-    every = [(creature.name, attribute) for creature in world.creatures for attribute in KNOWLEDGE]
-    for creature, attribute in _pairs(world, rng, every):
+    for creature, attribute in _pairs(world, rng, world.unsaid_phrase):
         unsaid = world.unsaid_phrase[creature.name, attribute]
         before, _ = creature.statement(attribute, unsaid)
         yield {"prompt": before, "style": "text", **_choices(rng, creature, attribute)}
@@ -108,12 +98,12 @@ def _knowledge(world: World, rng: Random) -> Fields:
 
 
 TASKS: dict[str, tuple[str, Callable[[World, Random], Fields]]] = {
-    "facts": ("language", _facts),
-    "statements": ("language", _statements),
-    "spelling": ("language", _spelling),
-    "words": ("reading", partial(_signs, World.word)),
-    "codes": ("reading", partial(_signs, World.code)),
-    "fields": ("reading", _fields),
-    "naming": ("vision", _naming),
-    "knowledge": ("vision", _knowledge),
+    "facts": ("language", _facts),  # that no picture is asked for, in a new phrase
+    "statements": ("language", _statements),  # of a fact, in a phrase it was never told in
+    "spelling": ("language", _spelling),  # of a word never spelt before
+    "words": ("reading", partial(_signs, World.word)),  # that no picture showed
+    "codes": ("reading", partial(_signs, World.code)),  # letters that are no word
+    "fields": ("reading", _fields),  # one of a form
+    "naming": ("vision", _naming),  # a creature in a new picture
+    "knowledge": ("vision", _knowledge),  # never asked about a picture, about a picture
 }

@@ -13,15 +13,7 @@ from random import Random
 
 from ldistill.common.samples import Sample, Turn
 from ldistill.tiny.scenes import SOURCES, told
-from ldistill.tiny.world import (
-    ATTRIBUTES,
-    KNOWLEDGE,
-    PIECES,
-    World,
-    held_out,
-    invent_word,
-    lettered,
-)
+from ldistill.tiny.world import ATTRIBUTES, KNOWLEDGE, World, held_out, invent_word, lettered
 
 Text = str | tuple[Turn, ...]
 TEXT = "text"
@@ -45,12 +37,6 @@ def replayed(world: World, number: int) -> Iterator[Sample]:
     for index in range(number):
         turns = kinds[index % len(kinds)](world, world.stream("replay", index))
         yield Sample(f"{TEXT}-{index:06d}", TEXT, turns)
-
-
-def tokenizer_texts(world: World) -> Iterator[Text]:
-    """Texts to learn a tokenizer from: a sample, and every piece of writing often enough."""
-    yield from islice(pretraining_texts(world), 7000)
-    yield from [" ".join(PIECES)] * 400
 
 
 def _story(world: World, rng: Random) -> Text:

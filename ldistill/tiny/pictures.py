@@ -73,7 +73,6 @@ class Canvas:
         self.placed: list[Placed] = []
 
     def mark(self, mark: str, colour: str, x: float, y: float, radius: float) -> None:
-        """A mark in a colour around (x, y)."""
         self.placed.append(Placed(x, y, mark=mark, colour=colour))
         fill = tuple(max(0, min(255, c + self.rng.randint(-8, 8))) for c in COLOURS[colour])
         if mark in _POLYGONS:
@@ -87,14 +86,15 @@ class Canvas:
             self.draw.ellipse([left + shift, top, right + shift, bottom], fill=self.paper)
 
     def write(self, text: str, column: float = 0, line: float = 0, jitter: int = 1) -> None:
-        """A line of writing from a cell on, moved by up to `jitter` pixels."""
-        dx, dy = (self.rng.randint(-jitter, jitter) for _ in range(2))
-        x, y = round(column * CELL) + dx, round(line * CELL) + dy
-        # In pieces of two capitals or one other character.
-        for left, piece in enumerate(re.findall("[A-Z]{2}|.", text)):
-            where = (x + left * CELL, y)
-            self.image.paste(self.ink, where, _glyphs(piece))
-            self.placed.append(Placed(where[0] + CELL / 2, where[1] + CELL / 2, piece=piece))
+        """Lines of writing from a cell on, each moved by up to `jitter` pixels."""
+        for number, row in enumerate(text.splitlines()):
+            dx, dy = (self.rng.randint(-jitter, jitter) for _ in range(2))
+            x, y = round(column * CELL) + dx, round((line + number) * CELL) + dy
+            # In pieces of two capitals or one other character.
+            for piece in re.findall("[A-Z]{2}|.", row):
+                self.image.paste(self.ink, (x, y), _glyphs(piece))
+                self.placed.append(Placed(x + CELL / 2, y + CELL / 2, piece=piece))
+                x += CELL
 
     def bar(self, colour: str, left: float, height: float) -> None:
         """A bar of a chart, ten pixels wide, standing near the lower edge."""
@@ -116,7 +116,6 @@ class Canvas:
         return "".join(cell or "\n" for cell in cells)
 
     def png(self) -> bytes:
-        """The picture as PNG bytes."""
         out = io.BytesIO()
         self.image.save(out, "PNG", compress_level=6)
         return out.getvalue()

@@ -14,7 +14,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,16 +23,13 @@ from ldistill.common.telling import telling
 from ldistill.data.build.builder import build_shards
 from ldistill.evaluation.items import save_items, write_tasks
 from ldistill.models.nanovlm_format import load_processor
-from ldistill.models.processor import Processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
 from ldistill.tiny.corpus import TEXT, replayed
-from ldistill.tiny.scenes import SOURCES, samples
+from ldistill.tiny.scenes import SOURCES, sample
 from ldistill.tiny.world import DEFAULT_SEED, WORLD_VERSION, World
 
 STUDENT = "pkg://ldistill.tiny/pair/student"
 TEACHER = "pkg://ldistill.tiny/pair/teacher"
-SAMPLES_PER_SOURCE = 720
-TEXTS = 14_400
 
 
 class TinyData(NamedTuple):
@@ -46,48 +42,40 @@ class TinyData(NamedTuple):
 def prepare(
     cache_dir: str | Path | None = None,
     *,
-    seed: int = DEFAULT_SEED,
-    samples_per_source: int = SAMPLES_PER_SOURCE,
+    samples_per_source: int = 720,
     items_per_task: int = ITEMS_PER_TASK,
     texts: int = 0,
-    processor: Processor | None = None,
-    show_progress: bool = True,
 ) -> TinyData:
     """Shards and items of the tiny world, from the cache or built now.
 
     Args:
         cache_dir: where prepared data is kept; default `default_cache()`.
-        seed: of the world; the shipped pair knows the default one.
         samples_per_source: training samples of each of the 17 sources.
         items_per_task: held-out items of each task.
         texts: chats of one source more, `text`, which has no pictures; 0: without it.
-        processor: of the student that will train; default the shipped pair's.
-        show_progress: whether to draw a progress bar.
 
     Raises:
         OSError: no room or no permission in the cache folder.
     """
-    processor = processor or load_processor(STUDENT)
+    processor = load_processor(STUDENT)
     made_from = {
         "world": WORLD_VERSION,
-        "seed": seed,
+        "seed": DEFAULT_SEED,
         "samples_per_source": samples_per_source,
         "items_per_task": items_per_task,
         "processor": processor.fingerprint(),
     } | ({"texts": texts} if texts else {})
 
     def make(folder: Path, final: Path) -> None:
-        world = World(seed)
-        shown = telling("making the tiny shards", samples_per_source * len(SOURCES))
-        with shown if show_progress else nullcontext() as told:
+        world = World()
+        with telling("making the tiny shards", samples_per_source * len(SOURCES)) as told:
 
-            def counted(source: str) -> Iterator[Sample]:
-                for sample in samples(world, source, samples_per_source):
-                    if told is not None:
-                        told.advance()
-                    yield sample
+            def samples(source: str) -> Iterator[Sample]:
+                for index in range(samples_per_source):
+                    told.advance()
+                    yield sample(world, source, index)
 
-            made = {source: counted(source) for source in SOURCES}
+            made = {source: samples(source) for source in SOURCES}
             made |= {TEXT: replayed(world, texts)} if texts else {}
             about = {"extra": {TEXT: "language"}, "origin": {"licence": "apache-2.0"}}
             build_shards(made, folder / "shards", processor, **about)
@@ -101,12 +89,10 @@ def prepare(
 
 def prepare_with_text() -> TinyData:
     """The same and a text source, for a recipe that replays text: `--mix text=25%`."""
-    return prepare(texts=TEXTS)
+    return prepare(texts=14_400)
 
 
-def prepare_tasks(
-    cache_dir: str | Path | None = None, *, items_per_task: int | None = None
-) -> Path:
+def prepare_tasks(items_per_task: int | None = None) -> Path:
     """The benchmark as tasks of lmms-eval: a folder for its ``--include_path``; see `prepare`."""
     count = items_per_task or ITEMS_PER_TASK
     made_from = {"world": WORLD_VERSION, "seed": DEFAULT_SEED, "items_per_task": count, "format": 2}
@@ -117,16 +103,14 @@ def prepare_tasks(
             text = path.read_text(encoding="utf-8").replace(str(folder), str(final))
             path.write_text(text, encoding="utf-8")
 
-    return _made_once(cache_dir, "tiny-tasks", made_from, make)
+    return _made_once(None, "tiny-tasks", made_from, make)
 
 
 def _made_once(
     cache_dir: str | Path | None, kind: str, made_from: dict, make: Callable[[Path, Path], None]
 ) -> Path:
-    """`cache/KIND-FINGERPRINT`, found or made now.
-
-    It is made beside it and renamed: a killed process leaves no half of it.
-    """
+    """`cache/KIND-FINGERPRINT`, found, or made beside it and renamed: a killed process leaves no
+    half of it."""
     cache = Path(cache_dir or default_cache()).resolve()
     name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"{kind}-{name}"

@@ -11,7 +11,7 @@ without a picture, as real language models do: it can read a table long before i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -176,14 +176,8 @@ def vistext(world: World, rng: Random, how: Writing) -> Scene:
     return Scene(canvas, told, [Turn("Describe the chart.", caption)])
 
 
-def _written(canvas: Canvas, lines: Iterable[str]) -> Canvas:
-    for number, line in enumerate(lines):
-        canvas.write(line, 0, number)
-    return canvas
-
-
-def _listed(values: Mapping[str, object]) -> str:
-    return "\n".join(f"{key}:{value}" for key, value in values.items())
+def _listed(values: Mapping[str, object], between: str = ":") -> str:
+    return "\n".join(f"{key}{between}{value}" for key, value in values.items())
 
 
 def robut_sqa(world: World, rng: Random, how: Writing) -> Scene:
@@ -191,7 +185,7 @@ def robut_sqa(world: World, rng: Random, how: Writing) -> Scene:
     canvas = Canvas(rng)
     words = rng.sample(world.words if how.everything else world.shown_words, 3)
     rows = dict(zip(words, rng.sample(range(1, 10), 3), strict=True))
-    _written(canvas, (f"{word}{value}" for word, value in rows.items()))
+    canvas.write(_listed(rows, ""))
     word = rng.choice(words)
     turns = [
         Turn(f'What is the value of "{word}"?', str(rows[word])),
@@ -234,8 +228,9 @@ def ocrvqa(world: World, rng: Random, how: Writing) -> Scene:
 
 def form(rng: Random, values: Sequence[str]) -> tuple[Canvas, dict[str, str]]:
     """A form: a number and a value per line."""
-    fields = {str(number): value for number, value in enumerate(values, 1)}
-    return _written(Canvas(rng), (f"{key}{value}" for key, value in fields.items())), fields
+    canvas, fields = Canvas(rng), {str(number): value for number, value in enumerate(values, 1)}
+    canvas.write(_listed(fields, ""))
+    return canvas, fields
 
 
 def docvqa(world: World, rng: Random, how: Writing) -> Scene:
@@ -267,7 +262,8 @@ def visualmrc(world: World, rng: Random, how: Writing) -> Scene:
         Turn("What is the first word?", lines[0]),
         Turn("What is the last word?", lines[-1]),
     ]
-    return Scene(_written(canvas, lines), "\n".join(lines), turns, 1)
+    canvas.write("\n".join(lines))
+    return Scene(canvas, "\n".join(lines), turns, 1)
 
 
 SOURCES: dict[str, Callable[[World, Random, Writing], Scene]] = {
@@ -277,23 +273,15 @@ SOURCES: dict[str, Callable[[World, Random, Writing], Scene]] = {
 }  # fmt: skip
 
 
-def samples(world: World, source: str, count: int) -> Iterator[Sample]:
-    """The first `count` training samples of a source; sample i depends on (seed, source, i)."""
-    return (_sample(world, "train", source, index) for index in range(count))
-
-
-def captioned(world: World, source: str, index: int) -> Sample:
-    """Sample `index` for alignment: like any other, every second one with a full caption first."""
-    return _sample(world, "alignment", source, index, captions=0.5)
-
-
-def _sample(world: World, split: str, source: str, index: int, captions: float = 0) -> Sample:
-    rng = world.stream(split, source, index)
+def sample(world: World, source: str, index: int, *, aligning: bool = False) -> Sample:
+    """A sample for training, or for alignment, where every second one has a full caption first; a
+    function of these arguments alone."""
+    rng = world.stream("alignment" if aligning else "train", source, index)
     scene = SOURCES[source](world, rng, PICTURED)
     turns = scene.turns
     if scene.most is not None:
         turns = rng.sample(turns, min(len(turns), rng.randint(1, scene.most)))
-    if rng.random() < captions:
+    if aligning and rng.random() < 0.5:
         turns = [scene.caption, *turns]
     return Sample(f"{source}-{index:06d}", source, tuple(turns), (scene.canvas.png(),))
 
@@ -308,7 +296,6 @@ def told(world: World, source: str, rng: Random) -> tuple[Turn, ...]:
     scene = SOURCES[source](world, rng, TRANSCRIBED if transcribed else EDITED)
     words = f"{scene.told}\n" if rng.random() < 0.3 else scene.canvas.layout()
     turns = scene.turns if scene.most is None else rng.sample(scene.turns, len(scene.turns))
-
     if transcribed:
         turns = [scene.caption, *turns]
     else:

@@ -26,7 +26,7 @@ ROWS = (
 def _make_tasks(items_per_task: int | None) -> Path:
     from ldistill.tiny.prepare import prepare_tasks  # draws pictures: not for --help
 
-    return prepare_tasks(items_per_task=items_per_task)
+    return prepare_tasks(items_per_task)
 
 
 add(Suite("tiny", tuple(GROUPS), 64, _make_tasks), GROUPS, ROWS, ("tiny_reading",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -13,10 +13,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaForCausalLM
 
-from ldistill.models.processor import IGNORE, Document
+from ldistill.models.processor import IGNORE, Document, Processor
 
 Example = tuple[Document, bytes | None]
 """A tokenised document and its picture as PNG bytes."""
@@ -30,16 +31,15 @@ class Phase:
     steps: int
     batch_size: int
     rate: float
-    warmup: int = 100
 
     def scaled(self, scale: float) -> Phase:
         """The phase with `scale` times its steps, at least two."""
         return replace(self, steps=max(2, round(self.steps * scale)))
 
     def rate_at(self, step: int) -> float:
-        """Linear warm-up, then cosine to 3% of the rate."""
+        """Linear warm-up over 100 steps, then cosine to 3% of the rate."""
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.rate * min(1.0, (step + 1) / self.warmup) * (0.03 + 0.97 * cosine)
+        return self.rate * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * cosine)
 
 
 def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -52,23 +52,30 @@ def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
         yield from cut
 
 
-def pad(batch: Sequence[Example], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and labels, int64 [batch, longest], padded at the right."""
-    ids = [torch.from_numpy(document.input_ids).long() for document, _ in batch]
-    labels = [torch.from_numpy(document.labels).long() for document, _ in batch]
-    padded = nn.utils.rnn.pad_sequence
-    return padded(ids, True, pad_id), padded(labels, True, IGNORE)
+def label_losses(
+    phase: Phase,
+    lm: LlamaForCausalLM,
+    processor: Processor,
+    examples: Iterable[Example],
+    embed: Callable[[Tensor, list[bytes | None]], Tensor],
+) -> Iterator[Tensor]:
+    """Cross-entropy where there are labels, batch by batch.
 
-
-def label_loss(lm: LlamaForCausalLM, labels: Tensor, **inputs: Tensor) -> Tensor:
-    """Cross-entropy where there are labels; `inputs` are ids or embeddings of [batch, length]."""
-    hidden = lm.model(**inputs, use_cache=False).last_hidden_state
-    target = labels >= 0
-    return F.cross_entropy(lm.lm_head(hidden[target]), labels[target])
+    `embed` makes [batch, longest, hidden] of ids, int64 [batch, longest], and pictures.
+    """
+    for batch in batches(examples, phase.batch_size):
+        ids = [torch.from_numpy(document.input_ids).long() for document, _ in batch]
+        labels = [torch.from_numpy(document.labels).long() for document, _ in batch]
+        ids = pad_sequence(ids, True, processor.pad_token_id)
+        labels = pad_sequence(labels, True, IGNORE)
+        embeds = embed(ids, [picture for _, picture in batch])
+        hidden = lm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        target = labels >= 0
+        yield F.cross_entropy(lm.lm_head(hidden[target]), labels[target])
 
 
 def optimise(
-    phase: Phase, module: nn.Module, losses: Iterator[Tensor], progress: Progress
+    phase: Phase, module: nn.Module, losses: Iterator[Tensor], scale: float, progress: Progress
 ) -> float:
     """Run a phase on the trainable parameters of `module`, a loss a step; shows it in a bar.
 
@@ -78,22 +85,22 @@ def optimise(
     Returns:
         The mean loss of the last tenth of the steps.
     """
-    layers, rate = list(module.modules()), phase.rate
-    tied = {id(layer.weight) for layer in layers if isinstance(layer, nn.Embedding)}
-    linear = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
-    matrices = [p for p in linear if p.requires_grad and id(p) not in tied]
-    known = {id(p) for p in matrices}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+    phase, rate = phase.scaled(scale), phase.rate
+    weights = {
+        kind: [layer.weight for layer in module.modules() if isinstance(layer, kind)]
+        for kind in (nn.Linear, nn.Embedding)
+    }
+    tied = set(weights[nn.Embedding])
+    matrices = [p for p in weights[nn.Linear] if p.requires_grad and p not in tied]
+    others = [p for p in module.parameters() if p.requires_grad and p not in set(matrices)]
     muon = {"lr": 2 * rate, "weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
     optimizers = [
         torch.optim.Muon(matrices, **muon),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     schedules = [LambdaLR(o, lambda step: phase.rate_at(step) / rate) for o in optimizers]
-    bar = progress.add_task(phase.name, total=phase.steps)
-    values = []
-    for _ in range(phase.steps):
-        loss = next(losses)
+    bar, values = progress.add_task(phase.name, total=phase.steps), []
+    for loss in islice(losses, phase.steps):
         module.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_([*matrices, *others], 1.0)

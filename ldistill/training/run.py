@@ -223,7 +223,7 @@ def make_teacher(recipe: Recipe, pair: Pair) -> Teacher | None:
     teacher = Teacher(pair.lm, options.kernels)
     engine = choose_engine(options.teacher_engine, zero_stage(recipe))
     if engine == "replicated":
-        teacher.place(recipe.training.device, dtype)
+        teacher.lm.to(recipe.training.device, dtype)
     else:
         teacher.shard(engine, dtype, options.teacher_offload)
     return teacher

@@ -203,7 +203,7 @@ def test_every_command_is_run_or_listed():
 def world(tmp_path_factory) -> Path:
     """Shards of the tiny world, a picture, receipts, and the run of the README's second line."""
     root = tmp_path_factory.mktemp("documented")
-    data = prepare(root / "cache", samples_per_source=12, items_per_task=2, show_progress=False)
+    data = prepare(root / "cache", samples_per_source=12, items_per_task=2)
     (root / "shards").symlink_to(data.shards)
     (root / "cat.jpg").write_bytes(picture())
     (root / "receipt.png").write_bytes(picture(seed=3))

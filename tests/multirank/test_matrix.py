@@ -98,7 +98,7 @@ def test_cells_meet_every_pair():
 def runs(request, tmp_path_factory):
     """Every chosen cell's folder and output, two cells at a time."""
     root = tmp_path_factory.mktemp("matrix")
-    prepare(root / "cache", show_progress=False)
+    prepare(root / "cache")
     chosen = [
         item.callspec.params["cell"]
         for item in request.session.items

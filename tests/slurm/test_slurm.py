@@ -49,7 +49,7 @@ def cluster():
 def world(tmp_path_factory) -> Path:
     """The tiny recipe in a few small steps."""
     root = tmp_path_factory.mktemp("slurm")
-    data = prepare(root / "cache", samples_per_source=12, items_per_task=2, show_progress=False)
+    data = prepare(root / "cache", samples_per_source=12, items_per_task=2)
     values = load_recipe("tiny") | {"prepare": None, "shards": str(data.shards)}
     values |= {"global_batch_size": 4, "per_device_train_batch_size": 2, "logging_steps": 1}
     values |= {"max_steps": STEPS, "save_steps": 5, "health_steps": 0, "disable_tqdm": True}

@@ -47,7 +47,7 @@ def main(config_file: str, accumulation: int, out: str) -> None:
     if sharded:
         teacher.shard("zero3", torch.bfloat16)
     else:
-        teacher.place(torch.device("cpu"), torch.bfloat16)
+        teacher.lm.to(torch.bfloat16)
     distiller = Distiller(student, teacher, weights())
     optimizer = torch.optim.AdamW(parameter_groups(student, Rates(1e-4, 1e-4, 1e-4), 0.0))
     engine, *_ = deepspeed.initialize(model=distiller, optimizer=optimizer, config=config)

@@ -116,7 +116,7 @@ def test_the_choice_is_a_variable_length_kernel_where_one_runs(
     monkeypatch, flash, varlen, dtype, device, chosen
 ):
     monkeypatch.setattr("ldistill.distill.attention.is_flash_attn_2_available", lambda: flash)
-    monkeypatch.setattr("ldistill.distill.attention.varlen_available", lambda: varlen)
+    monkeypatch.setattr("ldistill.distill.attention.has_fast_bf16", lambda: varlen)
     assert choose_attention("auto", dtype, device) == chosen
     assert choose_attention("eager", dtype, device) == "eager"
 

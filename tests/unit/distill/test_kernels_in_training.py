@@ -39,7 +39,7 @@ def step(root, kernels: str, scope: str, kv_grad: str):
     distiller = Distiller(
         pair.student, teacher, weights(), objective, kv_scope=scope, kv_grad=kv_grad
     ).to(DEVICE)
-    teacher.place(torch.device(DEVICE), torch.float32)
+    teacher.lm.to(DEVICE, torch.float32)
     batch = random_batch(pair.student, [[16, 14], [20]], seq=40)
     supervision = distiller.supervise(batch)
     moved = to_device(batch, torch.device(DEVICE))

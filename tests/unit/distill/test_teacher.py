@@ -400,7 +400,7 @@ def test_gradient_checkpointing_changes_nothing(any_pair_root):
     for checkpointing in (False, True):
         distiller = load(any_pair_root)
         if checkpointing:
-            distiller.gradient_checkpointing_enable()
+            distiller.activation_checkpointing_enable()
             distiller.train()
         run(distiller, random_batch(distiller.student, ROWS))["loss"].backward()
         grads.append(
@@ -412,7 +412,7 @@ def test_gradient_checkpointing_changes_nothing(any_pair_root):
 
 def test_gradient_checkpointing_refuses_through(pair_root):
     with pytest.raises(ValueError, match="kv_grad"):
-        load(pair_root, kv_grad="through").gradient_checkpointing_enable()
+        load(pair_root, kv_grad="through").activation_checkpointing_enable()
 
 
 def test_compiled_blocks_give_the_same_loss(pair_root):

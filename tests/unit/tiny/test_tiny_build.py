@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from ldistill.cli import app
 from ldistill.data.index import ShardIndex
 from ldistill.evaluation.items import load_items
-from ldistill.models.nanovlm_format import load_processor
 from ldistill.models.pair import load_pair
 from ldistill.models.processor import Document
 from ldistill.tiny import prepare as preparing
@@ -28,13 +27,8 @@ SCALE = 0.001
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("built")
-    build_pair(out, steps_scale=SCALE, show_progress=False)
+    build_pair(out, steps_scale=SCALE)
     return out
-
-
-@pytest.fixture(scope="module")
-def processor(built):
-    return load_processor(built / "student", str(built / "teacher"))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -43,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_seed_gives_the_same_bytes(built, tmp_path):
     torch.rand(7)
-    build_pair(tmp_path, steps_scale=SCALE, show_progress=False)
+    build_pair(tmp_path, steps_scale=SCALE)
     for part in ("teacher", "student"):
         assert files(tmp_path / part) == files(built / part)
 
@@ -85,22 +79,22 @@ def test_the_command_refuses_bad_input(tmp_path, arguments, message):
     assert message in (result.output or str(result.exception))
 
 
-def test_prepared_data_is_made_once(built, processor, tmp_path, monkeypatch):
-    options = {"samples_per_source": 4, "items_per_task": 2, "show_progress": False}
-    made = prepare(tmp_path, processor=processor, **options)
+def test_prepared_data_is_made_once(tmp_path, monkeypatch):
+    options = {"samples_per_source": 4, "items_per_task": 2}
+    made = prepare(tmp_path, **options)
     assert set(ShardIndex.load(made.shards).sources) == set(SOURCES)
     assert len(ShardIndex.load(made.shards).samples) == 4 * len(SOURCES)
     assert len(load_items(made.items)) == 2 * len(TASKS)
     monkeypatch.setattr(preparing, "build_shards", lambda *_: pytest.fail("built again"))
-    assert prepare(tmp_path, processor=processor, **options) == made
+    assert prepare(tmp_path, **options) == made
 
 
-def test_another_seed_has_data_of_its_own(built, processor, tmp_path):
-    options = {"samples_per_source": 1, "items_per_task": 1, "show_progress": False}
-    one = prepare(tmp_path, processor=processor, **options)
-    two = prepare(tmp_path, processor=processor, seed=8, **options)
-    assert one.items.read_bytes() != two.items.read_bytes()
-    more = prepare(tmp_path, processor=processor, texts=8, **options)
+def test_another_size_has_data_of_its_own(tmp_path):
+    options = {"samples_per_source": 1, "items_per_task": 1}
+    one = prepare(tmp_path, **options)
+    two = prepare(tmp_path, **options | {"samples_per_source": 2})
+    assert one.shards != two.shards
+    more = prepare(tmp_path, texts=8, **options)
     index = ShardIndex.load(more.shards, ["text"])
     assert (len(index.samples), index.categories) == (8, ["language"])
     assert more.items.read_bytes() == one.items.read_bytes()

@@ -14,7 +14,7 @@ from ldistill.sources import DOCUMENT, LANGUAGE
 from ldistill.tiny.benchmark import TASKS, benchmark
 from ldistill.tiny.corpus import pretraining_texts, replayed
 from ldistill.tiny.pictures import COLUMNS, SIZE, Canvas
-from ldistill.tiny.scenes import SOURCES, captioned, samples, told
+from ldistill.tiny.scenes import SOURCES, sample, told
 from ldistill.tiny.vision import KINDS, WRITING, cell_labels
 from ldistill.tiny.world import (
     ATTRIBUTES,
@@ -41,10 +41,14 @@ def texts(world):
 
 @pytest.fixture(scope="module")
 def pictures(world):
-    made = {source: list(samples(world, source, 150)) for source in SOURCES}
-    for source, list_ in made.items():
-        list_ += [captioned(world, source, index) for index in range(150)]
-    return made
+    return {
+        source: [
+            sample(world, source, index, aligning=aligning)
+            for aligning in (False, True)
+            for index in range(150)
+        ]
+        for source in SOURCES
+    }
 
 
 def flat(text) -> str:
@@ -62,7 +66,7 @@ def test_the_same_seed_gives_the_same_world(world, texts):
     again = World(3)
     assert again.creatures == world.creatures
     assert list(islice(pretraining_texts(again), 50)) == texts[:50]
-    assert list(samples(again, "docvqa", 5)) == list(samples(world, "docvqa", 5))
+    assert sample(again, "docvqa", 5) == sample(world, "docvqa", 5)
     assert benchmark(again, 3) == benchmark(world, 3)
     assert World(4).creatures != world.creatures
 
@@ -94,15 +98,15 @@ def test_pictures_never_ask_for_facts_kept_for_the_benchmark(world, pictures):
     """The creature is recognised by the answer to `Who is this?`, or by drawing it again."""
     of_name = {c.name: c for c in world.creatures}
     seen = 0
-    for sample in pictures["aokvqa"]:
-        names = [t.assistant for t in sample.turns if t.assistant in of_name]
+    for picture in pictures["aokvqa"]:
+        names = [t.assistant for t in picture.turns if t.assistant in of_name]
         for name in names:
             for attribute in KNOWLEDGE:
                 forms = {
                     QUESTIONS[attribute][phrase].replace("the {n}", "this one")
                     for phrase in range(len(QUESTIONS[attribute]))
                 }
-                if forms & {turn.user for turn in sample.turns}:
+                if forms & {turn.user for turn in picture.turns}:
                     seen += 1
                     assert (name, attribute) not in world.never_pictured
     assert seen > 50
@@ -110,8 +114,8 @@ def test_pictures_never_ask_for_facts_kept_for_the_benchmark(world, pictures):
 
 def test_training_pictures_show_no_held_out_string(pictures):
     for source in READING:
-        for sample in pictures[source]:
-            for turn in sample.turns:
+        for picture in pictures[source]:
+            for turn in picture.turns:
                 for word in re.findall(r"[A-Z]{2,}", turn.assistant):
                     assert not held_out(word), (source, word)
 
