@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ldistill.models import nanovlm_format
 from ldistill.models.formats import format_of
 from ldistill.models.hf_vlm import lm_config
 from ldistill.models.nanovlm import decoder_config
@@ -192,7 +193,7 @@ def base_vocabulary(config: NanoVLMConfig | PretrainedConfig) -> int:
 
 def folder_config(folder: Path) -> NanoVLMConfig | PretrainedConfig:
     """Configuration of a student's folder. Raises ValueError for a family that is not known."""
-    nano = format_of(folder).name == "nanoVLM"
+    nano = format_of(folder) is nanovlm_format
     return NanoVLMConfig.load(folder) if nano else AutoConfig.from_pretrained(folder)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ldistill.common.locate import resolve
 from ldistill.models.fit import borrow_rope, check_pair
-from ldistill.models.formats import export_like, format_of
+from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.lora import weight_updates
 from ldistill.models.processor import Processor
 from ldistill.models.student import Student
@@ -77,11 +77,10 @@ def load_pair(
             is named), or a checkpoint with missing or unknown keys.
     """
     student_folder = resolve(student)
-    format_ = format_of(student_folder)
     teacher_folder = resolve(teacher) if teacher is not None else None
     config = _lm_config(teacher_folder) if teacher_folder else None
-    processor = format_.load_processor(student_folder, tokenizer, **image_settings)
-    model = format_.load(student_folder, partition=partition, dtype=dtype)
+    processor = load_processor(student_folder, tokenizer, **image_settings)
+    model = load_student(student_folder, partition=partition, dtype=dtype)
     if teacher_folder is None:
         return Pair(model, processor, None, student_folder, None)
     decoder = model.backbone.config

@@ -53,6 +53,7 @@ class Processor(ABC):
 
     answer_prefix = ""
     """What the template writes between the generation prompt and an answer."""
+    _end = ""  # put behind answers where the template puts nothing
 
     def __init__(
         self,
@@ -93,10 +94,8 @@ class Processor(ABC):
         """Tensors of a document's RGB pictures, in order; {} of none. Raises BadImage."""
 
     @abstractmethod
-    def _messages(
-        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
-    ) -> list[dict[str, Any]]:
-        """Messages for the chat template; `shown` is the text of each picture."""
+    def _content(self, pieces: Sequence[str | int], shown: Sequence[str]) -> Any:
+        """A message's content: texts, and numbers of pictures, the text of each in `shown`."""
 
     def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
         """Rotary positions int64 [axes, n] where the student has several axes; None: they count."""
@@ -117,6 +116,17 @@ class Processor(ABC):
         """
         text = self.clean(text)
         return self._control_text.sub(lambda m: chr(STAND_IN + self._control.index(m[0])), text)
+
+    def _messages(
+        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
+    ) -> list[dict[str, Any]]:
+        """Messages for the chat template; `shown` is the text of each picture."""
+        said: list[tuple[str, list[str | int]]] = []
+        if system:
+            said.append(("system", [self.plain(system)]))
+        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
+            said += [("user", pieces), ("assistant", [self.plain(turn.assistant) + self._end])]
+        return [{"role": role, "content": self._content(what, shown)} for role, what in said]
 
     def _pieces(self, turns: Sequence[Turn], pictures: int) -> list[list[str | int]]:
         """Each question as text and the numbers of pictures, in order; text is always last."""
@@ -238,9 +248,7 @@ class Processor(ABC):
         messages = self._messages([*turns_so_far, Turn(question, "")], shown)[:-1]
         return self._coded(self._render(messages, generation=True))[0]
 
-    def load_image(self, data: bytes) -> Image.Image:
-        """Decode to RGB; raises BadImage for a broken picture or a decompression bomb."""
-        return open_image(data)
+    load_image = staticmethod(open_image)
 
     # identity --------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -38,6 +39,24 @@ def open_weights(path: Path) -> Iterator[Any]:
             yield file
     except SafetensorError as error:  # no subclass of a useful one
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
+
+
+def stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type, by safetensors' name, and shape of each tensor in a checkpoint's files."""
+    found = {}
+    for name in weight_files(folder):
+        with open_weights(folder / name) as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found |= {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
+    return found
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None
+) -> None:
+    """Write a safetensors file, which refuses views and tensors that share storage: of copies."""
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata=metadata or None)
 
 
 def read_model(
@@ -119,11 +138,8 @@ def weight_files(folder: Path) -> list[str]:
 def weight_dtype(folder: Path) -> torch.dtype:
     """The floating type that most of a checkpoint's weights have on disk."""
     counts: Counter[torch.dtype] = Counter()
-    for name in weight_files(folder):
-        with open_weights(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                counts[_DTYPES.get(part.get_dtype(), torch.float32)] += prod(part.get_shape())
+    for dtype, shape in stored(folder).values():
+        counts[_DTYPES.get(dtype, torch.float32)] += prod(shape)
     return counts.most_common(1)[0][0]
 
 

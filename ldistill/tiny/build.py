@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ldistill.common.locate import resolve
+from ldistill.models.formats import load_processor
 from ldistill.models.nanovlm_config import CHAT_TEMPLATE
-from ldistill.models.nanovlm_format import load_processor, save_nanovlm
+from ldistill.models.nanovlm_format import save_nanovlm
 from ldistill.models.processor import IGNORE, Document, Processor
 from ldistill.tiny import vision
 from ldistill.tiny.corpus import Text, pretraining_texts, tokenizer_texts

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from ldistill.cli import app
 from ldistill.data.index import ShardIndex
 from ldistill.evaluation.items import load_items
-from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.formats import load_processor
 from ldistill.models.pair import load_pair
 from ldistill.models.processor import Document
 from ldistill.tiny import prepare as preparing
