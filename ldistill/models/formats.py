@@ -18,8 +18,8 @@ from ldistill.models.student import Student
 from ldistill.models.weights import open_weights, weight_files, write_tensors
 
 FORMATS = (nanovlm_format, hf_vlm_format)
-"""Each with ``NAME``, what users call it; ``reads``, whether a ``config.json`` is of it; ``COPIED``,
-a pattern of the files that an export has besides weights; and what the functions below call."""
+"""Each with ``NAME``, what users call it; ``reads``, whether a ``config.json`` is its; ``COPIED``,
+the files that an export has besides weights; and what the functions below call."""
 
 
 def format_of(folder: Path) -> ModuleType:
