@@ -66,8 +66,9 @@ def check_pair(
     its = teacher.vocab_size
     if base_vocab is not None and base_vocab != its:
         problems.append(f"base vocabulary: student {base_vocab}, teacher {its}")
-    if not problems and student.model_type != teacher.model_type:
-        problems = _unequal_small(student, teacher)
+    kinds = student.model_type, teacher.model_type
+    if not problems and kinds[0] != kinds[1] and (why := _unequal_small(student, teacher)):
+        problems = [f"model_type: student {kinds[0]}, teacher {kinds[1]}; {why}"]
     if problems:
         raise ValueError(
             "student and teacher do not fit; the teacher must be the very LM the student was "
@@ -107,15 +108,13 @@ def unsupported(config: PretrainedConfig, max_length: int | None = None) -> str 
 def _differences(
     student: PretrainedConfig, teacher: PretrainedConfig, max_length: int | None, teacher_rope: str
 ) -> list[str]:
-    both = [_comparable(config, max_length) for config in (student, teacher)]
-    names = [name for name in both[0] if name in both[1]]
-    if teacher_rope == "student":
-        names = [name for name in names if not name.endswith("rope_theta")]
+    mine, its = (_comparable(config, max_length) for config in (student, teacher))
+    borrowed = ("rope_theta",) if teacher_rope == "student" else ()
     return [
-        f"{name}: student {both[0][name]}, teacher {both[1][name]}"
+        f"{name}: student {value}, teacher {its[name]}"
         + (_ROPE_ADVICE if name.endswith("rope_theta") else "")
-        for name in names
-        if both[0][name] != both[1][name]
+        for name, value in mine.items()
+        if name in its and value != its[name] and not name.endswith(borrowed)
     ]
 
 
@@ -198,24 +197,19 @@ def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
     return type(config).from_dict(values | small | {"rope_parameters": rope})
 
 
-def _unequal_small(student: PretrainedConfig, teacher: PretrainedConfig) -> list[str]:
-    """Why two decoders of different kinds are not one; none if they are."""
-    kinds = f"model_type: student {student.model_type}, teacher {teacher.model_type}"
+def _unequal_small(student: PretrainedConfig, teacher: PretrainedConfig) -> str:
+    """Why two decoders of different kinds are not one; empty if they are."""
     with torch.random.fork_rng(devices=[]), partitioned_by(None), torch.no_grad():
         torch.manual_seed(0)
-        mine, its = (
-            AutoModel.from_config(reduced(c), dtype=torch.float32).eval()
-            for c in (student, teacher)
-        )
+        small = [reduced(config) for config in (student, teacher)]
+        mine, its = (AutoModel.from_config(c, dtype=torch.float32).eval() for c in small)
         state, wanted = mine.state_dict(), its.state_dict()
         shapes = ({(k, v.shape) for k, v in tensors.items()} for tensors in (state, wanted))
         if other := sorted({key for key, _ in set.symmetric_difference(*shapes)}):
-            return [f"{kinds}; their tensors differ: {', '.join(other[:3])}"]
+            return f"their tensors differ: {', '.join(other[:3])}"
         for parameter in mine.parameters():
             parameter.normal_(0, 0.12)
         its.load_state_dict(mine.state_dict())
         ids = torch.arange(3, 27)[None]
         apart = (mine(ids).last_hidden_state - its(ids).last_hidden_state).abs().max().item()
-    if apart > 1e-4:
-        return [f"{kinds}; with equal weights their outputs differ by {apart:.1e}"]
-    return []
+    return f"with equal weights their outputs differ by {apart:.1e}" if apart > 1e-4 else ""

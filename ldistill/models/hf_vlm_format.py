@@ -34,6 +34,7 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ldistill.common.documents import Pictures, Size
+from ldistill.common.errors import refuse
 from ldistill.common.locate import resolve
 from ldistill.common.partition import partitioned_by, partitioned_by_the_run
 from ldistill.common.samples import BadImage, Turn
@@ -153,15 +154,17 @@ class HFProcessor(Processor):
         ValueError: as :class:`Processor`, or the template does not render pictures and answers.
     """
 
+    _in_order = True  # whether the template leaves a picture amid a question where it is
+    _invited = "", ""  # how it starts an answer, and how it invites one, where they differ
+
     def __init__(
         self, processor: ProcessorMixin, config: PretrainedConfig, images: PictureSettings
     ) -> None:
         self.processor, tokenizer = processor, processor.tokenizer
-        family = FAMILIES[config.model_type]
         tokenizer.chat_template = (
             processor.chat_template or tokenizer.chat_template or TEMPLATES.get(config.model_type)
         )
-        chosen = family.picture_options(config.model_type, images.tiling)
+        chosen = FAMILIES[config.model_type].picture_options(config.model_type, images.tiling)
         self._options = processor._merge_kwargs(
             tokenizer_init_kwargs=tokenizer.init_kwargs,
             images_kwargs={"return_tensors": "pt", **chosen},
@@ -176,8 +179,6 @@ class HFProcessor(Processor):
         added = tokenizer.get_added_vocab()
         literals = {self._placeholder, image_token} | {t for t in added if t in shown}
         super().__init__(tokenizer, images, image_token, literals)
-        self._in_order = True  # until it is known: whether a picture stays amid a question
-        self._invited = "", ""  # how it starts an answer, and how it invites one, where they differ
         # The first is a blank in LLaVA's and SmolVLM's templates: ``ASSISTANT: answer``.
         self.answer_prefix, mark = self._around_answer()
         if not mark:
@@ -199,16 +200,16 @@ class HFProcessor(Processor):
         if asked.startswith(plain) and before.startswith(plain) and not before.startswith(asked):
             self._invited = before.removeprefix(plain), asked.removeprefix(plain)
             before = asked
-        problem = None
-        if not found or "question" not in asked or not before.startswith(asked):
-            problem = (
-                "the chat template does not render user and assistant text given as a list of "
-                "{type: text, text: ...}: it is not the template of a vision-language model"
-            )
-        elif not mark.strip() and self.tokenizer.eos_token is None:
-            problem = "neither chat template nor tokenizer ends an answer: no eos_token"
-        if problem:
-            raise ValueError(problem)
+        cases = {
+            "the chat template does not render user and assistant text given as a list of {type: "
+            "text, text: ...}: it is not the template of a vision-language model": (
+                not found or "question" not in asked or not before.startswith(asked)
+            ),
+            "neither chat template nor tokenizer ends an answer: no eos_token": (
+                not mark.strip() and self.tokenizer.eos_token is None
+            ),
+        }
+        refuse(cases)
         return before.removeprefix(asked), mark.strip()
 
     def _content(self, pieces: Sequence[str | int], shown: Sequence[str]) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ gradient checkpointing come for free. `nanovlm_format` reads and writes the nano
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -104,20 +106,11 @@ class NanoVLM(Student):
         )
         return output.last_hidden_state
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pictures: Pictures | None = None,
-        attention_mask: Tensor | None = None,
-        **options,
+    def _generate(
+        self, input_ids: Tensor, pictures: Pictures | None, mask: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        embeds = self.embed(input_ids, pictures)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        return self.decoder.generate(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
-        )
+        given = {"inputs_embeds": self.embed(input_ids, pictures), "attention_mask": mask}
+        return self.decoder.generate(**given, use_cache=True, **options)
 
     def causal_lm(self) -> LlamaForCausalLM:
         return self.decoder

@@ -1,8 +1,7 @@
-"""The nanoVLM checkpoint: two-way key map, strict loading, exact writing; and its inputs.
+"""The nanoVLM checkpoint, ``config.json`` and ``model.safetensors``, and its inputs.
 
-A folder with ``config.json`` and ``model.safetensors``, nothing else. The map is one-to-one except
-that q, k and v of the vision tower are stacked on disk, and that a tied embedding is left out. Its
-pictures are square tiles in [0, 1], with tokens that say which tile is where.
+Keys are one-to-one except that q, k and v of the vision tower are stacked on disk, and that a tied
+embedding is left out. Pictures are square tiles in [0, 1], with tokens that say which is where.
 """
 
 from __future__ import annotations
@@ -180,9 +179,8 @@ class NanoVLMProcessor(Processor):
         tokens: ImageTokens | None = None,
     ) -> None:
         images, self.tokens = images or ImageSettings(), tokens or ImageTokens()
-        vocabulary = tokenizer.get_vocab()
-        literals = [token for token in self.tokens.all() if token in vocabulary]
-        super().__init__(tokenizer, images, self.tokens.image, literals)
+        vocabulary = tokenizer.get_vocab().keys()
+        super().__init__(tokenizer, images, self.tokens.image, vocabulary & set(self.tokens.all()))
         grid, most = images.max_side // images.tile_size, self.tokens.max_grid
         needed = None if images.tiling else 1 + bool(self.tokens.whole)
         missing = [token for token in self.tokens.all()[:needed] if token not in vocabulary]

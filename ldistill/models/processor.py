@@ -2,11 +2,8 @@
 
 The chat template alone decides where an answer starts and ends: it is rendered turn by turn, the
 whole text is tokenised once, and character offsets carry the borders over to tokens. So the ids
-are those of the tokenizer's own `apply_chat_template`, and any template whose rendering of a
-conversation extends that of its beginning works, not only the one of SmolLM2.
-
-    processor = load_processor(student)
-    document = processor.encode(sample.turns, [image.size for image in images])
+are those of the tokenizer's own `apply_chat_template`, and any template works whose rendering of a
+conversation extends that of its beginning.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -60,27 +57,23 @@ class Processor(ABC):
         tokenizer: PreTrainedTokenizerBase,
         images: Any,
         image_token: str,
-        literals: Collection[str],
+        literals: Set[str],
     ) -> None:
+        slow, template = not getattr(tokenizer, "is_fast", False), tokenizer.chat_template
         cases = {
-            "the tokenizer must be a fast one: labels need character offsets": (
-                not getattr(tokenizer, "is_fast", False)
-            ),
-            "the tokenizer has no chat template: set tokenizer.chat_template": (
-                not tokenizer.chat_template
-            ),
+            "the tokenizer must be a fast one: labels need character offsets": slow,
+            "the tokenizer has no chat template: set tokenizer.chat_template": not template,
         }
         refuse(cases)
         self.tokenizer, self.images = tokenizer, images
-        self.image_token, self.literals = image_token, frozenset(literals)
+        self.image_token, self.literals = image_token, literals
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
         self.stop_token_ids: list[int] = [tokenizer.eos_token_id]  # at which an answer ends
         self._literal = _any_of(self.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        template = str(tokenizer.chat_template)
-        self._control = [t.content for t in added if t.special or t.content in template]
+        self._control = [t.content for t in added if t.special or t.content in str(template)]
         self._control_text = _any_of(self._control)
 
     # what a family has to say ------------------------------------------------------------------
@@ -150,9 +143,8 @@ class Processor(ABC):
             return False
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
+        how = {"tokenize": False, "add_generation_prompt": generation}
+        return self.tokenizer.apply_chat_template(messages, **how)
 
     def _tokenise(self, text: str, **options: Any) -> Any:
         """Ids of rendered text: its template has written every special token it needs."""
@@ -198,8 +190,7 @@ class Processor(ABC):
     def _answer_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Character spans [start, end) of the answers with the end mark the template gives them."""
         spans = []
-        answers = (n for n, message in enumerate(messages) if message["role"] == "assistant")
-        for answer in answers:
+        for answer in [n for n, m in enumerate(messages) if m["role"] == "assistant"]:
             before = self._render(messages[:answer], generation=True)
             last = answer + 1 == len(messages)  # rendered already, which is most of the work
             after = text if last else self._render(messages[: answer + 1])
@@ -258,11 +249,8 @@ class Processor(ABC):
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         # Callers switch padding and truncation: no ids change.
         vocabulary = {k: v for k, v in backend.items() if k not in ("padding", "truncation")}
-        return {
-            "tokenizer": _sha(vocabulary),
-            "chat template": _sha(self.tokenizer.chat_template),
-            **{name: _sha(value) for name, value in self._picture_parts().items()},
-        }
+        parts = {"tokenizer": vocabulary, "chat template": self.tokenizer.chat_template}
+        return {name: _sha(value) for name, value in (parts | self._picture_parts()).items()}
 
     @abstractmethod
     def _picture_parts(self) -> dict[str, object]:
@@ -274,8 +262,7 @@ class Processor(ABC):
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, source: Path) -> None:
-    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects:
-    ValueError, with both."""
+    """Refuse a tokenizer that gives one of a student's image tokens another id: ValueError."""
     if (got := tokenizer.convert_tokens_to_ids(token)) != want:
         raise ValueError(
             f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "

@@ -62,11 +62,7 @@ def write_tensors(
 def read_model(
     auto: Any, folder: Path, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A model by one of transformers' auto classes, to be used once its problems are refused.
-
-    Args:
-        auto: such as ``AutoModelForCausalLM``, with ``options`` for its ``from_pretrained``.
-        folder: with ``config.json`` and weights.
+    """A model by an auto class of transformers, to be used once its problems are refused.
 
     Returns:
         The model; a line for each weight that the folder does not give it; names of tensors in
@@ -102,9 +98,7 @@ def refuse_misfit(folder: Path, problems: Sequence[str]) -> None:
 
 
 def load_lm(
-    folder: Path,
-    zero_init: dict[str, Any] | None = None,
-    config: PretrainedConfig | None = None,
+    folder: Path, zero_init: dict[str, Any] | None = None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
     """The original LM from a transformers folder, all of its weights and no others.
 
@@ -118,10 +112,9 @@ def load_lm(
         OSError: a weight file is missing.
         ValueError: weights that cannot be read, or are not those of the configuration.
     """
+    options = {"dtype": "auto"} | ({"config": config} if config else {})
     with partitioned_by(zero_init):
-        lm, problems, unused = read_model(
-            AutoModelForCausalLM, folder, dtype="auto", **({"config": config} if config else {})
-        )
+        lm, problems, unused = read_model(AutoModelForCausalLM, folder, **options)
     refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
     return lm
 

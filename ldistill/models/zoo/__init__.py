@@ -71,11 +71,10 @@ def _nanovlm_config(family: Family, root: Path) -> NanoVLMConfig:
 
 def _text_config(family: Family, tokenizer: Tokenizer, vocab: int, **changes) -> Config:
     # What these configurations default to lies outside the small vocabulary.
-    names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
-    ids = {name: getattr(tokenizer, name) for name in names}
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
     values = _DECODER | ids | dict(family.text) | {"vocab_size": vocab} | changes
-    values = copy.deepcopy(values)  # a configuration completes the rotary parameters it is given
-    return AutoConfig.for_model(family.lm, **values)
+    # A configuration completes the rotary parameters it is given.
+    return AutoConfig.for_model(family.lm, **copy.deepcopy(values))
 
 
 def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
@@ -99,9 +98,8 @@ def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
 def _processor(family: Family, tokenizer: Tokenizer):
     """Of the classes that transformers' auto classes take for its kind, unless it names another."""
     own = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.kind)
-    made = {"tokenizer": tokenizer}
     images = getattr(transformers, family.images or own["torchvision"])
-    made["image_processor"] = images(**family.image_options)
+    made = {"tokenizer": tokenizer, "image_processor": images(**family.image_options)}
     if videos := VIDEO_PROCESSOR_MAPPING_NAMES.get(family.kind):
         made["video_processor"] = getattr(transformers, videos["torchvision"])()
     processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.kind])
@@ -116,11 +114,10 @@ def write_reduced(student: Path, teacher: Path, root: Path) -> None:
     small = {"text_config": reduced(text, text.vocab_size), "vision_config": _reduced_vision(whole)}
     fields = {"hidden_size": 64} if "hidden_size" in whole.to_dict() else {}
     config = type(whole)(**(whole.to_dict() | small | fields))
-    made = {
-        "student": AutoModelForImageTextToText.from_config(config),
-        "teacher": AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size)),
-    }
-    for (part, model), folder in zip(made.items(), (student, teacher), strict=True):
+    for part, folder, model in (
+        ("student", student, AutoModelForImageTextToText.from_config(config)),
+        ("teacher", teacher, AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size))),
+    ):
         parts.spread(model, 0)
         model.save_pretrained(root / part)
         for file in folder.iterdir():
@@ -138,31 +135,20 @@ def _reduced_vision(whole: Config) -> Config:
     small = {name: size for name, size in sizes.items() if values.get(name) is not None}
     if "embed_dim" in values:  # Qwen2-VL calls the decoder's width hidden
         small["hidden_size"] = 64
-    for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
-        if name in values:
-            small[name] = [0, 1] if name.startswith("deep") else [1]
+    taken = {"deepstack_visual_indexes": [0, 1], "fullatt_block_indexes": [1]}
+    small |= {name: layers for name, layers in taken.items() if name in values}
     return type(vision).from_dict(values | small)
 
 
 def copy_decoder(backbone: Model, head: nn.Linear, lm: Model) -> None:
-    """Give an LM the weights of a student's decoder; of both vocabularies, what they share.
-
-    Raises:
-        ValueError: tensors that only one of the two has, or of another shape.
-    """
-    mine, its = backbone.state_dict(), lm.base_model.state_dict()
-    embedding = "embed_tokens.weight"
-    other = [
-        key
-        for key in its
-        if key not in mine or (key != embedding and mine[key].shape != its[key].shape)
-    ]
-    other += [key for key in mine if key not in its]
-    if other:
-        raise ValueError(f"not the decoder of this LM, they differ in {', '.join(other[:3])}.")
-    out = lm.get_output_embeddings().weight
+    """Give an LM, with which it fits, a student decoder's weights; of the vocabularies, what both
+    have."""
+    mine, embedding = backbone.state_dict(), lm.get_input_embeddings().weight
     with torch.no_grad():
-        lm.base_model.load_state_dict(mine | {embedding: its[embedding]})
-        for to, weight in ((its[embedding], mine[embedding]), (out, head.weight)):
+        lm.base_model.load_state_dict(mine | {"embed_tokens.weight": embedding})
+        for to, weight in (
+            (embedding, mine["embed_tokens.weight"]),
+            (lm.get_output_embeddings().weight, head.weight),
+        ):
             shared = min(len(to), len(weight))
             to[:shared] = weight[:shared]
