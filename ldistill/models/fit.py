@@ -168,6 +168,16 @@ def borrow_rope(student: PretrainedConfig, teacher: PretrainedConfig) -> str:
 # ---- decoders of two kinds: equal weights, equal outputs? ----
 
 
+SIZES = {
+    "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24,
+    "v_head_dim": 16,
+}  # fmt: skip
+"""Of a small decoder, where its kind has them."""
+
+
 def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
     """The same kind of decoder, small: what it computes stays, how much of it shrinks."""
     values = config.to_dict()
@@ -177,13 +187,7 @@ def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
         "num_key_value_heads": 4 if kv_heads == heads else min(kv_heads, 2), "vocab_size": vocab,
         "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    sizes = {
-        "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
-        "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24,
-        "v_head_dim": 16, "sliding_window": 8, "pad_token_id": 0,
-    }  # fmt: skip
+    sizes = SIZES | {"sliding_window": 8}
     small |= {name: size for name, size in sizes.items() if values.get(name) is not None}
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if kinds := values.get(name):

@@ -1,11 +1,11 @@
 """Floating-point operations of a training step: what MFU is counted with.
 
-MFU is *model* FLOPs over time and peak: what the step asks for mathematically, not all that was
-executed. A multiply-add is two operations. The student runs forward and backward: a product of a
-trained weight counts three times its forward (result, gradient of the input, gradient of the
-weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. A vision
-tower that does not train and the teacher run forward alone; the teacher runs on its queries,
-without k and v projections where the scope is ``full``. Attention counts visible pairs.
+MFU is *model* FLOPs over time and peak: what the step asks for, not all that was executed. A
+multiply-add is two operations. In the student a product of a trained weight counts three times its
+forward (result, gradient of the input, gradient of the weight), that of a frozen one twice, as in a
+decoder with LoRA, whose adapters are added. A vision tower that does not train and the teacher run
+forward alone; the teacher runs on its queries, without k and v projections where the scope is
+``full``. Attention counts visible pairs.
 
 Not counted: what activation checkpointing recomputes, the teacher's forward of the health check,
 norms, activations and softmax. Counted although it is not needed: the gradient of the projector's
@@ -75,12 +75,9 @@ def step_flops(
         config: the decoder's transformers configuration.
         counts: what was run.
         vision_flops_per_tile: forward pass of the vision tower on one tile.
-        projector_weights: weights of the projector.
-        tokens_per_tile: image tokens of one tile.
         kv_scope: ``full`` leaves out the teacher's k and v projections.
         lora_rank: of adapters in the decoder; 0: none.
         trained: share of the decoder layers' weights that trains.
-        head_trained, vision_trained: whether these do.
     """
     layers, width = config.num_hidden_layers, config.num_attention_heads * head_dim(config)
     head = config.hidden_size * config.vocab_size

@@ -1,7 +1,7 @@
 """nanoVLM student: SigLIP vision tower → pixel shuffle and one Linear → Llama decoder.
 
 Built from transformers' own SigLIP and Llama modules, so that attention interfaces, generation and
-gradient checkpointing come for free. `nanovlm_format` reads and writes the nanoVLM checkpoint.
+gradient checkpointing come for free.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Projector(nn.Module):
 
 
 class NanoVLM(Student):
-    """nanoVLM out of transformers' modules; everything it can do is :class:`Student`'s."""
+    """As :class:`Student` says."""
 
     def __init__(self, config: NanoVLMConfig) -> None:
         super().__init__()

@@ -89,7 +89,16 @@ def load_student(folder: Path, *, partition: bool, dtype: torch.dtype) -> NanoVL
     model = NanoVLM(NanoVLMConfig.load(folder))
     with open_weights(folder / "model.safetensors") as file:
         disk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    _check_shapes(folder, disk, to_disk(model))
+    expected = to_disk(model)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - disk.keys())]
+    problems += [f"unknown {n}" for n in sorted(disk.keys() - expected.keys() - {EMBEDDING})]
+    problems += [
+        f"shape of {name}: {list(disk[name].shape)} in the file, "
+        f"{list(expected[name].shape)} by the configuration"
+        for name in sorted(expected.keys() & disk.keys())
+        if disk[name].shape != expected[name].shape
+    ]
+    refuse_misfit(folder, problems)
     disk.setdefault(EMBEDDING, disk[HEAD])
     state, rotary = model.state_dict(), model.decoder.model.rotary_emb
     for name, keys in disk_names(state).items():
@@ -99,18 +108,6 @@ def load_student(folder: Path, *, partition: bool, dtype: torch.dtype) -> NanoVL
     rotary.inv_freq = disk[INV_FREQ].float()
     rotary.original_inv_freq = rotary.inv_freq.clone()
     return model.to(dtype)
-
-
-def _check_shapes(folder: Path, disk: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    problems = [f"missing {n}" for n in sorted(set(expected) - set(disk))]
-    problems += [f"unknown {n}" for n in sorted(set(disk) - set(expected) - {EMBEDDING})]
-    problems += [
-        f"shape of {name}: {list(disk[name].shape)} in the file, "
-        f"{list(expected[name].shape)} by the configuration"
-        for name in sorted(set(expected) & set(disk))
-        if disk[name].shape != expected[name].shape
-    ]
-    refuse_misfit(folder, problems)
 
 
 def save_nanovlm(model: NanoVLM, folder: Path) -> None:
@@ -166,11 +163,8 @@ class ImageTokens:
 
 
 class NanoVLMProcessor(Processor):
-    """Tokenizer, chat template and image settings of a nanoVLM.
-
-    Raises:
-        ValueError: as :class:`Processor`, or the tokenizer lacks image tokens.
-    """
+    """Tokenizer, chat template and image settings of a nanoVLM. Raises ValueError as
+    :class:`Processor` does, or where the tokenizer lacks image tokens."""
 
     def __init__(
         self,

@@ -56,12 +56,11 @@ def picture_tokens(config: PretrainedConfig) -> int:
         return prod(_cells(config, tower.patch_size))
     if fixed := getattr(config, "mm_tokens_per_image", None):
         return fixed
-    if config.model_type in ("idefics3", "smolvlm"):
-        return tower.patches // config.scale_factor**2
     if ratio := getattr(config, "downsample_ratio", None):
         return int(tower.patches * ratio**2)
-    if factor := getattr(config, "downsample_factor", None):
-        return tower.patches // factor**2
+    for name in ("scale_factor", "downsample_factor"):
+        if hasattr(config, name):
+            return tower.patches // getattr(config, name) ** 2
     whole = config.vision_config.model_type == "clip_vision_model"
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return tower.patches + (whole and kept)

@@ -150,16 +150,12 @@ def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     Every rank must call it: under ZeRO each parameter is gathered from all of them, one at a time.
     Those that ``keep`` nothing take part and get an empty dict.
     """
-    whole: dict[int, Tensor | None] = {}
-    state: dict[str, Tensor] = {}
-    for name, parameter in student.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) not in whole:  # a tied pair is gathered once
-            tensor = _gather(parameter)
-            whole[id(parameter)] = tensor.detach().to("cpu", copy=True) if keep else None
-        state[name] = whole[id(parameter)]
-    return state if keep else {}
+    whole: dict[nn.Parameter, Tensor | None] = {}
+    for parameter in [p for p in student.parameters() if p.requires_grad]:  # a tied pair once
+        tensor = _gather(parameter)
+        whole[parameter] = tensor.detach().to("cpu", copy=True) if keep else None
+    named = student.named_parameters(remove_duplicate=False)
+    return {name: whole[parameter] for name, parameter in named if keep and parameter in whole}
 
 
 def _gather(parameter: nn.Parameter) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from ldistill.models.fit import reduced
+from ldistill.models.fit import SIZES, reduced
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import save_nanovlm
@@ -33,6 +34,9 @@ __all__ = ["FAMILIES", "Family", "copy_decoder", "write_pair", "write_reduced"]
 _DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 _DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 _DECODER |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": ROPE}
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2}
+_TOWER |= {"embed_dim": 32, "out_hidden_size": 64, "projection_dim": 32, "head_dim": 16}
+_TOWER |= {"deepstack_visual_indexes": [0, 1], "fullatt_block_indexes": [1]}
 
 
 def write_pair(name: str, root: Path) -> Path:
@@ -72,7 +76,9 @@ def _nanovlm_config(family: Family, root: Path) -> NanoVLMConfig:
 def _text_config(family: Family, tokenizer: Tokenizer, vocab: int, **changes) -> Config:
     # What these configurations default to lies outside the small vocabulary.
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    values = _DECODER | ids | dict(family.text) | {"vocab_size": vocab} | changes
+    of_kind = AutoConfig.for_model(family.lm).to_dict()
+    small = {name: size for name, size in SIZES.items() if of_kind.get(name) is not None}
+    values = _DECODER | small | ids | dict(family.text) | {"vocab_size": vocab} | changes
     # A configuration completes the rotary parameters it is given.
     return AutoConfig.for_model(family.lm, **copy.deepcopy(values))
 
@@ -85,9 +91,11 @@ def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
     # With fields of its own, the decoder is of a kind of its own, too (Qwen2-VL's).
     kind = type(own.text_config) if family.student_text else type(text)
     values = {"vocab_size": vocab} if "vocab_size" in own.to_dict() else {}
+    sizes = {"image_size": parts.SIDE, "patch_size": parts.PATCH, "num_position_embeddings": 16}
+    tower = _small_tower(own.vision_config, num_hidden_layers=2, depth=2, **sizes)
     return type(own)(
         text_config=kind.from_dict(text.to_dict() | {"model_type": kind.model_type}),
-        vision_config=dict(family.vision),
+        vision_config={"model_type": own.vision_config.model_type, **tower, **family.vision},
         tie_word_embeddings=False,
         **values,
         **family.config,
@@ -127,17 +135,18 @@ def write_reduced(student: Path, teacher: Path, root: Path) -> None:
 
 
 def _reduced_vision(whole: Config) -> Config:
-    """Its tower with two layers (more, where features of some are taken), patches as they are."""
-    vision, sizes = whole.vision_config, {"hidden_size": 32, "embed_dim": 32, "num_heads": 2}
-    sizes |= {"intermediate_size": 64, "num_attention_heads": 2, "out_hidden_size": 64}
-    sizes |= {"num_hidden_layers": 3, "depth": 3, "projection_dim": 32, "head_dim": 16}
-    values = vision.to_dict()
+    """Its tower with three layers, as features of some are taken; patches as they are."""
+    vision = whole.vision_config
+    small = _small_tower(vision, num_hidden_layers=3, depth=3)
+    return type(vision).from_dict(vision.to_dict() | small)
+
+
+def _small_tower(vision: Config, **sizes: int) -> dict[str, Any]:
+    """Of the sizes of small towers, and ``sizes``, those that a tower of its kind has."""
+    values, sizes = vision.to_dict(), _TOWER | sizes
     small = {name: size for name, size in sizes.items() if values.get(name) is not None}
-    if "embed_dim" in values:  # Qwen2-VL calls the decoder's width hidden
-        small["hidden_size"] = 64
-    taken = {"deepstack_visual_indexes": [0, 1], "fullatt_block_indexes": [1]}
-    small |= {name: layers for name, layers in taken.items() if name in values}
-    return type(vision).from_dict(values | small)
+    # Qwen2-VL calls the decoder's width hidden.
+    return small | ({"hidden_size": 64} if "embed_dim" in values else {})
 
 
 def copy_decoder(backbone: Model, head: nn.Linear, lm: Model) -> None:
