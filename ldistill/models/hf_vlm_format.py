@@ -239,11 +239,10 @@ class HFProcessor(Processor):
             )
         return first + "".join(p + after for p, after in zip(shown, rest, strict=True))
 
-    def _tokenise(self, text: str, **options: Any) -> Any:
-        """With the tokenizer's start token, unless the template wrote it (transformers' rule)."""
+    def _begins(self, text: str) -> bool:
+        """Whether the template wrote the tokenizer's start token (transformers' rule)."""
         start = self.tokenizer.bos_token
-        written = start is not None and text.startswith(start)
-        return self.tokenizer(text, add_special_tokens=not written, verbose=False, **options)
+        return start is not None and text.startswith(start)
 
     # pictures ----------------------------------------------------------------------------------
 

@@ -40,12 +40,9 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
 
     Args:
         student: after :func:`ldistill.models.parts.train_only`.
-        rank: of the adapters, at least 1.
+        rank: of the adapters; ValueError below 1, or without peft.
         alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default 2 ``rank``.
         seed: of the adapters' first values: every engine and number of ranks begins alike.
-
-    Raises:
-        ValueError: a rank below 1, or peft is not installed.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1 (0: no LoRA), got {rank}.")
@@ -68,8 +65,7 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
 
 
 def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpdates:
-    """Trained tensors, of :func:`ldistill.models.weights.gather_trained`, by the parameter names
-    that the student had without adapters."""
+    """Trained tensors, gathered, by the parameter names that the student had without adapters."""
     updates: dict[str, Tensor | LowRank] = {}
     for name, tensor in trained.items():
         if match := _A.fullmatch(name):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -74,17 +73,15 @@ class NanoVLM(Student):
     def embed(self, input_ids: Tensor, pictures: Pictures | None = None) -> Tensor:
         """Token embeddings [batch, seq, hidden], those of pictures in their places, in order."""
         embeds = self.backbone.get_input_embeddings()(input_ids)
-        if not pictures:
-            return embeds + self._unused_image(embeds) if self.training else embeds
+        if not pictures and not self.training:
+            return embeds
+        if not pictures:  # add 0, by way of vision tower and projector
+            blank = embeds.new_ones(1, 3, self.config.vit_img_size, self.config.vit_img_size)
+            seen = self.project(blank) * 0  # first: a sum of 16-bit floats may overflow
+            return embeds + seen.sum().to(embeds.dtype)
         image = self.project(pictures["pixel_values"]).to(embeds.dtype)
         mask = (input_ids == self.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, image)
-
-    def _unused_image(self, like: Tensor) -> Tensor:
-        """0, by way of vision tower and projector."""
-        size = self.config.vit_img_size
-        blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
-        return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
 
     def forward(
         self,

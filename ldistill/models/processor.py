@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -146,32 +146,29 @@ class Processor(ABC):
         how = {"tokenize": False, "add_generation_prompt": generation}
         return self.tokenizer.apply_chat_template(messages, **how)
 
-    def _tokenise(self, text: str, **options: Any) -> Any:
-        """Ids of rendered text: its template has written every special token it needs."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    def _begins(self, text: str) -> bool:
+        """Whether rendered text has every special token that it needs at its start."""
+        return True
 
     def _coded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32 [n]) of rendered text, and where in it each token ends (int64 [n])."""
-        coded = self._tokenise(text, return_offsets_mapping=True)
+        how = {"add_special_tokens": not self._begins(text), "return_offsets_mapping": True}
+        coded = self.tokenizer(text, verbose=False, **how)
         ids, spans = coded["input_ids"], coded["offset_mapping"]
         if STAND_INS.search(text):
-            ids, spans = self._as_words(text, ids, spans)
+            ids, spans = zip(*self._as_words(text, ids, spans), strict=True)
         ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2)[:, 1]
         return np.asarray(ids, dtype=np.int32), ends
 
-    def _as_words(
-        self, text: str, ids: list[int], spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens of the words behind each stand-in, for the tokens of the stand-in itself."""
-        made, places, done = [], [], 0
+    def _as_words(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> Iterator[Any]:
+        """Each id and span, for the tokens of a stand-in those of the words behind it."""
+        done = 0
         for token, (start, end) in zip(ids, spans, strict=True):
             words = [token]
             if STAND_INS.search(text, start, end):
                 words = self._words(text[start:end]) if end > done else []
                 done = end
-            made += words
-            places += [(start, end)] * len(words)
-        return made, places
+            yield from ((word, (start, end)) for word in words)
 
     def _words(self, text: str) -> list[int]:
         """Ids of text with stand-ins, as the tokenizer gives to plain words in a line."""

@@ -22,7 +22,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from ldistill.models.fit import SIZES, reduced
+from ldistill.models.fit import reduced, small_sizes
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import save_nanovlm
@@ -76,8 +76,7 @@ def _nanovlm_config(family: Family, root: Path) -> NanoVLMConfig:
 def _text_config(family: Family, tokenizer: Tokenizer, vocab: int, **changes) -> Config:
     # What these configurations default to lies outside the small vocabulary.
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    of_kind = AutoConfig.for_model(family.lm).to_dict()
-    small = {name: size for name, size in SIZES.items() if of_kind.get(name) is not None}
+    small = small_sizes(AutoConfig.for_model(family.lm))
     values = _DECODER | small | ids | dict(family.text) | {"vocab_size": vocab} | changes
     # A configuration completes the rotary parameters it is given.
     return AutoConfig.for_model(family.lm, **copy.deepcopy(values))

@@ -47,11 +47,8 @@ HIDDEN = 64
 SQUARE = {"size": {"height": SIDE, "width": SIDE}}
 CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 TILES = {**SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
-PIXELS = {
-    "patch_size": PATCH,
-    "merge_size": 2,
-    "size": {"shortest_edge": 4 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH},
-}
+AREA = {"shortest_edge": 4 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH}
+PIXELS = {"patch_size": PATCH, "merge_size": 2, "size": AREA}
 GRID = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 GRID_OF_4 = {k: v for k, v in extra_tokens(4, 4).items() if k != "global_image_token"}
 PLACES = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))
@@ -85,8 +82,7 @@ LLAVA_SIGLIP = replace(
 ANYRES = {**FULL, "vision_aspect_ratio": "anyres_max_9"}
 IDEFICS3 = Family(
     called="Idefics3", kind="idefics3", lm="llama", bos="<|im_start|>", template=parts.SMOLVLM,
-    config={"scale_factor": 2},
-    ids={"image_token_id": "<image>", "pad_token_id": "<pad>"},
+    config={"scale_factor": 2}, ids={"image_token_id": "<image>", "pad_token_id": "<pad>"},
     behind=("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *PLACES),
     image_options={"size": {"longest_edge": 4 * SIDE}, "max_image_size": {"longest_edge": SIDE}},
     processor_options={"image_seq_len": 4},
@@ -201,8 +197,7 @@ FAMILIES: dict[str, Family] = {
     "internvl-llama": replace(INTERNVL, called="InternVL with Llama", lm="llama", student_text={}),
     "qwen2-vl": QWEN2_VL,
     "qwen2.5-vl": replace(
-        QWEN2_VL, called="Qwen2.5-VL", kind="qwen2_5_vl",
-        vision={"window_size": 4 * PATCH},
+        QWEN2_VL, called="Qwen2.5-VL", kind="qwen2_5_vl", vision={"window_size": 4 * PATCH}
     ),
     "qwen3-vl": QWEN3_VL,
     "gemma3": Family(
@@ -288,10 +283,7 @@ FAMILIES: dict[str, Family] = {
     "llava-gemma2": replace(
         LLAVA_SIGLIP, called="LLaVA with Gemma 2", lm="gemma2", text={**GEMMA, **WINDOWS}
     ),
-    "llava-gpt-oss": replace(
-        LLAVA_SIGLIP, called="LLaVA with gpt-oss", lm="gpt_oss",
-        text=WINDOWS,
-    ),
+    "llava-gpt-oss": replace(LLAVA_SIGLIP, called="LLaVA with gpt-oss", lm="gpt_oss", text=WINDOWS),
     "smolvlm-smollm3": replace(
         IDEFICS3, called="SmolVLM with SmolLM3", lm="smollm3",
         text={"no_rope_layers": [1, 0], "use_sliding_window": False},
