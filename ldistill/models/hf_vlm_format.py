@@ -128,8 +128,7 @@ _PALIGEMMA = (
     "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
 )
-TEMPLATES = {"paligemma": _PALIGEMMA}
-"""Chat templates of families whose checkpoints have none."""
+TEMPLATES = {"paligemma": _PALIGEMMA}  # of families whose checkpoints have none
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,6 @@ class HFProcessor(Processor):
     Args:
         processor: the checkpoint's; its tokenizer is the one that is used.
         config: of the whole model.
-        images: what is chosen about pictures.
 
     Raises:
         ValueError: as :class:`Processor`, or the template does not render pictures and answers.

@@ -26,9 +26,6 @@ from ldistill.common.partition import partitioned_by
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
 
 
-# ---- in a folder ----
-
-
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """A safetensors file, open. Raises FileNotFoundError without one, ValueError if damaged."""
@@ -139,9 +136,6 @@ def weight_dtype(folder: Path) -> torch.dtype:
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a configuration and all of its weights."""
     return all((folder / name).is_file() for name in ("config.json", *weight_files(folder)))
-
-
-# ---- in pieces ----
 
 
 def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
