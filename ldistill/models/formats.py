@@ -103,5 +103,6 @@ def export_like(base: Path, updates: WeightUpdates, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
     for name in weight_files(base):
         with open_weights(base / name) as file:
-            tensors = {key: revised(key, file.get_tensor(key)) for key in file.keys()}  # noqa: SIM118
-            write_tensors(folder / name, tensors, file.metadata())
+            metadata, keys = file.metadata(), file.keys()
+            tensors = {key: revised(key, file.get_tensor(key)) for key in keys}
+        write_tensors(folder / name, tensors, metadata)
