@@ -99,12 +99,9 @@ LLAVA = chat(
 )  # fmt: skip
 # llava-hf/llava-v1.6-mistral and mistralai's.
 INST = chat(
-    _by_role("[INST] ", "<<SYS>>\n", " "),
-    "<image>\n",
-    _by_role(" [/INST]", "\n<</SYS>>\n\n", "</s>"),
-    "",
-    pictures_first=True,
-)
+    _by_role("[INST] ", "<<SYS>>\n", " "), "<image>\n",
+    _by_role(" [/INST]", "\n<</SYS>>\n\n", "</s>"), "", pictures_first=True,
+)  # fmt: skip
 # llava-hf/llava-onevision: what asks for an answer lacks the blank that stands before one.
 ONEVISION = chat(
     "<|im_start|>{{ message['role'] + ' ' }}", "<image>", "<|im_end|>", "<|im_start|>assistant\n",
