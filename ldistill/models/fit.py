@@ -47,8 +47,7 @@ def check_pair(
     """Refuse a pair whose decoders differ in anything a shared key depends on.
 
     Args:
-        student: the student decoder's configuration.
-        teacher: the LM's configuration.
+        student, teacher: configurations of the student's decoder and of the LM.
         base_vocab: vocabulary of the LM the student was built on; None where that is not known.
         max_length: longest row; a sliding window that no row outgrows is none, and frequencies that
             longer rows would change are fixed.
@@ -63,11 +62,11 @@ def check_pair(
         if (why := unsupported(config, max_length))
     ]
     problems += _differences(student, teacher, max_length, teacher_rope)
-    its = teacher.vocab_size
-    if base_vocab is not None and base_vocab != its:
-        problems.append(f"base vocabulary: student {base_vocab}, teacher {its}")
-    if not problems and student.model_type != teacher.model_type:
-        problems = _unequal_small(student, teacher)
+    if base_vocab not in (None, teacher.vocab_size):
+        problems.append(f"base vocabulary: student {base_vocab}, teacher {teacher.vocab_size}")
+    kinds = student.model_type, teacher.model_type
+    if not problems and kinds[0] != kinds[1] and (why := _unequal_small(student, teacher)):
+        problems = [f"model_type: student {kinds[0]}, teacher {kinds[1]}; {why}"]
     if problems:
         raise ValueError(
             "student and teacher do not fit; the teacher must be the very LM the student was "
@@ -107,15 +106,13 @@ def unsupported(config: PretrainedConfig, max_length: int | None = None) -> str 
 def _differences(
     student: PretrainedConfig, teacher: PretrainedConfig, max_length: int | None, teacher_rope: str
 ) -> list[str]:
-    both = [_comparable(config, max_length) for config in (student, teacher)]
-    names = [name for name in both[0] if name in both[1]]
-    if teacher_rope == "student":
-        names = [name for name in names if not name.endswith("rope_theta")]
+    mine, its = (_comparable(config, max_length) for config in (student, teacher))
+    borrowed = ("rope_theta",) if teacher_rope == "student" else ()
     return [
-        f"{name}: student {both[0][name]}, teacher {both[1][name]}"
+        f"{name}: student {value}, teacher {its[name]}"
         + (_ROPE_ADVICE if name.endswith("rope_theta") else "")
-        for name in names
-        if both[0][name] != both[1][name]
+        for name, value in mine.items()
+        if name in its and value != its[name] and not name.endswith(borrowed)
     ]
 
 
@@ -131,9 +128,8 @@ def _comparable(config: PretrainedConfig, max_length: int | None) -> dict[str, A
     declared = type(config)().to_dict()  # not what else a file may hold
     found = {name: values[name] for name in declared if name not in _FREE and name in values}
     window = getattr(config, "sliding_window", None)
-    if max_length is not None and window is not None and window >= max_length:
-        window = None
-    found |= {"head_dim": head_dim(config), "sliding_window": window}
+    outgrown = window is not None and (max_length is None or window < max_length)
+    found |= {"head_dim": head_dim(config), "sliding_window": window if outgrown else None}
     for kind, rope in _ropes(config).items():
         at = f"{kind} " if kind else ""
         if rope.get("rope_type") == "dynamic":  # in rows that are let pass: InternVL3 on Qwen2.5
@@ -169,6 +165,23 @@ def borrow_rope(student: PretrainedConfig, teacher: PretrainedConfig) -> str:
 # ---- decoders of two kinds: equal weights, equal outputs? ----
 
 
+_SIZES = {
+    "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+    "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24,
+    "v_head_dim": 16,
+}  # fmt: skip
+
+
+def small_sizes(config: PretrainedConfig) -> dict[str, int]:
+    """Of a small decoder of this kind, besides those that all have."""
+    values = config.to_dict()
+    found = {name: size for name, size in _SIZES.items() if values.get(name) is not None}
+    # Of DeepSeek's heads a part rotates.
+    return found | ({"head_dim": 8} if "qk_rope_head_dim" in found else {})
+
+
 def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
     """The same kind of decoder, small: what it computes stays, how much of it shrinks."""
     values = config.to_dict()
@@ -178,14 +191,8 @@ def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
         "num_key_value_heads": 4 if kv_heads == heads else min(kv_heads, 2), "vocab_size": vocab,
         "num_hidden_layers": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    sizes = {
-        "head_dim": 16, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-        "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 16,
-        "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "qk_head_dim": 24,
-        "v_head_dim": 16, "sliding_window": 8, "pad_token_id": 0,
-    }  # fmt: skip
-    small |= {name: size for name, size in sizes.items() if values.get(name) is not None}
+    small |= small_sizes(config)
+    small |= {"sliding_window": 8} if values.get("sliding_window") is not None else {}
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if kinds := values.get(name):
             first = kinds[:4] if len(set(kinds[:4])) == len(set(kinds)) else [*kinds[:3], kinds[-1]]
@@ -198,24 +205,19 @@ def reduced(config: PretrainedConfig, vocab: int = 320) -> PretrainedConfig:
     return type(config).from_dict(values | small | {"rope_parameters": rope})
 
 
-def _unequal_small(student: PretrainedConfig, teacher: PretrainedConfig) -> list[str]:
-    """Why two decoders of different kinds are not one; none if they are."""
-    kinds = f"model_type: student {student.model_type}, teacher {teacher.model_type}"
+def _unequal_small(student: PretrainedConfig, teacher: PretrainedConfig) -> str:
+    """Why two decoders of different kinds are not one; empty if they are."""
     with torch.random.fork_rng(devices=[]), partitioned_by(None), torch.no_grad():
         torch.manual_seed(0)
-        mine, its = (
-            AutoModel.from_config(reduced(c), dtype=torch.float32).eval()
-            for c in (student, teacher)
-        )
+        small = [reduced(config) for config in (student, teacher)]
+        mine, its = (AutoModel.from_config(c, dtype=torch.float32).eval() for c in small)
         state, wanted = mine.state_dict(), its.state_dict()
         shapes = ({(k, v.shape) for k, v in tensors.items()} for tensors in (state, wanted))
         if other := sorted({key for key, _ in set.symmetric_difference(*shapes)}):
-            return [f"{kinds}; their tensors differ: {', '.join(other[:3])}"]
+            return f"their tensors differ: {', '.join(other[:3])}"
         for parameter in mine.parameters():
             parameter.normal_(0, 0.12)
         its.load_state_dict(mine.state_dict())
         ids = torch.arange(3, 27)[None]
         apart = (mine(ids).last_hidden_state - its(ids).last_hidden_state).abs().max().item()
-    if apart > 1e-4:
-        return [f"{kinds}; with equal weights their outputs differ by {apart:.1e}"]
-    return []
+    return f"with equal weights their outputs differ by {apart:.1e}" if apart > 1e-4 else ""

@@ -1,11 +1,11 @@
 """Floating-point operations of a training step: what MFU is counted with.
 
-MFU is *model* FLOPs over time and peak: what the step asks for mathematically, not all that was
-executed. A multiply-add is two operations. The student runs forward and backward: a product of a
-trained weight counts three times its forward (result, gradient of the input, gradient of the
-weight), that of a frozen one twice, as in a decoder with LoRA, whose adapters are added. A vision
-tower that does not train and the teacher run forward alone; the teacher runs on its queries,
-without k and v projections where the scope is ``full``. Attention counts visible pairs.
+MFU is *model* FLOPs over time and peak: what the step asks for, not all that was executed. A
+multiply-add is two operations. In the student a product of a trained weight counts three times its
+forward (result, gradient of the input, gradient of the weight), that of a frozen one twice, as in a
+decoder with LoRA, whose adapters are added. A vision tower that does not train and the teacher run
+forward alone; the teacher runs on its queries, without k and v projections where the scope is
+``full``. Attention counts visible pairs.
 
 Not counted: what activation checkpointing recomputes, the teacher's forward of the health check,
 norms, activations and softmax. Counted although it is not needed: the gradient of the projector's
@@ -51,9 +51,8 @@ def decoder_layer_weights(config: Any, with_kv: bool = True) -> int:
 
 def adapter_weights(config: Any, rank: int) -> int:
     """Weights of LoRA adapters on every linear layer of one decoder layer."""
-    hidden, inter, width = config.hidden_size, config.intermediate_size, head_dim(config)
-    width, kv = config.num_attention_heads * width, config.num_key_value_heads * width
-    sides = 2 * (hidden + width) + 2 * (hidden + kv) + 3 * (hidden + inter)
+    heads = config.num_attention_heads + config.num_key_value_heads
+    sides = 7 * config.hidden_size + 2 * heads * head_dim(config) + 3 * config.intermediate_size
     return rank * sides
 
 
@@ -76,12 +75,9 @@ def step_flops(
         config: the decoder's transformers configuration.
         counts: what was run.
         vision_flops_per_tile: forward pass of the vision tower on one tile.
-        projector_weights: weights of the projector.
-        tokens_per_tile: image tokens of one tile.
         kv_scope: ``full`` leaves out the teacher's k and v projections.
         lora_rank: of adapters in the decoder; 0: none.
         trained: share of the decoder layers' weights that trains.
-        head_trained, vision_trained: whether these do.
     """
     layers, width = config.num_hidden_layers, config.num_attention_heads * head_dim(config)
     head = config.hidden_size * config.vocab_size
@@ -101,41 +97,29 @@ def step_flops(
 
 
 def student_flops(student: Student, counts: StepCounts, kv_scope: str = "full") -> float:
-    """:func:`step_flops` of a student, from its configuration alone.
-
-    Shapes are not read off the parameters: under ZeRO-3 a rank holds none of them whole.
-    """
+    """:func:`step_flops` of a student, from its configuration alone: under ZeRO-3 a rank holds no
+    parameter whole. Of towers that take pictures of any size, ``counts.tiles`` are patches, and the
+    attention among these is not counted."""
+    tower = tower_of(student.vision.config)
+    vision = 2 * linear_weights(student.vision) if tower.any_size else vision_flops(tower)
     return step_flops(
         student.backbone.config,
         counts,
-        vision_flops_per_tile=vision_flops_of(student.vision),
+        vision_flops_per_tile=vision,
         projector_weights=linear_weights(student.projector),
         tokens_per_tile=counts.image_tokens / max(counts.tiles, 1),
         kv_scope=kv_scope,
-        lora_rank=lora_rank(student.backbone),
+        lora_rank=student.lora_rank,
         trained=trained_share(student.backbone.layers),
         head_trained=student.lm_head.weight.requires_grad,
         vision_trained=any(p.requires_grad for p in student.vision_parameters()),
     )
 
 
-def lora_rank(decoder: nn.Module) -> int:
-    """Rank of the adapters in a decoder; 0 without any."""
-    ranks = (next(iter(m.r.values())) for m in decoder.modules() if hasattr(m, "lora_A"))
-    return next(ranks, 0)
-
-
 def linear_weights(module: nn.Module) -> int:
     """Weights of all linear layers within."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
     return sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def vision_flops_of(module: nn.Module) -> float:
-    """Forward FLOPs of a tower per tile; where pictures are of any size, per patch, of its products
-    alone: the attention among patches is then not counted."""
-    tower = tower_of(module.config)
-    return 2 * linear_weights(module) if tower.any_size else vision_flops(tower)
 
 
 def vision_flops(tower: Tower) -> float:

@@ -1,56 +1,28 @@
-"""The checkpoint formats a student can come in, told apart by the folder's ``config.json``.
-
-A new family is a new module and an entry in ``FORMATS``; everything else goes through the four
-functions below.
-"""
+"""The checkpoint formats a student can come in, told apart by the folder's ``config.json``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from ldistill.common.locate import resolve
 from ldistill.models import hf_vlm_format, nanovlm_format
-from ldistill.models.hf_vlm import FAMILIES
-from ldistill.models.lora import LowRank
+from ldistill.models.lora import WeightUpdates
 from ldistill.models.processor import Processor
 from ldistill.models.student import Student
+from ldistill.models.weights import open_weights, weight_files, write_tensors
+
+FORMATS = (nanovlm_format, hf_vlm_format)
+"""Each with ``NAME``, what users call it; ``reads``, whether a ``config.json`` is its; ``COPIED``,
+the files that an export has besides weights; and what the functions below call."""
 
 
-class Format(NamedTuple):
-    """How one family of checkpoints is recognised, read and written."""
-
-    name: str  # what users call it
-    reads: Callable[[Mapping[str, Any]], bool]  # whether a ``config.json`` is of this family
-    load: Callable[..., Student]  # (folder, partition, dtype)
-    load_processor: Callable[..., Processor]  # (folder, tokenizer, **image settings)
-    export_like: Callable[[Path, Mapping[str, Tensor | LowRank], Path], None]  # as below
-
-
-FORMATS = (
-    Format(
-        "nanoVLM",
-        lambda config: "vit_hidden_dim" in config,
-        nanovlm_format.load_nanovlm,
-        nanovlm_format.load_processor,
-        nanovlm_format.export_like,
-    ),
-    Format(
-        f"transformers' {', '.join(FAMILIES)}",
-        lambda config: config.get("model_type") in FAMILIES,
-        hf_vlm_format.load_hf_vlm,
-        hf_vlm_format.load_processor,
-        hf_vlm_format.export_like,
-    ),
-)
-
-
-def format_of(folder: Path) -> Format:
+def format_of(folder: Path) -> ModuleType:
     """Format of a checkpoint folder.
 
     Raises:
@@ -72,7 +44,7 @@ def format_of(folder: Path) -> Format:
     reason = ": it has no vision tower (is it the teacher? --student and --teacher swapped?)"
     raise ValueError(
         f"student {str(folder)!r} is {kind}, which is not supported{reason if lm else ''}. "
-        f"Supported: {'; '.join(candidate.name for candidate in FORMATS)}."
+        f"Supported: {'; '.join(candidate.NAME for candidate in FORMATS)}."
     )
 
 
@@ -93,7 +65,7 @@ def load_student(
             configuration: missing, unknown or misshapen, all of them listed.
     """
     folder = resolve(name)
-    return format_of(folder).load(folder, partition=partition, dtype=dtype)
+    return format_of(folder).load_student(folder, partition=partition, dtype=dtype)
 
 
 def load_processor(name: str | Path, tokenizer: str | None = None, **settings: Any) -> Processor:
@@ -113,8 +85,9 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings: A
     return format_of(folder).load_processor(folder, tokenizer, **settings)
 
 
-def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
-    """The checkpoint at ``base`` with trained weights in it, written to ``folder``.
+def export_like(base: Path, updates: WeightUpdates, folder: Path) -> None:
+    """The checkpoint at ``base`` with trained weights in it, written to ``folder``: a copy in which
+    they alone differ. Tensors go through file by file: a 13B export needs the memory of one.
 
     Args:
         base: folder the training began from; gives all that was not trained, bit for bit, and
@@ -122,4 +95,14 @@ def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Pat
         updates: whole tensors in any dtype, or low-rank additions, by the student's names.
         folder: where to write; its files are replaced.
     """
-    format_of(base).export_like(base, updates, folder)
+    format_ = format_of(base)
+    revised = format_.Revision(base, updates)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in base.glob(format_.COPIED):
+        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+            shutil.copyfile(path, folder / path.name)
+    for name in weight_files(base):
+        with open_weights(base / name) as file:
+            metadata, keys = file.metadata(), file.keys()
+            tensors = {key: revised(key, file.get_tensor(key)) for key in keys}
+        write_tensors(folder / name, tensors, metadata)

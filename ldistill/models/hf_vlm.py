@@ -88,15 +88,8 @@ def lm_config(decoder: PretrainedConfig) -> PretrainedConfig:
     return AutoConfig.for_model(**values)
 
 
-_MASKS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-
-
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model without its head or a weight, for those of its methods that read nothing but the
-    configuration."""
+    """A model without a weight, for those of its methods that read the configuration alone."""
     base = MODEL_MAPPING[type(config)]
     model = base.__new__(base)
     model.config = config
@@ -110,12 +103,10 @@ class HFVLM(Student):
     def __init__(self, vlm: PreTrainedModel, blank: Pictures) -> None:
         super().__init__()
         self.vlm = vlm
-        self.family = FAMILIES[vlm.config.model_type]
         LMHead.wrap(vlm.get_output_embeddings())
         keep_rotary_float32(vlm)
         self.image_token_id = vlm.config.image_token_id
-        self.base_vocab_size = None  # the configuration doesn't keep it
-        self.sees = self.family.sees
+        self.sees = FAMILIES[vlm.config.model_type].sees
         self._own_masks = self.sees == "pictures" or self.backbone.config.model_type == "gpt_oss"
         self._takes = set(signature(vlm.base_model.forward).parameters)
         accepted = signature(vlm.base_model.get_image_features).parameters
@@ -126,7 +117,6 @@ class HFVLM(Student):
 
     @property
     def config(self) -> PretrainedConfig:
-        """transformers' configuration of the whole model."""
         return self.vlm.config
 
     @property
@@ -187,21 +177,17 @@ class HFVLM(Student):
     def tiles(self, pictures: Pictures) -> int:
         if not pictures:
             return 0
-        pixels, patch = pictures["pixel_values"], self.vision.config.patch_size
         if "pixel_attention_mask" in pictures:  # 0 where a picture has less tiles than others
             return int(pictures["pixel_attention_mask"].flatten(2).any(2).sum())
         if hasattr(self.config, "image_grid_pinpoints"):
             return sum(cut_tiles(self.config, pictures))
         if "image_sizes" in pictures:  # Pixtral's, padded to the largest
-            return int((pictures["image_sizes"] // patch).prod(1).sum())
-        return len(pixels)
+            return int((pictures["image_sizes"] // self.vision.config.patch_size).prod(1).sum())
+        return len(pictures["pixel_values"])
 
     def _pictures(self, pictures: Pictures | None) -> Pictures:
-        dtype = self.backbone.dtype
-        return {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in (pictures or {}).items()
-        }
+        given, dtype = pictures or {}, self.backbone.dtype
+        return {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
 
     def _types(self, input_ids: Tensor, answers: Tensor | None) -> dict[str, Tensor]:
         """What kind of token stands where, for those models that ask."""
@@ -224,9 +210,10 @@ class HFVLM(Student):
             pictures = input_ids == self.image_token_id
             first = pictures & ~nn.functional.pad(pictures, (1, -1))
             blocks = torch.where(pictures, first.cumsum(1) - 1, -1)
+        how = (config, shape, None, None, position_ids)
         return {
-            kind: make(config, shape, None, None, position_ids, block_sequence_ids=blocks)
-            for kind, make in _MASKS.items()
+            "full_attention": create_causal_mask(*how, block_sequence_ids=blocks),
+            "sliding_attention": create_sliding_window_causal_mask(*how, block_sequence_ids=blocks),
         }
 
     def _enter_decoder(
@@ -245,28 +232,21 @@ class HFVLM(Student):
         blank = {name: value.to(embeds.device) for name, value in self.blank.items()}
         seen = self.vlm.base_model.get_image_features(**self._pictures(blank), return_dict=True)
         # What is put among the embeddings, Qwen3-VL's deepstack and Ovis2's indicators too.
-        tensors = _tensors([value for name, value in seen.items() if name not in _INSIDE])
+        inside = ("last_hidden_state", "hidden_states", "attentions")  # what the tower keeps
+        tensors = _tensors([value for name, value in seen.items() if name not in inside])
         return embeds + sum((t * 0).sum() for t in tensors).to(embeds.dtype)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pictures: Pictures | None = None,
-        attention_mask: Tensor | None = None,
-        **options,
+    def _generate(
+        self, input_ids: Tensor, pictures: Pictures | None, mask: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        criteria = options.pop("stopping_criteria", None)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         self._packed = {}
         whole = self.vlm.generate(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
+            stopping_criteria=options.pop("stopping_criteria", None),
             generation_config=GenerationConfig(**options),
             **self._pictures(pictures),
             **self._types(input_ids, None),
-            stopping_criteria=criteria,
         )
         return whole[:, input_ids.shape[1] :]
 
@@ -295,9 +275,6 @@ def cut_tiles(config: PretrainedConfig, pictures: Pictures) -> list[int]:
         image_size_to_num_patches(size, grid, side) if cut else 1
         for size, cut in zip(sizes, alone, strict=True)
     ]
-
-
-_INSIDE = ("last_hidden_state", "hidden_states", "attentions")  # of the tower: not what it gives
 
 
 def _tensors(values: Any) -> list[Tensor]:

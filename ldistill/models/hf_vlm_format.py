@@ -1,8 +1,4 @@
-"""Checkpoints of transformers' VLMs: read by transformers, written back file by file; and inputs.
-
-An export is a copy of the folder in which only trained tensors differ: same safetensors files and
-index, same keys and dtypes, configuration, tokenizer and templates byte for byte. Tensors go
-through one at a time, so that a 13B export needs the memory of one shard.
+"""Checkpoints of transformers' VLMs: read by transformers, written back by its names; and inputs.
 
 What stands for a picture in the text, and its tensors, are made by the checkpoint's own processor,
 so a prompt has the ids that transformers gives it; and as the text depends on a picture's size
@@ -14,18 +10,16 @@ token is put there, as in LLaVA's own training.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -40,44 +34,44 @@ from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ldistill.common.documents import Pictures, Size
+from ldistill.common.errors import refuse
 from ldistill.common.locate import resolve
 from ldistill.common.partition import partitioned_by, partitioned_by_the_run
 from ldistill.common.samples import BadImage, Turn
 from ldistill.models.hf_vlm import FAMILIES, HFVLM, bare_model
-from ldistill.models.lora import LowRank, updated
+from ldistill.models.lora import WeightUpdates, updated
 from ldistill.models.processor import Processor, check_token
-from ldistill.models.weights import open_weights, read_model, refuse_misfit, weight_files
+from ldistill.models.weights import read_model, refuse_misfit, stored
 
 logger = logging.getLogger(__name__)
 
+NAME, COPIED = f"transformers' {', '.join(FAMILIES)}", "*"
 BLANK = (64, 64)  # pixels of the picture that stands for none
 PREFIX = "vlm."  # of our parameter names before transformers'
 
 
-def load_hf_vlm(
-    name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
-) -> HFVLM:
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of one of these families."""
+    return config.get("model_type") in FAMILIES
+
+
+def load_student(folder: Path, *, partition: bool, dtype: torch.dtype) -> HFVLM:
     """As :func:`ldistill.models.formats.load_student`."""
-    folder = resolve(name)
-    shapes: dict[str, list[int]] = {}
-    for file in weight_files(folder):
-        with open_weights(folder / file) as opened:
-            for key in opened.keys():  # noqa: SIM118
-                shapes[key] = opened.get_slice(key).get_shape()
+    on_disk = stored(folder)
     with partitioned_by_the_run() if partition else partitioned_by(None):
         vlm, problems, unused = read_model(AutoModelForImageTextToText, folder, dtype=dtype)
     model = HFVLM(vlm, load_processor(folder).pictures([Image.new("RGB", BLANK)]))
     # What trains must have a place in the export; a tied pair is stored once. With ZeRO-3
     # transformers tells rank 0 alone of another shape, so every rank looks.
-    names, vision = DiskNames(folder), {id(p) for p in model.vision_parameters()}
-    stored: dict[str, list[int] | None] = {}
-    for key, shape in shapes.items():
+    names, vision = Revision(folder, {}), {id(p) for p in model.vision_parameters()}
+    places: dict[str, list[int] | None] = {}
+    for key, (_, shape) in on_disk.items():
         name, part = names.parameter(key)
-        stored[name] = None if part else shape
+        places[name] = None if part else shape
     found = {
         id(p)
         for n, p in model.named_parameters(remove_duplicate=False)
-        if n in stored and stored[n] in (None, list(getattr(p, "ds_shape", p.shape)))
+        if n in places and places[n] in (None, list(getattr(p, "ds_shape", p.shape)))
     }
     lost = [n for n, p in model.named_parameters() if id(p) not in found | vision]
     refuse_misfit(folder, problems + [f"no tensor for {n.removeprefix(PREFIX)}" for n in lost])
@@ -87,31 +81,13 @@ def load_hf_vlm(
     return model
 
 
-def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
-    """As :func:`ldistill.models.formats.export_like`, file by file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = weight_files(base)
-    for path in base.iterdir():
-        if path.is_file() and path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-            shutil.copyfile(path, folder / path.name)
-    names = DiskNames(base)
-    for name in weights:
-        with safe_open(base / name, framework="pt") as file:
-            tensors = {
-                key: updated(file.get_tensor(key), names.update_of(key, updates))
-                for key in file.keys()  # noqa: SIM118
-            }
-            metadata = dict(file.metadata() or {})
-        whole = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        save_file(whole, folder / name, metadata=metadata or None)
+class Revision:
+    """What training made of each tensor of a folder, see `formats.export_like`. transformers
+    renames old names as it loads, and fuses some (experts of a layer into one tensor)."""
 
-
-class DiskNames:
-    """What a checkpoint's tensors are called in memory: transformers renames old names as it loads,
-    and fuses some (experts of a layer into one tensor)."""
-
-    def __init__(self, folder: Path) -> None:
-        config = AutoConfig.from_pretrained(folder)
+    def __init__(self, base: Path, updates: WeightUpdates) -> None:
+        self._updates = updates
+        config = AutoConfig.from_pretrained(base)
         with torch.device("meta"), partitioned_by(None):
             self._model = AutoModelForImageTextToText.from_config(config)
         conversions = get_model_conversion_mapping(self._model)
@@ -127,16 +103,14 @@ class DiskNames:
         name, fusion = loading.rename_source_key(key, *how)
         return PREFIX + name, fusion is not None
 
-    def update_of(
-        self, key: str, updates: Mapping[str, Tensor | LowRank]
-    ) -> Tensor | LowRank | None:
-        """What training made of a tensor on disk; None: nothing."""
+    def __call__(self, key: str, tensor: Tensor) -> Tensor:
         name, part = self.parameter(key)
-        update = updates.get(name)
-        if update is None or not part:
-            return update
-        parts = loading.revert_weight_conversion(self._model, {name.removeprefix(PREFIX): update})
-        return parts[loading.apply_renamings(key, self._renamings)]
+        update = self._updates.get(name)
+        if update is not None and part:
+            whole = {name.removeprefix(PREFIX): update}
+            parts = loading.revert_weight_conversion(self._model, whole)
+            update = parts[loading.apply_renamings(key, self._renamings)]
+        return updated(tensor, update)
 
 
 # ---- inputs ----
@@ -154,8 +128,7 @@ _PALIGEMMA = (
     "{{ '\n' }}{% elif message['role'] == 'assistant' %}"
     "{{ message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
 )
-TEMPLATES = {"paligemma": _PALIGEMMA}
-"""Chat templates of families whose checkpoints have none."""
+TEMPLATES = {"paligemma": _PALIGEMMA}  # of families whose checkpoints have none
 
 
 @dataclass(frozen=True)
@@ -174,21 +147,22 @@ class HFProcessor(Processor):
     Args:
         processor: the checkpoint's; its tokenizer is the one that is used.
         config: of the whole model.
-        images: what is chosen about pictures.
 
     Raises:
         ValueError: as :class:`Processor`, or the template does not render pictures and answers.
     """
 
+    _in_order = True  # whether the template leaves a picture amid a question where it is
+    _invited = "", ""  # how it starts an answer, and how it invites one, where they differ
+
     def __init__(
         self, processor: ProcessorMixin, config: PretrainedConfig, images: PictureSettings
     ) -> None:
         self.processor, tokenizer = processor, processor.tokenizer
-        family = FAMILIES[config.model_type]
         tokenizer.chat_template = (
             processor.chat_template or tokenizer.chat_template or TEMPLATES.get(config.model_type)
         )
-        chosen = family.picture_options(config.model_type, images.tiling)
+        chosen = FAMILIES[config.model_type].picture_options(config.model_type, images.tiling)
         self._options = processor._merge_kwargs(
             tokenizer_init_kwargs=tokenizer.init_kwargs,
             images_kwargs={"return_tensors": "pt", **chosen},
@@ -203,13 +177,14 @@ class HFProcessor(Processor):
         added = tokenizer.get_added_vocab()
         literals = {self._placeholder, image_token} | {t for t in added if t in shown}
         super().__init__(tokenizer, images, image_token, literals)
-        self._end = ""  # put behind answers where the template puts nothing
-        self._invited = "", ""  # how it starts an answer, and how it invites one, where they differ
         # The first is a blank in LLaVA's and SmolVLM's templates: ``ASSISTANT: answer``.
         self.answer_prefix, mark = self._around_answer()
         if not mark:
             self._end = mark = tokenizer.eos_token
-        self._in_order = self._keeps_order()
+        picture = {"type": "image", "shown": [self._placeholder]}
+        asked = {"role": "user", "content": [_text("before"), picture, _text("after")]}
+        before, _, after = self._render([asked]).partition(self._placeholder)
+        self._in_order = "before" in before and "after" in after
         stops = [tokenizer.eos_token_id, tokenizer.get_vocab().get(mark)]
         self.stop_token_ids = list(dict.fromkeys(i for i in stops if i is not None))
 
@@ -223,54 +198,31 @@ class HFProcessor(Processor):
         if asked.startswith(plain) and before.startswith(plain) and not before.startswith(asked):
             self._invited = before.removeprefix(plain), asked.removeprefix(plain)
             before = asked
-        problem = None
-        if not found or "question" not in asked or not before.startswith(asked):
-            problem = (
-                "the chat template does not render user and assistant text given as a list of "
-                "{type: text, text: ...}: it is not the template of a vision-language model"
-            )
-        elif not mark.strip() and self.tokenizer.eos_token is None:
-            problem = "neither chat template nor tokenizer ends an answer: no eos_token"
-        if problem:
-            raise ValueError(problem)
+        cases = {
+            "the chat template does not render user and assistant text given as a list of {type: "
+            "text, text: ...}: it is not the template of a vision-language model": (
+                not found or "question" not in asked or not before.startswith(asked)
+            ),
+            "neither chat template nor tokenizer ends an answer: no eos_token": (
+                not mark.strip() and self.tokenizer.eos_token is None
+            ),
+        }
+        refuse(cases)
         return before.removeprefix(asked), mark.strip()
 
-    def _keeps_order(self) -> bool:
-        """Whether the template leaves a picture amid a question where it is."""
-        picture = {"type": "image", "shown": [self._placeholder]}
-        asked = {"role": "user", "content": [_text("before"), picture, _text("after")]}
-        before, _, after = self._render([asked]).partition(self._placeholder)
-        return "before" in before and "after" in after
-
-    def _messages(
-        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
-    ) -> list[dict[str, Any]]:
-        """A part's ``shown`` are the texts of its pictures."""
-        messages = []
-        if system:
-            messages.append({"role": "system", "content": [_text(self.plain(system))]})
-        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
-            parts = [
-                _text(piece)
-                if isinstance(piece, str)
-                else {"type": "image", "shown": [shown[piece]]}
-                for piece in pieces
-            ]
-            front = sum(part["type"] == "image" for part in parts)
-            if parts[:front] != [part for part in parts if part["type"] == "image"]:
-                parts = parts if self._in_order else self._as_tokens(parts)
-            messages.append({"role": "user", "content": parts})
-            answer = self.plain(turn.assistant) + self._end
-            messages.append({"role": "assistant", "content": [_text(answer)]})
-        return messages
-
-    def _as_tokens(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Pictures amid the text as the token itself: this template puts all others in front."""
-        front = []
-        while parts[0]["type"] == "image":
-            front, parts = [*front, parts[0]], parts[1:]
-        text = "".join(part.get("text", self._placeholder) for part in parts)
-        return [*front, _text(text, [s for part in parts for s in part["shown"]])]
+    def _content(self, pieces: Sequence[str | int], shown: Sequence[str]) -> list[dict[str, Any]]:
+        """A part's ``shown`` are the texts of its pictures. Where the template puts all pictures in
+        front, those amid the text are written as the token itself."""
+        parts = [
+            _text(piece) if isinstance(piece, str) else {"type": "image", "shown": [shown[piece]]}
+            for piece in pieces
+        ]
+        if self._in_order:
+            return parts
+        front = list(takewhile(lambda part: part["type"] == "image", parts))
+        amid = parts[len(front) :]
+        text = "".join(part.get("text", self._placeholder) for part in amid)
+        return [*front, _text(text, [s for part in amid for s in part["shown"]])]
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
         text = super()._render(messages, generation).replace(*self._invited)
@@ -285,11 +237,10 @@ class HFProcessor(Processor):
             )
         return first + "".join(p + after for p, after in zip(shown, rest, strict=True))
 
-    def _tokenise(self, text: str, **options: Any) -> Any:
-        """With the tokenizer's start token, unless the template wrote it (transformers' rule)."""
+    def _begins(self, text: str) -> bool:
+        """Whether the template wrote the tokenizer's start token (transformers' rule)."""
         start = self.tokenizer.bos_token
-        written = start is not None and text.startswith(start)
-        return self.tokenizer(text, add_special_tokens=not written, verbose=False, **options)
+        return start is not None and text.startswith(start)
 
     # pictures ----------------------------------------------------------------------------------
 
@@ -338,10 +289,9 @@ def _text(text: str, shown: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def load_processor(
-    name: str | Path, tokenizer: str | None = None, *, tiling: bool = False, max_images: int = 1
+    folder: Path, tokenizer: str | None = None, *, tiling: bool = False, max_images: int = 1
 ) -> HFProcessor:
     """As :func:`ldistill.models.formats.load_processor`."""
-    folder = resolve(name, weights=False)
     config = AutoConfig.from_pretrained(folder)
     source = resolve(tokenizer, weights=False) if tokenizer else folder
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,20 +23,15 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 _A = re.compile(r"(.+)\.lora_A\.default\.weight")
 
 
-@dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """An addition to a weight: ``scale * b @ a``, a [rank, in], b [out, rank]."""
 
     a: Tensor
     b: Tensor
     scale: float
 
-    def added_to(self, base: Tensor) -> Tensor:
-        """float32 [out, in]."""
-        return base.float() + self.scale * (self.b.float() @ self.a.float())
 
-
-WeightUpdates = Mapping[str, "Tensor | LowRank"]
+WeightUpdates = Mapping[str, Tensor | LowRank]
 """What training made of a student: whole tensors, or additions, by parameter name."""
 
 
@@ -45,12 +40,9 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
 
     Args:
         student: after :func:`ldistill.models.parts.train_only`.
-        rank: of the adapters, at least 1.
+        rank: of the adapters; ValueError below 1, or without peft.
         alpha: scale; the adapters' output is multiplied by ``alpha / rank``. Default 2 ``rank``.
         seed: of the adapters' first values: every engine and number of ranks begins alike.
-
-    Raises:
-        ValueError: a rank below 1, or peft is not installed.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1 (0: no LoRA), got {rank}.")
@@ -69,14 +61,11 @@ def add_lora(student: Student, rank: int, alpha: float | None = None, seed: int 
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         inject_adapter_in_model(config, student.backbone)
-    student.lora_scale = alpha / rank
+    student.lora_rank, student.lora_scale = rank, alpha / rank
 
 
 def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpdates:
-    """Trained tensors, of :func:`ldistill.models.weights.gather_trained`, by the parameter names
-    that the student had without adapters."""
-    if student.lora_scale is None:
-        return dict(trained)
+    """Trained tensors, gathered, by the parameter names that the student had without adapters."""
     updates: dict[str, Tensor | LowRank] = {}
     for name, tensor in trained.items():
         if match := _A.fullmatch(name):
@@ -89,7 +78,6 @@ def weight_updates(student: Student, trained: Mapping[str, Tensor]) -> WeightUpd
 
 def updated(base: Tensor, update: Tensor | LowRank | None) -> Tensor:
     """A weight after its update, in the dtype of ``base``; ``base`` itself where there is none."""
-    if update is None:
-        return base
-    new = update.added_to(base) if isinstance(update, LowRank) else update
-    return new.to(base.dtype)
+    if isinstance(update, LowRank):
+        update = base.float() + update.scale * (update.b.float() @ update.a.float())
+    return base if update is None else update.to(base.dtype)

@@ -8,16 +8,13 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ldistill.models import nanovlm_format
 from ldistill.models.formats import format_of
 from ldistill.models.hf_vlm import lm_config
 from ldistill.models.nanovlm import decoder_config
 from ldistill.models.nanovlm_config import NanoVLMConfig
 
-_CLIP_L = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096,
-    "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-    "projection_dim": 768,
-}  # fmt: skip
+# Vision towers that are not what the family's class has without a word.
 _SIGLIP_B = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "image_size": 512, "patch_size": 16,
@@ -26,25 +23,13 @@ _SO400M = {
     "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
     "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
 }  # fmt: skip
-_SIGLIP_SO400M = {"model_type": "siglip_vision_model", **_SO400M, "vision_use_head": False}
-_INTERNVIT = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14],
+_GEMMA3_VIT = {
+    **_SO400M, "model_type": "siglip_vision_model", "image_size": 896, "vision_use_head": False,
 }  # fmt: skip
-_QWEN25_VIT = {
-    "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "patch_size": 14,
+_QWEN3_SMALL_VIT = {
+    "depth": 24, "hidden_size": 1024, "intermediate_size": 4096,
+    "deepstack_visual_indexes": [5, 11, 17],
 }  # fmt: skip
-_PIXTRAL = {
-    "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64,
-    "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 1540, "patch_size": 14,
-}  # fmt: skip
-
-
-def _qwen3_vit(out: int) -> dict[str, Any]:
-    names = ("depth", "hidden_size", "intermediate_size", "deepstack_visual_indexes")
-    sizes = (27, 1152, 4304, [8, 16, 24]) if out > 4000 else (24, 1024, 4096, [5, 11, 17])
-    rest = {"num_heads": 16, "patch_size": 16, "num_position_embeddings": 2304}
-    return dict(zip(names, sizes, strict=True)) | rest | {"out_hidden_size": out}
 
 
 def _text(
@@ -65,61 +50,57 @@ class _Pair(NamedTuple):
 
     student: str
     kind: str
-    vision: dict[str, Any]
     text: dict[str, Any]
     vocab: int
     tied: bool = False
-    rest: dict[str, Any] = {}  # noqa: RUF012 - read alone
+    more: dict[str, Any] = {}  # noqa: RUF012 - read alone
 
 
 def _smolvlm(name: str, *shape: int, base: float = 1e5) -> _Pair:
     text = _text("llama", *shape, 49280, base, 8192, rms_norm_eps=1e-5, pad_token_id=2)
     large, kind = "2.2B" in name, "smolvlm" if "VLM2" in name else "idefics3"
-    rest = {"scale_factor": 3 if large else 4, "image_token_id": 49190, "pad_token_id": 2}
-    vision = _SO400M if large else _SIGLIP_B
-    return _Pair(f"HuggingFaceTB/{name}-Instruct", kind, vision, text, 49152, True, rest)
+    more = {"scale_factor": 3 if large else 4, "image_token_id": 49190, "pad_token_id": 2}
+    more |= {"vision_config": _SO400M if large else _SIGLIP_B}
+    return _Pair(f"HuggingFaceTB/{name}-Instruct", kind, text, 49152, True, more)
 
 
 def _llava(size: str, *shape: int) -> _Pair:
     text = _text("llama", *shape, 32064, 1e4, 4096, rms_norm_eps=1e-5)
-    rest = {"image_token_id": 32000, "vision_feature_layer": -2, "image_seq_length": 576}
-    rest |= {"vision_feature_select_strategy": "default"}
-    return _Pair(f"llava-hf/llava-1.5-{size}-hf", "llava", _CLIP_L, text, 32000, rest=rest)
+    return _Pair(f"llava-hf/llava-1.5-{size}-hf", "llava", text, 32000)
 
 
 def _internvl(size: str, *shape: int, vocab: int) -> _Pair:
-    text = _text("qwen2", *shape, 151674, 1e6)
-    name = f"OpenGVLab/InternVL3-{size}-hf"
-    return _Pair(name, "internvl", _INTERNVIT, text, vocab, shape[0] < 3000)
+    text, name = _text("qwen2", *shape, 151674, 1e6), f"OpenGVLab/InternVL3-{size}-hf"
+    return _Pair(name, "internvl", text, vocab, shape[0] < 3000)
 
 
 def _qwen25(size: str, *shape: int, vocab: int, tied: bool) -> _Pair:
     rope = {"mrope_section": [16, 24, 24]}
     text = _text("qwen2_5_vl_text", *shape, vocab, 1e6, 128000, rope=rope)
-    vision = _QWEN25_VIT | {"out_hidden_size": shape[0]}
-    return _Pair(f"Qwen/Qwen2.5-VL-{size}-Instruct", "qwen2_5_vl", vision, text, vocab, tied)
+    more = {"vision_config": {"hidden_size": 1280, "out_hidden_size": shape[0]}}
+    return _Pair(f"Qwen/Qwen2.5-VL-{size}-Instruct", "qwen2_5_vl", text, vocab, tied, more)
 
 
 def _qwen3(size: str, *shape: int, tied: bool) -> _Pair:
     rope = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
     text = _text("qwen3_vl_text", *shape, 151936, 5e6, 262144, rope=rope, head_dim=128)
-    vision = _qwen3_vit(shape[0])
-    return _Pair(f"Qwen/Qwen3-VL-{size}-Instruct", "qwen3_vl", vision, text, 151936, tied)
+    vision = {"out_hidden_size": shape[0]} | (_QWEN3_SMALL_VIT if tied else {})
+    more = {"vision_config": vision}
+    return _Pair(f"Qwen/Qwen3-VL-{size}-Instruct", "qwen3_vl", text, 151936, tied, more)
 
 
 def _gemma3(size: str, *shape: int) -> _Pair:
     text = _text("gemma3_text", *shape, 262208, 1e6, 131072, head_dim=256, sliding_window=1024)
     del text["rope_parameters"]  # its two bases are the class's own
-    vision = _SIGLIP_SO400M | {"image_size": 896}
-    return _Pair(f"google/gemma-3-{size}-it", "gemma3", vision, text, 262208, True)
+    more = {"vision_config": _GEMMA3_VIT}
+    return _Pair(f"google/gemma-3-{size}-it", "gemma3", text, 262208, True, more)
 
 
 def _onevision(size: str, *shape: int, vocab: int, tied: bool) -> _Pair:
     name = f"llava-hf/llava-onevision-qwen2-{size}-ov-hf"
     text = _text("qwen2", *shape, vocab + 64, 1e6)  # two tokens, padded to a multiple of 64
-    vision = _SIGLIP_SO400M | {"num_hidden_layers": 26}
-    rest = {"image_token_id": 151646, "vision_feature_layer": -1}
-    return _Pair(name, "llava_onevision", vision, text, vocab, tied, rest)
+    more = {"image_token_id": 151646, "vision_feature_layer": -1}
+    return _Pair(name, "llava_onevision", text, vocab, tied, more)
 
 
 _MISTRAL3 = _text(
@@ -146,8 +127,7 @@ _PAIRS = {
     "llava-onevision-0.5b": _onevision("0.5b", 896, 4864, 24, 14, 2, vocab=151936, tied=True),
     "llava-onevision-7b": _onevision("7b", 3584, 18944, 28, 28, 4, vocab=152064, tied=False),
     "mistral3-24b": _Pair(
-        "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", _PIXTRAL, _MISTRAL3, 131072,
-        rest={"image_token_id": 10, "spatial_merge_size": 2, "vision_feature_layer": -1},
+        "mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistral3", _MISTRAL3, 131072,
     ),
 }  # fmt: skip
 
@@ -165,13 +145,8 @@ def student_config(name: str) -> NanoVLMConfig | PretrainedConfig:
     pair = _PAIRS[name]
     # The head's tie is the student's: SmolVLM has two matrices where its LM has one.
     tied = pair.tied and pair.kind not in ("idefics3", "smolvlm", "internvl")
-    return AutoConfig.for_model(
-        pair.kind,
-        vision_config=dict(pair.vision),
-        text_config=dict(pair.text),
-        tie_word_embeddings=tied,
-        **pair.rest,
-    )
+    values = copy.deepcopy({"text_config": pair.text, **pair.more})  # a configuration changes them
+    return AutoConfig.for_model(pair.kind, tie_word_embeddings=tied, **values)
 
 
 def _pair_of(config: PretrainedConfig) -> _Pair | None:
@@ -192,7 +167,7 @@ def base_vocabulary(config: NanoVLMConfig | PretrainedConfig) -> int:
 
 def folder_config(folder: Path) -> NanoVLMConfig | PretrainedConfig:
     """Configuration of a student's folder. Raises ValueError for a family that is not known."""
-    nano = format_of(folder).name == "nanoVLM"
+    nano = format_of(folder) is nanovlm_format
     return NanoVLMConfig.load(folder) if nano else AutoConfig.from_pretrained(folder)
 
 

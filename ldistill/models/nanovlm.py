@@ -1,12 +1,13 @@
 """nanoVLM student: SigLIP vision tower → pixel shuffle and one Linear → Llama decoder.
 
 Built from transformers' own SigLIP and Llama modules, so that attention interfaces, generation and
-gradient checkpointing come for free. `nanovlm_format` reads and writes the nanoVLM checkpoint.
+gradient checkpointing come for free.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -39,7 +40,7 @@ class Projector(nn.Module):
 
 
 class NanoVLM(Student):
-    """nanoVLM out of transformers' modules; everything it can do is :class:`Student`'s."""
+    """As :class:`Student` says."""
 
     def __init__(self, config: NanoVLMConfig) -> None:
         super().__init__()
@@ -72,17 +73,15 @@ class NanoVLM(Student):
     def embed(self, input_ids: Tensor, pictures: Pictures | None = None) -> Tensor:
         """Token embeddings [batch, seq, hidden], those of pictures in their places, in order."""
         embeds = self.backbone.get_input_embeddings()(input_ids)
-        if not pictures:
-            return embeds + self._unused_image(embeds) if self.training else embeds
+        if not pictures and not self.training:
+            return embeds
+        if not pictures:  # add 0, by way of vision tower and projector
+            blank = embeds.new_ones(1, 3, self.config.vit_img_size, self.config.vit_img_size)
+            seen = self.project(blank) * 0  # first: a sum of 16-bit floats may overflow
+            return embeds + seen.sum().to(embeds.dtype)
         image = self.project(pictures["pixel_values"]).to(embeds.dtype)
         mask = (input_ids == self.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, image)
-
-    def _unused_image(self, like: Tensor) -> Tensor:
-        """0, by way of vision tower and projector."""
-        size = self.config.vit_img_size
-        blank = torch.ones(1, 3, size, size, dtype=like.dtype, device=like.device)
-        return (self.project(blank) * 0).sum().to(like.dtype)  # a sum of 16-bit floats may overflow
 
     def forward(
         self,
@@ -104,20 +103,11 @@ class NanoVLM(Student):
         )
         return output.last_hidden_state
 
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pictures: Pictures | None = None,
-        attention_mask: Tensor | None = None,
-        **options,
+    def _generate(
+        self, input_ids: Tensor, pictures: Pictures | None, mask: Tensor, options: dict[str, Any]
     ) -> Tensor:
-        embeds = self.embed(input_ids, pictures)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        return self.decoder.generate(
-            inputs_embeds=embeds, attention_mask=attention_mask, use_cache=True, **options
-        )
+        given = {"inputs_embeds": self.embed(input_ids, pictures), "attention_mask": mask}
+        return self.decoder.generate(**given, use_cache=True, **options)
 
     def causal_lm(self) -> LlamaForCausalLM:
         return self.decoder

@@ -1,4 +1,4 @@
-"""nanoVLM's ``config.json``: every key, in its order, written back as it was read."""
+"""nanoVLM's ``config.json``: every key, in its order."""
 
 from __future__ import annotations
 
@@ -68,7 +68,6 @@ class NanoVLMConfig:
     hf_repo_name: str = "nanoVLM"
 
     def __post_init__(self) -> None:
-        self._as_read: str | None = None
         side = self.vit_img_size // self.vit_patch_size // self.mp_pixel_shuffle_factor
         problems = []
         if side * side != self.mp_image_token_length:
@@ -95,16 +94,12 @@ class NanoVLMConfig:
     @classmethod
     def load(cls, folder: Path) -> NanoVLMConfig:
         """Read ``config.json`` of a checkpoint folder; ValueError for values that cannot be."""
-        path = folder / "config.json"
-        text = path.read_text(encoding="utf-8")
-        values: dict[str, Any] = json.loads(text)
-        known = {f.name for f in fields(cls)}
+        path, known = folder / "config.json", {f.name for f in fields(cls)}
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if unknown := sorted(set(values) - known):
             logger.warning("%s: keys kept but not understood: %s", path, ", ".join(unknown))
-        config = cls(**{k: v for k, v in values.items() if k in known})
-        config._as_read = text
-        return config
+        return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_json(self) -> str:
-        """The file's own text when it was read from one, else nanoVLM's own writing."""
-        return json.dumps(asdict(self), indent=4) if self._as_read is None else self._as_read
+        """As nanoVLM writes it."""
+        return json.dumps(asdict(self), indent=4)

@@ -1,15 +1,14 @@
-"""The nanoVLM checkpoint: two-way key map, strict loading, exact writing; and its inputs.
+"""The nanoVLM checkpoint, ``config.json`` and ``model.safetensors``, and its inputs.
 
-A folder with ``config.json`` and ``model.safetensors``, nothing else. The map is one-to-one except
-that q, k and v of the vision tower are stacked on disk, and that a tied embedding is left out. Its
-pictures are square tiles in [0, 1], with tokens that say which tile is where.
+Keys are one-to-one except that q, k and v of the vision tower are stacked on disk, and that a tied
+embedding is left out. Pictures are square tiles in [0, 1], with tokens that say which is where.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,103 +23,88 @@ from ldistill.common.documents import Pictures, Size
 from ldistill.common.errors import refuse
 from ldistill.common.images import ImageSettings, cut_tiles
 from ldistill.common.locate import resolve
-from ldistill.common.samples import Turn
-from ldistill.models.lora import LowRank, updated
+from ldistill.models.lora import WeightUpdates, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.processor import Processor, check_token
-from ldistill.models.weights import open_weights, refuse_misfit
+from ldistill.models.weights import open_weights, refuse_misfit, write_tensors
 
+NAME, COPIED = "nanoVLM", "config.json"
 INV_FREQ = "decoder.rotary_embd.inv_freq"
 EMBEDDING = "decoder.token_embedding.weight"
 HEAD = "decoder.head.weight"
-
-# Prefixes of keys, ours → nanoVLM's.
-_PREFIXES = {
+_NAMES = {  # parts of keys, ours → nanoVLM's, replaced in this order
+    "vision.embeddings.position_embedding.weight": (
+        "vision_encoder.patch_embedding.position_embedding"
+    ),
     "vision.embeddings.patch_embedding": "vision_encoder.patch_embedding.conv",
+    "vision.encoder.layers": "vision_encoder.blocks",
     "vision.post_layernorm": "vision_encoder.layer_norm",
+    ".layer_norm1": ".ln1",
+    ".layer_norm2": ".ln2",
     "decoder.model.embed_tokens": "decoder.token_embedding",
-    "decoder.lm_head": "decoder.head",
+    "decoder.model.layers": "decoder.blocks",
     "decoder.model.norm": "decoder.norm",
-    "projector.proj": "MP.proj",
-}
-# The same within a layer, and where the layers lie.
-_LAYERS = {
-    "vision.encoder.layers": (
-        "vision_encoder.blocks",
-        {"layer_norm1": "ln1", "layer_norm2": "ln2", "self_attn.out_proj": "attn.out_proj"},
-    ),
-    "decoder.model.layers": (
-        "decoder.blocks",
-        {"self_attn.o_proj": "attn.out_proj", "self_attn": "attn", "input_layernorm": "norm1"}
-        | {"post_attention_layernorm": "norm2"},
-    ),
+    "decoder.lm_head": "decoder.head",
+    "input_layernorm": "norm1",
+    "post_attention_layernorm": "norm2",
+    "self_attn.o_proj": "attn.out_proj",
+    "self_attn": "attn",
+    "projector": "MP",
 }
 
 
-def to_disk_key(key: str) -> str:
-    """nanoVLM's name of one of our parameters (q, k, v of the vision tower keep their own name)."""
-    if key == "vision.embeddings.position_embedding.weight":
-        return "vision_encoder.patch_embedding.position_embedding"
-    for ours, (disk, inner) in _LAYERS.items():
-        if key.startswith(ours + "."):
-            layer, rest = key.removeprefix(ours + ".").split(".", 1)
-            return f"{disk}.{layer}.{_renamed(rest, inner) or rest}"
-    return _renamed(key, _PREFIXES)
+def reads(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is nanoVLM's."""
+    return "vit_hidden_dim" in config
 
 
-def _renamed(key: str, prefixes: Mapping[str, str]) -> str | None:
-    found = (ours for ours in prefixes if key.startswith(ours + "."))
-    return next((prefixes[ours] + key.removeprefix(ours) for ours in found), None)
-
-
-def to_disk(state: dict[str, Tensor], inv_freq: Tensor, tied: bool) -> dict[str, Tensor]:
-    """Our state dict as nanoVLM's tensors."""
-    disk: dict[str, Tensor] = {}
-    for key, tensor in state.items():
-        name = to_disk_key(key)
-        if name.endswith("position_embedding"):
-            tensor = tensor.unsqueeze(0)
-        disk[name] = tensor
-    for name in [n for n in disk if ".self_attn.q_proj." in n]:
-        parts = [disk.pop(name.replace("q_proj", f"{p}_proj")) for p in "qkv"]
-        disk[name.replace("self_attn.q_proj", "attn.qkv_proj")] = torch.cat(parts)
-    disk[INV_FREQ] = inv_freq
-    if tied:
-        disk.pop(EMBEDDING, None)
-    return disk
-
-
-def from_disk(disk: dict[str, Tensor], keys: list[str]) -> dict[str, Tensor]:
-    """nanoVLM's tensors under our ``keys``; q, k, v unstacked, a left-out embedding restored."""
-    state: dict[str, Tensor] = {}
+def disk_names(keys: Iterable[str]) -> dict[str, list[str]]:
+    """nanoVLM's name of each tensor on disk, and the keys of ours that it holds, in order."""
+    names: dict[str, list[str]] = {}
     for key in keys:
-        name = to_disk_key(key)
-        if match := re.search(r"\.self_attn\.([qkv])_proj\.", name):
-            stacked = disk[name.replace(match[0], ".attn.qkv_proj.")]
-            state[key] = stacked.chunk(3)["qkv".index(match[1])]
-        elif name == EMBEDDING and EMBEDDING not in disk:
-            state[key] = disk[HEAD]
-        else:
-            tensor = disk[name]
-            state[key] = tensor.squeeze(0) if name.endswith("position_embedding") else tensor
-    return state
+        name, parts = key, [key]
+        for ours, theirs in _NAMES.items():
+            name = name.replace(ours, theirs)
+        if key.startswith("vision.") and (found := re.search(r"\.[qkv]_proj\.", key)):
+            name = name.replace(found[0], ".qkv_proj.")
+            parts = [key.replace(found[0], f".{part}_proj.") for part in "qkv"]
+        names[name] = parts
+    return names
 
 
-def load_nanovlm(
-    name: str | Path, *, partition: bool = False, dtype: torch.dtype = torch.float32
-) -> NanoVLM:
+def to_disk(model: NanoVLM) -> dict[str, Tensor]:
+    """A model's tensors as nanoVLM stores them."""
+    state = model.state_dict()
+    disk = {name: torch.cat([state[k] for k in keys]) for name, keys in disk_names(state).items()}
+    disk |= {n: t.unsqueeze(0) for n, t in disk.items() if n.endswith("position_embedding")}
+    if model.config.lm_tie_weights:
+        del disk[EMBEDDING]
+    return disk | {INV_FREQ: model.decoder.model.rotary_emb.inv_freq}
+
+
+def load_student(folder: Path, *, partition: bool, dtype: torch.dtype) -> NanoVLM:
     """As :func:`ldistill.models.formats.load_student`; ``partition`` is without effect: every rank
     loads it whole, as it is small, and DeepSpeed partitions it afterwards."""
-    folder = resolve(name)
-    config = NanoVLMConfig.load(folder)
-    model = NanoVLM(config)
-    disk = _read_tensors(folder / "model.safetensors")
-    state = model.state_dict()
-    expected = to_disk(state, model.decoder.model.rotary_emb.inv_freq, config.lm_tie_weights)
-    _check_tensors(folder, disk, expected)
-    model.load_state_dict(from_disk(disk, list(state)), strict=True)
-    rotary = model.decoder.model.rotary_emb
+    model = NanoVLM(NanoVLMConfig.load(folder))
+    with open_weights(folder / "model.safetensors") as file:
+        disk = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    expected = to_disk(model)
+    problems = [f"missing {name}" for name in sorted(expected.keys() - disk.keys())]
+    problems += [f"unknown {n}" for n in sorted(disk.keys() - expected.keys() - {EMBEDDING})]
+    problems += [
+        f"shape of {name}: {list(disk[name].shape)} in the file, "
+        f"{list(expected[name].shape)} by the configuration"
+        for name in sorted(expected.keys() & disk.keys())
+        if disk[name].shape != expected[name].shape
+    ]
+    refuse_misfit(folder, problems)
+    disk.setdefault(EMBEDDING, disk[HEAD])
+    state, rotary = model.state_dict(), model.decoder.model.rotary_emb
+    for name, keys in disk_names(state).items():
+        for key, part in zip(keys, disk[name].chunk(len(keys)), strict=True):
+            state[key] = part.view_as(state[key])
+    model.load_state_dict(state)
     rotary.inv_freq = disk[INV_FREQ].float()
     rotary.original_inv_freq = rotary.inv_freq.clone()
     return model.to(dtype)
@@ -129,52 +112,26 @@ def load_nanovlm(
 
 def save_nanovlm(model: NanoVLM, folder: Path) -> None:
     """Write a model as a nanoVLM checkpoint folder, in the dtypes it has."""
-    tied = model.config.lm_tie_weights
-    disk = to_disk(model.state_dict(), model.decoder.model.rotary_emb.inv_freq, tied)
-    _write(disk, model.config, {EMBEDDING: HEAD} if tied else None, folder)
-
-
-def export_like(base: Path, updates: Mapping[str, Tensor | LowRank], folder: Path) -> None:
-    """As :func:`ldistill.models.formats.export_like`."""
-    config = NanoVLMConfig.load(base)
-    path = base / "model.safetensors"
-    old = _read_tensors(path)
-    with torch.device("meta"):
-        keys = list(NanoVLM(config).state_dict())
-    state = {key: updated(t, updates.get(key)) for key, t in from_disk(old, keys).items()}
-    new = to_disk(state, old[INV_FREQ], EMBEDDING not in old)
-    disk = {name: new[name].to(tensor.dtype) for name, tensor in old.items()}
-    with open_weights(path) as file:
-        metadata = file.metadata()  # nanoVLM records the tied pair there
-    _write(disk, config, metadata, folder)
-
-
-def _write(
-    disk: dict[str, Tensor], config: NanoVLMConfig, metadata: dict[str, str] | None, folder: Path
-) -> None:
-    # safetensors refuses tensors that share storage, and views of a stacked q, k, v do.
-    disk = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in disk.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(disk, folder / "model.safetensors", metadata=metadata or None)
-    (folder / "config.json").write_text(config.to_json(), encoding="utf-8")
+    tied = {EMBEDDING: HEAD} if model.config.lm_tie_weights else None
+    write_tensors(folder / "model.safetensors", to_disk(model), tied)
+    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with open_weights(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+class Revision:
+    """What training made of each tensor of a folder, see `formats.export_like`."""
 
+    def __init__(self, base: Path, updates: WeightUpdates) -> None:
+        self._updates = updates
+        with torch.device("meta"):
+            self._names = disk_names(NanoVLM(NanoVLMConfig.load(base)).state_dict())
 
-def _check_tensors(folder: Path, disk: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    disk = {n: t for n, t in disk.items() if n in expected or n != EMBEDDING}
-    problems = [f"missing {n}" for n in sorted(set(expected) - set(disk))]
-    problems += [f"unknown {n}" for n in sorted(set(disk) - set(expected))]
-    problems += [
-        f"shape of {name}: {list(disk[name].shape)} in the file, "
-        f"{list(expected[name].shape)} by the configuration"
-        for name in sorted(set(expected) & set(disk))
-        if disk[name].shape != expected[name].shape
-    ]
-    refuse_misfit(folder, problems)
+    def __call__(self, name: str, tensor: Tensor) -> Tensor:
+        keys = self._names.get(name)
+        if keys is None:  # rotary frequencies
+            return tensor
+        parts = zip(keys, tensor.chunk(len(keys)), strict=True)
+        return torch.cat([updated(part, self._updates.get(k)).view_as(part) for k, part in parts])
 
 
 # ---- inputs ----
@@ -197,10 +154,6 @@ class ImageTokens:
         tiles = [self.tile.format(row=row, col=col) for row in places for col in places]
         return [self.image, *([self.whole] if self.whole else []), *tiles]
 
-    def needed(self, tiling: bool) -> list[str]:
-        """Those the tokenizer must have."""
-        return self.all() if tiling else self.all()[: 1 + bool(self.whole)]
-
     def picture(self, grid: Grid, per_tile: int) -> str:
         """The text of one picture: its whole view, then its tiles row by row."""
         patches, places = self.image * per_tile, list(np.ndindex(grid))
@@ -210,11 +163,8 @@ class ImageTokens:
 
 
 class NanoVLMProcessor(Processor):
-    """Tokenizer, chat template and image settings of a nanoVLM.
-
-    Raises:
-        ValueError: as :class:`Processor`, or the tokenizer lacks image tokens.
-    """
+    """Tokenizer, chat template and image settings of a nanoVLM. Raises ValueError as
+    :class:`Processor` does, or where the tokenizer lacks image tokens."""
 
     def __init__(
         self,
@@ -223,18 +173,14 @@ class NanoVLMProcessor(Processor):
         tokens: ImageTokens | None = None,
     ) -> None:
         images, self.tokens = images or ImageSettings(), tokens or ImageTokens()
-        vocabulary = tokenizer.get_vocab()
-        literals = [token for token in self.tokens.all() if token in vocabulary]
-        super().__init__(tokenizer, images, self.tokens.image, literals)
-        self._check_tokens(vocabulary)
-
-    def _check_tokens(self, vocabulary: Mapping[str, int]) -> None:
-        grid, most = self.images.max_side // self.images.tile_size, self.tokens.max_grid
-        needed = self.tokens.needed(self.images.tiling)
-        missing = [token for token in needed if token not in vocabulary]
+        vocabulary = tokenizer.get_vocab().keys()
+        super().__init__(tokenizer, images, self.tokens.image, vocabulary & set(self.tokens.all()))
+        grid, most = images.max_side // images.tile_size, self.tokens.max_grid
+        needed = None if images.tiling else 1 + bool(self.tokens.whole)
+        missing = [token for token in self.tokens.all()[:needed] if token not in vocabulary]
         cases = {
-            f"max_side {self.images.max_side} gives up to {grid} x {grid} tiles, but tile tokens "
-            f"exist for {most} x {most}: lower max_side": self.images.tiling and grid > most,
+            f"max_side {images.max_side} gives up to {grid} x {grid} tiles, but tile tokens "
+            f"exist for {most} x {most}: lower max_side": images.tiling and grid > most,
             f"the tokenizer lacks the image tokens {missing[:4]} ({len(missing)} in all): add "
             "them with extra_special_tokens": missing,
         }
@@ -248,15 +194,8 @@ class NanoVLMProcessor(Processor):
             return texts
         return [f"<image: {number}>{text}" for number, text in enumerate(texts)]
 
-    def _messages(
-        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
-    ) -> list[dict[str, Any]]:
-        messages = [{"role": "system", "content": self.plain(system)}] if system else []
-        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
-            asked = "".join(piece if isinstance(piece, str) else shown[piece] for piece in pieces)
-            messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": self.plain(turn.assistant)})
-        return messages
+    def _content(self, pieces: Sequence[str | int], shown: Sequence[str]) -> str:
+        return "".join(piece if isinstance(piece, str) else shown[piece] for piece in pieces)
 
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """``pixel_values``: float32 [tiles, 3, S, S] in [0, 1]."""
@@ -269,15 +208,16 @@ class NanoVLMProcessor(Processor):
         return {"image tokens": asdict(self.tokens), "image settings": images}
 
 
-def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -> NanoVLMProcessor:
+def load_processor(folder: Path, tokenizer: str | None, **settings: Any) -> NanoVLMProcessor:
     """As :func:`ldistill.models.formats.load_processor`; the tokenizer is the configuration's
     ``lm_tokenizer`` unless another is given, ``settings`` are fields of :class:`ImageSettings`."""
-    config = NanoVLMConfig.load(resolve(name, weights=False))
+    config = NanoVLMConfig.load(folder)
     source = resolve(tokenizer or config.lm_tokenizer, weights=False)
-    tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(config.vlm_extra_tokens))
+    extra = config.vlm_extra_tokens
+    tok = AutoTokenizer.from_pretrained(source, extra_special_tokens=dict(extra))
     tok.chat_template = config.lm_chat_template
     tok.pad_token = tok.eos_token
-    for offset, token in enumerate(config.vlm_extra_tokens.values()):
+    for offset, token in enumerate(extra.values()):
         check_token(tok, token, config.lm_base_vocab_size + offset, source)
     values = {
         "tile_size": config.vit_img_size,
@@ -287,13 +227,7 @@ def load_processor(name: str | Path, tokenizer: str | None = None, **settings) -
         "tiling": False,  # the paper's untiled single image
         "max_images": 1,
     }
-    return NanoVLMProcessor(tok, ImageSettings(**(values | settings)), _image_tokens(config))
-
-
-def _image_tokens(config: NanoVLMConfig) -> ImageTokens:
-    """Early checkpoints (nanoVLM-222M) have 17 tokens: tiles of 4 × 4, none for the whole view."""
-    tokens = config.vlm_extra_tokens
-    places = sum(token.startswith("<row_") for token in tokens.values())
-    return ImageTokens(
-        tokens["image_token"], tokens.get("global_image_token"), max_grid=math.isqrt(places)
-    )
+    # Early checkpoints (nanoVLM-222M) have tiles of 4 × 4, and no token for the whole view.
+    most = math.isqrt(sum(token.startswith("<row_") for token in extra.values()))
+    tokens = ImageTokens(extra["image_token"], extra.get("global_image_token"), max_grid=most)
+    return NanoVLMProcessor(tok, ImageSettings(**(values | settings)), tokens)

@@ -1,7 +1,4 @@
-"""A student and the LM it was built on: load both, check that they fit, say what does not.
-
-What does not fit is told from configurations and tokenizers, before any weight is on a GPU.
-"""
+"""A student and the LM it was built on: load both, and say what of them does not fit."""
 
 from __future__ import annotations
 
@@ -17,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ldistill.common.errors import refuse
 from ldistill.common.locate import resolve
 from ldistill.models.fit import borrow_rope, check_pair
-from ldistill.models.formats import export_like, format_of
+from ldistill.models.formats import export_like, load_processor, load_student
 from ldistill.models.lora import weight_updates
 from ldistill.models.processor import Processor
 from ldistill.models.student import Student
@@ -41,8 +39,8 @@ class Pair:
     teacher_folder: Path | None
 
     def export(self, trained: Mapping[str, Tensor], folder: Path) -> None:
-        """Write the student with trained parameters in it, in the format it came in: whole tensors,
-        of :func:`ldistill.models.weights.gather_trained`."""
+        """Write the student, in the format it came in, with trained parameters in it: those of
+        :func:`ldistill.models.weights.gather_trained`."""
         export_like(self.student_folder, weight_updates(self.student, trained), folder)
 
 
@@ -77,11 +75,10 @@ def load_pair(
             is named), or a checkpoint with missing or unknown keys.
     """
     student_folder = resolve(student)
-    format_ = format_of(student_folder)
     teacher_folder = resolve(teacher) if teacher is not None else None
     config = _lm_config(teacher_folder) if teacher_folder else None
-    processor = format_.load_processor(student_folder, tokenizer, **image_settings)
-    model = format_.load(student_folder, partition=partition, dtype=dtype)
+    processor = load_processor(student_folder, tokenizer, **image_settings)
+    model = load_student(student_folder, partition=partition, dtype=dtype)
     if teacher_folder is None:
         return Pair(model, processor, None, student_folder, None)
     decoder = model.backbone.config
@@ -104,37 +101,29 @@ def load_pair(
 def _lm_config(folder: Path) -> PretrainedConfig:
     found = (folder / "config.json").is_file()
     values = PretrainedConfig.get_config_dict(folder)[0] if found else {}
-    kind, problem = values.get("model_type"), None
-    if not found:
-        problem = "holds no config.json"
-    elif "vision_config" in values:
-        problem = f"is a {kind!r} model, which sees"
-    elif not kind:
-        problem = "has no model_type in its config.json"
-    if problem:
-        raise ValueError(
-            f"teacher {str(folder)!r} {problem}: the teacher is the language model the student was "
-            "built on, in transformers' format (are --student and --teacher swapped?)."
-        )
+    kind = values.get("model_type")
+    problems = {
+        "holds no config.json": not found,
+        f"is a {kind!r} model, which sees": "vision_config" in values,
+        "has no model_type in its config.json": not kind,
+    }
+    advice = "the teacher is the language model the student was built on, in transformers' format"
+    begin, end = f"teacher {str(folder)!r} ", f": {advice} (are --student and --teacher swapped?)."
+    refuse({f"{begin}{problem}{end}": holds for problem, holds in problems.items()})
     return AutoConfig.from_pretrained(folder)
 
 
 def check_tokenizers(tokenizer: Tokenizer, teacher_folder: Path, teacher_vocab: int) -> None:
-    """Refuse a teacher whose tokenizer gives other meanings to the ids it shares, those below
-    ``teacher_vocab``.
+    """Refuse a teacher whose tokenizer gives other meanings to the ids below ``teacher_vocab``.
 
     Special tokens may have other names (a chat model renames what its base reserved); ordinary
     ones must agree, id by id. A teacher folder without tokenizer files cannot be checked: a
-    warning says so.
-
-    Raises:
-        ValueError: with the number of ids that differ and the first of them.
+    warning says so. Raises ValueError with the number of ids that differ and the first of them.
     """
     if not any((teacher_folder / name).is_file() for name in _TOKENIZER_FILES):
         logger.warning("%s holds no tokenizer: not compared with the student's.", teacher_folder)
         return
-    mine, special = _ordinary(tokenizer)
-    other, theirs = _teacher_tokens(teacher_folder)
+    (mine, special), (other, theirs) = _tokens(tokenizer), _teacher_tokens(teacher_folder)
     special |= theirs
     shared = [i for i in range(teacher_vocab) if (i in mine or i in other) and i not in special]
     differing = [i for i in shared if mine.get(i) != other.get(i)]
@@ -149,14 +138,14 @@ def check_tokenizers(tokenizer: Tokenizer, teacher_folder: Path, teacher_vocab: 
         )
 
 
-def _ordinary(tokenizer: Tokenizer) -> tuple[dict[int, str], set[int]]:
+def _tokens(tokenizer: Tokenizer) -> tuple[dict[int, str], set[int]]:
     """Tokens by id, and the ids of special and added ones."""
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return {index: token for token, index in tokenizer.get_vocab().items()}, special
 
 
 def _teacher_tokens(folder: Path) -> tuple[dict[int, str], set[int]]:
-    """As :func:`_ordinary`; a SentencePiece file alone (Vicuna's) is read as it is.
+    """As :func:`_tokens`; a SentencePiece file alone (Vicuna's) is read as it is.
 
     transformers would convert it, for which sentencepiece's protobuf classes must fit the installed
     protobuf: they often do not.
@@ -164,7 +153,7 @@ def _teacher_tokens(folder: Path) -> tuple[dict[int, str], set[int]]:
     file = folder / "tokenizer.model"
     try:
         if not file.is_file() or (folder / "tokenizer.json").is_file():
-            return _ordinary(AutoTokenizer.from_pretrained(folder))
+            return _tokens(AutoTokenizer.from_pretrained(folder))
         model = SentencePieceProcessor(model_file=str(file))
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise ValueError(

@@ -30,11 +30,7 @@ def parse_train(text: str) -> set[str]:
 
 
 def train_only(student: Student, text: str = DEFAULT_TRAIN) -> None:
-    """Freeze all of a student but these parts.
-
-    Args:
-        student: of any family, before an optimizer or an engine knows it.
-        text: what trains, as ``--train`` says it.
+    """Freeze all of a student but these parts, before an optimizer or an engine knows it.
 
     Raises:
         ValueError: an unknown part, or one of which this decoder has nothing.

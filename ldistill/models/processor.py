@@ -2,11 +2,8 @@
 
 The chat template alone decides where an answer starts and ends: it is rendered turn by turn, the
 whole text is tokenised once, and character offsets carry the borders over to tokens. So the ids
-are those of the tokenizer's own `apply_chat_template`, and any template whose rendering of a
-conversation extends that of its beginning works, not only the one of SmolLM2.
-
-    processor = load_processor(student)
-    document = processor.encode(sample.turns, [image.size for image in images])
+are those of the tokenizer's own `apply_chat_template`, and any template works whose rendering of a
+conversation extends that of its beginning.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,33 +50,30 @@ class Processor(ABC):
 
     answer_prefix = ""
     """What the template writes between the generation prompt and an answer."""
+    _end = ""  # put behind answers where the template puts nothing
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         images: Any,
         image_token: str,
-        literals: Collection[str],
+        literals: Set[str],
     ) -> None:
+        slow, template = not getattr(tokenizer, "is_fast", False), tokenizer.chat_template
         cases = {
-            "the tokenizer must be a fast one: labels need character offsets": (
-                not getattr(tokenizer, "is_fast", False)
-            ),
-            "the tokenizer has no chat template: set tokenizer.chat_template": (
-                not tokenizer.chat_template
-            ),
+            "the tokenizer must be a fast one: labels need character offsets": slow,
+            "the tokenizer has no chat template: set tokenizer.chat_template": not template,
         }
         refuse(cases)
         self.tokenizer, self.images = tokenizer, images
-        self.image_token, self.literals = image_token, frozenset(literals)
+        self.image_token, self.literals = image_token, literals
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = pad if pad is not None else (tokenizer.eos_token_id or 0)
         self.stop_token_ids: list[int] = [tokenizer.eos_token_id]  # at which an answer ends
         self._literal = _any_of(self.literals)
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-        template = str(tokenizer.chat_template)
-        self._control = [t.content for t in added if t.special or t.content in template]
+        self._control = [t.content for t in added if t.special or t.content in str(template)]
         self._control_text = _any_of(self._control)
 
     # what a family has to say ------------------------------------------------------------------
@@ -93,10 +87,8 @@ class Processor(ABC):
         """Tensors of a document's RGB pictures, in order; {} of none. Raises BadImage."""
 
     @abstractmethod
-    def _messages(
-        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
-    ) -> list[dict[str, Any]]:
-        """Messages for the chat template; `shown` is the text of each picture."""
+    def _content(self, pieces: Sequence[str | int], shown: Sequence[str]) -> Any:
+        """A message's content: texts, and numbers of pictures, the text of each in `shown`."""
 
     def rotary(self, input_ids: np.ndarray, pictures: Pictures) -> Tensor | None:
         """Rotary positions int64 [axes, n] where the student has several axes; None: they count."""
@@ -117,6 +109,17 @@ class Processor(ABC):
         """
         text = self.clean(text)
         return self._control_text.sub(lambda m: chr(STAND_IN + self._control.index(m[0])), text)
+
+    def _messages(
+        self, turns: Sequence[Turn], shown: Sequence[str], system: str = ""
+    ) -> list[dict[str, Any]]:
+        """Messages for the chat template; `shown` is the text of each picture."""
+        said: list[tuple[str, list[str | int]]] = []
+        if system:
+            said.append(("system", [self.plain(system)]))
+        for turn, pieces in zip(turns, self._pieces(turns, len(shown)), strict=True):
+            said += [("user", pieces), ("assistant", [self.plain(turn.assistant) + self._end])]
+        return [{"role": role, "content": self._content(what, shown)} for role, what in said]
 
     def _pieces(self, turns: Sequence[Turn], pictures: int) -> list[list[str | int]]:
         """Each question as text and the numbers of pictures, in order; text is always last."""
@@ -140,36 +143,32 @@ class Processor(ABC):
             return False
 
     def _render(self, messages: list[dict[str, Any]], generation: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
+        how = {"tokenize": False, "add_generation_prompt": generation}
+        return self.tokenizer.apply_chat_template(messages, **how)
 
-    def _tokenise(self, text: str, **options: Any) -> Any:
-        """Ids of rendered text: its template has written every special token it needs."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
+    def _begins(self, text: str) -> bool:
+        """Whether rendered text has every special token that it needs at its start."""
+        return True
 
     def _coded(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32 [n]) of rendered text, and where in it each token ends (int64 [n])."""
-        coded = self._tokenise(text, return_offsets_mapping=True)
+        how = {"add_special_tokens": not self._begins(text), "return_offsets_mapping": True}
+        coded = self.tokenizer(text, verbose=False, **how)
         ids, spans = coded["input_ids"], coded["offset_mapping"]
         if STAND_INS.search(text):
-            ids, spans = self._as_words(text, ids, spans)
+            ids, spans = zip(*self._as_words(text, ids, spans), strict=True)
         ends = np.asarray(spans, dtype=np.int64).reshape(-1, 2)[:, 1]
         return np.asarray(ids, dtype=np.int32), ends
 
-    def _as_words(
-        self, text: str, ids: list[int], spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokens of the words behind each stand-in, for the tokens of the stand-in itself."""
-        made, places, done = [], [], 0
+    def _as_words(self, text: str, ids: list[int], spans: list[tuple[int, int]]) -> Iterator[Any]:
+        """Each id and span, for the tokens of a stand-in those of the words behind it."""
+        done = 0
         for token, (start, end) in zip(ids, spans, strict=True):
             words = [token]
             if STAND_INS.search(text, start, end):
                 words = self._words(text[start:end]) if end > done else []
                 done = end
-            made += words
-            places += [(start, end)] * len(words)
-        return made, places
+            yield from ((word, (start, end)) for word in words)
 
     def _words(self, text: str) -> list[int]:
         """Ids of text with stand-ins, as the tokenizer gives to plain words in a line."""
@@ -188,8 +187,7 @@ class Processor(ABC):
     def _answer_spans(self, messages: list[dict[str, Any]], text: str) -> list[tuple[int, int]]:
         """Character spans [start, end) of the answers with the end mark the template gives them."""
         spans = []
-        answers = (n for n, message in enumerate(messages) if message["role"] == "assistant")
-        for answer in answers:
+        for answer in [n for n, m in enumerate(messages) if m["role"] == "assistant"]:
             before = self._render(messages[:answer], generation=True)
             last = answer + 1 == len(messages)  # rendered already, which is most of the work
             after = text if last else self._render(messages[: answer + 1])
@@ -238,9 +236,7 @@ class Processor(ABC):
         messages = self._messages([*turns_so_far, Turn(question, "")], shown)[:-1]
         return self._coded(self._render(messages, generation=True))[0]
 
-    def load_image(self, data: bytes) -> Image.Image:
-        """Decode to RGB; raises BadImage for a broken picture or a decompression bomb."""
-        return open_image(data)
+    load_image = staticmethod(open_image)
 
     # identity --------------------------------------------------------------------------------
 
@@ -250,11 +246,8 @@ class Processor(ABC):
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         # Callers switch padding and truncation: no ids change.
         vocabulary = {k: v for k, v in backend.items() if k not in ("padding", "truncation")}
-        return {
-            "tokenizer": _sha(vocabulary),
-            "chat template": _sha(self.tokenizer.chat_template),
-            **{name: _sha(value) for name, value in self._picture_parts().items()},
-        }
+        parts = {"tokenizer": vocabulary, "chat template": self.tokenizer.chat_template}
+        return {name: _sha(value) for name, value in (parts | self._picture_parts()).items()}
 
     @abstractmethod
     def _picture_parts(self) -> dict[str, object]:
@@ -266,8 +259,7 @@ class Processor(ABC):
 
 
 def check_token(tokenizer: PreTrainedTokenizerBase, token: str, want: int, source: Path) -> None:
-    """Refuse a tokenizer that gives one of a student's image tokens another id than it expects:
-    ValueError, with both."""
+    """Refuse a tokenizer that gives one of a student's image tokens another id: ValueError."""
     if (got := tokenizer.convert_tokens_to_ids(token)) != want:
         raise ValueError(
             f"tokenizer {str(source)!r} gives {token} id {got}, the student expects {want}: it is "

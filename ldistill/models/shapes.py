@@ -11,13 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from ldistill.models.flops import (
-    StepCounts,
-    decoder_layer_weights,
-    head_dim,
-    step_flops,
-    vision_flops,
-)
+from ldistill.models import flops
+from ldistill.models.flops import decoder_layer_weights
 from ldistill.models.hf_vlm import HFVLM
 from ldistill.models.named_pairs import base_vocabulary, teacher_config
 from ldistill.models.nanovlm import NanoVLM
@@ -54,17 +49,12 @@ class PairShape:
 
     @property
     def head_dim(self) -> int:
-        return head_dim(self.decoder)
+        return flops.head_dim(self.decoder)
 
     @property
     def kv_width(self) -> int:
         """Width of the keys of one layer and position."""
         return self.decoder.num_key_value_heads * self.head_dim
-
-    @property
-    def layer_weights(self) -> int:
-        """Matrix weights of one decoder layer."""
-        return decoder_layer_weights(self.decoder)
 
     @property
     def embedding_weights(self) -> int:
@@ -73,16 +63,16 @@ class PairShape:
     @property
     def largest_module(self) -> int:
         """Weights that ZeRO-3 must hold whole at once: the embedding or one layer."""
-        return max(self.embedding_weights, self.layer_weights)
+        return max(self.embedding_weights, decoder_layer_weights(self.decoder))
 
     def step_flops(
-        self, counts: StepCounts, *, kv_scope: str = "full", lora_rank: int = 0
+        self, counts: flops.StepCounts, kv_scope: str = "full", lora_rank: int = 0
     ) -> float:
         """FLOPs of one rank's step, see :func:`ldistill.models.flops.step_flops`."""
-        return step_flops(
+        return flops.step_flops(
             self.decoder,
             counts,
-            vision_flops_per_tile=self.vision.tiles * vision_flops(self.vision),
+            vision_flops_per_tile=self.vision.tiles * flops.vision_flops(self.vision),
             projector_weights=self.projector_weights,
             tokens_per_tile=self.image_tokens,
             kv_scope=kv_scope,
@@ -93,16 +83,11 @@ class PairShape:
 
 
 def shape_of(name: str, config: NanoVLMConfig | PretrainedConfig, run: dict[str, int]) -> PairShape:
-    """Shape of a configuration, by building its models on the meta device.
-
-    Args:
-        name: what it is called.
-        config: a student's.
-        run: fields of :class:`PairShape` about the usual run.
-    """
+    """Shape of a student's configuration; ``run`` are fields of :class:`PairShape` about the usual
+    run."""
     nano = isinstance(config, NanoVLMConfig)
+    make = AutoModelForImageTextToText.from_config
     with torch.device("meta"):
-        make = AutoModelForImageTextToText.from_config
         student = NanoVLM(config) if nano else HFVLM(make(config), {})
         teacher = AutoModelForCausalLM.from_config(teacher_config(config))
     projector, decoder = count(student.projector), count(student.backbone, student.lm_head)

@@ -1,14 +1,11 @@
-"""What the rest of the program needs of a student, whatever its family.
-
-A student is a vision tower, a projector and a decoder. Which checkpoints exist, and how each is
-read and written, is `formats`' business.
-"""
+"""What the rest of the program needs of a student: vision tower, projector and decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,16 +24,13 @@ class LMHead(nn.Linear):
 
     @classmethod
     def wrap(cls, linear: nn.Linear) -> LMHead:
-        """The same head (same Parameter, same keys) made callable with an operation.
-
-        Raises:
-            ValueError: the head has a bias, which the fused loss does not know.
-        """
+        """The same head (same Parameter, same keys) made callable with an operation. Raises
+        ValueError where it has a bias, which the fused loss does not know."""
         if linear.bias is not None:
             raise ValueError("language-model heads with a bias are not supported.")
         # Changing the class keeps identity: ties, ZeRO-3 partitions and hooks stay what they are.
         linear.__class__ = cls
-        return linear  # type: ignore[return-value]
+        return linear
 
     def forward(self, hidden: Tensor, op: Callable[[Tensor, Tensor], Any] = F.linear) -> Any:
         return op(hidden, self.weight)
@@ -46,8 +40,8 @@ class _Float32Buffers:
     """Mixin: `module.to(dtype)` moves the buffers between devices but never changes their dtype."""
 
     def _apply(self, fn, recurse: bool = True):
-        kept = dict(self.named_buffers(recurse=False))  # type: ignore[attr-defined]
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        kept = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
         for name, buffer in kept.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
@@ -60,8 +54,7 @@ def keep_rotary_float32(model: nn.Module) -> None:
     0.4%, which at position 1000 is several radians.
     """
     for module in model.modules():
-        names = [name for name, _ in module.named_buffers(recurse=False)]
-        rotary = any(name.endswith("inv_freq") for name in names)
+        rotary = any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
         if rotary and not isinstance(module, _Float32Buffers):
             cls = type(module)
             module.__class__ = type(f"Float32{cls.__name__}", (_Float32Buffers, cls), {})
@@ -85,9 +78,9 @@ class Student(nn.Module):
     backbone: PreTrainedModel
     lm_head: LMHead
     image_token_id: int
-    base_vocab_size: int | None
+    base_vocab_size: int | None = None
     sees = ""  # positions that see what follows them: of a picture (``pictures``), of a ``prefix``
-    lora_scale: float | None = None  # set by `ldistill.models.lora.add_lora`
+    lora_rank, lora_scale = 0, 0.0  # set by `ldistill.models.lora.add_lora`
 
     def vision_parameters(self) -> list[nn.Parameter]:
         """Those of the tower; towers of Qwen and GLM hold the projector, which is not meant."""
@@ -132,14 +125,21 @@ class Student(nn.Module):
         """What the vision tower runs on: tiles, or patches where pictures are of any size."""
         return len(pictures["pixel_values"]) if pictures else 0
 
+    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
         pictures: Pictures | None = None,
         attention_mask: Tensor | None = None,
-        **options,
+        **options: Any,
     ) -> Tensor:
-        """New tokens [batch, new] after left-padded prompts; options as in ``generate``."""
+        """New tokens [batch, new] after left-padded prompts; options as in transformers'."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self._generate(input_ids, pictures, mask, options)
+
+    def _generate(
+        self, input_ids: Tensor, pictures: Pictures | None, mask: Tensor, options: dict[str, Any]
+    ) -> Tensor:
         raise NotImplementedError
 
     def causal_lm(self) -> PreTrainedModel:

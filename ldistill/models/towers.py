@@ -47,29 +47,23 @@ def picture_tokens(config: PretrainedConfig) -> int:
     """Positions in the decoder of one tile; of the usual picture in families without tiles, or that
     always cut."""
     tower = tower_of(config)
-    if _always_cut(config):
-        return _packed_tokens(config, tower)
+    if _always_cut(config):  # what the model's own code makes of the usual picture's tiles
+        tiles, how = torch.zeros(tower.tiles, tower.patches, 1), {"image_newline": torch.zeros(1)}
+        if config.model_type == "llava_next":
+            how["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+        return len(bare_model(config).pack_image_features([tiles], _SIZES, **how)[0][0])
     if tower.any_size:
         return prod(_cells(config, tower.patch_size))
     if fixed := getattr(config, "mm_tokens_per_image", None):
         return fixed
-    if config.model_type in ("idefics3", "smolvlm"):
-        return tower.patches // config.scale_factor**2
     if ratio := getattr(config, "downsample_ratio", None):
         return int(tower.patches * ratio**2)
-    if factor := getattr(config, "downsample_factor", None):
-        return tower.patches // factor**2
+    for name in ("scale_factor", "downsample_factor"):
+        if hasattr(config, name):
+            return tower.patches // getattr(config, name) ** 2
     whole = config.vision_config.model_type == "clip_vision_model"
     kept = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return tower.patches + (whole and kept)
-
-
-def _packed_tokens(config: PretrainedConfig, tower: Tower) -> int:
-    """What the model's own code makes of the usual picture's tiles."""
-    features, how = [torch.zeros(tower.tiles, tower.patches, 1)], {"image_newline": torch.zeros(1)}
-    if config.model_type == "llava_next":
-        how["vision_feature_select_strategy"] = config.vision_feature_select_strategy
-    return len(bare_model(config).pack_image_features(features, _SIZES, **how)[0][0])
 
 
 def one_picture(config: PretrainedConfig) -> Pictures:

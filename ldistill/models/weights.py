@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ldistill.common.partition import partitioned_by
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
-
-
-# ---- in a folder ----
 
 
 @contextmanager
@@ -40,14 +38,28 @@ def open_weights(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read ({error}): copy or download it again.") from error
 
 
+def stored(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type, by safetensors' name, and shape of each tensor in a checkpoint's files."""
+    found = {}
+    for name in weight_files(folder):
+        with open_weights(folder / name) as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found |= {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
+    return found
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None
+) -> None:
+    """Write a safetensors file, which refuses views and tensors that share storage: of copies."""
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata=metadata or None)
+
+
 def read_model(
     auto: Any, folder: Path, **options: Any
 ) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """A model by one of transformers' auto classes, to be used once its problems are refused.
-
-    Args:
-        auto: such as ``AutoModelForCausalLM``, with ``options`` for its ``from_pretrained``.
-        folder: with ``config.json`` and weights.
+    """A model by an auto class of transformers, to be used once its problems are refused.
 
     Returns:
         The model; a line for each weight that the folder does not give it; names of tensors in
@@ -83,9 +95,7 @@ def refuse_misfit(folder: Path, problems: Sequence[str]) -> None:
 
 
 def load_lm(
-    folder: Path,
-    zero_init: dict[str, Any] | None = None,
-    config: PretrainedConfig | None = None,
+    folder: Path, zero_init: dict[str, Any] | None = None, config: PretrainedConfig | None = None
 ) -> PreTrainedModel:
     """The original LM from a transformers folder, all of its weights and no others.
 
@@ -99,10 +109,9 @@ def load_lm(
         OSError: a weight file is missing.
         ValueError: weights that cannot be read, or are not those of the configuration.
     """
+    options = {"dtype": "auto"} | ({"config": config} if config else {})
     with partitioned_by(zero_init):
-        lm, problems, unused = read_model(
-            AutoModelForCausalLM, folder, dtype="auto", **({"config": config} if config else {})
-        )
+        lm, problems, unused = read_model(AutoModelForCausalLM, folder, **options)
     refuse_misfit(folder, problems + [f"unknown {name}" for name in unused])
     return lm
 
@@ -119,11 +128,8 @@ def weight_files(folder: Path) -> list[str]:
 def weight_dtype(folder: Path) -> torch.dtype:
     """The floating type that most of a checkpoint's weights have on disk."""
     counts: Counter[torch.dtype] = Counter()
-    for name in weight_files(folder):
-        with open_weights(folder / name) as file:
-            for key in file.keys():  # noqa: SIM118
-                part = file.get_slice(key)
-                counts[_DTYPES.get(part.get_dtype(), torch.float32)] += prod(part.get_shape())
+    for dtype, shape in stored(folder).values():
+        counts[_DTYPES.get(dtype, torch.float32)] += prod(shape)
     return counts.most_common(1)[0][0]
 
 
@@ -132,25 +138,18 @@ def is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in ("config.json", *weight_files(folder)))
 
 
-# ---- in pieces ----
-
-
 def gather_trained(student: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Trained parameters by name, whole, on the CPU: fp32 masters where an optimizer has them.
 
     Every rank must call it: under ZeRO each parameter is gathered from all of them, one at a time.
     Those that ``keep`` nothing take part and get an empty dict.
     """
-    whole: dict[int, Tensor | None] = {}
-    state: dict[str, Tensor] = {}
-    for name, parameter in student.named_parameters(remove_duplicate=False):
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) not in whole:  # a tied pair is gathered once
-            tensor = _gather(parameter)
-            whole[id(parameter)] = tensor.detach().to("cpu", copy=True) if keep else None
-        state[name] = whole[id(parameter)]
-    return state if keep else {}
+    whole: dict[nn.Parameter, Tensor | None] = {}
+    for parameter in [p for p in student.parameters() if p.requires_grad]:  # a tied pair once
+        tensor = _gather(parameter)
+        whole[parameter] = tensor.detach().to("cpu", copy=True) if keep else None
+    named = student.named_parameters(remove_duplicate=False)
+    return {name: whole[parameter] for name, parameter in named if keep and parameter in whole}
 
 
 def _gather(parameter: nn.Parameter) -> Tensor:

@@ -28,7 +28,8 @@ from rich.progress import Progress
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ldistill.common.locate import resolve
-from ldistill.models.nanovlm_format import load_processor, save_nanovlm
+from ldistill.models.formats import load_processor
+from ldistill.models.nanovlm_format import save_nanovlm
 from ldistill.models.processor import IGNORE, Document, Processor
 from ldistill.tiny import vision
 from ldistill.tiny.corpus import Text, pretraining_texts

@@ -22,7 +22,7 @@ from ldistill.common.samples import Sample
 from ldistill.common.telling import telling
 from ldistill.data.build.builder import build_shards
 from ldistill.evaluation.items import save_items, write_tasks
-from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.formats import load_processor
 from ldistill.tiny.benchmark import ITEMS_PER_TASK, benchmark
 from ldistill.tiny.corpus import TEXT, replayed
 from ldistill.tiny.scenes import SOURCES, sample

@@ -240,7 +240,7 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
         for name in weight_files(base):
             if _stored(base / name) != _stored(out / name):
                 return f"{name} holds other keys, dtypes or shapes"
-        if formats.format_of(out).name != "nanoVLM":
+        if formats.format_of(out).NAME != "nanoVLM":
             _, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 if info[kind]:

@@ -23,7 +23,7 @@ from ldistill.evaluation.lmms_results import read_results
 from ldistill.evaluation.lmms_run import Evaluation, clean_environment
 from ldistill.evaluation.loading import model_folder
 from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
-from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.formats import load_processor, load_student
 from ldistill.tiny.benchmark import benchmark
 from ldistill.tiny.world import DEFAULT_SEED, World
 
@@ -122,7 +122,7 @@ def test_accuracies_are_those_of_the_items(result):
     """lmms-eval's scores equal our own scorer's on the same items: every task, same student."""
     scores = result[0]["scores"]
     items = benchmark(World(DEFAULT_SEED), PER_TASK)
-    expected = evaluate(load_nanovlm(STUDENT), load_processor(STUDENT), items, 16)
+    expected = evaluate(load_student(STUDENT), load_processor(STUDENT), items, 16)
     for row in rows("tiny"):
         task = row.task.removeprefix("tiny_")
         assert scores[row.id]["value"] == pytest.approx(expected[task]), task

@@ -18,7 +18,7 @@ from ldistill.data.held_out import held_out, parse_share
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
 from ldistill.data.order import Order
-from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.formats import load_processor, load_student
 from ldistill.train import main
 from ldistill.training.callbacks import read_samples
 
@@ -60,7 +60,7 @@ def test_cross_entropy_is_that_of_the_held_out_documents_one_by_one(world):
     index = ShardIndex.load(world / "shards", ["vqav2", "docvqa"])
     order = Order(index, limit=96, packing=False, chosen=held_out(index, parse_share("25%")))
     [checkpoint] = [f for f in checkpoint_folder.survey(world / "run") if f.step == STEPS]
-    student = load_nanovlm(checkpoint.path / "student").double().eval()
+    student = load_student(checkpoint.path / "student").double().eval()
     processor = load_processor(checkpoint.path / "student")
     sums: dict[int, list[float]] = {0: [], 1: []}
     loader = make_loader(

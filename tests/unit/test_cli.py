@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.formats import load_processor, load_student
 from ldistill.training.export import export_decoder
 
 runner = CliRunner()
@@ -56,7 +56,7 @@ def test_decoder_only_loads_in_transformers(run_folder, tmp_path):
     assert "other files (decoder)" in str(stale.exception)
     lm = AutoModelForCausalLM.from_pretrained(out / "decoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "decoder")
-    student = load_nanovlm(out).eval()
+    student = load_student(out).eval()
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "the fox?"}], tokenize=False, add_generation_prompt=True
     )
@@ -108,7 +108,7 @@ def test_generate_answers_about_pictures_and_text(pair_root, tmp_path):
     assert first.exit_code == 0, first.output
     assert runner.invoke(app, [*base, *asked]).output == first.output
     assert runner.invoke(app, [*base, "--prompt", "what is this?"]).exit_code == 0
-    model, processor = load_nanovlm(student).eval(), load_processor(student)
+    model, processor = load_student(student).eval(), load_processor(student)
     seen = processor.load_image(image.read_bytes())
     ids = torch.as_tensor(processor.prompt([], "what is this?", [seen.size]), dtype=torch.long)[
         None

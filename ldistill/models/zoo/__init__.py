@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-from ldistill.models.fit import reduced
+from ldistill.models.fit import reduced, small_sizes
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.nanovlm_format import save_nanovlm
@@ -33,6 +34,9 @@ __all__ = ["FAMILIES", "Family", "copy_decoder", "write_pair", "write_reduced"]
 _DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 _DECODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
 _DECODER |= {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": ROPE}
+_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2}
+_TOWER |= {"embed_dim": 32, "out_hidden_size": 64, "projection_dim": 32, "head_dim": 16}
+_TOWER |= {"deepstack_visual_indexes": [0, 1], "fullatt_block_indexes": [1]}
 
 
 def write_pair(name: str, root: Path) -> Path:
@@ -71,11 +75,11 @@ def _nanovlm_config(family: Family, root: Path) -> NanoVLMConfig:
 
 def _text_config(family: Family, tokenizer: Tokenizer, vocab: int, **changes) -> Config:
     # What these configurations default to lies outside the small vocabulary.
-    names = [f"{name}_token_id" for name in ("bos", "eos", "pad")]
-    ids = {name: getattr(tokenizer, name) for name in names}
-    values = _DECODER | ids | dict(family.text) | {"vocab_size": vocab} | changes
-    values = copy.deepcopy(values)  # a configuration completes the rotary parameters it is given
-    return AutoConfig.for_model(family.lm, **values)
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    small = small_sizes(AutoConfig.for_model(family.lm))
+    values = _DECODER | small | ids | dict(family.text) | {"vocab_size": vocab} | changes
+    # A configuration completes the rotary parameters it is given.
+    return AutoConfig.for_model(family.lm, **copy.deepcopy(values))
 
 
 def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
@@ -86,9 +90,11 @@ def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
     # With fields of its own, the decoder is of a kind of its own, too (Qwen2-VL's).
     kind = type(own.text_config) if family.student_text else type(text)
     values = {"vocab_size": vocab} if "vocab_size" in own.to_dict() else {}
+    sizes = {"image_size": parts.SIDE, "patch_size": parts.PATCH, "num_position_embeddings": 16}
+    tower = _small_tower(own.vision_config, num_hidden_layers=2, depth=2, **sizes)
     return type(own)(
         text_config=kind.from_dict(text.to_dict() | {"model_type": kind.model_type}),
-        vision_config=dict(family.vision),
+        vision_config={"model_type": own.vision_config.model_type, **tower, **family.vision},
         tie_word_embeddings=False,
         **values,
         **family.config,
@@ -99,9 +105,8 @@ def _student_config(family: Family, tokenizer: Tokenizer) -> Config:
 def _processor(family: Family, tokenizer: Tokenizer):
     """Of the classes that transformers' auto classes take for its kind, unless it names another."""
     own = IMAGE_PROCESSOR_MAPPING_NAMES.get(family.kind)
-    made = {"tokenizer": tokenizer}
     images = getattr(transformers, family.images or own["torchvision"])
-    made["image_processor"] = images(**family.image_options)
+    made = {"tokenizer": tokenizer, "image_processor": images(**family.image_options)}
     if videos := VIDEO_PROCESSOR_MAPPING_NAMES.get(family.kind):
         made["video_processor"] = getattr(transformers, videos["torchvision"])()
     processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[family.kind])
@@ -116,11 +121,10 @@ def write_reduced(student: Path, teacher: Path, root: Path) -> None:
     small = {"text_config": reduced(text, text.vocab_size), "vision_config": _reduced_vision(whole)}
     fields = {"hidden_size": 64} if "hidden_size" in whole.to_dict() else {}
     config = type(whole)(**(whole.to_dict() | small | fields))
-    made = {
-        "student": AutoModelForImageTextToText.from_config(config),
-        "teacher": AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size)),
-    }
-    for (part, model), folder in zip(made.items(), (student, teacher), strict=True):
+    for part, folder, model in (
+        ("student", student, AutoModelForImageTextToText.from_config(config)),
+        ("teacher", teacher, AutoModelForCausalLM.from_config(reduced(lm, lm.vocab_size))),
+    ):
         parts.spread(model, 0)
         model.save_pretrained(root / part)
         for file in folder.iterdir():
@@ -130,39 +134,29 @@ def write_reduced(student: Path, teacher: Path, root: Path) -> None:
 
 
 def _reduced_vision(whole: Config) -> Config:
-    """Its tower with two layers (more, where features of some are taken), patches as they are."""
-    vision, sizes = whole.vision_config, {"hidden_size": 32, "embed_dim": 32, "num_heads": 2}
-    sizes |= {"intermediate_size": 64, "num_attention_heads": 2, "out_hidden_size": 64}
-    sizes |= {"num_hidden_layers": 3, "depth": 3, "projection_dim": 32, "head_dim": 16}
-    values = vision.to_dict()
+    """Its tower with three layers, as features of some are taken; patches as they are."""
+    vision = whole.vision_config
+    small = _small_tower(vision, num_hidden_layers=3, depth=3)
+    return type(vision).from_dict(vision.to_dict() | small)
+
+
+def _small_tower(vision: Config, **sizes: int) -> dict[str, Any]:
+    """Of the sizes of small towers, and ``sizes``, those that a tower of its kind has."""
+    values, sizes = vision.to_dict(), _TOWER | sizes
     small = {name: size for name, size in sizes.items() if values.get(name) is not None}
-    if "embed_dim" in values:  # Qwen2-VL calls the decoder's width hidden
-        small["hidden_size"] = 64
-    for name in ("deepstack_visual_indexes", "fullatt_block_indexes"):
-        if name in values:
-            small[name] = [0, 1] if name.startswith("deep") else [1]
-    return type(vision).from_dict(values | small)
+    # Qwen2-VL calls the decoder's width hidden.
+    return small | ({"hidden_size": 64} if "embed_dim" in values else {})
 
 
 def copy_decoder(backbone: Model, head: nn.Linear, lm: Model) -> None:
-    """Give an LM the weights of a student's decoder; of both vocabularies, what they share.
-
-    Raises:
-        ValueError: tensors that only one of the two has, or of another shape.
-    """
-    mine, its = backbone.state_dict(), lm.base_model.state_dict()
-    embedding = "embed_tokens.weight"
-    other = [
-        key
-        for key in its
-        if key not in mine or (key != embedding and mine[key].shape != its[key].shape)
-    ]
-    other += [key for key in mine if key not in its]
-    if other:
-        raise ValueError(f"not the decoder of this LM, they differ in {', '.join(other[:3])}.")
-    out = lm.get_output_embeddings().weight
+    """Give an LM, with which it fits, a student decoder's weights; of the vocabularies, what both
+    have."""
+    mine, embedding = backbone.state_dict(), lm.get_input_embeddings().weight
     with torch.no_grad():
-        lm.base_model.load_state_dict(mine | {embedding: its[embedding]})
-        for to, weight in ((its[embedding], mine[embedding]), (out, head.weight)):
+        lm.base_model.load_state_dict(mine | {"embed_tokens.weight": embedding})
+        for to, weight in (
+            (embedding, mine["embed_tokens.weight"]),
+            (lm.get_output_embeddings().weight, head.weight),
+        ):
             shared = min(len(to), len(weight))
             to[:shared] = weight[:shared]

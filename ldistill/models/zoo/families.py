@@ -24,8 +24,8 @@ class Family:
     called: str  # what people call it
     kind: str  # ``model_type`` of the student
     lm: str  # and of its LM
-    vision: Fields = field(default_factory=dict)  # of its tower's configuration
-    text: Fields = field(default_factory=dict)  # of the decoder's, beyond what all share
+    vision: Fields = field(default_factory=dict)  # of its tower's configuration, beyond small sizes
+    text: Fields = field(default_factory=dict)  # of the decoder's, likewise
     config: Fields = field(default_factory=dict)  # of the whole student's
     student_text: Fields = field(default_factory=dict)  # of the decoder's too, but not of the LM's
     ids: Fields = field(default_factory=dict)  # of the student's: the ids of these tokens
@@ -44,24 +44,16 @@ class Family:
 # ---- what several share ----
 
 HIDDEN = 64
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-TOWER |= {"num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH}
-SIGLIP = {"model_type": "siglip_vision_model", **TOWER}
-QWEN_TOWER = {"depth": 2, "hidden_size": 32, "out_hidden_size": HIDDEN, "num_heads": 2}
-QWEN_TOWER |= {"patch_size": PATCH, "intermediate_size": 64}
 SQUARE = {"size": {"height": SIDE, "width": SIDE}}
 CROPPED = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
 TILES = {**SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
-PIXELS = {
-    "patch_size": PATCH,
-    "merge_size": 2,
-    "size": {"shortest_edge": 4 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH},
-}
+AREA = {"shortest_edge": 4 * PATCH * PATCH, "longest_edge": 64 * PATCH * PATCH}
+PIXELS = {"patch_size": PATCH, "merge_size": 2, "size": AREA}
 GRID = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 GRID_OF_4 = {k: v for k, v in extra_tokens(4, 4).items() if k != "global_image_token"}
 PLACES = tuple(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7))
 WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {"query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 GLM_ROPE = {**ROPE, "partial_rotary_factor": 0.5}
 VISION_IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
@@ -73,7 +65,6 @@ QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 LLAVA = Family(
     called="LLaVA-1.5", kind="llava", lm="llama", bos="<s>", eos="</s>", template=parts.LLAVA,
-    vision={"model_type": "clip_vision_model", "projection_dim": 32, **TOWER},
     text={"num_key_value_heads": 4}, config={"image_seq_length": 16},
     ids={"image_token_index": "<image>"}, behind=("<image>",),
     images="CLIPImageProcessor", image_options=CROPPED,
@@ -84,24 +75,20 @@ LLAVA = Family(
 )  # fmt: skip
 FULL = {"vision_feature_select_strategy": "full"}
 LLAVA_SIGLIP = replace(
-    LLAVA, vision=SIGLIP, text={}, images="SiglipImageProcessor", image_options=SQUARE,
+    LLAVA, vision={"model_type": "siglip_vision_model"}, text={},
+    images="SiglipImageProcessor", image_options=SQUARE,
     config={"image_seq_length": 16, **FULL}, processor_options={"patch_size": PATCH, **FULL},
 )  # fmt: skip
 ANYRES = {**FULL, "vision_aspect_ratio": "anyres_max_9"}
 IDEFICS3 = Family(
     called="Idefics3", kind="idefics3", lm="llama", bos="<|im_start|>", template=parts.SMOLVLM,
-    vision={"model_type": "idefics3_vision", **TOWER}, config={"scale_factor": 2},
-    ids={"image_token_id": "<image>", "pad_token_id": "<pad>"},
+    config={"scale_factor": 2}, ids={"image_token_id": "<image>", "pad_token_id": "<pad>"},
     behind=("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *PLACES),
     image_options={"size": {"longest_edge": 4 * SIDE}, "max_image_size": {"longest_edge": SIDE}},
     processor_options={"image_seq_len": 4},
 )  # fmt: skip
 INTERNVL = Family(
     called="InternVL3", kind="internvl", lm="qwen2", template=parts.chatml("<IMG_CONTEXT>\n"),
-    vision={
-        **TOWER, "model_type": "internvl_vision", "image_size": [SIDE, SIDE],
-        "patch_size": [PATCH, PATCH],
-    },
     student_text={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     config={"image_seq_length": 4}, ids={"image_token_id": "<IMG_CONTEXT>"},
     image_options=TILES, processor_options={"image_seq_length": 4},
@@ -114,9 +101,6 @@ INTERNVL = Family(
 QWEN2_VL = Family(
     called="Qwen2-VL", kind="qwen2_vl", lm="qwen2", image_options=PIXELS,
     template=parts.chatml(QWEN_PICTURE, "You are a helpful assistant."),
-    vision={
-        "depth": 2, "embed_dim": 32, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": PATCH,
-    },
     student_text={"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}},
     ids={
         **VISION_IDS, "vision_start_token_id": "<|vision_start|>",
@@ -125,22 +109,18 @@ QWEN2_VL = Family(
     inside=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
 )  # fmt: skip
 QWEN3_VL = replace(
-    QWEN2_VL, called="Qwen3-VL", kind="qwen3_vl", lm="qwen3", text={"head_dim": 16},
-    template=parts.chatml(QWEN_PICTURE),
-    vision={
-        **QWEN_TOWER, "depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16,
-    },
+    QWEN2_VL, called="Qwen3-VL", kind="qwen3_vl", lm="qwen3", template=parts.chatml(QWEN_PICTURE),
+    vision={"depth": 3},
 )  # fmt: skip
 PALIGEMMA = Family(
-    called="PaliGemma", kind="paligemma", lm="gemma", bos="<bos>", eos="<eos>", vision=SIGLIP,
-    text={"head_dim": 16}, config={"projection_dim": HIDDEN, "hidden_size": HIDDEN},
+    called="PaliGemma", kind="paligemma", lm="gemma", bos="<bos>", eos="<eos>",
+    config={"projection_dim": HIDDEN, "hidden_size": HIDDEN},
     ids={"image_token_index": "<image>"}, behind=("<image>",), vocab=1536,
     image_options={**SQUARE, "image_seq_length": 16},
 )  # fmt: skip
 MISTRAL3 = Family(
     called="Mistral 3", kind="mistral3", lm="mistral", bos="<s>", eos="</s>",
-    template=parts.MISTRAL3, text={"head_dim": 16, "sliding_window": None},
-    vision={"model_type": "pixtral", **TOWER, "head_dim": 16, "image_size": 2 * SIDE},
+    template=parts.MISTRAL3, text={"sliding_window": None}, vision={"image_size": 2 * SIDE},
     config={"spatial_merge_size": 2, "vision_feature_layer": -1},
     ids={"image_token_index": "[IMG]"},
     image_options={"size": {"longest_edge": 2 * SIDE}, "patch_size": PATCH},
@@ -152,8 +132,7 @@ MISTRAL3 = Family(
 )  # fmt: skip
 GLM4V = Family(
     called="GLM-4.1V", kind="glm4v", lm="glm4", eos="<|endoftext|>", template=parts.GLM,
-    vision={**QWEN_TOWER, "image_size": SIDE},
-    text={"head_dim": 16, "attention_bias": True, "rope_parameters": GLM_ROPE},
+    text={"attention_bias": True, "rope_parameters": GLM_ROPE},
     student_text={"rope_parameters": {**GLM_ROPE, "mrope_section": [1, 1, 2]}},
     ids={
         "image_token_id": "<|image|>", "video_token_id": "<|video|>",
@@ -168,8 +147,8 @@ GLM4V = Family(
 )  # fmt: skip
 AYA = Family(
     called="Aya Vision", kind="aya_vision", lm="cohere2", bos="<BOS_TOKEN>",
-    eos="<|END_OF_TURN_TOKEN|>", template=parts.COHERE, vision=SIGLIP,
-    text={"head_dim": 16, "logit_scale": 2.0, **WINDOWS}, config={"downsample_factor": 2},
+    eos="<|END_OF_TURN_TOKEN|>", template=parts.COHERE,
+    text={"logit_scale": 2.0, **WINDOWS}, config={"downsample_factor": 2},
     ids={"image_token_index": "<|IMG_PATCH|>"}, image_options=TILES,
     processor_options={"patch_size": 2 * PATCH, "img_size": SIDE},
     inside=(
@@ -179,14 +158,9 @@ AYA = Family(
     ),
 )  # fmt: skip
 NANOVLM = Family(
-    called="nanoVLM",
-    kind="nanovlm",
-    lm="llama",
-    bos="<|im_start|>",
-    template="",
-    text={"tie_word_embeddings": True},
-    config={"vlm_extra_tokens": extra_tokens()},
-)
+    called="nanoVLM", kind="nanovlm", lm="llama", bos="<|im_start|>",
+    text={"tie_word_embeddings": True}, config={"vlm_extra_tokens": extra_tokens()},
+)  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
     "nanovlm": NANOVLM,
@@ -200,7 +174,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "llava-onevision": replace(
         LLAVA, called="LLaVA-OneVision", kind="llava_onevision", lm="qwen2", bos=None, eos=END,
-        template=parts.ONEVISION, vision=SIGLIP, text={},
+        template=parts.ONEVISION, text={},
         config={"image_grid_pinpoints": GRID, "vision_feature_layer": -1, **ANYRES},
         ids={"image_token_index": "<image>", "video_token_index": "<video>"},
         images="", image_options={**SQUARE, "image_grid_pinpoints": GRID},
@@ -209,7 +183,6 @@ FAMILIES: dict[str, Family] = {
     "smolvlm": replace(IDEFICS3, called="SmolVLM"),
     "smolvlm2": replace(
         IDEFICS3, called="SmolVLM2", kind="smolvlm",
-        vision={"model_type": "smolvlm_vision", **TOWER},
         named={
             "fake_image_token": "<fake_token_around_image>", "image_token": "<image>",
             "end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>",
@@ -220,19 +193,16 @@ FAMILIES: dict[str, Family] = {
         processor_options={"image_seq_len": 1},
     ),
     "internvl": INTERNVL,
-    "internvl-qwen3": replace(
-        INTERNVL, called="InternVL3.5", lm="qwen3", text={"head_dim": 16}, student_text={}
-    ),
+    "internvl-qwen3": replace(INTERNVL, called="InternVL3.5", lm="qwen3", student_text={}),
     "internvl-llama": replace(INTERNVL, called="InternVL with Llama", lm="llama", student_text={}),
     "qwen2-vl": QWEN2_VL,
     "qwen2.5-vl": replace(
-        QWEN2_VL, called="Qwen2.5-VL", kind="qwen2_5_vl",
-        vision={**QWEN_TOWER, "fullatt_block_indexes": [1], "window_size": 4 * PATCH},
+        QWEN2_VL, called="Qwen2.5-VL", kind="qwen2_5_vl", vision={"window_size": 4 * PATCH}
     ),
     "qwen3-vl": QWEN3_VL,
     "gemma3": Family(
         called="Gemma 3", kind="gemma3", lm="gemma3_text", bos="<bos>", eos="<eos>",
-        template=parts.GEMMA, vision=SIGLIP, config={"mm_tokens_per_image": 4},
+        template=parts.GEMMA, config={"mm_tokens_per_image": 4},
         text={
             **GEMMA, **WINDOWS, "rope_parameters": {
                 "full_attention": {**ROPE, "rope_theta": 1e6}, "sliding_attention": ROPE,
@@ -260,8 +230,7 @@ FAMILIES: dict[str, Family] = {
     "glm46v": replace(GLM4V, called="GLM-4.6V", kind="glm46v"),
     "ovis2": Family(
         called="Ovis2", kind="ovis2", lm="qwen2", template=parts.chatml("<image>\n"),
-        vision={**TOWER, "vocab_size": 64, "num_visual_indicator_tokens": 5},
-        config={"hidden_size": HIDDEN}, image_options=TILES,
+        vision={"vocab_size": 64}, config={"hidden_size": HIDDEN}, image_options=TILES,
         ids={"image_token_id": "<IMG_ATOM>", "visual_indicator_token_ids": OVIS_TOKENS},
         processor_options={"image_seq_length": 16}, inside=("<image>", "<IMG_ATOM>", *OVIS_TOKENS),
     ),
@@ -279,24 +248,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3-vl-moe": replace(
         QWEN3_VL, called="Qwen3-VL MoE", kind="qwen3_vl_moe", lm="qwen3_moe",
-        images="Qwen2VLImageProcessor",
-        text={
-            "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-            "decoder_sparse_step": 1, "norm_topk_prob": True,
-        },
+        images="Qwen2VLImageProcessor", text={"decoder_sparse_step": 1, "norm_topk_prob": True},
     ),
     "kimi": Family(
         called="Kimi-VL", kind="kimi_k25", lm="deepseek_v3", bos="[BOS]", template=parts.KIMI,
-        vision={
-            **{k: v for k, v in TOWER.items() if k != "image_size"}, "pos_emb_height": 4,
-            "pos_emb_width": 4, "merge_kernel_size": [2, 2],
-        },
-        text={
-            "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16,
-            "v_head_dim": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-            "topk_group": 1, "moe_intermediate_size": 32, "n_shared_experts": 1,
-            "first_k_dense_replace": 1, "num_key_value_heads": 4,
-        },
+        vision={"pos_emb_height": 4, "pos_emb_width": 4}, text={"num_key_value_heads": 4},
         config={"projection_hidden_size": 32},
         ids={
             "image_token_id": "<|media_pad|>", "video_token_id": "<|kimi_k25_video_placeholder|>",
@@ -313,13 +269,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "videollama3": replace(
         QWEN2_VL, called="VideoLLaMA 3", kind="video_llama_3", student_text={}, ids=VISION_IDS,
-        vision={k: v for k, v in TOWER.items() if k != "image_size"},
         template=parts.chatml("<|image_pad|>\n"),
     ),
     "llava-qwen2": replace(LLAVA_SIGLIP, called="LLaVA with Qwen2", lm="qwen2"),
-    "llava-qwen3": replace(
-        LLAVA_SIGLIP, called="LLaVA with Qwen3", lm="qwen3", text={"head_dim": 16}
-    ),
+    "llava-qwen3": replace(LLAVA_SIGLIP, called="LLaVA with Qwen3", lm="qwen3"),
     "llava-phi3": replace(LLAVA_SIGLIP, called="LLaVA with Phi-3", lm="phi3"),
     "llava-granite": replace(
         LLAVA_SIGLIP, called="LLaVA with Granite", lm="granite",
@@ -330,10 +283,7 @@ FAMILIES: dict[str, Family] = {
     "llava-gemma2": replace(
         LLAVA_SIGLIP, called="LLaVA with Gemma 2", lm="gemma2", text={**GEMMA, **WINDOWS}
     ),
-    "llava-gpt-oss": replace(
-        LLAVA_SIGLIP, called="LLaVA with gpt-oss", lm="gpt_oss",
-        text={"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, **WINDOWS},
-    ),
+    "llava-gpt-oss": replace(LLAVA_SIGLIP, called="LLaVA with gpt-oss", lm="gpt_oss", text=WINDOWS),
     "smolvlm-smollm3": replace(
         IDEFICS3, called="SmolVLM with SmolLM3", lm="smollm3",
         text={"no_rope_layers": [1, 0], "use_sliding_window": False},
@@ -341,7 +291,7 @@ FAMILIES: dict[str, Family] = {
     "mistral3-ministral3": replace(
         MISTRAL3, called="Ministral 3", lm="ministral3",
         text={
-            "head_dim": 16, "sliding_window": None, "rope_parameters": {
+            "sliding_window": None, "rope_parameters": {
                 "type": "yarn", "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
                 "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1,
                 "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,

@@ -20,10 +20,9 @@ def base_tokenizer(inside: Sequence[str] = (), *, bos: str | None = None, eos: s
     (as in Qwen's and Gemma's), and fillers up to VOCAB; ``eos`` ends a turn."""
     special = ["<|endoftext|>", "<s>", "</s>", "<|im_start|>", END, "<pad>"]
     special = list(dict.fromkeys([*special, *filter(None, (bos, eos)), *inside]))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*special, *letters])}
-    fillers = (f"<filler_{number}>" for number in range(VOCAB - len(vocabulary)))
-    vocabulary |= {token: len(special) + len(letters) + i for i, token in enumerate(fillers)}
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"<filler_{number}>" for number in range(VOCAB - len(tokens))]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -55,111 +54,90 @@ def student_tokenizer(
 _TEXT = "{{ part['text'] }}"
 
 
-def chat(turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = _TEXT) -> str:
-    """A template that writes the parts of a message in their order: ``start`` before all, ``turn``
-    before each (itself a template of ``message``), ``image`` for a picture, ``text`` for a part's
-    text (as it is unless given), ``end`` behind a message, ``ask`` before an answer to generate."""
-    return (
-        f"{start}{{% for message in messages %}}{turn}"
+def chat(
+    turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = _TEXT,
+    pictures_first: bool = False,
+) -> str:  # fmt: skip
+    """A template that writes the parts of a message in their order, or its pictures first:
+    ``start`` before all, ``turn`` before each (itself a template of ``message``), ``image`` for a
+    picture, ``text`` for a part's text (as it is unless given), ``end`` behind a message, ``ask``
+    before an answer to generate."""
+    parts = (
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-        f"{image}{{% else %}}{text}{{% endif %}}{{% endfor %}}{end}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{ask}{{% endif %}}"
+        f"{image}{{% else %}}{text}{{% endif %}}{{% endfor %}}"
     )
-
-
-def pictures_first(image: str, turn: str, end: str, ask: str, text: str = _TEXT) -> str:
-    """As :func:`chat`, but a message's pictures come before its text."""
-    parts = "{{% for part in message['content'] | selectattr('type', 'equalto', '{}') %}}"
+    if pictures_first:
+        some = "{{% for part in message['content'] | selectattr('type', 'equalto', '{}') %}}"
+        some += "{}{{% endfor %}}"
+        parts = some.format("image", image) + some.format("text", text)
     return (
-        f"{{% for message in messages %}}{turn}{parts.format('image')}{image}{{% endfor %}}"
-        f"{parts.format('text')}{text}{{% endfor %}}{end}{{% endfor %}}"
+        f"{start}{{% for message in messages %}}{turn}{parts}{end}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{ask}{{% endif %}}"
     )
-
-
-_CHATML = "<|im_start|>{{ message['role'] }}\n"
 
 
 def chatml(image: str, system: str = "") -> str:
     """``<|im_start|>role``, text, ``<|im_end|>``; a system message where the user gives none."""
-    start = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-    start = f"{{% if messages[0]['role'] != 'system' %}}{start}{{% endif %}}" if system else ""
-    return chat(_CHATML, image, "<|im_end|>\n", "<|im_start|>assistant\n", start=start)
+    first = f"<|im_start|>system\n{system}<|im_end|>\n"
+    start = f"{{% if messages[0]['role'] != 'system' %}}{first}{{% endif %}}" if system else ""
+    turn = "<|im_start|>{{ message['role'] }}\n"
+    return chat(turn, image, "<|im_end|>\n", "<|im_start|>assistant\n", start=start)
+
+
+def _by_role(user: str, system: str, assistant: str = "") -> str:
+    """What is written depending on who speaks."""
+    return (
+        f"{{% if message['role'] == 'user' %}}{user}{{% elif message['role'] == 'system' %}}"
+        f"{system}{{% else %}}{assistant}{{% endif %}}"
+    )
 
 
 # llava-hf/llava-1.5: no end mark behind an answer.
-LLAVA = pictures_first(
-    "<image>\n",
+LLAVA = chat(
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}",
-    "",
-    "ASSISTANT:",
-    "{{ part['text'] + ' ' }}",
-)
+    "<image>\n", "", "ASSISTANT:", text="{{ part['text'] + ' ' }}", pictures_first=True,
+)  # fmt: skip
 # llava-hf/llava-v1.6-mistral and mistralai's.
-INST = pictures_first(
-    "<image>\n",
-    "{% if message['role'] == 'user' %}[INST] {% elif message['role'] == 'system' %}<<SYS>>\n"
-    "{% else %} {% endif %}",
-    "{% if message['role'] == 'user' %} [/INST]{% elif message['role'] == 'system' %}\n<</SYS>>\n\n"
-    "{% else %}</s>{% endif %}",
-    "",
-)
+INST = chat(
+    _by_role("[INST] ", "<<SYS>>\n", " "), "<image>\n",
+    _by_role(" [/INST]", "\n<</SYS>>\n\n", "</s>"), "", pictures_first=True,
+)  # fmt: skip
 # llava-hf/llava-onevision: what asks for an answer lacks the blank that stands before one.
-ONEVISION = pictures_first(
-    "<image>",
-    "<|im_start|>{{ message['role'] + ' ' }}",
-    "<|im_end|>",
-    "<|im_start|>assistant\n",
-    "{{ '\n' + part['text'] }}",
-)
+ONEVISION = chat(
+    "<|im_start|>{{ message['role'] + ' ' }}", "<image>", "<|im_end|>", "<|im_start|>assistant\n",
+    text="{{ '\n' + part['text'] }}", pictures_first=True,
+)  # fmt: skip
 # HuggingFaceTB/SmolVLM: no blank behind the colon where a picture follows.
 SMOLVLM = chat(
     "{{ message['role'] | capitalize }}"
     "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}",
-    "<image>",
-    "<end_of_utterance>\n",
-    "Assistant:",
-    start="<|im_start|>",
-)
+    "<image>", "<end_of_utterance>\n", "Assistant:", start="<|im_start|>",
+)  # fmt: skip
 GEMMA = chat(
     "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n",
-    "<start_of_image>",
-    "<end_of_turn>\n",
-    "<start_of_turn>model\n",
-    start="{{ bos_token }}",
-    text="{{ part['text'] | trim }}",
-)
+    "<start_of_image>", "<end_of_turn>\n", "<start_of_turn>model\n",
+    start="{{ bos_token }}", text="{{ part['text'] | trim }}",
+)  # fmt: skip
 MISTRAL3 = chat(
-    "{% if message['role'] == 'user' %}[INST]{% elif message['role'] == 'system' %}[SYSTEM_PROMPT]"
-    "{% endif %}",
-    "[IMG]",
-    "{% if message['role'] == 'user' %}[/INST]{% elif message['role'] == 'system' %}"
-    "[/SYSTEM_PROMPT]{% else %}</s>{% endif %}",
-    "",
-    start="{{ bos_token }}",
-)
+    _by_role("[INST]", "[SYSTEM_PROMPT]"), "[IMG]", _by_role("[/INST]", "[/SYSTEM_PROMPT]", "</s>"),
+    "", start="{{ bos_token }}",
+)  # fmt: skip
 # zai-org/GLM-4.1V: the next role ends an answer.
 GLM = chat(
-    "<|{{ message['role'] }}|>\n",
-    "<|begin_of_image|><|image|><|end_of_image|>",
-    "",
-    "<|assistant|>\n",
-    start="[gMASK]<sop>",
-)
+    "<|{{ message['role'] }}|>\n", "<|begin_of_image|><|image|><|end_of_image|>", "",
+    "<|assistant|>\n", start="[gMASK]<sop>",
+)  # fmt: skip
 COHERE = chat(
     "<|START_OF_TURN_TOKEN|>{% if message['role'] == 'assistant' %}<|CHATBOT_TOKEN|>"
     "{% else %}<|{{ message['role'] | upper }}_TOKEN|>{% endif %}",
-    "<image>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "<image>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
     start="{{ bos_token }}",
-)
+)  # fmt: skip
 KIMI = chat(
     "<|im_{{ message['role'] }}|>{{ message['role'] }}<|im_middle|>",
-    "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
-    "<|im_end|>",
+    "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>", "<|im_end|>",
     "<|im_assistant|>assistant<|im_middle|>",
-)
+)  # fmt: skip
 
 
 # ---- weights ----
@@ -170,9 +148,7 @@ def spread(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.12, generator=generator)
-            elif "norm" in name:
+            if parameter.ndim == 1 and "norm" in name:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             else:
-                parameter.normal_(0, 0.1, generator=generator)
+                parameter.normal_(0, 0.12 if parameter.ndim > 1 else 0.1, generator=generator)

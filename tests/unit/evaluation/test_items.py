@@ -26,7 +26,7 @@ from ldistill.evaluation.items import (
     write_tasks,
 )
 from ldistill.evaluation.scorer import StudentScorer
-from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.formats import load_processor, load_student
 from ldistill.models.weights import load_lm
 from ldistill.training import result
 from ldistill.training.result import evaluate_student
@@ -37,7 +37,7 @@ def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
     write_pair(root)
     return (
-        load_nanovlm(root / "student"),
+        load_student(root / "student"),
         load_processor(root / "student"),
         load_lm(root / "teacher"),
     )

@@ -16,7 +16,7 @@ from ldistill.evaluation.commands import model_options
 from ldistill.evaluation.loading import kind_of, load_scorer
 from ldistill.evaluation.scorer import Question, StudentScorer, cut
 from ldistill.models import formats, zoo
-from ldistill.models.nanovlm_format import load_nanovlm, load_processor
+from ldistill.models.formats import load_processor, load_student
 
 KINDS = ("nanovlm", "lm", "llava", "idefics3")
 
@@ -88,7 +88,7 @@ def test_a_greedy_answer_is_greedy(models, kind):
 
 @torch.no_grad()
 def test_nanovlm_log_likelihood_is_the_sum_over_its_tokens(models, folders):
-    student = load_nanovlm(folders["nanovlm"]).eval()
+    student = load_student(folders["nanovlm"]).eval()
     processor = load_processor(folders["nanovlm"])
     question = Question("what is it?", (picture(1), picture(2)))
     pictures = processor.pictures(question.pictures)

@@ -14,7 +14,7 @@ from ldistill.common.samples import Sample, Turn
 from ldistill.data.build.build_types import BuildOptions
 from ldistill.data.build.builder import build_shards
 from ldistill.data.index import ShardIndex
-from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.formats import load_processor
 from ldistill.tools.bench.data import (
     LOADERS,
     LoaderSetup,

@@ -58,7 +58,7 @@ def test_the_command_says_what_holds_and_exits_with_it(monkeypatch):
     assert "0 of 1 hold; not llava" in result.output
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "internvl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "gemma3", "internvl", "kimi"])
 def test_a_pair_of_ones_own_whole_and_reduced(family, tmp_path):
     write_pair(family, tmp_path)
     pair = ("--student", str(tmp_path / "student"), "--teacher", str(tmp_path / "teacher"))

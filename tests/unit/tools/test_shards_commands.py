@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ldistill.common.samples import Turn
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
-from ldistill.models.nanovlm_format import load_processor
+from ldistill.models.formats import load_processor
 from ldistill.tools.shards.commands import app, parse_ratings, parse_size
 from ldistill.tools.shards.stats import plot_lengths, source_stats
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.lmms_run import Evaluation, metadata
-from ldistill.models.nanovlm_format import load_nanovlm
+from ldistill.models.formats import load_student
 from ldistill.training import suite_evaluator
 from ldistill.training.metrics import Meter
 from ldistill.training.stopping import STOPPED_EXIT_CODE
@@ -98,12 +98,12 @@ def evaluator(tmp_path, pair_root):
 
 
 def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_root, capsys):
-    student = load_nanovlm(pair_root / "student")
+    student = load_student(pair_root / "student")
     trained = {n: p.detach() + 1 for n, p in student.named_parameters() if "projector" in n}
     seen = {}
 
     def fake(asked, give_up):
-        loaded = load_nanovlm(asked.student)
+        loaded = load_student(asked.student)
         seen["projector"] = loaded.projector.proj.weight.detach()
         seen["decoder"] = loaded.decoder.model.norm.weight.detach()
         seen["asked"] = asked
