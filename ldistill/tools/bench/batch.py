@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldistill.common.documents import IGNORE, Document, Pictures
+from ldistill.common.documents import IGNORE, Document
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
 from ldistill.models.flops import StepCounts
 from ldistill.models.named_pairs import base_vocabulary
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.towers import one_picture, picture_tokens
-from ldistill.sources import SourceWeights, category_of
+from ldistill.sources import DOCUMENT, LANGUAGE, SourceWeights
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
 LENGTHS: dict[str, tuple[int, int, int]] = {
@@ -44,29 +44,9 @@ LENGTHS: dict[str, tuple[int, int, int]] = {
     "vistext": (126, 182, 217),
     "visualmrc": (70, 241, 292),
 }
-MIXES = {"paper": "language", "uniform": "all"}
 ANSWER_SHARE = 0.2
 _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
-
-
-class BatchShape(NamedTuple):
-    """What a batch depends on of a student."""
-
-    image_tokens: int  # positions of one picture
-    picture: Pictures  # tensors of one, blank
-    image_token_id: int  # stands there
-    vocabulary: int  # tokens of the LM; ids of text are drawn from it
-
-
-def batch_shape(config: Any) -> BatchShape:
-    """Of a student's configuration."""
-    if isinstance(config, NanoVLMConfig):
-        tokens, side = config.mp_image_token_length, config.vit_img_size
-        picture = {"pixel_values": torch.ones(1, 3, side, side)}
-    else:
-        tokens, picture = picture_tokens(config), one_picture(config)
-    return BatchShape(tokens, picture, config.image_token_id, base_vocabulary(config))
 
 
 class RowCounts(NamedTuple):
@@ -87,17 +67,16 @@ class RowCounts(NamedTuple):
 
 
 class _Document(NamedTuple):
-    """A document in the batch: row, length, answer tokens, source."""
-
     row: int
     length: int
-    answer: int
+    answer: int  # tokens, the document's last
     source: int
 
 
 def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
     """α and τ of the 17 sources; ``paper``: the language sources distil, ``uniform``: all do."""
-    return SourceWeights.build(LENGTHS, distil=MIXES[mix], alpha=alpha, temperature=temperature)
+    distil = "all" if mix == "uniform" else "language"
+    return SourceWeights.build(LENGTHS, distil=distil, alpha=alpha, temperature=temperature)
 
 
 @cache
@@ -107,9 +86,8 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
     Raises ValueError: a row has no room for one document.
     """
     alphas = mix_weights(mix, 1.0, 1.0).alpha
-    documents = list(_documents(image_tokens, rows, limit, 0))
+    documents = list(_documents(image_tokens, rows, limit))
     taught = [document for document in documents if alphas[document.source] > 0]
-
     return RowCounts(
         tokens=sum(d.length for d in documents) / rows,
         pairs=sum(d.length * (d.length + 1) // 2 for d in documents) / rows,
@@ -121,49 +99,45 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
     )
 
 
-def paper_batch(shape: BatchShape, rows: int, limit: int, *, seed: int = 0) -> dict[str, Tensor]:
-    """A packed batch as the collator makes it: rows of ``limit`` tokens, drawn from the seed.
+def paper_batch(config: Any, rows: int, limit: int) -> dict[str, Tensor]:
+    """A packed batch as the collator makes it for a student's configuration, always the same.
 
-    Raises ValueError: a row has no room for one document.
+    Rows have ``limit`` tokens. Raises ValueError: a row has no room for one document.
     """
-    rng, blank = np.random.default_rng(seed), shape.picture["pixel_values"]
+    if isinstance(config, NanoVLMConfig):
+        image_tokens, side = config.mp_image_token_length, config.vit_img_size
+        picture = {"pixel_values": torch.ones(1, 3, side, side)}
+    else:
+        image_tokens, picture = picture_tokens(config), one_picture(config)
+    rng, vocabulary = np.random.default_rng(0), base_vocabulary(config)
     packs = [LoadedPack() for _ in range(rows)]
-    for number, drawn in enumerate(_documents(shape.image_tokens, rows, limit, seed)):
-        pixels = torch.from_numpy(rng.random(blank.shape, dtype=np.float32))
-        made = _random_document(shape, drawn, rng)
-        pictures = shape.picture | {"pixel_values": pixels}
-        document = LoadedDocument(number, drawn.source, made, pictures)
-        packs[drawn.row].documents.append(document)
+    for number, (row, length, answer, source) in enumerate(_documents(image_tokens, rows, limit)):
+        pixels = rng.random(picture["pixel_values"].shape, dtype=np.float32)
+        ids = rng.integers(3, vocabulary, length, dtype=np.int32)
+        ids[ids == config.image_token_id] = 2  # where that lies among the tokens of the text
+        ids[_HEAD : _HEAD + image_tokens] = config.image_token_id
+        labels = np.full(length, IGNORE, dtype=np.int32)
+        labels[-answer - 1 : -1] = ids[-answer:]  # shifted by one
+        pictures = picture | {"pixel_values": torch.from_numpy(pixels)}
+        document = LoadedDocument(number, source, Document(ids, labels), pictures)
+        packs[row].documents.append(document)
     batch = Collate(pad_token_id=2, length=limit)(packs)
     del batch["drops"]
     return batch
 
 
-def _random_document(shape: BatchShape, drawn: _Document, rng: np.random.Generator) -> Document:
-    """Random text; the picture comes first, the answer last."""
-    ids = rng.integers(3, shape.vocabulary, drawn.length, dtype=np.int32)
-    ids[ids == shape.image_token_id] = 2  # where that lies among the tokens of the text
-    ids[_HEAD : _HEAD + shape.image_tokens] = shape.image_token_id
-    labels = np.full(drawn.length, IGNORE, dtype=np.int32)
-    labels[-drawn.answer - 1 : -1] = ids[-drawn.answer :]  # shifted by one
-    return Document(ids, labels)
-
-
-def _documents(image_tokens: int, rows: int, limit: int, seed: int) -> Iterator[_Document]:
+def _documents(image_tokens: int, rows: int, limit: int) -> Iterator[_Document]:
     """Fill row after row; the category with fewer answer tokens so far comes next."""
-    shortest, rng = _HEAD + image_tokens + _SHORTEST_TEXT, np.random.default_rng(seed)
+    shortest, rng = _HEAD + image_tokens + _SHORTEST_TEXT, np.random.default_rng(0)
     if limit < shortest:
         raise ValueError(f"a row needs room for a document of {shortest} tokens, got {limit}.")
-    by_category = {"language": [], "document": []}
-    for source, name in enumerate(LENGTHS):
-        by_category[category_of(name)].append(source)
-    answered, lengths = dict.fromkeys(by_category, 0), list(LENGTHS.values())
+    answered, names = {LANGUAGE: 0, DOCUMENT: 0}, list(LENGTHS)
     for row in range(rows):
         start = 0
         while limit - start >= shortest:
             category = min(answered, key=answered.__getitem__)
-            source = int(rng.choice(by_category[category]))
-            median, p95, longest = lengths[source]
+            source = names.index(rng.choice(category))
+            median, p95, longest = LENGTHS[names[source]]
             spread = math.log(p95 / median) / 1.645  # the standard normal's 95th percentile
             text = int(min(median * math.exp(spread * rng.standard_normal()), longest))
             length = min(_HEAD + image_tokens + max(text, _SHORTEST_TEXT), limit - start)
