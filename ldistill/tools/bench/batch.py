@@ -1,8 +1,7 @@
 """A batch that looks like the paper's training data, made of random tokens and noise.
 
 Document lengths follow the paper's Table 5 (log-normal by median and 95th percentile), one picture
-each, packed side by side. A fifth of the tokens are answers, and half of those belong to sources
-that distil: the mix the cost of a training step depends on.
+each, packed side by side. A fifth of the tokens are answers, half of those of sources that distil.
 """
 
 from __future__ import annotations
@@ -26,24 +25,13 @@ from ldistill.sources import DOCUMENT, LANGUAGE, SourceWeights
 
 # Text tokens by source: median, 95th percentile, longest (the paper's Table 5).
 LENGTHS: dict[str, tuple[int, int, int]] = {
-    "aokvqa": (60, 100, 116),
-    "figureqa": (187, 307, 321),
-    "iconqa": (35, 56, 664),
-    "robut_sqa": (102, 425, 1974),
-    "scienceqa": (118, 549, 15171),
-    "visual7w": (197, 705, 972),
-    "vqav2": (58, 192, 673),
-    "vsr": (26, 80, 98),
-    "chart2text": (88, 225, 329),
-    "chartqa": (35, 92, 134),
-    "docvqa": (90, 265, 357),
-    "infographic_vqa": (97, 234, 310),
-    "ocrvqa": (102, 124, 162),
-    "textcaps": (21, 30, 35),
-    "textvqa": (34, 48, 56),
-    "vistext": (126, 182, 217),
-    "visualmrc": (70, 241, 292),
-}
+    "aokvqa": (60, 100, 116), "figureqa": (187, 307, 321), "iconqa": (35, 56, 664),
+    "robut_sqa": (102, 425, 1974), "scienceqa": (118, 549, 15171), "visual7w": (197, 705, 972),
+    "vqav2": (58, 192, 673), "vsr": (26, 80, 98), "chart2text": (88, 225, 329),
+    "chartqa": (35, 92, 134), "docvqa": (90, 265, 357), "infographic_vqa": (97, 234, 310),
+    "ocrvqa": (102, 124, 162), "textcaps": (21, 30, 35), "textvqa": (34, 48, 56),
+    "vistext": (126, 182, 217), "visualmrc": (70, 241, 292),
+}  # fmt: skip
 ANSWER_SHARE = 0.2
 _HEAD = 2  # tokens before the picture
 _SHORTEST_TEXT = 12
@@ -66,13 +54,6 @@ class RowCounts(NamedTuple):
         return StepCounts(*map(round, student), *map(round, taught))
 
 
-class _Document(NamedTuple):
-    row: int
-    length: int
-    answer: int  # tokens, the document's last
-    source: int
-
-
 def mix_weights(mix: str, alpha: float, temperature: float) -> SourceWeights:
     """α and τ of the 17 sources; ``paper``: the language sources distil, ``uniform``: all do."""
     distil = "all" if mix == "uniform" else "language"
@@ -85,18 +66,18 @@ def count_rows(image_tokens: int, limit: int, mix: str = "paper", *, rows: int =
 
     Raises ValueError: a row has no room for one document.
     """
-    alphas = mix_weights(mix, 1.0, 1.0).alpha
-    documents = list(_documents(image_tokens, rows, limit))
-    taught = [document for document in documents if alphas[document.source] > 0]
-    return RowCounts(
-        tokens=sum(d.length for d in documents) / rows,
-        pairs=sum(d.length * (d.length + 1) // 2 for d in documents) / rows,
-        tiles=len(documents) / rows,
-        targets=sum(d.answer for d in documents) / rows,
-        queries=sum(d.answer for d in taught) / rows,
+    _, length, answer, source = np.array(list(_documents(image_tokens, rows, limit))).T
+    taught = answer * (np.array(mix_weights(mix, 1.0, 1.0).alpha)[source] > 0)
+    sums = {
+        "tokens": length,
+        "pairs": length * (length + 1) // 2,
+        "tiles": np.ones_like(length),
+        "targets": answer,
+        "queries": taught,
         # one more position from token to token of the answer; the last sees length - 1
-        query_pairs=sum(d.answer * (2 * d.length - d.answer - 1) // 2 for d in taught) / rows,
-    )
+        "query_pairs": taught * (2 * length - answer - 1) // 2,
+    }
+    return RowCounts(**{name: int(each.sum()) / rows for name, each in sums.items()})
 
 
 def paper_batch(config: Any, rows: int, limit: int) -> dict[str, Tensor]:
@@ -126,8 +107,9 @@ def paper_batch(config: Any, rows: int, limit: int) -> dict[str, Tensor]:
     return batch
 
 
-def _documents(image_tokens: int, rows: int, limit: int) -> Iterator[_Document]:
-    """Fill row after row; the category with fewer answer tokens so far comes next."""
+def _documents(image_tokens: int, rows: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
+    """Row, length, answer tokens and source of documents that fill row after row; the category with
+    fewer answer tokens so far comes next."""
     shortest, rng = _HEAD + image_tokens + _SHORTEST_TEXT, np.random.default_rng(0)
     if limit < shortest:
         raise ValueError(f"a row needs room for a document of {shortest} tokens, got {limit}.")
@@ -143,5 +125,5 @@ def _documents(image_tokens: int, rows: int, limit: int) -> Iterator[_Document]:
             length = min(_HEAD + image_tokens + max(text, _SHORTEST_TEXT), limit - start)
             answer = min(round(ANSWER_SHARE * length), length - shortest + _SHORTEST_TEXT - 1)
             answered[category] += answer
-            yield _Document(row, length, answer, source)
+            yield row, length, answer, source
             start += length

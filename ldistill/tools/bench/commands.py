@@ -8,10 +8,10 @@ ldistill bench kernels attention --device cpu
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -67,7 +67,7 @@ def step_command(
     chosen = tuple(_split(modes, "modes", MODES))
     sizes = (pair, rows, length, steps, warmup)
     how = (device, dtype, kernels, attention, mix, chosen, memory, compile, checkpointing)
-    options = step.StepOptions(*sizes, *how).resolved()
+    options = step.StepOptions(*sizes, *how)
     typer.echo(str(options))
     results = step.measure_step(options, typer.echo)
     for table in report.step_tables(results):
@@ -136,7 +136,5 @@ def kernels(
     which: Annotated[Literal["attention", "loss"], typer.Argument(help="Their flags follow.")],
 ) -> None:
     """The kernels against what one would use instead; `-- --help` lists a benchmark's own flags."""
-    package = Path(importlib.util.find_spec("ldistill_kernels").origin).parent
-    script = package / "benchmarks" / f"{which}.py"
-    command = [sys.executable, str(script), *context.args]
-    sys.exit(subprocess.call(command))
+    script = Path(find_spec("ldistill_kernels").origin).parent / "benchmarks" / f"{which}.py"
+    sys.exit(subprocess.call([sys.executable, str(script), *context.args]))

@@ -1,9 +1,8 @@
 """`ldistill bench data`: what it costs to turn shards into batches, against what one would use.
 
 Rounds are interleaved (every loader and number of workers once a round), so that a change of the
-machine's load meets all of them; CPU seconds, of this process and its workers, are told beside
-the clock, because on a shared machine they say more. Memory is a worker's own: pages that only
-it has and that cannot be dropped. The pages of the index are the file's, shared by all workers.
+machine's load meets all of them; CPU seconds, of this process and its workers, say more on a shared
+machine. Memory is a worker's own: pages that only it has and that cannot be dropped.
 
 Every loader decodes pictures with the processor, tokenises with it, and collates with the collator
 of training, one document a row; what differs is how samples are found, read and shuffled.
@@ -86,9 +85,8 @@ class LoaderSetup:
 
 
 def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Batch]:
-    batch = setup.batch
-    if packing:
-        batch = max(1, round(batch * float(setup.index.lengths.mean()) / setup.limit))
+    length = float(setup.index.lengths.mean()) if packing else setup.limit
+    batch = max(1, round(setup.batch * length / setup.limit))
     how = {"limit": setup.limit, "batch_size": batch, "packing": packing, "num_workers": workers}
     return make_loader(setup.index, setup.processor, over_long="truncate", **how)
 
@@ -134,8 +132,8 @@ def open_setup(
 
 Cell = tuple[int, str]  # number of workers, loader
 Measured = dict[str, float]
-"""samples_per_s, tokens_per_s, cpu_ms (a sample, of all processes), own_mib and rss_mib (of one
-worker, or of this process without workers)."""
+"""samples_per_s, tokens_per_s, mb_per_s, cpu_ms (a sample, of all processes), own_mib and rss_mib
+(of one worker, or of this process without workers)."""
 
 
 def bench_data(
@@ -187,7 +185,8 @@ def measure(setup: LoaderSetup, name: str, count: int, seconds: float) -> Measur
     finally:
         del batches
         gc.collect()
-    rates = {"samples_per_s": samples / wall, "tokens_per_s": tokens / wall}
+    speed, megabytes = samples / wall, float(setup.index.column("size").mean()) / 1e6
+    rates = {"samples_per_s": speed, "tokens_per_s": tokens / wall, "mb_per_s": speed * megabytes}
     return rates | {"cpu_ms": 1000 * cpu / samples, "own_mib": own, "rss_mib": rss}
 
 
@@ -207,26 +206,21 @@ def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], f
     workers, loader = cell
     mine, theirs = [] if failure else found[cell], found.get((workers, "webdataset"), [])
 
-    def of(column: str) -> float | None:
-        return median(one[column] for one in mine)
+    def of(*columns: str) -> Row:
+        return {column: median(one[column] for one in mine) for column in columns}
 
     def ratio(column: str) -> float | None:
         return median(a[column] / b[column] for a, b in zip(mine, theirs))
 
-    megabytes = float(setup.index.column("size").mean()) / 1e6
     return {
         "loader": loader,
         "workers": workers,
         "shards": len(setup.index.shards),
         "samples": len(setup.index),
-        "samples_per_s": of("samples_per_s"),
-        "tokens_per_s": of("tokens_per_s"),
-        "mb_per_s": of("samples_per_s") * megabytes if mine else None,
-        "cpu_ms": of("cpu_ms"),
+        **of("samples_per_s", "tokens_per_s", "mb_per_s", "cpu_ms"),
         "speed_ratio": ratio("samples_per_s"),
         "cpu_ratio": ratio("cpu_ms"),
-        "own_mib": of("own_mib"),
-        "rss_mib": of("rss_mib"),
+        **of("own_mib", "rss_mib"),
         "failure": failure,
         "device": device_name("cpu"),
         "batch": setup.batch,
@@ -236,10 +230,7 @@ def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], f
 
 
 def bench_growth(setup: LoaderSetup, *, factors: Sequence[int], **how: Any) -> list[Row]:
-    """Memory of one of two workers with the shards listed `factor` times, for every factor.
-
-    ``how`` are loaders, seconds and say of `bench_data`.
-    """
+    """Memory of one of two workers with the shards listed `factor` times; `how` of `bench_data`."""
     rows = []
     for factor in factors:
         with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import torch
 from matplotlib.figure import Figure
@@ -60,7 +61,6 @@ GROWTH: Columns = {
 
 
 def median(values: Iterable[float]) -> float | None:
-    """None of nothing."""
     values = list(values)
     return statistics.median(values) if values else None
 
@@ -118,15 +118,14 @@ def append_csv(path: Path, rows: list[Row], packages: tuple[str, ...]) -> None:
 def draw_profile(rows: list[Row], title: str, path: Path) -> None:
     """A bar per mode, cut into its parts, as a picture; the path's ending says the format."""
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(rows)), layout="constrained")
-    axes, names, left = figure.add_subplot(), [row["mode"] for row in rows], [0.0] * len(rows)
-    totals = [sum(row[f"{part}_ms"] for part in PARTS) for row in rows]
-    for part, colour in zip(PARTS, _COLOURS, strict=True):
-        widths = [row[f"{part}_ms"] for row in rows]
-        bars = axes.barh(names, widths, left=left, color=colour, label=part, height=0.62)
+    axes, names = figure.add_subplot(), [row["mode"] for row in rows]
+    parts = np.array([[row[f"{part}_ms"] for row in rows] for part in PARTS])  # [parts, modes]
+    totals, left = parts.sum(0), parts.cumsum(0) - parts
+    for part, colour, widths, start in zip(PARTS, _COLOURS, parts, left):
+        bars = axes.barh(names, widths, left=start, color=colour, label=part, height=0.62)
         wide = 0.05 * max(totals)  # enough for its share to be read
         shares = [f"{w / t:.0%}" if w > wide else "" for w, t in zip(widths, totals)]
         axes.bar_label(bars, shares, label_type="center", color="white", fontsize=8)
-        left = [start + width for start, width in zip(left, widths)]
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of one step")
     axes.set_title(title, fontsize=9, loc="left")

@@ -2,13 +2,12 @@
 
 A step is choosing the targets, forward, backward and AdamW on one packed batch of the paper's mix,
 the same for all modes. Modes take turns, so that a drifting machine slows all of them; ratios are
-medians over the rounds. A GPU's step is timed by the wall, a CPU's by the time its threads
-computed. Peak memory is measured apart, each mode alone: on a GPU what the allocator held, on a CPU
-what a fresh process grew by, libraries not counted.
+medians over the rounds. Peak memory is measured apart, each mode alone: on a GPU what the allocator
+held, on a CPU what a fresh process grew by, libraries not counted.
 
-Where the time goes is told by one more step of every mode, for which the device is waited for at
-every border; that costs a little, so the parts tell proportions, the rounds time. *Data* is
-choosing the targets and moving the batch: `ldistill bench data` measures reading and decoding.
+Where the time goes is told by one more step of every mode that waits for the device at every
+border: its parts tell proportions, the rounds time. *Data* is choosing the targets and moving the
+batch: `ldistill bench data` measures reading and decoding.
 
 Weights, gradients and optimizer states all have ``dtype``: a run with fp32 master weights holds
 more in every mode, and the ratios only shrink.
@@ -17,6 +16,7 @@ more in every mode, and the ratios only shrink.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -60,9 +61,12 @@ Say = Callable[[str], None]
 Times = dict[str, float]  # by mode
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepOptions:
-    """A measurement; what is None comes from the pair's recipe and this machine: `resolved`."""
+    """A measurement; what is None comes from the pair's recipe and this machine.
+
+    Raises ValueError: unknown pair, or a device or attention that this machine has not.
+    """
 
     pair: str | None = None
     rows: int | None = None
@@ -79,6 +83,21 @@ class StepOptions:
     compile: bool = False
     checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        self.pair = self.pair or DEFAULT_RECIPE
+        recipe = load_recipe(recipe_of(self.pair) or MAIN_RECIPE)
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
+        if self.device == "cpu" and self.attention == "flex_attention":
+            raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
+        self.dtype = self.dtype or ("bf16" if self.device == "cuda" else "fp32")
+        self.length = self.length or recipe["max_length"]
+        self.modes = tuple(mode for mode in MODES if mode in self.modes)
+        if self.rows is None:
+            whole = self.device == "cuda" or pair_shape(self.pair).student_weights < SMALL
+            self.rows = recipe["per_device_train_batch_size"] if whole else 1
+
     def __str__(self) -> str:
         return (
             f"{self.pair}: {self.rows} rows of {self.length} tokens, {self.dtype} on "
@@ -91,31 +110,6 @@ class StepOptions:
         """Modes, and those of them that are timed with compiled decoder blocks, too."""
         compiled = (mode + COMPILED for mode in self.modes if mode != "naive" and self.compile)
         return (*self.modes, *compiled)
-
-    def resolved(self) -> StepOptions:
-        """With row length and rows of the pair's recipe.
-
-        Raises ValueError: unknown pair, or a device or attention that this machine has not.
-        """
-        pair = self.pair or DEFAULT_RECIPE
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
-        if device == "cpu" and self.attention == "flex_attention":
-            raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
-        recipe, rows = load_recipe(recipe_of(pair) or MAIN_RECIPE), self.rows
-        if rows is None:
-            whole = device == "cuda" or pair_shape(pair).student_weights < SMALL
-            rows = recipe["per_device_train_batch_size"] if whole else 1
-        return replace(
-            self,
-            pair=pair,
-            rows=rows,
-            length=self.length or recipe["max_length"],
-            device=device,
-            dtype=self.dtype or ("bf16" if device == "cuda" else "fp32"),
-            modes=tuple(mode for mode in MODES if mode in self.modes),
-        )
 
 
 class StepBench:
@@ -204,7 +198,7 @@ class StepBench:
 
 
 def measure_step(options: StepOptions, say: Say = lambda text: None) -> list[Row]:
-    """Time and memory of every mode; ``options`` are resolved, ``say`` is told what goes on.
+    """Time and memory of every mode; ``say`` is told what goes on.
 
     Raises ValueError: a mode needs more memory than this machine has.
     """
@@ -323,20 +317,12 @@ def peak_memory(options: StepOptions) -> float:
 
 def _growth_of_process(options: StepOptions) -> float:
     """Runs in a process of its own, because a resident set's peak never goes down."""
-    before, bench = _status_mib("VmRSS"), StepBench(options)
-    # AdamW makes its states now, so that the first step already peaks where all others do
-    for group in bench.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    bench.update()
-    bench.step(*options.modes)
-    return _status_mib("VmHWM") - before
-
-
-def _status_mib(field: str) -> float:
-    """A memory field of this process as Linux tells it."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    before = psutil.Process().memory_info().rss / 2**20
+    bench, [mode] = StepBench(options), options.modes
+    bench.step(mode)  # makes AdamW's states, so that the next peaks where all others do
+    bench.step(mode)
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 1024 - before
 
 
 # ---- where the time goes ----

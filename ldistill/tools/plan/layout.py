@@ -183,10 +183,8 @@ class Layout:
         return grouped and not compiled and self.attention not in PACKED
 
     def kv_memory(self, element: int = 2) -> float:
-        """Bytes that are held only because the teacher will read them.
-
-        Where attention itself saves keys and values unrepeated, they are views of what is there.
-        """
+        """Bytes held only because the teacher will read them: none where attention itself saves
+        keys and values unrepeated, for then they are views of what is there."""
         if self.teacher == "none" or not (self.checkpointing or self._repeats_kv):
             return 0.0
         tokens = self.micro_batch * self.length
@@ -271,7 +269,7 @@ class Layout:
 
     @property
     def network(self) -> float:
-        """Seconds a step's transfers take by themselves, one after another."""
+        """Seconds of all transfers, one after another."""
         return sum(transfer.seconds for transfer in self.transfers)
 
     @property

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ldistill.models.shapes import PairShape
 from ldistill.recipe import load_recipe
 from ldistill.tools.pairs import MAIN_RECIPE, recipe_of
-from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Zero
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
 from ldistill.tools.plan.layout import Layout, Span
 from ldistill.tools.table import Table
 
@@ -60,9 +60,7 @@ class Plan(NamedTuple):
 def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
     """The fastest layout that fits.
 
-    Raises:
-        ValueError: nothing fits (what is too big and what to change is said), or the global batch
-            cannot be cut over the GPUs.
+    Raises ValueError: nothing fits (what is too big and what to change is said), or as `layouts`.
     """
     usual = {name: getattr(shape, name) for name in ("length", "global_batch", "steps")}
     request = replace(request, **{n: v for n, v in usual.items() if getattr(request, n) is None})
@@ -102,7 +100,17 @@ def layouts(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[La
     sizes = [request.micro_batch] if request.micro_batch else range(1, min(share, MOST_ROWS) + 1)
     recompute = (False, True) if request.checkpointing is None else (request.checkpointing,)
     fixed = (request.attention, request.lora, request.mix, request.mfu)
-    for zero in _zeros(cluster, request.zero):
+    for zero in [ZEROS[request.zero]] if request.zero else ZEROS.values():
+        whole = cluster.on_node % zero.node_partition == 0
+        if request.zero and not whole:
+            raise ValueError(
+                f"{zero.name} partitions weights within {zero.node_partition} GPUs of a node, and "
+                f"{cluster.on_node} is no multiple of that: change zero_hpz_partition_size in the "
+                "file, --gpus or --gpus-per-node."
+            )
+        # partitions within nodes are of use where there are several
+        if not request.zero and zero.node_partition > 1 and not (whole and cluster.nodes > 1):
+            continue
         engines = [request.teacher]
         if request.teacher == "auto":
             engines = ["replicated", "zero3"] if zero.stage == 3 else ["replicated"]
@@ -110,20 +118,6 @@ def layouts(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[La
             if share % size == 0 and (teacher == "zero3" or not offload):
                 cut = (size, request.length, share // size)
                 yield Layout(shape, cluster, zero, teacher, *cut, offload, again, *fixed)
-
-
-def _zeros(cluster: Cluster, asked: str | None) -> Iterator[Zero]:
-    for zero in [ZEROS[asked]] if asked else ZEROS.values():
-        whole = cluster.on_node % zero.node_partition == 0
-        if asked and not whole:
-            raise ValueError(
-                f"{zero.name} partitions weights within {zero.node_partition} GPUs of a node, and "
-                f"{cluster.on_node} is no multiple of that: change zero_hpz_partition_size in the "
-                "file, --gpus or --gpus-per-node."
-            )
-        # partitions within nodes are of use where there are several
-        if asked or zero.node_partition == 1 or (whole and cluster.nodes > 1):
-            yield zero
 
 
 # ---- what does not fit ----

@@ -36,7 +36,7 @@ COLUMNS = {
 
 
 def tiny(**changes) -> StepOptions:
-    return StepOptions(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes).resolved()
+    return StepOptions(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes)
 
 
 @pytest.fixture(scope="module")
