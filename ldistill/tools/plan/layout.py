@@ -213,9 +213,9 @@ class Layout:
             NODE: (within - 1, within, cluster.gpu_link),
             HOST: (1, cluster.gpus, cluster.host_link),
         }
-        for what, where, whole, *other in self._moved():
+        for what, where, whole, *rates in self._moved():
             passing, ranks, link = rings[where]
-            size, [rate] = whole * passing / ranks, other or [link]
+            size, rate = whole * passing / ranks, rates[0] if rates else link
             found.append(Transfer(what, where, size, size / (rate * 1e9)))
         return [transfer for transfer in found if transfer.bytes > 0]
 
