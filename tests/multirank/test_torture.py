@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 
 from ldistill.checkpoint import folder as checkpoint_folder
 from ldistill.cli import app
-from ldistill.tools.torture.bench import Bench, History
+from ldistill.tools.torture.bench import Bench, History, last_step
 from ldistill.tools.torture.faults import FAULTS, TEXT_ONLY, choose, kills
-from ldistill.tools.torture.rank import last_step
 
 pytestmark = pytest.mark.slow
 # fp32 sums in another order over 9 steps of AdamW; measured differences are below 1e-6.

@@ -8,10 +8,10 @@ ldistill bench kernels attention --device cpu
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,19 +32,14 @@ CSV = Annotated[Path | None, Option(help="Append the rows to this file.")]
 Count = int | None
 
 
-def _names(text: str, known: str, what: str) -> tuple[str, ...]:
-    """Names between commas, each of them known."""
+def _split(text: str, what: str, known: str = "") -> list[str]:
+    """What stands between commas: some of the known names, or numbers."""
     found = split_names(text)
-    if not found or not set(found) <= set(known.split(",")):
-        raise typer.BadParameter(f"{what} must be among {known}, got {text!r}.")
-    return tuple(found)
-
-
-def _numbers(text: str, what: str) -> tuple[int, ...]:
-    found = split_names(text)
-    if not found or not all(number.isdecimal() for number in found):
-        raise typer.BadParameter(f"{what} must be numbers from 0, by commas, got {text!r}.")
-    return tuple(map(int, found))
+    good = set(found) <= set(known.split(",")) if known else all(map(str.isdecimal, found))
+    if not (found and good):
+        rule = f"among {known}" if known else "numbers from 0, by commas"
+        raise typer.BadParameter(f"{what} must be {rule}, got {text!r}.")
+    return found
 
 
 @app.command("step")
@@ -69,10 +64,10 @@ def step_command(
     """One training step with random weights: labels alone, naive distillation, ours."""
     from ldistill.tools.bench import report, step
 
-    chosen = _names(modes, MODES, "modes")
+    chosen = tuple(_split(modes, "modes", MODES))
     sizes = (pair, rows, length, steps, warmup)
     how = (device, dtype, kernels, attention, mix, chosen, memory, compile, checkpointing)
-    options = step.StepOptions(*sizes, *how).resolved()
+    options = step.StepOptions(*sizes, *how)
     typer.echo(str(options))
     results = step.measure_step(options, typer.echo)
     for table in report.step_tables(results):
@@ -109,21 +104,22 @@ def data_command(
     """Samples/s and memory of our loader, webdataset and datasets on the same shards."""
     from ldistill.tools.bench import data, report
 
-    how = {"loaders": _names(loaders, LOADERS, "loaders"), "seconds": seconds, "say": typer.echo}
-    counts, factors = _numbers(workers, "workers"), _numbers(grow, "grow") if grow else ()
-    sizes = {"batch": batch, "limit": max_length, "buffer": buffer}
+    how = {"loaders": _split(loaders, "loaders", LOADERS), "seconds": seconds, "say": typer.echo}
+    counts = [int(count) for count in _split(workers, "workers")]
+    factors = [int(factor) for factor in _split(grow, "grow")] if grow else []
     chosen = split_names(sources) if sources else None
-    setup = data.open_setup(shards, student, tokenizer, chosen, **sizes)
+    setup = data.open_setup(shards, student, tokenizer, chosen, batch, max_length, buffer)
     index, size = setup.index, sum(shard.bytes for shard in setup.index.shards) / 1e6
     typer.echo(
         f"{len(index):,} samples in {len(index.shards)} shards ({size:,.1f} MB), batches of "
         f"{batch}, {rounds} rounds of {seconds:g} s on {report.device_name('cpu')}"
     )
     results = data.bench_data(setup, workers=counts, rounds=rounds, **how)
-    report.speed_table(results).print(WIDTH)
+    report.table("loaders", results, report.SPEED, left=1).print(WIDTH)
     if factors:
         growth = data.bench_growth(setup, factors=factors, **how)
-        report.growth_table(growth).print(WIDTH)
+        title = "memory of one worker as shards grow"
+        report.table(title, growth, report.GROWTH).print(WIDTH)
         if plot:
             report.draw_growth(growth, plot)
             typer.echo(f"memory over samples: {plot}")
@@ -140,7 +136,5 @@ def kernels(
     which: Annotated[Literal["attention", "loss"], typer.Argument(help="Their flags follow.")],
 ) -> None:
     """The kernels against what one would use instead; `-- --help` lists a benchmark's own flags."""
-    package = Path(importlib.util.find_spec("ldistill_kernels").origin).parent
-    script = package / "benchmarks" / f"{which}.py"
-    command = [sys.executable, str(script), *context.args]
-    sys.exit(subprocess.run(command, check=False).returncode)
+    script = Path(find_spec("ldistill_kernels").origin).parent / "benchmarks" / f"{which}.py"
+    sys.exit(subprocess.call([sys.executable, str(script), *context.args]))

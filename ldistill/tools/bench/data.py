@@ -1,9 +1,8 @@
 """`ldistill bench data`: what it costs to turn shards into batches, against what one would use.
 
 Rounds are interleaved (every loader and number of workers once a round), so that a change of the
-machine's load meets all of them; CPU seconds, of this process and its workers, are told beside
-the clock, because on a shared machine they say more. Memory is a worker's own: pages that only
-it has and that cannot be dropped. The pages of the index are the file's, shared by all workers.
+machine's load meets all of them; CPU seconds, of this process and its workers, say more on a shared
+machine. Memory is a worker's own: pages that only it has and that cannot be dropped.
 
 Every loader decodes pictures with the processor, tokenises with it, and collates with the collator
 of training, one document a row; what differs is how samples are found, read and shuffled.
@@ -21,34 +20,31 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
-import os
-import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import webdataset as wds
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
-from ldistill.data.index import FORMAT, ShardIndex
+from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader, truncate
 from ldistill.data.store import INDEX_NAME, SAMPLES_NAME
 from ldistill.models.formats import load_processor
 from ldistill.models.processor import Processor
-from ldistill.tools.bench.report import Row, device_name
+from ldistill.tools.bench.report import Row, device_name, median
 from ldistill.tools.pairs import student_of
-
-Say = Callable[[str], None]
-
 
 # ---- the loaders ----
 
@@ -62,23 +58,16 @@ class LoaderSetup:
     batch: int  # documents (packed: rows that hold about as many)
     limit: int
     buffer: int  # samples of the shuffle buffer of the loaders that have one
-    seed: int = 0
 
     @property
     def paths(self) -> list[str]:
-        """Every shard's path or URL."""
         return [shard.path for shard in self.index.shards]
 
-    @property
-    def collate(self) -> Collate:
-        """One document a row."""
-        return Collate(self.processor.pad_token_id)
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
+        """Samples as tar readers give them, {extension: content}; one document a row."""
+        return Collate(self.processor.pad_token_id)([self._load(sample) for sample in samples])
 
-    def collate_tars(self, samples: Sequence[Mapping[str, Any]]) -> Batch:
-        return self.collate([self.from_tar(sample) for sample in samples])
-
-    def from_tar(self, members: Mapping[str, Any]) -> LoadedPack:
-        """A sample as tar readers give it, {extension: content}, decoded and tokenised."""
+    def _load(self, members: Mapping[str, Any]) -> LoadedPack:
         processor, record = self.processor, members["json"]
         record = json.loads(record) if isinstance(record, bytes) else record
         turns = tuple(Turn(turn["user"], turn["assistant"]) for turn in record["turns"])
@@ -92,32 +81,29 @@ class LoaderSetup:
         return LoadedPack([LoadedDocument(0, 0, document, processor.pictures(images))])
 
 
+# Each runs without end.
+
+
 def ours(setup: LoaderSetup, workers: int, packing: bool = False) -> Iterable[Batch]:
-    """This project's loader, without end."""
-    batch = setup.batch
-    if packing:
-        batch = max(1, round(batch * float(setup.index.lengths.mean()) / setup.limit))
-    how = {"limit": setup.limit, "batch_size": batch, "seed": setup.seed, "packing": packing}
-    how |= {"over_long": "truncate", "num_workers": workers}
-    return make_loader(setup.index, setup.processor, **how)
+    length = float(setup.index.lengths.mean()) if packing else setup.limit
+    batch = max(1, round(setup.batch * length / setup.limit))
+    how = {"limit": setup.limit, "batch_size": batch, "packing": packing, "num_workers": workers}
+    return make_loader(setup.index, setup.processor, over_long="truncate", **how)
 
 
 def webdataset(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
-    """Stock webdataset, without end."""
     if workers > len(setup.paths):
         raise ValueError(f"webdataset gives whole shards to workers: {len(setup.paths)} shards")
-    shards = wds.WebDataset(setup.paths, shardshuffle=len(setup.paths), seed=setup.seed)
-    documents = shards.repeat().shuffle(setup.buffer).map(setup.from_tar)
-    batches = documents.batched(setup.batch, collation_fn=setup.collate)
+    shards = wds.WebDataset(setup.paths, shardshuffle=len(setup.paths), seed=0)
+    samples = shards.repeat().shuffle(setup.buffer)
+    batches = samples.batched(setup.batch, collation_fn=setup.collate)
     return DataLoader(batches, batch_size=None, num_workers=workers)
 
 
 def datasets(setup: LoaderSetup, workers: int) -> Iterable[Batch]:
-    """Hugging Face datasets' streaming reader of the same tars, without end."""
     stream = load_dataset("webdataset", data_files=setup.paths, split="train", streaming=True)
-    stream = stream.decode(False).shuffle(seed=setup.seed, buffer_size=setup.buffer).repeat(None)
-    collate = setup.collate_tars
-    return DataLoader(stream, batch_size=setup.batch, num_workers=workers, collate_fn=collate)
+    stream = stream.decode(False).shuffle(seed=0, buffer_size=setup.buffer).repeat(None)
+    return DataLoader(stream, setup.batch, num_workers=workers, collate_fn=setup.collate)
 
 
 LOADERS: dict[str, Callable[[LoaderSetup, int], Iterable[Batch]]] = {
@@ -129,7 +115,7 @@ LOADERS: dict[str, Callable[[LoaderSetup, int], Iterable[Batch]]] = {
 
 
 def open_setup(
-    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, **sizes: int
+    shards: str, student: str, tokenizer: str | None, sources: Sequence[str] | None, *sizes: int
 ) -> LoaderSetup:
     """Shards and the processor of the student (or of a recipe's) that they were built for.
 
@@ -139,28 +125,28 @@ def open_setup(
     images = {name: index.image_settings[name] for name in ("tiling", "max_images")}
     processor = load_processor(student_of(student), tokenizer, **images)
     index.check(processor)
-    return LoaderSetup(index, processor, **sizes)
+    return LoaderSetup(index, processor, *sizes)
 
 
 # ---- what they cost ----
 
 Cell = tuple[int, str]  # number of workers, loader
 Measured = dict[str, float]
-"""samples_per_s, tokens_per_s, cpu_ms (a sample, of all processes), own_mib and rss_mib (of one
-worker, or of this process without workers)."""
+"""samples_per_s, tokens_per_s, mb_per_s, cpu_ms (a sample, of all processes), own_mib and rss_mib
+(of one worker, or of this process without workers)."""
 
 
 def bench_data(
     setup: LoaderSetup,
     *,
-    loaders: tuple[str, ...],
-    workers: tuple[int, ...],
+    loaders: Sequence[str],
+    workers: Sequence[int],
     seconds: float,
     rounds: int,
-    say: Say,
+    say: Callable[[str], None],
 ) -> list[Row]:
     """Every loader with every number of workers, `rounds` times `seconds` long."""
-    found: dict[Cell, list[Measured]] = {(count, name): [] for count in workers for name in loaders}
+    found: dict[Cell, list[Measured]] = {cell: [] for cell in product(workers, loaders)}
     failures: dict[Cell, str] = {}
     for number in range(rounds):
         for count, name in (cell for cell in found if cell not in failures):
@@ -177,43 +163,42 @@ def bench_data(
     return [_row(setup, cell, found, failures.get(cell, "")) for cell in found]
 
 
-def measure(setup: LoaderSetup, name: str, workers: int, seconds: float) -> Measured:
-    """Run a loader for `seconds` after its workers have warmed up."""
+def measure(setup: LoaderSetup, name: str, count: int, seconds: float) -> Measured:
+    """Run a loader with `count` workers for `seconds` after they have warmed up."""
     before = {child.pid for child in multiprocessing.active_children()}
     with warnings.catch_warnings():  # more workers than cores are what is being measured
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        batches = iter(LOADERS[name](setup, workers))
+        batches = iter(LOADERS[name](setup, count))
         next(batches)  # some begin only now
     try:
-        for _ in range(max(1, 2 * workers - 1)):
+        for _ in range(max(1, 2 * count - 1)):
             next(batches)
-        pids = [c.pid for c in multiprocessing.active_children() if c.pid not in before]
-        everyone, samples, tokens = [os.getpid(), *pids], 0, 0
-        start, cpu = time.perf_counter(), sum(map(cpu_seconds, everyone))
+        pids = {child.pid for child in multiprocessing.active_children()} - before
+        workers, samples, tokens = [psutil.Process(pid) for pid in pids], 0, 0
+        everyone = [psutil.Process(), *workers]
+        start, cpu = time.perf_counter(), cpu_seconds(everyone)
         while (wall := time.perf_counter() - start) < seconds or not samples:
             lengths = next(batches)["doc_length"]
             samples, tokens = samples + len(lengths), tokens + int(lengths.sum())
-        cpu = sum(map(cpu_seconds, everyone)) - cpu
-        memory = [worker_memory(pid) for pid in pids or everyone]
+        cpu = cpu_seconds(everyone) - cpu
+        own, rss = np.mean([worker_memory(process) for process in workers or everyone], axis=0)
     finally:
         del batches
         gc.collect()
-    own, rss = map(statistics.mean, zip(*memory))
-    rates = {"samples_per_s": samples / wall, "tokens_per_s": tokens / wall}
+    speed, megabytes = samples / wall, float(setup.index.column("size").mean()) / 1e6
+    rates = {"samples_per_s": speed, "tokens_per_s": tokens / wall, "mb_per_s": speed * megabytes}
     return rates | {"cpu_ms": 1000 * cpu / samples, "own_mib": own, "rss_mib": rss}
 
 
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
+    """User and system time so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def worker_memory(pid: int) -> tuple[float, float]:
-    """(own, resident) MiB of a process: private dirty pages, and all it has mapped and touched."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    sizes = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
-    return sizes["Private_Dirty"], sizes["Rss"]
+def worker_memory(process: psutil.Process) -> tuple[float, float]:
+    """(own, resident) MiB: private dirty pages, and all that is mapped and touched."""
+    own = sum(area.private_dirty for area in process.memory_maps())
+    return own / 2**20, process.memory_info().rss / 2**20
 
 
 def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], failure: str) -> Row:
@@ -221,27 +206,21 @@ def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], f
     workers, loader = cell
     mine, theirs = [] if failure else found[cell], found.get((workers, "webdataset"), [])
 
-    def of(column: str) -> float | None:
-        return statistics.median(one[column] for one in mine) if mine else None
+    def of(*columns: str) -> Row:
+        return {column: median(one[column] for one in mine) for column in columns}
 
     def ratio(column: str) -> float | None:
-        ratios = [a[column] / b[column] for a, b in zip(mine, theirs)]
-        return statistics.median(ratios) if ratios else None
+        return median(a[column] / b[column] for a, b in zip(mine, theirs))
 
-    megabytes = float(setup.index.column("size").mean()) / 1e6
     return {
         "loader": loader,
         "workers": workers,
         "shards": len(setup.index.shards),
         "samples": len(setup.index),
-        "samples_per_s": of("samples_per_s"),
-        "tokens_per_s": of("tokens_per_s"),
-        "mb_per_s": of("samples_per_s") * megabytes if mine else None,
-        "cpu_ms": of("cpu_ms"),
+        **of("samples_per_s", "tokens_per_s", "mb_per_s", "cpu_ms"),
         "speed_ratio": ratio("samples_per_s"),
         "cpu_ratio": ratio("cpu_ms"),
-        "own_mib": of("own_mib"),
-        "rss_mib": of("rss_mib"),
+        **of("own_mib", "rss_mib"),
         "failure": failure,
         "device": device_name("cpu"),
         "batch": setup.batch,
@@ -250,16 +229,13 @@ def _row(setup: LoaderSetup, cell: Cell, found: Mapping[Cell, list[Measured]], f
     }
 
 
-def bench_growth(setup: LoaderSetup, *, factors: tuple[int, ...], **how: Any) -> list[Row]:
-    """Memory of one of two workers with the shards listed `factor` times, for every factor.
-
-    ``how`` are loaders, seconds and say of `bench_data`.
-    """
+def bench_growth(setup: LoaderSetup, *, factors: Sequence[int], **how: Any) -> list[Row]:
+    """Memory of one of two workers with the shards listed `factor` times; `how` of `bench_data`."""
     rows = []
     for factor in factors:
         with tempfile.TemporaryDirectory() as folder:
             larger = grown(setup, factor, Path(folder))
-            rows += bench_data(larger, workers=(2,), rounds=1, **how)
+            rows += bench_data(larger, workers=[2], rounds=1, **how)
     return sorted(rows, key=lambda row: (how["loaders"].index(row["loader"]), row["samples"]))
 
 
@@ -272,17 +248,16 @@ def grown(setup: LoaderSetup, factor: int, folder: Path) -> LoaderSetup:
     if index.store.remote:
         raise ValueError("--grow needs shards in a folder: the index of a URL is not ours to write")
     for number, (source, meta) in enumerate(index.meta.items()):
-        place = folder / source
+        place, shards = folder / source, meta["shards"]
         place.mkdir(parents=True)
-        for shard in meta["shards"]:
+        for shard in shards:
             (place / shard["url"]).symlink_to(Path(index.store.url(source, shard["url"])).resolve())
         samples = index.source_samples(number)
         size = (factor * len(samples),)
         table = np.lib.format.open_memmap(place / SAMPLES_NAME, "w+", samples.dtype, size)
         for copy, part in enumerate(table.reshape(factor, -1)):
             part[:] = samples
-            part["shard"] += np.uint32(copy * len(meta["shards"]))
+            part["shard"] += np.uint32(copy * len(shards))
         table.flush()
-        text = json.dumps({**meta, "format": FORMAT, "shards": meta["shards"] * factor})
-        (place / INDEX_NAME).write_text(text)
+        (place / INDEX_NAME).write_text(json.dumps(meta | {"shards": shards * factor}))
     return replace(setup, index=ShardIndex.load(folder, index.sources))

@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 
-from ldistill.distill.attention import SharedKV
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.targets import Supervision
 from ldistill.models.flops import StepCounts
@@ -29,45 +28,39 @@ def naive_loss(
 
     Holds for the defaults: scope ``full``, detached, convex mix, τ², forward KL.
     """
-    if getattr(distiller.teacher.lm.config, "kv_lora_rank", None):
+    lm, cache, targets = distiller.teacher.lm, DynamicCache(), supervision.targets
+    if getattr(lm.config, "kv_lora_rank", None):
         raise ValueError(
             "naive: this LM caches no keys that could be the student's: give --modes ce,ours."
         )
     hidden, shared = distiller._student(batch, True)
     scaling = LogitScaling.of(distiller.student.backbone.config)
     student = scaling(distiller.student.lm_head(hidden)).float().flatten(0, 1)
-    teacher = teacher_logits(distiller.teacher.lm, batch, shared).float().flatten(0, 1)
-    targets = supervision.targets
+    with torch.no_grad():
+        for layer, (k, v) in enumerate(zip(shared.keys, shared.values, strict=True)):
+            cache.update(k, v, layer)
+        teacher = lm(
+            # Picture tokens have no embedding in the LM; any token does, nobody reads what comes.
+            input_ids=batch["input_ids"].clamp(max=lm.config.vocab_size - 1),
+            position_ids=batch["position_ids"],
+            attention_mask=_masks(lm.config, batch["document_ids"]),
+            cache=cache,
+        )
     ce = F.cross_entropy(student, batch["labels"].flatten(), reduction="none")[targets.flat]
     loss = ((1 - targets.alpha) * ce).sum()
     taught, tau = targets.taught, targets.temperature[targets.taught, None]
     kd = targets.flat[taught]
+    teacher = teacher.logits.float().flatten(0, 1)  # [batch × seq, vocab]
     log_p = F.log_softmax(teacher[kd] / tau, dim=-1)
     log_q = F.log_softmax(student[kd, : teacher.shape[1]] / tau, dim=-1)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     return (loss + (targets.alpha[taught] * tau[:, 0] ** 2 * kl).sum()) / total
 
 
-@torch.no_grad()
-def teacher_logits(lm: PreTrainedModel, batch: dict[str, Tensor], shared: SharedKV) -> Tensor:
-    """Logits [batch, seq, vocab] of the LM continued over the student's cache."""
-    cache = DynamicCache()
-    for layer, (k, v) in enumerate(zip(shared.keys, shared.values, strict=True)):
-        cache.update(k, v, layer)
-    return lm(
-        # Picture tokens have no embedding in the LM; any token does, nobody reads what comes there.
-        input_ids=batch["input_ids"].clamp(max=lm.config.vocab_size - 1),
-        position_ids=batch["position_ids"],
-        attention_mask=_masks(lm.config, batch["document_ids"]),
-        cache=cache,
-    ).logits
-
-
 def _masks(config: PreTrainedConfig, documents: Tensor) -> Tensor | dict[str, Tensor]:
-    """bool [batch, 1, seq, 2 seq]: earlier positions of the same document in the student's half.
-
-    The LM's own half stays dark: with scope ``full`` every position's K/V are the student's. A mask
-    by kind of layer where there are several, for some see no further back than their window.
+    """bool [batch, 1, seq, 2 seq]: earlier positions of the same document in the student's half,
+    none in the LM's own: with scope ``full`` every position's K/V are the student's. A mask by kind
+    of layer where there are several, for some see no further back than their window.
     """
     place = torch.arange(documents.shape[1], device=documents.device)
     before = place[:, None] - place  # [seq, seq]: how far a key lies behind its query

@@ -6,11 +6,15 @@ measured, or that there is nothing to compare with.
 
 from __future__ import annotations
 
-import csv
 import platform
+import re
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 import torch
 from matplotlib.figure import Figure
 
@@ -35,7 +39,7 @@ _STEP: Columns = {
     "memory / ce": ("memory_vs_ce", ".3f"),
     "less teacher": ("memory_less_teacher_vs_ce", ".3f"),
 }
-_SPEED: Columns = {
+SPEED: Columns = {
     "workers": ("workers", ""),
     "loader": ("loader", ""),
     "samples/s": ("samples_per_s", ",.1f"),
@@ -47,7 +51,7 @@ _SPEED: Columns = {
     "own MiB": ("own_mib", ",.0f"),
     "RSS MiB": ("rss_mib", ",.0f"),
 }
-_GROWTH: Columns = {
+GROWTH: Columns = {
     "loader": ("loader", ""),
     "shards": ("shards", ","),
     "samples": ("samples", ","),
@@ -56,14 +60,18 @@ _GROWTH: Columns = {
 }
 
 
+def median(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return statistics.median(values) if values else None
+
+
 def device_name(device: str) -> str:
     """The GPU's name, or the CPU's with the threads torch uses."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    model = next(iter(models), platform.machine())
+    named = info.is_file() and re.search(r"^model name\s*: (.+)", info.read_text(), re.MULTILINE)
+    model = named[1].strip() if named else platform.machine()
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
@@ -75,20 +83,11 @@ def step_tables(rows: list[Row]) -> list[Table]:
         parts = [row[f"{part}_ms"] for part in PARTS]
         shares.append((row["mode"], *(f"{ms:,.1f} ({ms / sum(parts):.0%})" for ms in parts)))
     parts = Table("where the time goes, ms (share)", ("mode", *PARTS), shares)
-    return [_table("one training step", shown, _STEP), parts]
+    return [table("one training step", shown, _STEP), parts]
 
 
-def speed_table(rows: list[Row]) -> Table:
-    """Loaders and numbers of workers; ratios are to webdataset with as many workers."""
-    return _table("loaders", rows, _SPEED, left=(1,))
-
-
-def growth_table(rows: list[Row]) -> Table:
-    """Memory of a worker as the data set grows."""
-    return _table("memory of one worker as shards grow", rows, _GROWTH)
-
-
-def _table(title: str, rows: list[Row], columns: Columns, left: tuple[int, ...] = (0,)) -> Table:
+def table(title: str, rows: list[Row], columns: Columns, left: int = 0) -> Table:
+    """Some columns of rows; the one numbered ``left`` holds names."""
     lines = []
     for row in rows:
         values = [(row[name], form) for name, form in columns.values()]
@@ -96,7 +95,7 @@ def _table(title: str, rows: list[Row], columns: Columns, left: tuple[int, ...] 
         if row.get("failure"):  # stands where the first number would
             line[line.index("–")] = row["failure"]
         lines.append(line)
-    return Table(title, [*columns], lines, left)
+    return Table(title, [*columns], lines, (left,))
 
 
 def append_csv(path: Path, rows: list[Row], packages: tuple[str, ...]) -> None:
@@ -107,32 +106,26 @@ def append_csv(path: Path, rows: list[Row], packages: tuple[str, ...]) -> None:
     versions = environment()
     made_with = {"python": versions["python"]} | {p: versions["packages"][p] for p in packages}
     made_with["commit"] = (versions["git"] or {}).get("commit")
-    columns = [*rows[0], *made_with]
+    frame = pandas.DataFrame(rows).assign(**made_with)
     header = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
-    if header and header.split(",") != columns:
+    if header and header.split(",") != [*frame]:
         raise ValueError(f"{path} has other columns than this measurement: choose a new file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        if not header:
-            writer.writeheader()
-        for row in rows:
-            short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-            writer.writerow(short | made_with)
+    style = {"index": False, "float_format": "%.6g", "lineterminator": "\r\n"}
+    frame.to_csv(path, mode="a", header=not header, **style)
 
 
 def draw_profile(rows: list[Row], title: str, path: Path) -> None:
     """A bar per mode, cut into its parts, as a picture; the path's ending says the format."""
     figure = Figure(figsize=(9, 1.4 + 0.55 * len(rows)), layout="constrained")
-    axes, names, left = figure.add_subplot(), [row["mode"] for row in rows], [0.0] * len(rows)
-    totals = [sum(row[f"{part}_ms"] for part in PARTS) for row in rows]
-    for part, colour in zip(PARTS, _COLOURS, strict=True):
-        widths = [row[f"{part}_ms"] for row in rows]
-        bars = axes.barh(names, widths, left=left, color=colour, label=part, height=0.62)
+    axes, names = figure.add_subplot(), [row["mode"] for row in rows]
+    parts = np.array([[row[f"{part}_ms"] for row in rows] for part in PARTS])  # [parts, modes]
+    totals, left = parts.sum(0), parts.cumsum(0) - parts
+    for part, colour, widths, start in zip(PARTS, _COLOURS, parts, left):
+        bars = axes.barh(names, widths, left=start, color=colour, label=part, height=0.62)
         wide = 0.05 * max(totals)  # enough for its share to be read
         shares = [f"{w / t:.0%}" if w > wide else "" for w, t in zip(widths, totals)]
         axes.bar_label(bars, shares, label_type="center", color="white", fontsize=8)
-        left = [start + width for start, width in zip(left, widths)]
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds of one step")
     axes.set_title(title, fontsize=9, loc="left")

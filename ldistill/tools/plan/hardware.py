@@ -26,6 +26,9 @@ class Cluster:
     host_link: float = 25.0  # between a card and CPU memory
     host_memory_rate: float = 200.0  # GB/s of a node's CPU memory, which bounds AdamW there
 
+    def __str__(self) -> str:
+        return f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.memory:g} GiB"
+
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.per_node)
@@ -78,7 +81,7 @@ class Zero:
         return max(self.max_reuse, self.prefetch) // 2
 
 
-# The simplest first. Tests hold these against the files, which no installed package has.
+# The simplest first. Tests hold these against the files.
 ZEROS: dict[str, Zero] = {
     zero.name: zero
     for zero in (

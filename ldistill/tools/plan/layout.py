@@ -1,18 +1,17 @@
 """A pair laid over a cluster, and what that costs one GPU: memory, transfers, time, by formula.
 
-Model states are counted as DeepSpeed's ZeRO holds them (its own estimators agree, and so does what
-a run of two ranks really allocates), activations as autograd saves them in transformers' Llama
-layers, operation by operation (``test_plan_memory.py``). bf16 throughout: 2 bytes a weight, 2 a
-gradient, and for every trained weight an fp32 copy, two fp32 moments and, while the optimizer
-steps, an fp32 gradient.
+Model states are counted as DeepSpeed's ZeRO holds them (its estimators agree), activations as
+autograd saves them in transformers' Llama layers (``test_plan_memory.py``). bf16 throughout: 2
+bytes a weight, 2 a gradient, and for every trained weight an fp32 copy, two fp32 moments and, while
+the optimizer steps, an fp32 gradient.
 
 Collectives are counted as rings: gathering B bytes over n ranks brings every rank B (n-1)/n, a
-reduction with scattering likewise, an all-reduce both. What DeepSpeed runs was read from its
-source, and differs from the usual account in three places: ZeRO-1 and 2 reduce gradients by
-all-reduce (``use_multi_rank_bucket_allreduce``); ZeRO-3 keeps the last weights of the forward for
-backward (``stage3_max_reuse_distance``), all of them where a model is small; and with
+reduction with scattering likewise, an all-reduce both. DeepSpeed's source differs from the usual
+account in three places: ZeRO-1 and 2 reduce gradients by all-reduce
+(``use_multi_rank_bucket_allreduce``); ZeRO-3 keeps the last weights of the forward for backward
+(``stage3_max_reuse_distance``), all of them where a model is small; and with
 ``zero_hpz_partition_size`` only the first gather after an optimizer step leaves the node. Two ranks
-really send these bytes: ``tests/multirank/test_scale_measured.py``.
+really hold and send these bytes: ``tests/multirank/test_scale_measured.py``.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ class Layout:
         patch = 2 * (6 * tower.hidden_size + 2 * tower.intermediate_size)
         vision = self.micro_batch * self.rows.tiles * tower.tiles * tower.patches * patch
         return {
-            **self.states(),
+            **self._states(),
             "activations": self.activations() + max(0.0, vision - loss),  # done when it begins
             "kv_memory": self.kv_memory(),
             "logits": loss,
@@ -124,8 +123,7 @@ class Layout:
         teacher = 2 * shape.teacher_weights * self.teacher_offload
         return (states + weights + teacher) * self.cluster.on_node / self.cluster.gpus
 
-    def states(self) -> dict[str, float]:
-        """Bytes of one GPU for the student's states and the teacher."""
+    def _states(self) -> dict[str, float]:
         shape, zero, gpus = self.shape, self.zero, self.cluster.gpus
         weights = 2 * (shape.student_weights + self.lora_weights)
         if zero.stage == 3:
@@ -142,7 +140,7 @@ class Layout:
             live = 2 * min(shape.teacher_weights, zero.prefetch + shape.largest_module)
             teacher = live if self.teacher_offload else teacher / gpus + live
         student = {"weights": weights, "gradients": gradients, "optimizer": 12 * part}
-        return {**student, "teacher": teacher}
+        return student | {"teacher": teacher}
 
     def _buffers(self) -> float:
         """Buckets of gradient reduction and, at stage 3, gathered weights."""
@@ -185,10 +183,8 @@ class Layout:
         return grouped and not compiled and self.attention not in PACKED
 
     def kv_memory(self, element: int = 2) -> float:
-        """Bytes that are held only because the teacher will read them.
-
-        Where attention itself saves keys and values unrepeated, they are views of what is there.
-        """
+        """Bytes held only because the teacher will read them: none where attention itself saves
+        keys and values unrepeated, for then they are views of what is there."""
         if self.teacher == "none" or not (self.checkpointing or self._repeats_kv):
             return 0.0
         tokens = self.micro_batch * self.length
@@ -210,56 +206,51 @@ class Layout:
 
     @cached_property
     def transfers(self) -> list[Transfer]:
-        ranks = {WORLD: self.cluster.gpus, NODE: self.zero.node_partition}
-        links = {WORLD: self.cluster.world_link, NODE: self.cluster.gpu_link}
-        found = []
-        for what, where, size in self._gathered():
-            moved = size * (ranks[where] - 1) / ranks[where]
-            found.append(Transfer(what, where, moved, moved / (links[where] * 1e9)))
-        return [transfer for transfer in [*found, *self._copied()] if transfer.bytes > 0]
+        cluster, found, within = self.cluster, [], self.zero.node_partition
+        # of what all ranks have together, how much passes one of them; GB/s
+        rings = {
+            WORLD: (cluster.gpus - 1, cluster.gpus, cluster.world_link),
+            NODE: (within - 1, within, cluster.gpu_link),
+            HOST: (1, cluster.gpus, cluster.host_link),
+        }
+        for what, where, whole, *rates in self._moved():
+            passing, ranks, link = rings[where]
+            size, rate = whole * passing / ranks, rates[0] if rates else link
+            found.append(Transfer(what, where, size, size / (rate * 1e9)))
+        return [transfer for transfer in found if transfer.bytes > 0]
 
-    def _gathered(self) -> Iterator[tuple[str, str, float]]:
-        """(purpose, link, bytes that all ranks have together) of every collective."""
-        zero, trained, times = self.zero, 2 * self.trained_weights, self.accumulation
+    def _moved(self) -> Iterator[tuple]:
+        """(purpose, link, bytes that all ranks have together), and GB/s if not the link's."""
+        shape, zero, cluster, times = self.shape, self.zero, self.cluster, self.accumulation
+        trained = 2 * self.trained_weights
         if zero.stage < 3:
             # stage 1 keeps whole gradients and reduces them once; stage 2 after every micro-batch
-            all_reduced = trained * (1 if zero.stage == 1 else times)
-            yield "gradients, all-reduce", WORLD, 2 * all_reduced
+            yield "gradients, all-reduce", WORLD, 2 * trained * (1 if zero.stage == 1 else times)
             yield "updated weights, all-gather", WORLD, trained
         else:
             yield "gradients, reduce-scatter", WORLD, trained * times
-            whole = 2 * (self.shape.student_weights + self.lora_weights)
+            whole = 2 * (shape.student_weights + self.lora_weights)
             # the frozen vision tower has no backward
-            decoder = whole - 2 * self.shape.vision_weights
+            decoder = whole - 2 * shape.vision_weights
             everything = (whole + max(0, decoder - 2 * zero.kept)) * times
+            # the first forward fetches what the optimizer changed; the node has all else
+            changed, rest = trained if self.lora else decoder, NODE
             if zero.node_partition == 1:
-                yield "weights, all-gather", WORLD, everything
-            else:
-                # the first forward fetches what the optimizer changed; the node has all else
-                changed = trained if self.lora else decoder
-                yield "updated weights, all-gather", WORLD, changed
-                yield "weights, all-gather", NODE, everything - changed
+                changed, rest = 0, WORLD
+            yield "updated weights, all-gather", WORLD, changed
+            yield "weights, all-gather", rest, everything - changed
         if self.teacher == "zero3":
-            yield "teacher's weights, all-gather", WORLD, 2 * self.shape.teacher_weights * times
-
-    def _copied(self) -> Iterator[Transfer]:
-        """What passes between a card and CPU memory, and the optimizer's work there."""
-        shape, zero, cluster, times = self.shape, self.zero, self.cluster, self.accumulation
-
-        def copied(what: str, weights: float, times: int) -> Transfer:
-            size = 2 * weights / cluster.gpus * times
-            return Transfer(what, HOST, size, size / (cluster.host_link * 1e9))
-
+            yield "teacher's weights, all-gather", WORLD, 2 * shape.teacher_weights * times
+        # between a card and CPU memory, and the optimizer's work there
         if zero.offload_optimizer:
-            yield copied("gradients out, weights back", self.trained_weights, times + 1)
-            size = ADAM_BYTES * self.trained_weights / cluster.gpus
-            rate = cluster.host_memory_rate * 1e9 / cluster.on_node
-            yield Transfer("AdamW on the CPU", HOST, size, size / rate)
+            yield "gradients out, weights back", HOST, trained * (times + 1)
+            rate = cluster.host_memory_rate / cluster.on_node
+            yield "AdamW on the CPU", HOST, ADAM_BYTES * self.trained_weights, rate
         if zero.offload_param:
             backward = max(0, shape.trained_weights - zero.kept)
-            yield copied("weights in", shape.student_weights + backward, times)
+            yield "weights in", HOST, 2 * (shape.student_weights + backward) * times
         if self.teacher_offload:
-            yield copied("teacher's weights in", shape.teacher_weights, times)
+            yield "teacher's weights in", HOST, 2 * shape.teacher_weights * times
 
     # ---- time ----
 
@@ -278,7 +269,7 @@ class Layout:
 
     @property
     def network(self) -> float:
-        """Seconds a step's transfers take by themselves, one after another."""
+        """Seconds of all transfers, one after another."""
         return sum(transfer.seconds for transfer in self.transfers)
 
     @property

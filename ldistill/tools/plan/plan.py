@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ldistill.models.shapes import PairShape
 from ldistill.recipe import load_recipe
 from ldistill.tools.pairs import MAIN_RECIPE, recipe_of
-from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster, Zero
+from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
 from ldistill.tools.plan.layout import Layout, Span
 from ldistill.tools.table import Table
 
@@ -60,9 +60,7 @@ class Plan(NamedTuple):
 def make_plan(shape: PairShape, cluster: Cluster, request: Request) -> Plan:
     """The fastest layout that fits.
 
-    Raises:
-        ValueError: nothing fits (what is too big and what to change is said), or the global batch
-            cannot be cut over the GPUs.
+    Raises ValueError: nothing fits (what is too big and what to change is said), or as `layouts`.
     """
     usual = {name: getattr(shape, name) for name in ("length", "global_batch", "steps")}
     request = replace(request, **{n: v for n, v in usual.items() if getattr(request, n) is None})
@@ -101,36 +99,25 @@ def layouts(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[La
     share = batch // cluster.gpus
     sizes = [request.micro_batch] if request.micro_batch else range(1, min(share, MOST_ROWS) + 1)
     recompute = (False, True) if request.checkpointing is None else (request.checkpointing,)
-    fixed = {name: getattr(request, name) for name in ("attention", "lora", "mix", "mfu")}
-    for zero in _zeros(cluster, request.zero):
-        engines = _engines(zero, request.teacher)
-        for (teacher, offload), size, checkpointing in product(engines, sizes, recompute):
-            if share % size == 0:
-                cut = (size, request.length, share // size)
-                how = {"teacher_offload": offload, "checkpointing": checkpointing}
-                yield Layout(shape, cluster, zero, teacher, *cut, **how, **fixed)
-
-
-def _zeros(cluster: Cluster, asked: str | None) -> Iterator[Zero]:
-    for zero in [ZEROS[asked]] if asked else ZEROS.values():
+    fixed = (request.attention, request.lora, request.mix, request.mfu)
+    for zero in [ZEROS[request.zero]] if request.zero else ZEROS.values():
         whole = cluster.on_node % zero.node_partition == 0
-        if asked and not whole:
+        if request.zero and not whole:
             raise ValueError(
                 f"{zero.name} partitions weights within {zero.node_partition} GPUs of a node, and "
                 f"{cluster.on_node} is no multiple of that: change zero_hpz_partition_size in the "
                 "file, --gpus or --gpus-per-node."
             )
         # partitions within nodes are of use where there are several
-        if asked or zero.node_partition == 1 or (whole and cluster.nodes > 1):
-            yield zero
-
-
-def _engines(zero: Zero, asked: str) -> list[tuple[str, bool]]:
-    """(engine, whether its partitions are offloaded)."""
-    sharded = [("zero3", False), ("zero3", True)]
-    if asked == "auto":
-        return [("replicated", False), *(sharded if zero.stage == 3 else [])]
-    return sharded if asked == "zero3" else [(asked, False)]
+        if not request.zero and zero.node_partition > 1 and not (whole and cluster.nodes > 1):
+            continue
+        engines = [request.teacher]
+        if request.teacher == "auto":
+            engines = ["replicated", "zero3"] if zero.stage == 3 else ["replicated"]
+        for teacher, offload, size, again in product(engines, (False, True), sizes, recompute):
+            if share % size == 0 and (teacher == "zero3" or not offload):
+                cut = (size, request.length, share // size)
+                yield Layout(shape, cluster, zero, teacher, *cut, offload, again, *fixed)
 
 
 # ---- what does not fit ----
@@ -143,10 +130,9 @@ def _too_big(request: Request, least: Layout) -> str:
     recomputed = ", activations recomputed" if least.checkpointing else ""
     found = [*_remedies(least.shape, cluster, request), f"--gpu-memory {int(need) + 1}"]
     return (
-        f"{least.shape.name} does not fit {cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} of "
-        f"{cluster.memory:g} GiB: the leanest layout ({least.zero.name}, teacher "
-        f"{least.teacher_name}, micro-batch {least.micro_batch}{recomputed}) needs {need:.1f} GiB "
-        f"a GPU, most of it {largest} GiB. It fits with {' or '.join(found)}."
+        f"{least.shape.name} does not fit {cluster}: the leanest layout ({least.zero.name}, "
+        f"teacher {least.teacher_name}, micro-batch {least.micro_batch}{recomputed}) needs "
+        f"{need:.1f} GiB a GPU, most of it {largest} GiB. It fits with {' or '.join(found)}."
     )
 
 
@@ -154,10 +140,10 @@ def _remedies(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[
     """Flags that would make it fit, each tried by itself, of a kind the first that does."""
     doubled = (cluster.gpus * 2**n for n in range(1, MOST_GPUS.bit_length()))
     counts = [gpus for gpus in doubled if gpus <= min(MOST_GPUS, request.global_batch)]
-    nodes = {gpus: max(cluster.per_node, min(gpus, 8)) for gpus in counts}
+    larger = [replace(cluster, gpus=n, per_node=max(cluster.per_node, min(n, 8))) for n in counts]
     lengths = [request.length // n for n in (2, 4) if request.length // n > shape.image_tokens + 64]
     for kind in (
-        [(f"--gpus {n}", replace(cluster, gpus=n, per_node=of), {}) for n, of in nodes.items()],
+        [(f"--gpus {where.gpus}", where, {}) for where in larger],
         [(f"--seq {length}", cluster, {"length": length}) for length in lengths],
         [("--lora 16", cluster, {"lora": 16})],
         [(f"another configuration than --zero {request.zero}", cluster, {"zero": None})],
@@ -173,8 +159,6 @@ def _remedies(shape: PairShape, cluster: Cluster, request: Request) -> Iterator[
 
 # ---- a plan told ----
 
-LORA_RATE = "2e-4"
-"""LLaVA-1.5's own for adapters; a recipe's rate is that of full training, too low for them."""
 _PARTS = {
     "weights": "weights, bf16",
     "gradients": "gradients, bf16, and fp32 for the step",
@@ -190,36 +174,38 @@ _PARTS = {
 
 def headline(chosen: Layout) -> str:
     """One line: what is laid over what, how."""
-    cluster, total = chosen.cluster, chosen.total / GIB
-    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
-    text = (
-        f"{chosen.shape.name} on {cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} of "
-        f"{cluster.memory:g} GiB ({nodes}): it fits, {total:.1f} GiB a GPU, with "
-        f"ds_configs/{chosen.zero.name}.json, teacher {chosen.teacher_name}, "
-        f"{chosen.micro_batch} rows a GPU"
+    cluster, recomputed = chosen.cluster, ", activations recomputed" if chosen.checkpointing else ""
+    return (
+        f"{chosen.shape.name} on {cluster} ({cluster.nodes} node{'s' if cluster.nodes > 1 else ''})"
+        f": it fits, {chosen.total / GIB:.1f} GiB a GPU, with ds_configs/{chosen.zero.name}.json, "
+        f"teacher {chosen.teacher_name}, {chosen.micro_batch} rows a GPU{recomputed}"
+        f"{f', LoRA rank {chosen.lora}' if chosen.lora else ''}."
     )
-    text += ", activations recomputed" if chosen.checkpointing else ""
-    return text + (f", LoRA rank {chosen.lora}." if chosen.lora else ".")
 
 
 def tables(plan: Plan) -> list[Table]:
     """Memory of a GPU, transfers of a step, the run, and the layouts that fit."""
-    chosen = plan.chosen
+    chosen, found = plan.chosen, plan.chosen.transfers
     memory = [(_PARTS[name], _gib(size)) for name, size in chosen.memory.items()]
     memory += [("total", _gib(chosen.total)), ("card", f"{chosen.cluster.memory:.1f}")]
     if chosen.host_memory:
         memory.append(("CPU memory of a node", _gib(chosen.host_memory)))
-    moved = [
-        (t.what, t.where, f"{t.bytes / 1e9:.2f}", f"{t.seconds:.3f}") for t in chosen.transfers
-    ]
-    total = sum(transfer.bytes for transfer in chosen.transfers) / 1e9
+    moved = [(t.what, t.where, f"{t.bytes / 1e9:.2f}", f"{t.seconds:.3f}") for t in found]
+    total = sum(transfer.bytes for transfer in found) / 1e9
     moved.append(("together", "", f"{total:.2f}", f"{chosen.network:.3f}"))
     moved.append(("compute, for comparison", "", "", f"{chosen.compute:.3f}"))
+    fitting = []
+    for layout in [chosen, *plan.others][:8]:
+        zero = layout.zero.name + (" ←" if layout is chosen else "")
+        how = (str(layout.micro_batch), "yes" if layout.checkpointing else "no")
+        seconds = (f"{layout.compute:.2f}", f"{layout.network:.2f}")
+        fitting.append((zero, layout.teacher_name, *how, _gib(layout.total), *seconds))
+    columns = ("ds_config", "teacher", "rows", "recompute", "GiB", "compute s", "transfers s")
     return [
         Table("memory of a GPU", ("part", "GiB"), memory),
         Table("transfers of one step, per GPU", ("what", "over", "GB", "seconds"), moved),
         _run(plan),
-        _layouts(plan),
+        Table("layouts that fit", columns, fitting),
     ]
 
 
@@ -240,17 +226,6 @@ def _run(plan: Plan) -> Table:
     ]
     title = "the run: transfers hidden behind compute, or not at all"
     return Table(title, ("what", "expected"), rows)
-
-
-def _layouts(plan: Plan) -> Table:
-    rows = []
-    for layout in [plan.chosen, *plan.others][:8]:
-        zero = layout.zero.name + (" ←" if layout is plan.chosen else "")
-        how = (str(layout.micro_batch), "yes" if layout.checkpointing else "no")
-        seconds = (f"{layout.compute:.2f}", f"{layout.network:.2f}")
-        rows.append((zero, layout.teacher_name, *how, _gib(layout.total), *seconds))
-    columns = ("ds_config", "teacher", "rows", "recompute", "GiB", "compute s", "transfers s")
-    return Table("layouts that fit", columns, rows)
 
 
 def command(plan: Plan) -> str:
@@ -274,7 +249,8 @@ def command(plan: Plan) -> str:
         "teacher_offload": "true" if chosen.teacher_offload else None,
         "gradient_checkpointing": str(chosen.checkpointing).lower(),
         "lora_rank": chosen.lora or None,
-        "decoder_lr": LORA_RATE if chosen.lora and "decoder_lr" not in values else None,
+        # LLaVA-1.5's own for adapters; a recipe's rate is that of full training, too low for them
+        "decoder_lr": "2e-4" if chosen.lora and "decoder_lr" not in values else None,
         "attention": chosen.attention,
         "shards": None if values.get("prepare") else "shards/",  # a recipe may make its own
         "output_dir": shlex.quote(f"runs/{Path(own or name).stem}"),

@@ -1,35 +1,48 @@
-"""The workbench of a torture: how real runs are started, watched, killed and compared.
+"""The workbench of a torture: how real runs are started, spoiled, watched, killed and compared.
 
 bench = Bench(folder)
 with bench.start(run) as ranks:
     ranks.wait_for(lambda: last_step(run) >= 5); ranks.kill(0); code = ranks.finish()
 bench.undisturbed().require(bench.complete(run))
+
+Ranks are forked from a server that has imported all this already, so that a restart costs seconds.
+What they run is `train.main` with a command line, as under DeepSpeed's launcher.
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
+import deepspeed  # noqa: F401  imported once, in the fork server
+
 import ldistill
+import ldistill.training.run
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.locate import default_cache
 from ldistill.common.run_files import METRICS
+from ldistill.data import archive
 from ldistill.tools.torture import world
-from ldistill.tools.torture.rank import FIRED, Fault, run_rank
+from ldistill.train import main
 from ldistill.training.callbacks import read_samples
 
 TIMED_OUT = 124
+FIRED = "torture: the fault happened"
+"""Printed by a rank when its fault first hits a read: one that never does proves nothing."""
 _CONFIGS = Path(ldistill.__file__).parent / "ds_configs"
 _ORDINARY = {"documents": {"docvqa": 48, "vqav2": 48}}
 _QUIET = {
@@ -41,28 +54,98 @@ _QUIET = {
 }
 
 
-class Ranks:
-    """The ranks of one start of a run: ``train.py argv``, over gloo on the loopback device.
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong inside the ranks.
 
-    Their output is appended to ``logs``; ``fault`` is what is wrong inside them.
+    ``slow``: every read of a sample takes ``amount`` seconds. ``flaky``: every fifth sample fails
+    ``amount`` times before it can be read. ``broken``: from the tenth on, none can be.
+    ``file_size``: no file may grow beyond ``amount`` bytes. ``hold``: once the run in ``folder``
+    has logged step ``amount``, no sample is read until its ``gate`` exists.
     """
 
-    def __init__(self, argv: Sequence[str], ranks: int, logs: Path, fault: Fault | None) -> None:
+    kind: Literal["slow", "flaky", "broken", "file_size", "hold"]
+    amount: float = 0
+    folder: Path = Path()
+
+    @property
+    def gate(self) -> Path:
+        return self.folder.with_suffix(".go")
+
+
+def last_step(run: Path) -> int:
+    """The last step that a run logged; 0 before the first."""
+    records = read_metrics(run / METRICS)
+    return records[-1]["step"] if records else 0
+
+
+def run_rank(place: dict[str, str], argv: list[str], log: Path, fault: Fault | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(place)
+    # What a fork server starts would start its own children from a fork server, too: data workers
+    # would then be no children of their rank, as they are in a run that a launcher starts.
+    multiprocessing.set_start_method("fork", force=True)
+    if fault is not None:
+        _inject(fault)
+    code = main(argv)
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _inject(fault: Fault) -> None:
+    if fault.kind == "file_size":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.amount), resource.RLIM_INFINITY))
+        return
+    read, reads, fired = archive.read_once, itertools.count(1), itertools.count()
+    failures: Counter[tuple[str, int]] = Counter()
+
+    def flaky(place: tuple[str, int]) -> bool:
+        failures[place] = (failures[place] + 1) % (int(fault.amount) + 1)
+        return zlib.crc32(repr(place).encode()) % 5 == 0 and failures[place] > 0
+
+    hits = {
+        "slow": lambda place: True,
+        "broken": lambda place: next(reads) > 10,
+        "hold": lambda place: not fault.gate.exists() and last_step(fault.folder) >= fault.amount,
+        "flaky": flaky,
+    }[fault.kind]
+
+    def faulty(path: str, offset: int, size: int) -> bytes:
+        if hits((path, offset)):
+            if next(fired) == 0:
+                print(FIRED, flush=True)
+            if fault.kind in ("broken", "flaky"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+            time.sleep(fault.amount if fault.kind == "slow" else 0)
+            while fault.kind == "hold" and not fault.gate.exists():
+                time.sleep(0.01)
+        return read(path, offset, size)
+
+    archive.read_once = faulty
+
+
+class Ranks:
+    """One start of a run: ranks of ``train.py argv`` over gloo, output appended to ``logs``."""
+
+    def __init__(self, argv: list[str], ranks: int, logs: Path, fault: Fault | None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"rank-{number}.log" for number in range(ranks)]
-        self._said = [log.stat().st_size if log.exists() else 0 for log in self._logs]
+        for log in self._logs:
+            log.touch()
+        self._said = [log.stat().st_size for log in self._logs]
         self._port, context = world.free_port(), multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([run_rank.__module__])
+        context.set_forkserver_preload([__name__])
         # DeepSpeed compiles its ops there: a lock elsewhere would have other environments wait.
         own = default_cache() / "ops" / f"{zlib.crc32(sys.prefix.encode()):08x}"
         ops = {"TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR") or str(own)}
-        self.began, self._processes = time.time(), []
+        self.began, self.processes = time.time(), []
         with mock.patch.dict(os.environ, _QUIET | ops):  # the fork server keeps it
             for number, log in enumerate(self._logs):
-                place = world.place(number, ranks, self._port)
-                args = (place, list(argv), str(log), fault)
-                self._processes.append(context.Process(target=run_rank, args=args))
-                self._processes[-1].start()
+                args = (world.place(number, ranks, self._port), argv, log, fault)
+                self.processes.append(context.Process(target=run_rank, args=args))
+                self.processes[-1].start()
 
     def __enter__(self) -> Ranks:
         return self
@@ -72,14 +155,8 @@ class Ranks:
         self.finish(grace=0)
         world.discard_buffers(self._port)
 
-    def children(self, number: int) -> list[int]:
-        """Process ids that a rank started: its data workers."""
-        pid = self._processes[number].pid
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
     def alive(self) -> bool:
-        """Whether all ranks still run."""
-        return all(process.is_alive() for process in self._processes)
+        return all(process.is_alive() for process in self.processes)
 
     def wait_for(self, happened: Callable[[], bool], timeout: float = 300) -> bool:
         """Wait until ``happened`` or a rank ends; whether it happened."""
@@ -89,35 +166,32 @@ class Ranks:
         return done
 
     def kill(self, number: int | None = None) -> None:
-        """kill -9 one rank, or all of them."""
-        for process in self._processes if number is None else [self._processes[number]]:
+        for process in self.processes if number is None else [self.processes[number]]:
             process.kill()
 
     def finish(self, timeout: float = 300, grace: float = 5.0) -> int:
-        """Wait for the end; when a rank fails, the rest go after a while, as under a launcher.
+        """Wait for the end; when a rank fails, the rest go after ``grace``, as under a launcher.
 
-        Returns:
-            0, or the first failing rank's exit status: positive, or minus the signal; TIMED_OUT
-            where the run did not end in time.
+        Returns 0, the first failing rank's exit status (minus the signal that killed it), or
+        TIMED_OUT.
         """
         end, code = time.monotonic() + timeout, 0
-        while any(process.is_alive() for process in self._processes):
-            failed = [p.exitcode for p in self._processes if p.exitcode]
+        while any(process.is_alive() for process in self.processes):
+            failed = [p.exitcode for p in self.processes if p.exitcode]
             if failed and not code:
                 code, end = failed[0], min(end, time.monotonic() + grace)
             if time.monotonic() > end:
                 code = code or TIMED_OUT
                 self.kill()
             time.sleep(0.01)
-        return code or next((p.exitcode for p in self._processes if p.exitcode), 0)
+        return code or next((p.exitcode for p in self.processes if p.exitcode), 0)
 
     def output(self) -> str:
-        """What the ranks said since this start."""
-        logs = [(log, start) for log, start in zip(self._logs, self._said) if log.exists()]
-        return "\n".join(log.read_bytes()[start:].decode(errors="replace") for log, start in logs)
+        said = (log.read_bytes()[start:] for log, start in zip(self._logs, self._said))
+        return b"\n".join(said).decode(errors="replace")
 
 
-def check(holds: bool, otherwise: str) -> None:
+def check(holds: object, otherwise: str) -> None:
     """RuntimeError says why a run did not hold."""
     if not holds:
         raise RuntimeError(otherwise)
@@ -133,10 +207,9 @@ class History:
     @classmethod
     def of(cls, run: Path) -> History:
         """The history a run folder tells of. Raises RuntimeError for a step that is told twice."""
-        records = read_metrics(run / METRICS)
-        losses = {r["step"]: r["loss"] for r in records}
-        steps = [r["step"] for r in records]
-        check(len(losses) == len(records), f"{run / METRICS} has steps twice: {steps}")
+        told = [(record["step"], record["loss"]) for record in read_metrics(run / METRICS)]
+        losses = dict(told)
+        check(len(losses) == len(told), f"{run / METRICS} has steps twice: {told}")
         return cls(losses, read_samples(run))
 
     def require(self, other: History, tolerance: float = 0.0) -> str:
@@ -151,8 +224,6 @@ class History:
 
 @dataclass
 class Bench:
-    """Where runs are tortured."""
-
     root: Path  # a folder of its own; shards, run folders and logs go there
     ranks: int = 2
     steps: int = 12
@@ -191,17 +262,11 @@ class Bench:
         return Ranks(argv, ranks or self.ranks, self.root / "logs" / run.name, fault)
 
     def complete(self, run: Path, **options: Any) -> History:
-        """Run to the end, with the options of `start`.
-
-        Raises:
-            RuntimeError: it failed (the end of what it said is in the message), or its fault never
-                happened.
-        """
+        """Run to the end, with the options of `start`; RuntimeError where that or a fault fails."""
         with self.start(run, **options) as ranks:
             code, said = ranks.finish(self.timeout), ranks.output()
         check(code == 0, f"{run.name} ended with {code}:\n{said[-3000:]}")
-        hit = options.get("fault") is None or FIRED in said
-        check(hit, f"{run.name}: its fault never happened")
+        check(not options.get("fault") or FIRED in said, f"{run.name}: its fault never happened")
         return History.of(run)
 
     def undisturbed(self, name: str = "undisturbed", **options: Any) -> History:

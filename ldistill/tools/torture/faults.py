@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,37 +17,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from ldistill.checkpoint.folder import WRITING, survey
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.errors import ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE
 from ldistill.common.run_files import METRICS
 from ldistill.data.index import ShardIndex
-from ldistill.tools.torture.bench import TIMED_OUT, Bench, History, Ranks, check
-from ldistill.tools.torture.rank import FIRED, Fault, last_step
+from ldistill.tools.torture.bench import (
+    FIRED,
+    TIMED_OUT,
+    Bench,
+    Fault,
+    History,
+    Ranks,
+    check,
+    last_step,
+)
 
 TOLERANCE = 1e-5  # fp32 sums in another order on another number of ranks or ZeRO stage
 Spoil = Callable[[Path], object]
 
 
 class Trial(NamedTuple):
-    """A fault that can be done to a run; ``name`` is of its option and its run's folder."""
+    """A fault that can be done to a run."""
 
-    name: str
+    name: str  # of its option and its run's folder
     title: str
     expected: str
-    attempt: Callable[[Bench, Path], str]
-    """Does it to a run in a new folder; gives the outcome, RuntimeError where it did not hold."""
+    attempt: Callable[[Bench, Path], str]  # the outcome on a new run; RuntimeError: it did not hold
 
     def __call__(self, bench: Bench) -> dict[str, Any]:
         """Try it: a row of the table, with what the attempt left in ``bench.details``."""
-        run, bench.details = bench.fresh(self.name), {}
+        row, bench.details = {"fault": self.title, "expected": self.expected}, {}
         try:
-            outcome, passed = self.attempt(bench, run), True
+            row |= {"outcome": self.attempt(bench, bench.fresh(self.name)), "passed": True}
         except RuntimeError as error:
-            outcome, passed = str(error), False
-        row = {"fault": self.title, "expected": self.expected, "outcome": outcome}
-        return row | {"passed": passed, "details": bench.details}
+            row |= {"outcome": str(error), "passed": False}
+        return row | {"details": bench.details}
 
 
 def choose(asked: Sequence[str], ranks: int) -> list[Trial]:
@@ -56,17 +62,16 @@ def choose(asked: Sequence[str], ranks: int) -> list[Trial]:
     possible = [name for name in FAULTS if ranks > 1 or name != TEXT_ONLY]
     if unknown := sorted(set(asked) - {*possible, "none"}):
         hint = f" ({TEXT_ONLY} takes --ranks 2 or more)" if ranks == 1 else ""
-        known = ", ".join(possible)
-        raise ValueError(f"no fault {', '.join(unknown)}; there are {known} and none{hint}.")
+        known = f"there are {', '.join(possible)} and none{hint}"
+        raise ValueError(f"no fault {', '.join(unknown)}; {known}.")
     return [FAULTS[name] for name in dict.fromkeys(asked or possible) if name != "none"]
 
 
 def kills(count: int, seed: int = 0, tell: Callable[[str], None] = lambda text: None) -> Trial:
-    """kill -9 a run ``count`` times at random moments, restart it each time.
+    """kill -9 one rank or all ``count`` times at random moments (in a step, while a checkpoint is
+    being written, at the start), restart each time; ``tell`` hears of it.
 
-    Each kill draws a victim (one rank or all) and a moment: while a step is running, while a
-    checkpoint is being written, or while the run is still starting. A run that is through before
-    its kill comes is compared, too, and another takes its place. ``tell`` hears of each kill.
+    A run that is through before its kill comes is compared, too, and another takes its place.
     """
 
     def attempt(bench: Bench, run: Path) -> str:
@@ -83,10 +88,9 @@ def kills(count: int, seed: int = 0, tell: Callable[[str], None] = lambda text: 
                 check(code == 0, f"ended with {code}:\n{ranks.output()[-2000:]}")
                 expected.require(History.of(run))
                 run, runs = bench.fresh(run.name), runs + 1
-        outcome = f"{expected.require(bench.complete(run))} after {len(done)} kills"
-        hits = f"only {len(done)} of {count} kills hit before the end; {outcome}"
-        check(len(done) == count, hits)
-        return outcome
+        same = f"{expected.require(bench.complete(run))} after {len(done)} kills"
+        check(len(done) == count, f"only {len(done)} of {count} kills hit before the end; {same}")
+        return same
 
     title = f"kill -9, {count} times at random"
     return Trial("killed", title, "losses and samples of the undisturbed run, bit for bit", attempt)
@@ -96,7 +100,12 @@ def _kill(
     ranks: Ranks, bench: Bench, run: Path, rng: random.Random, left: int
 ) -> dict[str, Any] | None:
     """Kill at a random moment; None when the run ended before it came."""
-    metrics = run / METRICS  # of the start before, until this one writes them anew
+    metrics = run / METRICS
+
+    def logged(step: int) -> bool:  # by this start, not the one before
+        anew = metrics.exists() and metrics.stat().st_mtime > ranks.began
+        return anew and last_step(run) >= step
+
     moment = rng.choices(("step", "writing", "starting"), (45, 45, 10))[0]
     if moment == "starting":
         ranks.wait_for(lambda: False, timeout=rng.uniform(0, 5))
@@ -104,8 +113,7 @@ def _kill(
         # So far ahead that the kills to come find steps left to hit.
         begin = max((f.step for f in survey(run) if f.problem is None), default=0)
         ahead = rng.randint(1, max(1, 2 * (bench.steps - begin) // (left + 1)))
-        at = min(bench.steps - 1, begin + ahead)
-        waits = [lambda: _anew(metrics, ranks) and last_step(run) >= at]
+        waits = [lambda: logged(min(bench.steps - 1, begin + ahead))]
         waits += [lambda: any((run / WRITING).glob("*"))] if moment == "writing" else []
         if not all(map(ranks.wait_for, waits)):
             return None
@@ -118,11 +126,6 @@ def _kill(
     return {"moment": moment, "killed": who, "after step": last_step(run)}
 
 
-def _anew(metrics: Path, ranks: Ranks) -> bool:
-    """Whether this start has written them already."""
-    return metrics.exists() and metrics.stat().st_mtime > ranks.began
-
-
 # ---- how a run takes a fault ----
 
 
@@ -132,19 +135,14 @@ def _unharmed(fault: Fault, bench: Bench, run: Path) -> str:
 
 
 def _recovers(
-    needle: str,
-    bench: Bench,
-    run: Path,
-    *,
-    mend: Callable[[], object] = lambda: None,
-    shards: Path | None = None,
-    **how: Any,
+    needle: str, bench: Bench, run: Path, mend: Callable[[], object] | None = None, **how: Any
 ) -> str:
     """It ends with a sentence (see `_end`); once the fault is mended, it goes on."""
     expected = bench.undisturbed()
-    _end(bench, run, needle, shards=shards, **how)
-    mend()
-    return expected.require(bench.complete(run, shards=shards))
+    _end(bench, run, needle, **how)
+    if mend is not None:
+        mend()
+    return expected.require(bench.complete(run, shards=how.get("shards")))
 
 
 def _end(
@@ -160,8 +158,7 @@ def _end(
     """A run must end by itself with a sentence that has ``needle`` in it; else RuntimeError.
 
     ``under_way`` is done to it while it waits, alive, after ``step`` and its first checkpoint
-    (without data workers, at once after that step). ``alone``: no rank may say more than a
-    sentence. ``options`` are of the start.
+    (without data workers, at once after that step). ``alone``: no rank may say more.
     """
     hold = Fault("hold", step, run)
     with bench.start(run, **({"fault": hold} if under_way else {}), **options) as ranks:
@@ -176,16 +173,13 @@ def _end(
     told = code in (ERROR_EXIT_CODE, TRANSIENT_EXIT_CODE)
     ended = told or (not alone and code not in (0, TIMED_OUT))
     check(ended, f"exit status {code}, not that of an error with a sentence:\n{said[-1500:]}")
-    found = any(needle in line for line in errors)
-    check(found, f"no sentence with {needle!r}: {errors or said[-1500:]}")
+    check(needle in "\n".join(errors), f"no sentence with {needle!r}: {errors or said[-1500:]}")
     check(not alone or "Traceback" not in said, "a traceback beside the sentence")
 
 
 def _full_disk(bench: Bench, run: Path) -> str:
-    """The disk fills up after the first checkpoint; later there is room again.
-
-    It is one of 64 MiB where this user may mount one; else files may not grow.
-    """
+    """A disk of 64 MiB, where this user may mount one, fills up after the first checkpoint; later
+    there is room again. Elsewhere files may not grow."""
     recovers, filler = partial(_recovers, "could not be written", bench, run), run / "filler"
     run.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(run)]
@@ -200,7 +194,7 @@ def _full_disk(bench: Bench, run: Path) -> str:
     def mend() -> None:
         filler.unlink()
         check(not any((run / WRITING).glob("*")), "a half-written checkpoint was left")
-        check(bool(survey(run)), "no checkpoint was kept")
+        check(survey(run), "no checkpoint was kept")
 
     try:
         return f"{recovers(under_way=fill, mend=mend)} (tmpfs)"
@@ -208,7 +202,8 @@ def _full_disk(bench: Bench, run: Path) -> str:
         subprocess.run(["umount", "-l", str(run)], check=False)
 
 
-_cut = partial(os.truncate, length=700)
+def _cut(tar: Path) -> None:
+    os.truncate(tar, 700)
 
 
 def _flip(tar: Path) -> None:
@@ -230,28 +225,24 @@ def _at_start(spoil: Spoil, bench: Bench, run: Path) -> str:
 def _midway(spoil: Spoil, needle: str, bench: Bench, run: Path) -> str:
     """Spoil all shards of a source under a run, see it end, mend them, see it go on."""
     shards = shutil.copytree(bench.shards(), bench.root / f"shards-{run.name}")
+    mend = partial(shutil.copytree, bench.shards(), shards, dirs_exist_ok=True)
 
     def spoil_all(ranks: Ranks) -> None:
         for tar in shards.glob("docvqa/*.tar"):
             spoil(tar)
 
-    def mend() -> None:
-        shutil.copytree(bench.shards(), shards, dirs_exist_ok=True)
-
-    return _recovers(needle, bench, run, under_way=spoil_all, mend=mend, shards=shards)
+    return _recovers(needle, bench, run, mend, under_way=spoil_all, shards=shards)
 
 
 def _killed_worker(bench: Bench, run: Path) -> str:
-    """A data worker is killed, as by a machine short of memory."""
-
     def kill(ranks: Ranks) -> None:
-        [worker] = ranks.children(0)
-        os.kill(worker, signal.SIGKILL)
+        [worker] = psutil.Process(ranks.processes[0].pid).children()
+        worker.kill()
 
     # Workers are some steps ahead of what is logged. PyTorch may tell of the death in the midst of
     # a collective, which then ends on the other rank with a traceback.
-    options = {"under_way": kill, "step": 1, "alone": False, "dataloader_num_workers": 1}
-    return _recovers("worker", bench, run, **options)
+    how = {"under_way": kill, "step": 1, "alone": False}
+    return _recovers("worker", bench, run, **how, dataloader_num_workers=1)
 
 
 # ---- ranks with nothing to do ----
@@ -260,10 +251,8 @@ def _killed_worker(bench: Bench, run: Path) -> str:
 def _as_alone(
     count: Callable[[Bench, Path, Path], None], bench: Bench, run: Path, **mixture: Any
 ) -> str:
-    """Several ranks under ZeRO-3 do what one rank alone does.
-
-    ``count`` (bench, run, shards) tells how often the fault was there; RuntimeError for never.
-    """
+    """Several ranks under ZeRO-3 do what one rank alone does; ``count`` tells how often the fault
+    was there, RuntimeError for never."""
     shards = bench.shards(f"shards-{run.name}", **mixture)
     options = {"shards": shards, "packing": False, "per_device_train_batch_size": 1}
     expected = bench.undisturbed(f"{run.name}-alone", ranks=1, **options)

@@ -1,9 +1,9 @@
 """`ldistill bench data`: every loader gives the same documents, numbers add up, growth is real."""
 
 import csv
-import os
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers_data import make_processor, make_samples, make_student
@@ -24,7 +24,7 @@ from ldistill.tools.bench.data import (
     measure,
     worker_memory,
 )
-from ldistill.tools.bench.report import speed_table
+from ldistill.tools.bench.report import SPEED, table
 
 SMALL = BuildOptions(shard_bytes=40_000)
 
@@ -128,7 +128,7 @@ def test_another_librarys_failure_is_told_and_ours_is_raised(setup, monkeypatch)
     options = {"workers": (0,), "seconds": 0.1, "rounds": 2, "say": print}
     [result] = bench_data(setup, loaders=("datasets",), **options)
     assert result["failure"] == "RuntimeError: no such luck"
-    assert "RuntimeError: no such luck" in speed_table([result]).markdown()
+    assert "RuntimeError: no such luck" in table("", [result], SPEED).markdown()
     calls = []
 
     def fails_later(setup, workers):
@@ -137,7 +137,7 @@ def test_another_librarys_failure_is_told_and_ours_is_raised(setup, monkeypatch)
 
     monkeypatch.setitem(LOADERS, "datasets", fails_later)
     rows = bench_data(setup, loaders=("webdataset", "datasets"), **options)
-    assert "| RuntimeError: no such luck |" in speed_table(rows).markdown()
+    assert "| RuntimeError: no such luck |" in table("", rows, SPEED).markdown()
     monkeypatch.setitem(LOADERS, "ours", fails)
     with pytest.raises(RuntimeError):
         bench_data(setup, loaders=("ours",), **options)
@@ -168,10 +168,11 @@ def test_a_workers_memory_does_not_grow_with_the_shards(setup, tmp_path):
 
 
 def test_processes_can_be_asked_for_time_and_memory():
-    before = cpu_seconds(os.getpid())
+    process = psutil.Process()
+    before = cpu_seconds([process])
     sum(n * n for n in range(300_000))
-    assert cpu_seconds(os.getpid()) >= before
-    own, resident = worker_memory(os.getpid())
+    assert cpu_seconds([process, process]) >= 2 * before
+    own, resident = worker_memory(process)
     assert 1 < own <= resident
 
 

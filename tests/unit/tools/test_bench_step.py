@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -21,7 +22,7 @@ from ldistill.models.shapes import shape_of
 from ldistill.models.towers import tower_of
 from ldistill.models.zoo import write_pair
 from ldistill.tools.bench import step as bench_step
-from ldistill.tools.bench.batch import batch_shape, mix_weights, paper_batch
+from ldistill.tools.bench.batch import mix_weights, paper_batch
 from ldistill.tools.bench.commands import app
 from ldistill.tools.bench.naive import naive_counts
 from ldistill.tools.bench.report import PARTS, append_csv
@@ -35,7 +36,7 @@ COLUMNS = {
 
 
 def tiny(**changes) -> StepOptions:
-    return StepOptions(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes).resolved()
+    return StepOptions(**{"pair": "tiny", "rows": 2, "device": "cpu"} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_ce_is_the_mean_cross_entropy_of_the_labels(bench):
 @pytest.mark.parametrize("mix", ["paper", "uniform"])
 def test_the_batch_keeps_the_papers_mix(mix):
     config = pair_config("nanovlm-460m")
-    batch = paper_batch(batch_shape(config), 8, 1024)
+    batch = paper_batch(config, 8, 1024)
     plan = supervise(
         batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < config.lm_base_vocab_size
     )
@@ -91,7 +92,7 @@ def test_the_batch_keeps_the_papers_mix(mix):
 
 def test_the_batch_is_one_the_collator_could_have_made():
     config = pair_config("tiny")
-    batch = paper_batch(batch_shape(config), 3, 200)
+    batch = paper_batch(config, 3, 200)
     images = (batch["input_ids"] == config.image_token_id).sum()
     assert images == len(batch["pictures"]["pixel_values"]) * config.mp_image_token_length
     labelled = batch["labels"] >= 0
@@ -104,20 +105,20 @@ def test_the_batch_is_one_the_collator_could_have_made():
         assert batch["document_ids"][row, inside].unique().numel() == 1
         assert not labelled[row, inside][-1]
     assert (batch["labels"][batch["document_ids"] < 0] == -100).all()
-    again = paper_batch(batch_shape(config), 3, 200)
+    again = paper_batch(config, 3, 200)
     torch.testing.assert_close(batch, again, rtol=0, atol=0)
 
 
 def test_a_row_too_short_for_a_document_is_refused():
     with pytest.raises(ValueError, match="room for a document of 30 tokens, got 29"):
-        paper_batch(batch_shape(pair_config("tiny")), 1, 29)
+        paper_batch(pair_config("tiny"), 1, 29)
 
 
 @pytest.mark.parametrize("pair", ["tiny", "nanovlm-460m"])
 def test_the_arithmetic_leaves_room_below_a_tenth(pair):
     """FLOPs of ours against labels alone on the paper's mix: the time goal must be possible."""
     config = pair_config(pair)
-    batch = paper_batch(batch_shape(config), 16, 256 if pair == "tiny" else 1024)
+    batch = paper_batch(config, 16, 256 if pair == "tiny" else 1024)
     vocab = config.lm_base_vocab_size
     with torch.device("meta"):
         student = NanoVLM(config)
@@ -199,22 +200,16 @@ def test_parts_of_a_step_are_told_and_drawn(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_parts_sum_to_the_step_and_labels_alone_have_no_teacher(bench):
-    now = [0.0]
-
-    def clock() -> float:
-        """Every look at it is a second: parts are then exact."""
-        now[0] += 1
-        return now[0]
-
-    start = now[0]
-    ours = profile_step(bench, "ours", clock)
-    looks = now[0] - start
+def test_parts_sum_to_the_step_and_labels_alone_have_no_teacher(bench, monkeypatch):
+    now = itertools.count()  # every look at it is a second: parts are then exact
+    monkeypatch.setattr(bench, "clock", lambda: float(next(now)))
+    ours = profile_step(bench, "ours")
+    looks = next(now)
     assert sum(ours.values()) == pytest.approx(1e3 * (looks - 5), abs=1)  # four gaps between parts
     assert all(ours[part] > 0 for part in PARTS)
-    ce = profile_step(bench, "ce", clock)
+    ce = profile_step(bench, "ce")
     assert ce["teacher"] == 0
-    assert profile_step(bench, "naive", clock)["teacher"] > 0
+    assert profile_step(bench, "naive")["teacher"] > 0
     assert "hidden" not in vars(bench.distiller.teacher)
     assert not bench.distiller.student._forward_hooks
 

@@ -19,7 +19,7 @@ from ldistill.models.flops import count_step
 from ldistill.models.named_pairs import student_config
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.recipe import parse
-from ldistill.tools.bench.batch import batch_shape, count_rows, mix_weights, paper_batch
+from ldistill.tools.bench.batch import count_rows, mix_weights, paper_batch
 from ldistill.tools.pairs import pair_shape, recipe_of
 from ldistill.tools.plan.hardware import GIB, ZEROS, Cluster
 from ldistill.tools.plan.layout import HOST, NODE, WORLD
@@ -47,12 +47,12 @@ def test_zero_is_what_the_shipped_files_say():
 
 @pytest.mark.parametrize("mix", ["paper", "uniform"])
 def test_counts_of_rows_are_those_of_the_benchmarks_batch(mix):
-    shape = batch_shape(student_config("nanovlm-460m"))
-    batch = paper_batch(shape, 16, 1024)
-    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < shape.vocabulary)
+    config = student_config("nanovlm-460m")
+    batch, vocabulary = paper_batch(config, 16, 1024), config.lm_base_vocab_size
+    plan = supervise(batch, mix_weights(mix, 0.7, 4.0), "full", lambda ids: ids < vocabulary)
     with torch.device("meta"):
-        counts = count_step(NanoVLM(student_config("nanovlm-460m")), batch, plan)
-    counted = count_rows(shape.image_tokens, 1024, mix, rows=16).times(16, 1024)
+        counts = count_step(NanoVLM(config), batch, plan)
+    counted = count_rows(config.mp_image_token_length, 1024, mix, rows=16).times(16, 1024)
     assert counted == replace(counts, image_tokens=0)
 
 
