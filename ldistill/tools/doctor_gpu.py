@@ -18,9 +18,15 @@ from ldistill_kernels import distill_loss, shared_kv_attention
 
 def gpus() -> Iterator[Line]:
     """GPUs, their memory and bf16, or the CPU that stands in."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
+        found = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free"
+        advice = "another process holds most of it: see nvidia-smi."
+        yield judged(free >= total / 2, f"GPU {index}", found, advice, WARNING)
+        good = torch.cuda.get_device_capability(index) >= (8, 0)
+        found = "supported" if good else "not on this GPU"
+        yield judged(good, "bf16", found, "train with --bf16 false --fp16 true.", WARNING)
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            yield from _gpu(index)
         return
     if (reason := unusable_gpu()) is not None:
         built = torch.version.cuda or "none: a CPU build"
@@ -34,23 +40,13 @@ def gpus() -> Iterator[Line]:
     yield Line(OK, "bf16", fast)
 
 
-def _gpu(index: int) -> Iterator[Line]:
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
-    found = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free"
-    advice = "another process holds most of it: see nvidia-smi."
-    yield judged(free >= total / 2, f"GPU {index}", found, advice, WARNING)
-    good = torch.cuda.get_device_capability(index) >= (8, 0)
-    found = "supported" if good else "not on this GPU"
-    yield judged(good, "bf16", found, "train with --bf16 false --fp16 true.", WARNING)
-
-
 def toolkit() -> Iterator[Line]:
     """CUDA_HOME's compiler against torch's CUDA: DeepSpeed refuses to build over a difference."""
     if not torch.cuda.is_available():
         return
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    ours = str(torch.version.cuda)
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc, ours = shutil.which("nvcc", path=f"{CUDA_HOME}/bin"), str(torch.version.cuda)
     if nvcc is None:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
@@ -67,10 +63,9 @@ def ops() -> Iterator[Line]:
     needs = {"cpu_adam": "the *_offload configurations"}
     if not driver_present():
         needs = {"deepspeed_shm_comm": "every run on a CPU"} | needs
+    states = {True: "compiled already", False: "will be compiled once, one to three minutes"}
     for name, needed in needs.items():
-        todo = "will be compiled once, one to three minutes"
-        found = "compiled already" if is_compiled(name) else todo
-        yield Line(OK, "DeepSpeed op", f"{name}, for {needed}: {found}")
+        yield Line(OK, "DeepSpeed op", f"{name}, for {needed}: {states[is_compiled(name)]}")
 
 
 def kernels() -> Iterator[Line]:
@@ -80,15 +75,13 @@ def kernels() -> Iterator[Line]:
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return
     for name, error_of in (("attention", attention_error), ("loss", loss_error)):
-        advice = "train with --kernels reference and report this GPU."
+        good, advice = False, "train with --kernels reference and report this GPU."
         try:
-            error = error_of("cuda", "triton")
-            good = error < 1e-2
-            found = f"off by {error:.1g}"
+            good = (error := error_of("cuda", "triton")) < 1e-2
+            found = "it compiles and agrees with the reference" if good else f"off by {error:.1g}"
         except Exception as failure:
-            good, found = False, f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+            found = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
             advice = "Triton needs gcc and Python's headers; till then use --kernels reference."
-        found = "it compiles and agrees with the reference" if good else found
         yield judged(good, f"{name} kernel", f"triton {version}; {found}", advice)
 
 

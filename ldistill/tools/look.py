@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jinja2 import Environment
@@ -21,7 +22,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ldistill.common.documents import IGNORE
-from ldistill.common.errors import refuse
 from ldistill.common.run_files import RECIPE
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
@@ -32,12 +32,9 @@ from ldistill.models.pair import Pair, load_pair
 from ldistill.sources import SourceWeights
 from ldistill_kernels import distill_loss
 
-Guess = tuple[str, float]
-"""A token and its probability."""
-_FAINT = 0.05
-"""Nats that are coloured fully where nothing is above: rounding stays white."""
-_UNLIKELY = 0.005
-"""Guesses below are not shown."""
+Guess = tuple[str, float]  # a token and its probability
+_FAINT = 0.05  # nats that are coloured fully where nothing is above: rounding stays white
+_UNLIKELY = 0.005  # guesses below are not shown
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ _HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 .look small{color:#666}
 </style>
 <div class="look">
-{% for url in pictures %}<img src="{{ url }}" alt="">{% endfor %}
+{% for data in pictures %}<img src="data:image/png;base64,{{ data }}" alt="">{% endfor %}
 <p><b>{{ look.prompt }}</b></p>
 <p class="answer">
 {%- for token in look.tokens %}
@@ -95,13 +92,12 @@ mean {{ "%.3f" % look.kl }}</p>
 {% for token in look.tokens %}
 <tr><td><code>{{ shown(token.text) }}</code></td><td style="{{ colour((token.kl or 0) / most) }}">
 {{ "–" if token.kl is none else "%.3f" % token.kl }}</td>
-{% for guesses, own in ((token.student, token.p_student), (token.teacher, token.p_teacher),
-                        (token.blind, token.p_blind)) %}
+{% for who in ("student", "teacher", "blind") %}
 <td>
-{%- for text, p in guesses if p >= least %}
+{%- for text, p in token[who] if p >= least %}
 {{ ", " if not loop.first }}<code>{{ shown(text) }}</code> {{ "%.0f" % (100 * p) }}%
 {%- else %}–{% endfor %}
-<br><small>this token {{ "%.1f" % (100 * own) }}%</small></td>
+<br><small>this token {{ "%.1f" % (100 * token["p_" ~ who]) }}%</small></td>
 {% endfor %}
 </tr>
 {% endfor %}
@@ -131,9 +127,7 @@ class Look:
 
     def _repr_html_(self) -> str:
         most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
-        kinds = ["png" if image.startswith(b"\x89PNG") else "jpeg" for image in self.images]
-        contents = [base64.b64encode(image).decode() for image in self.images]
-        pictures = [f"data:image/{kind};base64,{data}" for kind, data in zip(kinds, contents)]
+        pictures = [base64.b64encode(image).decode() for image in self.images]
         return _HTML.render(look=self, most=most, pictures=pictures, least=_UNLIKELY)
 
     def page(self, title: str) -> str:
@@ -173,13 +167,10 @@ def look(
     """
     processor, student = pair.processor, pair.student
     count, most = len(images), processor.images.max_images
-    cases = {
-        "the pair was loaded without its LM: give load_pair a teacher.": pair.lm is None,
-        f"{count} pictures, and the processor takes {most}: load the pair with max_images.": (
-            count > most
-        ),
-    }
-    refuse(cases)
+    if pair.lm is None:
+        raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
+    if count > most:
+        raise ValueError(f"{count} pictures, the processor takes {most}: load with max_images.")
     seen = [processor.load_image(image) for image in images]
     document = processor.encode([Turn(prompt, answer)], [image.size for image in seen])
     if not document.supervised:
@@ -189,8 +180,7 @@ def look(
     pack = LoadedPack([LoadedDocument(0, 0, document, pictures, rotary)])
     batch = Collate(processor.pad_token_id)([pack])
 
-    weights = SourceWeights(("look",), ("language",), (1.0,), (temperature,))
-    judged = _Judged()
+    weights, judged = SourceWeights(("look",), ("language",), (1.0,), (temperature,)), _Judged()
     distiller = Distiller(student, Teacher(pair.lm), weights, judged)
     supervision = distiller.supervise(batch)
     device, trained = student.lm_head.weight.device, student.training
@@ -202,14 +192,14 @@ def look(
         alone = pair.lm(input_ids=ids[text][None].to(device), use_cache=False).logits[0]
     student.train(trained)
 
-    places = torch.nonzero(torch.as_tensor(document.labels) != IGNORE).flatten()
     read = text.cumsum(0) - 1  # place of a text token among the text tokens
-    taught = dict(zip(supervision.targets.taught.tolist(), range(len(judged.kl)), strict=True))
+    taught = {number: one for one, number in enumerate(supervision.targets.taught.tolist())}
     tokens = []
-    for number, place in enumerate(places.tolist()):
+    for number, place in enumerate(np.flatnonzero(document.labels != IGNORE)):
         label, one = int(document.labels[place]), taught.get(number)
-        of = [judged.student[number]]
-        of += [None, None] if one is None else [judged.teacher[one], alone[read[place]]]
+        of = [judged.student[number], None, None]
+        if one is not None:
+            of[1:] = judged.teacher[one], alone[read[place]]
         guesses, own = zip(*(_guesses(processor.tokenizer, row, label, top) for row in of))
         kl = None if one is None else float(judged.kl[one])
         tokens.append(Token(processor.tokenizer.decode([label]), kl, *guesses, *own))
@@ -238,11 +228,9 @@ def _guesses(
     if logits is None:
         return [], 0.0
     p = logits.float().softmax(-1)
-    best = p.topk(min(top, len(p)))
-    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(tokenizer.decode([i]), v) for i, v in found], float(p[label]) if label < len(
-        p
-    ) else 0.0
+    values, ids = (part.tolist() for part in p.topk(min(top, len(p))))
+    guesses = [(tokenizer.decode([i]), value) for i, value in zip(ids, values)]
+    return guesses, float(p[label]) if label < len(p) else 0.0
 
 
 def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:
@@ -255,7 +243,7 @@ def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair
     recipe = folder.parent / RECIPE
     if teacher is None and recipe.is_file():
         teacher = yaml.safe_load(recipe.read_text(encoding="utf-8"))["teacher"]
-    if teacher is None:
+    elif teacher is None:
         raise ValueError(f"{student} is no run's folder: name the LM it was built on, --teacher.")
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)

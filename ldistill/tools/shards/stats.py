@@ -47,12 +47,11 @@ def source_stats(index: ShardIndex, limit: int, text_only: bool = False) -> list
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
     lines = [*zip(index.sources, index.categories, lengths, strict=True)]
     lines += [("all", "", np.concatenate(lengths))] if len(lines) > 1 else []
-
-    def measured(found: np.ndarray) -> tuple[float, ...]:
-        middle, high = np.percentile(found, (50, 95))
-        return len(found), found.mean(), middle, high, found.max(), (found > limit).mean()
-
-    return [SourceStats(source, category, *measured(found)) for source, category, found in lines]
+    measured = []
+    for source, category, found in lines:
+        sizes = (found.mean(), *np.percentile(found, (50, 95)), found.max())
+        measured.append(SourceStats(source, category, len(found), *sizes, (found > limit).mean()))
+    return measured
 
 
 def print_stats(index: ShardIndex, limit: int, text_only: bool) -> None:

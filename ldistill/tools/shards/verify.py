@@ -1,7 +1,5 @@
 """Checking shards: every byte against its hash, every sample decoded.
 
-report = verify_shards("shards/"); report.problems
-
 Shards behind a URL are fetched anew, one per worker at a time, and never taken from the cache: what
 is checked is what the store has.
 """
@@ -11,69 +9,36 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-
-from rich.progress import Progress
 
 from ldistill.common.images import check_image
 from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample, check_sample, hash_file, pread_all
 from ldistill.data.index import SAMPLES_NAME, Shard, ShardIndex
-from ldistill.data.store import Reading
-
-
-@dataclass
-class VerifyReport:
-    """What was looked at and what is wrong, one sentence each."""
-
-    sources: int = 0
-    shards: int = 0
-    samples: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 def verify_shards(
-    root: str | Path,
-    sources: Sequence[str] | None = None,
-    workers: int = 0,
-    advance: Callable[[Shard], None] = lambda shard: None,
-    reading: Reading | None = None,
-) -> VerifyReport:
+    index: ShardIndex, workers: int = 0, advance: Callable[[Shard], None] = lambda shard: None
+) -> list[str]:
     """Re-hash every shard, check every sample's CRC-32, JSON and pictures.
 
-    Raises as `ShardIndex.load` does when there is no usable index; damage to shards is reported,
-    not raised, and so is a remote shard that cannot be read.
+    Returns a sentence on all that is wrong, a remote shard that cannot be read included.
     """
-    index = ShardIndex.load(root, sources, reading)
-    report = VerifyReport(len(index.sources), len(index.shards), len(index))
-    report.problems += _damaged_tables(index) + _strays(index)
     with ExitStack() as stack:
         check = map
         if workers > 1:
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(workers, mp_context=context)
             check = stack.enter_context(pool).map
+        problems = _damaged_tables(index) + _strays(index)
         checked = check(partial(_check_shard, index), range(len(index.shards)))
-        for shard, problems in zip(index.shards, checked, strict=True):
-            report.problems += problems
+        for shard, found in zip(index.shards, checked, strict=True):
+            problems += found
             advance(shard)
-    return report
-
-
-def verify(
-    folder: str, sources: Sequence[str] | None, workers: int, reading: Reading
-) -> VerifyReport:
-    """Check every shard under a progress bar."""
-    size = sum(shard.bytes for shard in ShardIndex.load(folder, sources, reading).shards)
-    with Progress() as bar:
-        task = bar.add_task("verify", total=size)
-        told = lambda shard: bar.advance(task, shard.bytes)  # noqa: E731
-        return verify_shards(folder, sources, workers, told, reading)
+    return problems
 
 
 def _damaged_tables(index: ShardIndex) -> list[str]:

@@ -7,12 +7,11 @@ with the other seeds, and is reported on the rest of the documents.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ import yaml
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.common.errors import did_you_mean
-from ldistill.evaluation.suites import Row, suite
+from ldistill.evaluation.suites import suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
-Grid = Mapping[str, Sequence[Any] | None]  # field → values
 BUDGETS = ("steps", "tokens", "flops")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -42,7 +40,7 @@ class Command:
     """An arm that another program makes of an arm's student; its words have {student}, {lm},
     {seed}, {out} (where a student's folder shall be) and {FIELD}s of the arm's grid filled in."""
 
-    of: str  # the arm whose student it is, or the study's `start`
+    of: str  # as a merge's
     run: str
 
 
@@ -70,7 +68,8 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)  # further ones of the recipe
     merge: Merge | None = None
     command: Command | None = None
-    grid: Grid = field(default_factory=dict)  # over the study's; None takes a field out of that
+    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+    """Over the study's; None takes a field out of that."""
     budget: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
@@ -88,9 +87,8 @@ class Arm:
     def flags(self, shared: str | None, setting: Mapping[str, Any]) -> list[str]:
         """What a setting differs in from the shared recipe (None: from its own), for train.py."""
         values = recipe_differences(self.recipe) if shared and self.recipe else {}
-        values = {**values, **self.fields, **setting}
-        recipe = ["--recipe", shared or self.recipe or "tiny"]
-        return [*recipe, *(part for k, v in values.items() for part in (f"--{k}", str(v)))]
+        flags = {"recipe": shared or self.recipe or "tiny", **values, **self.fields, **setting}
+        return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,8 @@ class Study:
     launch: str = "here"  # commands: it is printed, or submitted to SLURM, instead of run here
     recipe: str | None = None
     suite: str | None = None
-    tasks: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
+    include: Sequence[str] = ()
     items_per_task: int | None = None
     measure: str = ""  # a command: {student} to {out}, a JSON of task → document → score
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the suite, or tasks
@@ -117,7 +115,7 @@ class Study:
     seeds: int = 3
     fields: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, int | str] = field(default_factory=dict)
-    grid: Grid = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
     validation: float = 0.0  # share of the documents that choose among the settings
 
     @property
@@ -131,10 +129,6 @@ class Study:
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"no variant {unknown[0]!r}; there are: {', '.join(known)}.")
         return [known[name] for name in names or known]
-
-    def in_group(self, row: Row, name: str) -> bool:
-        """Whether a row's score counts in a group of the report."""
-        return not {row.group, row.task}.isdisjoint(self.groups[name])
 
 
 def filled(command: str, **values: Any) -> list[str]:
@@ -154,9 +148,11 @@ def load_study(name: str, **given: Any) -> Study:
         raise ValueError(f"no study {name!r}. Shipped: {known}; or give a YAML file's path.")
     try:
         study = _read(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for problem in _problems(study):
+            raise ValueError(problem)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"study {name!r}: {error}") from error
-    study = dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
+    study = replace(study, **{k: v for k, v in given.items() if v is not None})
     if study.items_per_task and not (study.suite and suite(study.suite).make_tasks):
         raise ValueError(f"study {name!r} has no suite that makes items: its tasks have theirs.")
     return study
@@ -165,39 +161,35 @@ def load_study(name: str, **given: Any) -> Study:
 def _read(values: Any) -> Study:
     made = _known(values, Study, "the file")
     arms = []
-    if not made.get("arms"):
-        raise ValueError("it names no arms")
-    for name, of in made["arms"].items():
+    for name, of in (made.get("arms") or {}).items():
         of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
-        for kind, cls in (("merge", Merge), ("command", Command)):
-            if kind in of:
+        kinds = {"merge": Merge, "command": Command}.items()
+        if other := {kind: cls for kind, cls in kinds if kind in of}:
+            for kind, cls in other.items():
                 of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
-        if not {"merge", "command"} & of.keys():
-            for shared in ("fields", "grid"):
-                of[shared] = {**made.get(shared, {}), **of.get(shared, {})}
+        else:
+            of |= {part: made.get(part, {}) | of.get(part, {}) for part in ("fields", "grid")}
         arms.append(Arm(name, **of))
-    for name in ("tasks", "include"):
-        made[name] = tuple(made.get(name, ()))
-    study = Study(**(made | {"arms": tuple(arms)}))
-    if problem := next(_problems(study), None):
-        raise ValueError(problem)
-    return study
+    return Study(**(made | {"arms": tuple(arms)}))
 
 
 def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
     """A mapping whose keys are fields of `cls`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of fields to values.")
-    fields = [f.name for f in dataclasses.fields(cls) if f.name != "name"]
-    if unknown := [key for key in values if key not in fields]:
-        hint, known = did_you_mean(str(unknown[0]), fields), ", ".join(fields)
-        raise ValueError(f"unknown field {unknown[0]!r} in {where}.{hint} There are: {known}.")
-    return dict(values)
+    names = [f.name for f in fields(cls) if f.name != "name"]
+    for key in values:
+        if key not in names:
+            hint, known = did_you_mean(str(key), names), ", ".join(names)
+            raise ValueError(f"unknown field {key!r} in {where}.{hint} There are: {known}.")
+    return values
 
 
 def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
+    if not names:
+        yield "it names no arms."
     if study.launch not in ("here", "commands"):
         yield f"launch must be one of here, commands, got {study.launch!r}."
     for role in ("baseline", "main"):
@@ -225,7 +217,7 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"the budget of arm {arm.name!r} names {amount!r}, which is no arm above it."
         for setting in arm.settings:
             if arm.merge:
-                dataclasses.replace(arm.merge, **setting)
+                replace(arm.merge, **setting)
             elif arm.command:
                 known = ("student", "lm", "seed", "out", *setting)
                 yield from _unfilled(f"the command of arm {arm.name!r}", arm.command.run, known)

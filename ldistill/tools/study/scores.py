@@ -14,16 +14,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.compare.samples import Paired, paired, sample_score
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
+from ldistill.tools.study.files import Run, Study
 
-if TYPE_CHECKING:
-    from ldistill.tools.study.files import Run, Study
-
+Rows = dict[Row, dict[int, float]]
 MEASURED = "measured.json"
 """In a run's folder: what the study's own command scored."""
 WHOLE = -1
@@ -34,9 +32,8 @@ WHOLE = -1
 class Scores:
     """One evaluation: row → document → score, in two parts."""
 
-    rows: dict[Row, dict[int, float]]
-    """The reported part."""
-    validation: dict[Row, dict[int, float]]
+    rows: Rows  # the reported part
+    validation: Rows
 
     def of(self, row: Row) -> float:
         """The mean over the documents that are reported."""
@@ -80,25 +77,30 @@ def read_scores(folder: Path, validation: float) -> Scores:
     return scores
 
 
-def group_mean(study: Study, rows: Mapping[Row, Mapping[int, float]], group: str) -> float | None:
-    """Mean over a group's tasks, each on a scale of 0 to 1; None without any."""
-    means = [
-        statistics.fmean(documents.values()) / row.top
-        for row, documents in rows.items()
-        if study.in_group(row, group)
-    ]
-    return statistics.fmean(means) if means else None
+def _in_group(study: Study, rows: Rows, group: str) -> Rows:
+    """Rows whose score counts in a group of the report."""
+    names = set(study.groups[group])
+    return {row: documents for row, documents in rows.items() if names & {row.group, row.task}}
+
+
+def group_means(study: Study, rows: Rows) -> dict[str, float]:
+    """Means over the tasks of every group that has any, each task on a scale of 0 to 1."""
+    means = {}
+    for group in study.groups:
+        if found := _in_group(study, rows, group):
+            tasks = [statistics.fmean(of.values()) / row.top for row, of in found.items()]
+            means[group] = statistics.fmean(tasks)
+    return means
 
 
 def best_setting(study: Study, runs: Sequence[tuple[Run, Scores]]) -> Run:
     """The run with the highest mean over the groups on the validation part; ties: the first."""
 
-    def quality(scores: Scores) -> float:
-        means = [group_mean(study, scores.validation, group) for group in study.groups]
-        found = [mean for mean in means if mean is not None]
-        return statistics.fmean(found) if found else -math.inf
+    def quality(run: tuple[Run, Scores]) -> float:
+        means = group_means(study, run[1].validation).values()
+        return statistics.fmean(means) if means else -math.inf
 
-    return max(runs, key=lambda run: quality(run[1]))[0]
+    return max(runs, key=quality)[0]
 
 
 def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float | int]]:
@@ -107,9 +109,8 @@ def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float |
     for scores in runs:
         for row in scores.rows:
             series[row.id].append(scores.of(row))
-        for group in study.groups:
-            if (mean := group_mean(study, scores.rows, group)) is not None:
-                series[group].append(mean)
+        for group, mean in group_means(study, scores.rows).items():
+            series[group].append(mean)
     return {
         name: {
             "mean": statistics.fmean(values),
@@ -142,11 +143,10 @@ def paired_tests(
 def _documents(study: Study, runs: Iterable[Scores], group: str) -> dict[tuple[str, int], float]:
     scores: dict[tuple[str, int], list[float]] = defaultdict(list)
     for run in runs:
-        for row, documents in run.rows.items():
-            if study.in_group(row, group):
-                for number, score in documents.items():
-                    if number != WHOLE:
-                        scores[row.id, number].append(score)
+        for row, documents in _in_group(study, run.rows, group).items():
+            for number, score in documents.items():
+                if number != WHOLE:
+                    scores[row.id, number].append(score)
     return {key: statistics.fmean(values) for key, values in scores.items()}
 
 

@@ -12,6 +12,7 @@ from helpers_data import make_processor, make_student, picture, table5_lengths, 
 from PIL import Image
 from typer.testing import CliRunner
 
+from ldistill.common.errors import exit_code
 from ldistill.common.samples import Turn
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
@@ -30,7 +31,11 @@ FEATURES = datasets.Features(
 
 
 def run(*arguments, code=0):
+    """What a command prints, with the sentence that `ldistill.cli.main` makes of a mistake."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(error := result.exception, (ValueError, OSError)):
+        assert exit_code(error) == code
+        return f"{result.output}error: {error}"
     assert result.exit_code == code, result.output
     return result.output
 
