@@ -1,9 +1,4 @@
-"""The `ldistill` command.
-
-Training itself is started by DeepSpeed's launcher (`deepspeed ldistill/train.py ...`, or `ldistill
-train`, which starts that); this command holds everything around it. Imports are inside the
-functions, so that `--help` answers at once.
-"""
+"""The `ldistill` command; imports are inside its functions, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -79,15 +74,15 @@ def export(
     from ldistill.common.locate import resolve
     from ldistill.training.export import export_decoder, export_student
 
-    decoder, student, folder = out / "decoder", out, Path(run)
+    student, folder = out, Path(run)
     if decoder_only and ((folder / "config.json").is_file() or not folder.is_dir()):
         student = resolve(run)  # of no run: as it is, there is nothing to export beside the decoder
     else:
-        source = export_student(folder, out, also=(decoder.name,) if decoder_only else ())
+        source = export_student(folder, out, also=("decoder",) if decoder_only else ())
         typer.echo(f"student  {out}  (from {source})")
     if decoder_only:
-        export_decoder(student, decoder, tokenizer)
-        typer.echo(f"decoder  {decoder}")
+        export_decoder(student, out / "decoder", tokenizer)
+        typer.echo(f"decoder  {out / 'decoder'}")
 
 
 @app.command()

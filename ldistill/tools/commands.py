@@ -1,22 +1,13 @@
-"""Commands of `ldistill` that have no commands of their own; what they do is loaded when they run.
-
-ldistill plan --pair llava-13b --gpus 32 --gpu-memory 80
-ldistill torture --steps 12 --kills 3
-ldistill study tiny --out study/
-ldistill models --check llava
-ldistill look --student runs/lingudistill --prompt "What is this?" --answer "A cat."
-ldistill merge --student runs/a/student --lm HuggingFaceTB/SmolLM2-360M-Instruct \
-    --weights 0.1,0.2,0.3,0:0.5 --out merged/
-"""
+"""Commands of `ldistill` without commands of their own; what they do is loaded when they run."""
 
 from __future__ import annotations
 
 import json as json_module
 import shlex
-import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -97,24 +88,21 @@ def torture(
     from ldistill.tools.torture import faults
 
     trials, began = faults.choose(fault or [], ranks), time.monotonic()
-    root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
-    root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
-        raise ValueError(f"{root} is not empty: choose an empty folder.")
-
-    tell = partial(typer.secho, dim=True)
+    tell, rows = partial(typer.secho, dim=True), []
     if ranks == 1 and not fault:
         tell(f"{faults.TEXT_ONLY} is left out: it takes several ranks to differ (--ranks 2).")
     if kills:
         trials.insert(0, faults.kills(kills, seed, tell))
-    bench, rows = faults.Bench(root, ranks=ranks, steps=steps, stage=stage), []
-    try:
+    made = {"prefix": "ldistill-torture-", "ignore_cleanup_errors": True}
+    with nullcontext(workdir) if workdir else tempfile.TemporaryDirectory(**made) as folder:
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        if any(root.iterdir()):
+            raise ValueError(f"{root} is not empty: choose an empty folder.")
+        bench = faults.Bench(root, ranks=ranks, steps=steps, stage=stage)
         for trial in trials:
             rows.append(trial(bench))
             tell(f"{'held' if rows[-1]['passed'] else 'FAILED'}: {trial.title}")
-    finally:
-        if workdir is None:
-            shutil.rmtree(root, ignore_errors=True)
     columns, marks = ("fault", "expected", "outcome"), ("[red]FAILED[/]", "[green]held[/]")
     lines = [[*(row[name] for name in columns), marks[row["passed"]]] for row in rows]
     title = f"{ranks} ranks, ZeRO-{stage}, {steps} steps"

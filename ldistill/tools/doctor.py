@@ -1,6 +1,5 @@
 """`ldistill doctor`: is this machine fit to train, and if not, what to do about it.
 
-Every check gives lines: ok, warning (slower, or a feature less) or problem (training stops).
 Nothing is built and no model is loaded. `doctor_gpu` holds the checks that need torch.
 """
 
@@ -9,13 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from subprocess import check_output
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
@@ -24,7 +23,7 @@ from rich.console import Console
 
 from ldistill.common.locate import default_cache
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
+OK, WARNING, PROBLEM = "ok", "warning", "problem"  # fine; slower, or a feature less; no training
 MISSING = "not installed"
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 _EXTRAS = {
@@ -54,11 +53,6 @@ def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROB
 def driver_present() -> bool:
     """Whether an NVIDIA driver shows a GPU, usable by torch or not."""
     return Path("/dev/nvidia0").exists()
-
-
-def output(*command: str) -> str:
-    """What a quick command prints."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def run() -> int:
@@ -130,7 +124,6 @@ def packages() -> Iterator[Line]:
 
 
 def _installed(need: Requirement) -> tuple[str, bool]:
-    """The version of a package, and whether it is within the bounds."""
     found = next((d.version for d in metadata.distributions(name=need.name)), MISSING)
     return found, found != MISSING and need.specifier.contains(found, prereleases=True)
 
@@ -142,7 +135,7 @@ def compilers() -> Iterator[Line]:
     # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
     severity = WARNING if driver_present() else PROBLEM
     path = compiler()
-    found = output(path, "--version").partition("\n")[0] if path else "none in PATH"
+    found = check_output([path, "--version"], text=True).splitlines()[0] if path else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
     yield judged(bool(path), "C++ compiler", found, advice, severity)
     path, own = shutil.which("ninja"), Path(sys.executable).parent

@@ -7,11 +7,12 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from subprocess import check_output
 
 import torch
 
 from ldistill.common.device import has_fast_bf16, unusable_gpu
-from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
+from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged
 from ldistill.training.launch import is_compiled
 from ldistill_kernels import distill_loss, shared_kv_attention
 
@@ -51,7 +52,7 @@ def toolkit() -> Iterator[Line]:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
         return
-    found = (re.findall(r"release (\d+\.\d+)", output(nvcc, "--version")) or ["unknown"])[0]
+    found = re.search(r"release (\d+\.\d+)", check_output([nvcc, "--version"], text=True))[1]
     good = found.split(".")[0] == ours.split(".")[0]
     found += f" (torch has {ours})" if good else f", but torch has {ours}"
     advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
@@ -101,19 +102,17 @@ def loss_error(device: str, kind: str) -> float:
     """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
     made = _generator(device)
     h_s, h_t, w_s, w_t = made(16, 64), made(16, 64), made(320, 64) / 8, made(256, 64) / 8
-    labels, how = torch.arange(16, device=device) * 15, {"ce_weight": 0.3, "kd_weight": 0.7}
+    how = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 4.0}
+    labels = torch.arange(16, device=device) * 15
     found = []
     for kernels in (kind, "reference"):
         hidden, head = h_s.clone().requires_grad_(), w_s.clone().requires_grad_()
-        options = how | {"temperature": 4.0, "kernels": kernels}
-        result = distill_loss(hidden, head, h_t, w_t, labels, **options)
+        result = distill_loss(hidden, head, h_t, w_t, labels, **how, kernels=kernels)
         result.loss.backward()
         found.append((result.loss.detach(), hidden.grad, head.grad))
-    pairs = zip(*found, strict=True)
-    return max(((ours - plain).abs().max() / plain.abs().max()).item() for ours, plain in pairs)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
 
 
 def _generator(device: str) -> Callable[..., torch.Tensor]:
-    """Draws tensors of a shape, the same ones every time."""
     generator = torch.Generator(device).manual_seed(0)
     return lambda *shape: torch.randn(shape, generator=generator, device=device)

@@ -1,7 +1,4 @@
-"""`ldistill train` and `ldistill scripts`: starting runs where there is no repository.
-
-An installed package holds the DeepSpeed configurations and the SLURM scripts as well.
-"""
+"""`ldistill train` and `ldistill scripts`: starting runs where there is no repository."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ import typer
 import ldistill
 from ldistill.train import main as run_training
 
-PACKAGE = Path(ldistill.__file__).parent
+PACKAGE = Path(ldistill.__file__).parent  # with configurations and scripts, also where installed
 CONFIGS = PACKAGE / "ds_configs"
 # Options of DeepSpeed's launcher, with a value and without. All else is train.py's.
 VALUED = "--num_gpus --num_accelerators --num_nodes --hostfile -H --include -i --exclude -e "
@@ -80,7 +77,7 @@ scripts = typer.Typer(help="Write the shipped job scripts into a folder.", no_ar
 
 @scripts.callback()
 def _scripts() -> None:
-    """Kinds of scripts; there is one today."""
+    """Else typer would make one command of a group of one."""
 
 
 @scripts.command()

@@ -62,6 +62,8 @@ class Token:
 _HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro colour(share) %}background:rgba(255,120,0,{{ "%.3f" % (0.75 * share) }}){% endmacro %}
 {% macro shown(text) %}{{ text | replace("\\n", "⏎") }}{% endmacro %}
+{% if title %}<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<body style="background:#fff"><h2 style="font-family:sans-serif">{{ title }}</h2>{% endif %}
 <style>
 .look{font:14px/1.5 sans-serif;color:#222;background:#fff;max-width:60em}
 .look img{min-width:8em;max-width:24em;max-height:18em;border:1px solid #ddd}
@@ -101,12 +103,7 @@ mean {{ "%.3f" % look.kl }}</p>
 {% endfor %}
 </tr>
 {% endfor %}
-</table></div>
-""")
-_PAGE = Environment(autoescape=True).from_string("""\
-<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<body style="background:#fff"><h2 style="font-family:sans-serif">{{ title }}</h2>
-{{ body | safe }}</body></html>
+</table></div>{% if title %}</body></html>{% endif %}
 """)
 
 
@@ -125,14 +122,15 @@ class Look:
         known = [token.kl for token in self.tokens if token.kl is not None]
         return sum(known) / max(1, len(known))
 
-    def _repr_html_(self) -> str:
+    def page(self, title: str) -> str:
+        """A page that opens from the disk and fetches nothing; without a title, its inside."""
         most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
         pictures = [base64.b64encode(image).decode() for image in self.images]
-        return _HTML.render(look=self, most=most, pictures=pictures, least=_UNLIKELY)
+        shown = {"most": most, "least": _UNLIKELY, "pictures": pictures}
+        return _HTML.render(look=self, title=title, **shown)
 
-    def page(self, title: str) -> str:
-        """A page that opens from the disk and fetches nothing."""
-        return _PAGE.render(title=title, body=self._repr_html_())
+    def _repr_html_(self) -> str:
+        return self.page("")
 
     def lines(self) -> Iterator[str]:
         """The KL of every token and what the teacher expected, for a terminal."""
@@ -155,8 +153,7 @@ def look(
 
     Args:
         pair: of ``load_pair``, with its LM, on one device.
-        prompt: the question.
-        answer: any answer; the end mark that the template puts behind it is judged as well.
+        prompt, answer: any; the end mark that the template puts behind the answer is judged, too.
         images: encoded pictures, shown before the question.
         temperature: τ of the KL.
         top: so many guesses of each.
@@ -234,10 +231,7 @@ def _guesses(
 
 
 def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:
-    """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``.
-
-    Raises ValueError: no teacher is named, and the student is no run's, which would name it.
-    """
+    """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``."""
     logging.disable_progress_bar()
     folder = model_folder(student)
     recipe = folder.parent / RECIPE

@@ -1,7 +1,5 @@
 """``ldistill merge``: a student's decoder moved towards a language model, without training.
 
-    merge("runs/a/student", "HuggingFaceTB/SmolLM2-360M-Instruct", {"0.3": Path("merged")})
-
 Every weight w of the decoder becomes (1 - weight) w_student + weight w_LM, computed in float32 and
 written in the student's type: 0 leaves the student as it is, 1 puts the LM's decoder in. Vision
 tower, projector and the added image tokens stay the student's.
@@ -35,8 +33,7 @@ def merge(student: str, lm: str, folders: Mapping[str, Path], layers: str | None
         folders: weight (``0.3``; ``0:0.5`` from the first layer to the last) → where to.
         layers: only these, such as ``0-3,8``; then embedding and head stay as well.
 
-    Raises:
-        ValueError: a weight or layer that cannot be, models that do not fit, a folder in use.
+    Raises ValueError: a weight or layer that cannot be, models that do not fit, a folder in use.
     """
     asked = {w: _bounds(w) for w in folders}
     for folder in folders.values():

@@ -2,10 +2,6 @@
 
 Exit codes: 0 done, 1 `verify` looked and something is wrong, 2 it could not run: wrong options or
 input, with a sentence; 130 interrupted.
-
-ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/
-ldistill shards verify shards/
-ldistill shards stats s3://bucket/shards --plot lengths.png
 """
 
 from __future__ import annotations

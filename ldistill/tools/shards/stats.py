@@ -1,8 +1,7 @@
-"""`ldistill shards stats`: token lengths by source, as the paper's Table 5 has them, a histogram of
-them, and what a run would read of them in an epoch.
+"""`ldistill shards stats`: token lengths by source, a histogram, what a run reads in an epoch.
 
 Lengths are those of whole documents, template and image tokens included, because that is what
-counts against the limit; `text_only` leaves the image tokens out, as the paper's table does.
+counts against the limit; `text_only` leaves the image tokens out, as the paper's Table 5 does.
 """
 
 from __future__ import annotations
@@ -35,11 +34,9 @@ class SourceStats(NamedTuple):
 def token_lengths(index: ShardIndex, number: int, text_only: bool = False) -> np.ndarray:
     """Tokens of every document of a source, int64."""
     samples = index.source_samples(number)
-    lengths = samples["tokens"].astype(np.int64)
-    if text_only:
-        settings = index.meta[index.sources[number]]["image_settings"]
-        lengths -= samples["tiles"].astype(np.int64) * settings["tokens_per_tile"]
-    return lengths
+    settings = index.meta[index.sources[number]]["image_settings"]
+    per_tile = settings["tokens_per_tile"] if text_only else 0
+    return samples["tokens"].astype(np.int64) - samples["tiles"].astype(np.int64) * per_tile
 
 
 def source_stats(index: ShardIndex, limit: int, text_only: bool = False) -> list[SourceStats]:

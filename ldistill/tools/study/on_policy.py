@@ -1,8 +1,5 @@
 """On-policy distillation on text, by TRL: the LM corrects what a student's decoder says itself.
 
-    python -m ldistill.tools.study.on_policy --student runs/labels/student \
-        --lm HuggingFaceTB/SmolLM2-360M-Instruct --prompts chats.jsonl --out repaired/
-
 The decoder is exported as a plain LM, TRL's trainer lets it answer the prompts and pulls the
 distribution of its answers towards the LM's (reverse KL), and the result is put back into the
 student as `ldistill merge --weight 1` does. Needs `pip install 'ldistill[trl]'`. A line of the
@@ -27,7 +24,6 @@ from ldistill.training.export import export_decoder
 
 
 def main() -> None:
-    """Read the flags, train, put the decoder back."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for flag in ("student", "lm", "out"):
         parser.add_argument(f"--{flag}", required=True)
@@ -61,14 +57,10 @@ def main() -> None:
             save_strategy="no",
             logging_steps=10,
         )
-        trainer = DistillationTrainer(
-            model=model,
-            teacher_model=teacher,
-            args=settings,
-            train_dataset=_prompts(asked.prompts),
-            processing_class=AutoTokenizer.from_pretrained(decoder),
-        )
-        trainer.train()
+        tokenizer = AutoTokenizer.from_pretrained(decoder)
+        models = {"model": model, "teacher_model": teacher, "processing_class": tokenizer}
+        data = _prompts(asked.prompts)
+        DistillationTrainer(**models, args=settings, train_dataset=data).train()
         model.save_pretrained(trained)
         merge(asked.student, str(trained), {"1": Path(asked.out)})
 

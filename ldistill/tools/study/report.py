@@ -81,9 +81,7 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
     return [out / name for name in (REPORT, RESULTS, *drawn)]
 
 
-def _parts(
-    study: Study, scores: ByArm, results: Results, drawn: Mapping[str, str]
-) -> Iterator[str]:
+def _parts(study: Study, scores: ByArm, results: Results, drawn: dict[str, str]) -> Iterator[str]:
     table = _table(study, scores)
     counts = sorted({len(of) for name, of in scores.items() if name != study.start}) or [1]
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -116,22 +114,18 @@ def _parts(
 def _table(study: Study, scores: ByArm) -> ScoreTable:
     found = [row for of in scores.values() for run in of for row in run.rows]
     listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
-    values = {
-        name: {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
-        for name, of in scores.items()
-    }
+    values = {}
+    for name, of in scores.items():
+        values[name] = {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
     baseline, start = (name if name in scores else None for name in (study.baseline, study.start))
     return score_table(values, listed, baseline=baseline, original=start)
 
 
-def _axes(study: Study) -> tuple[str, str]:
+def _axes(study: Study) -> Sequence[str]:
     """Groups along and up: what is read, and what of language is left."""
-    if study.axes:
-        return tuple(study.axes)
-    if {"reading", "language"} <= study.groups.keys():
-        return "reading", "language"
-    names = [*study.groups, *study.groups][:2] or ["", ""]
-    return names[1], names[0]
+    usual = ("reading", "language")
+    first, second, *_ = *study.groups, *study.groups, "", ""
+    return study.axes or (usual if study.groups.keys() >= set(usual) else (second, first))
 
 
 def _point(study: Study, of_arm: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -222,6 +216,5 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
 
 
 def _save(figure: Figure, axis: Axes, target: Path) -> None:
-    """With the names of its lines beside its last part."""
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, dpi=150, bbox_inches="tight")

@@ -1,8 +1,7 @@
 """Train or merge, and evaluate, whatever of a study is not there yet.
 
 Each arm is a run of ``train.py`` started as a user would start it, or a merge; each student goes
-through lmms-eval. What is finished is kept: the same command goes on where it stopped. What fails
-is named, and the rest goes on.
+through lmms-eval. What is finished is kept; what fails is named, and the rest goes on.
 
     OUT/adapted/eval/                    the student before training
     OUT/seed-1/lingudistill/             a run folder; eval/ inside holds lmms-eval's results
@@ -114,17 +113,13 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
 
 def _claim(place: Workplace) -> None:
     """The settings that all runs of a folder share; seeds and arms may be added later."""
-    recipe = load_recipe(place.study.recipe) if place.study.recipe else {}
-    settings = {
-        "overrides": list(place.overrides),
-        "items_per_task": place.study.items_per_task,
-        "recipe": {k: v for k, v in recipe.items() if v is not None},
-    }
-    path = place.out / "study.json"
+    study, path = place.study, place.out / "study.json"
+    recipe = load_recipe(study.recipe) if study.recipe else {}
+    settings = {"overrides": list(place.overrides), "items_per_task": study.items_per_task}
+    settings["recipe"] = {k: v for k, v in recipe.items() if v is not None}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise ValueError(
-            f"{place.out} holds a study with other settings ({path}): choose another --out."
-        )
+        other = f"{place.out} holds a study with other settings ({path})"
+        raise ValueError(f"{other}: choose another --out.")
     place.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -165,19 +160,15 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
     _run(place, folder, "training", words, "ldistill.train")
 
 
-def _run(
-    place: Workplace, folder: Path, what: str, words: Sequence[object], module: str | None = None
-) -> None:
+def _run(place: Workplace, folder: Path, what: str, words: Sequence[object], module="") -> None:
     """Run a command, or a module with these words; ValueError, with what it said, if it fails."""
     log = folder.with_name(f"{folder.name}.train.log")
     programs = place.programs
     if status := programs.run(module, words, log) if module else programs.call(words, log):
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
-        raise ValueError(
-            f"{what} ended with status {status}{''.join(errors[-1:])}; its output is "
-            f"in {log}. The same command tries it again."
-        )
+        ended = f"{what} ended with status {status}{''.join(errors[-1:])}"
+        raise ValueError(f"{ended}; its output is in {log}. The same command tries it again.")
 
 
 def _budget_flags(place: Workplace, run: Run) -> list[str]:

@@ -22,10 +22,8 @@ from ldistill.evaluation.suites import OTHER, ROWS, Row
 from ldistill.tools.study.files import Run, Study
 
 Rows = dict[Row, dict[int, float]]
-MEASURED = "measured.json"
-"""In a run's folder: what the study's own command scored."""
-WHOLE = -1
-"""The one document of a task whose score is no mean over its samples: it is in both parts."""
+MEASURED = "measured.json"  # in a run's folder: what the study's own command scored
+WHOLE = -1  # the one document of a task whose score is no mean over its samples: in both parts
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,17 @@ def read_scores(folder: Path, validation: float) -> Scores:
 
     Raises ValueError: its ``eval.json`` is damaged.
     """
-    evaluation = folder / "eval"
-    record = read_evaluation(evaluation)
-    scores = Scores({}, {})
+    record, scores = read_evaluation(folder / "eval"), Scores({}, {})
     if record is None:
         return scores
-    results = read_variants([f"run={evaluation}"])[0].tasks if record.get("results") else {}
+    results = read_variants([f"run={folder / 'eval'}"])[0].tasks if record.get("results") else {}
     known, found = {row.id: row for row in ROWS}, {}
     for name, entry in record["scores"].items():
         metric, _, filter_ = entry["metric"].partition(",")
         own = (name, entry["name"], entry["group"], metric, filter_, entry["top"])
         row = known.get(name) or Row(*own)
-        result = results.get(row.task)
-        samples = result.samples(row.filter).items() if result else ()
-        scored = {number: sample_score(sample, row) for number, sample in samples}
+        samples = results[row.task].samples(row.filter) if row.task in results else {}
+        scored = {number: sample_score(sample, row) for number, sample in samples.items()}
         whole = not scored or None in scored.values()
         if whole or not math.isclose(statistics.fmean(scored.values()), entry["value"]):
             scored = {WHOLE: entry["value"]}
@@ -111,19 +106,17 @@ def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float |
             series[row.id].append(scores.of(row))
         for group, mean in group_means(study, scores.rows).items():
             series[group].append(mean)
-    return {
-        name: {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "seeds": len(values),
-        }
-        for name, values in series.items()
-    }
+    found = {}
+    for name, values in series.items():
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = {"mean": statistics.fmean(values), "std": std, "seeds": len(values)}
+    return found
 
 
-def paired_tests(
-    study: Study, arms: Mapping[str, Sequence[Scores]]
-) -> list[tuple[str, str, Paired, float]]:
+Test = tuple[str, str, Paired, float]
+
+
+def paired_tests(study: Study, arms: Mapping[str, Sequence[Scores]]) -> list[Test]:
     """Arm, group, comparison with the baseline on its documents, and Holm's corrected p.
 
     A document's score is its mean over the seeds, so that it counts once.
