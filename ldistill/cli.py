@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
@@ -39,9 +40,7 @@ app.command(context_settings=_PASSING)(study)
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def _root(version: Annotated[bool, Option("--version", help="Print it.")] = False) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -60,15 +59,10 @@ def recipes() -> None:
 
 @app.command()
 def export(
-    run: Annotated[
-        str,
-        typer.Argument(help="Run folder, one of its checkpoints, or a student for its decoder."),
-    ],
-    out: Annotated[Path, typer.Option(help="Where to write.")],
-    decoder_only: Annotated[
-        bool, typer.Option(help="Also write the decoder as a plain transformers LM: OUT/decoder.")
-    ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    run: Annotated[str, Argument(help="Run folder or checkpoint; for its decoder any student.")],
+    out: Annotated[Path, Option(help="Where to write.")],
+    decoder_only: Annotated[bool, Option(help="Also OUT/decoder: a transformers LM.")] = False,
+    tokenizer: Annotated[str | None, Option(help="Default: the configuration's.")] = None,
 ) -> None:
     """Write the student of a run as the checkpoint it came from, or any student's decoder."""
     from ldistill.common.locate import resolve
@@ -87,11 +81,9 @@ def export(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    repo: Annotated[str, typer.Option(help="On the hub: owner/name, or a name of your own.")],
-    private: Annotated[
-        bool | None, typer.Option(help="A new repository. Default: as the owner's are.")
-    ] = None,
+    run: Annotated[Path, Argument(help="Run folder, or one of its checkpoints.")],
+    repo: Annotated[str, Option(help="On the hub: owner/name, or a name of your own.")],
+    private: Annotated[bool | None, Option(help="If new. Default: as the owner's are.")] = None,
 ) -> None:
     """Upload the student of a run with its model card and curves to the Hugging Face hub."""
     from ldistill.training import hub

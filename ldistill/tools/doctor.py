@@ -46,7 +46,6 @@ class Line(NamedTuple):
 
 
 def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROBLEM) -> Line:
-    """A finding that needs its advice only where it is not good."""
     return Line(OK, what, found) if good else Line(otherwise, what, found, advice)
 
 
@@ -64,7 +63,7 @@ def run() -> int:
         console.print(f"[{_STYLES[state]}]{state:8}[/] {what:14} {found}")
         if advice:
             console.print(f"{'':24}→ {advice}", markup=False)
-    told = {OK: OK, WARNING: "warning(s)", PROBLEM: "problem(s)"}
+    told = {state: state if state == OK else f"{state}(s)" for state in counts}
     summary = ", ".join(f"{n} {told[state]}" for state, n in counts.items() if n)
     verdict = "training will stop; see the problems above" if counts[PROBLEM] else "ready to train"
     console.print(f"\n{summary}: {verdict}.")
@@ -94,7 +93,6 @@ def graphics() -> Iterator[Line]:
 
 
 def python() -> Iterator[Line]:
-    """The interpreter against the versions that the package itself states."""
     wanted, found = metadata.metadata("ldistill").get("Requires-Python"), platform.python_version()
     good = SpecifierSet(wanted or "").contains(found, prereleases=True)
     advice = f"make a new environment with Python {wanted}."
@@ -102,7 +100,7 @@ def python() -> Iterator[Line]:
 
 
 def packages() -> Iterator[Line]:
-    """Installed versions against the bounds that the package itself states."""
+    """Installed versions against the bounds that this package itself states."""
     wanted = [Requirement(text) for text in metadata.requires("ldistill") or ()]
     for need in (need for need in wanted if need.marker is None):
         found, good = _installed(need)
@@ -150,7 +148,6 @@ def compilers() -> Iterator[Line]:
 
 
 def disks() -> Iterator[Line]:
-    """Room where runs and caches go."""
     hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     for name, folder in {"here": Path.cwd(), "cache": default_cache(), "hub": hub}.items():
         standing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from subprocess import check_output
 
@@ -88,19 +89,18 @@ def kernels() -> Iterator[Line]:
 
 def attention_error(device: str, kind: str) -> float:
     """Largest difference of `shared_kv_attention` from its reference."""
-    made = _generator(device)
+    generator = torch.Generator(device).manual_seed(0)
+    made = partial(torch.randn, generator=generator, device=device)
     k, v, q = made(1, 2, 32, 64).half(), made(1, 2, 32, 64).half(), made(8, 4, 64).half()
     zero, last = torch.zeros(8, dtype=torch.int64, device=device), torch.arange(8, device=device)
-    ours, plain = (
-        shared_kv_attention(q, k, v, zero, zero, last + 20, kernels=kernels)
-        for kernels in (kind, "reference")
-    )
-    return (ours - plain).abs().max().item()
+    run = partial(shared_kv_attention, q, k, v, zero, zero, last + 20)
+    return (run(kernels=kind) - run(kernels="reference")).abs().max().item()
 
 
 def loss_error(device: str, kind: str) -> float:
     """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
-    made = _generator(device)
+    generator = torch.Generator(device).manual_seed(0)
+    made = partial(torch.randn, generator=generator, device=device)
     h_s, h_t, w_s, w_t = made(16, 64), made(16, 64), made(320, 64) / 8, made(256, 64) / 8
     how = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 4.0}
     labels = torch.arange(16, device=device) * 15
@@ -111,8 +111,3 @@ def loss_error(device: str, kind: str) -> float:
         result.loss.backward()
         found.append((result.loss.detach(), hidden.grad, head.grad))
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
-
-
-def _generator(device: str) -> Callable[..., torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator, device=device)

@@ -75,11 +75,6 @@ def _configuration(value: str) -> str:
 scripts = typer.Typer(help="Write the shipped job scripts into a folder.", no_args_is_help=True)
 
 
-@scripts.callback()
-def _scripts() -> None:
-    """Else typer would make one command of a group of one."""
-
-
 @scripts.command()
 def slurm(
     out: Annotated[Path, typer.Option(help="Folder; new, or without these scripts.")],

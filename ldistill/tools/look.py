@@ -189,6 +189,15 @@ def look(
         alone = pair.lm(input_ids=ids[text][None].to(device), use_cache=False).logits[0]
     student.train(trained)
 
+    def guess(logits: Tensor | None, label: int) -> tuple[list[Guess], float]:
+        """The most probable tokens, and the probability of the label."""
+        if logits is None:
+            return [], 0.0
+        p = logits.float().softmax(-1)
+        values, ids = (part.tolist() for part in p.topk(min(top, len(p))))
+        best = [(processor.tokenizer.decode([i]), value) for i, value in zip(ids, values)]
+        return best, float(p[label]) if label < len(p) else 0.0
+
     read = text.cumsum(0) - 1  # place of a text token among the text tokens
     taught = {number: one for one, number in enumerate(supervision.targets.taught.tolist())}
     tokens = []
@@ -197,7 +206,7 @@ def look(
         of = [judged.student[number], None, None]
         if one is not None:
             of[1:] = judged.teacher[one], alone[read[place]]
-        guesses, own = zip(*(_guesses(processor.tokenizer, row, label, top) for row in of))
+        guesses, own = zip(*(guess(row, label) for row in of))
         kl = None if one is None else float(judged.kl[one])
         tokens.append(Token(processor.tokenizer.decode([label]), kl, *guesses, *own))
     return Look(prompt, tuple(images), temperature, tokens)
@@ -206,9 +215,7 @@ def look(
 class _Judged:
     """Stands where the objective does: keeps what it was given, and the KL that it would add."""
 
-    def __call__(
-        self, student: tuple[Tensor, Tensor], teacher: Any, targets: Any, **_: Any
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Any, teacher: Any, targets: Any, **_: Any) -> Any:
         (h_s, w_s), (h_t, w_t) = student, teacher
         w_s, w_t = w_s.to(h_s.dtype), w_t.to(h_t.dtype)
         how = {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": targets.temperature}
@@ -216,18 +223,6 @@ class _Judged:
         self.kl = result.kl.cpu()  # [taught]
         self.student, self.teacher = (h_s @ w_s.T), (h_t @ w_t.T)  # [targets or taught, vocabulary]
         return result.loss, result.loss[None, None]
-
-
-def _guesses(
-    tokenizer: Any, logits: Tensor | None, label: int, top: int
-) -> tuple[list[Guess], float]:
-    """The most probable tokens, and the probability of the label."""
-    if logits is None:
-        return [], 0.0
-    p = logits.float().softmax(-1)
-    values, ids = (part.tolist() for part in p.topk(min(top, len(p))))
-    guesses = [(tokenizer.decode([i]), value) for i, value in zip(ids, values)]
-    return guesses, float(p[label]) if label < len(p) else 0.0
 
 
 def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ldistill.common.errors import did_you_mean
@@ -68,7 +64,7 @@ def families_table(families: Mapping[str, Family]) -> Table:
     """A line a family: its classes, its scopes, and what is particular about its attention."""
     rows = []
     for name, family in families.items():
-        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.kind, "nanoVLM's own")
+        model = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.kind)
         scopes = "full, prompt" if family.kind == "paligemma" else "all"
         needs = {
             "windows": family.text.get("sliding_window"),
@@ -79,8 +75,8 @@ def families_table(families: Mapping[str, Family]) -> Table:
             "logit scale": family.lm in ("granite", "cohere2"),
         }
         found = ", ".join(need for need, here in needs.items() if here)
-        lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.lm]
-        rows.append((name, family.called, model, lm, scopes, found))
+        lm = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.lm]
+        rows.append((name, family.called, model or "nanoVLM's own", lm, scopes, found))
     columns = ("name", "family", "student", "LM", "kv_scope", "needs")
     return Table("", columns, rows, left=range(len(columns)))
 
@@ -93,7 +89,6 @@ def refused_table() -> Table:
 # ---- the check ----
 
 TOLERANCE = 1e-4  # of two float32 logits that are one, relative to their deviation
-_SHARED = ("full", "prompt", "visual")  # scopes with keys and values of the student's
 _WEIGHTS = SourceWeights(("a", "b"), ("language", "language"), (0.5, 0.5), (1.0, 1.0))
 
 
@@ -111,7 +106,8 @@ def check_folders(student: Path, teacher: Path) -> Iterator[tuple[str, str]]:
     batch = _packed(pair, [documents[:2], documents[2:]])
     teacher_ = Teacher(pair.lm, "reference")
     # A prompt read both ways is not what an LM's own keys and values are made of.
-    for scope in _SHARED[: 2 if pair.student.sees == "prefix" else 3]:
+    scopes = ("full", "prompt", "visual")[: 2 if pair.student.sees == "prefix" else 3]
+    for scope in scopes:
         made = Distiller(pair.student, teacher_, _WEIGHTS, kv_scope=scope)
         yield f"identity, {scope}", _identity(made, batch)
     whole = Distiller(pair.student, teacher_, _WEIGHTS)
@@ -127,10 +123,8 @@ def _documents(pair: Pair) -> list[LoadedDocument]:
     questions = ("What is this?", "And what is left of it?"), ("Which one?",), ("Why?",), ("Sum?",)
     sizes, loaded = [((40, 70), (70, 33)), ((64, 64),), (), ((30, 90),)], []
     for number, (asked, shapes) in enumerate(zip(questions, sizes, strict=True)):
-        images = [
-            Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
-            for width, height in shapes
-        ]
+        pixels = (generator.integers(0, 255, (h, w, 3), dtype=np.uint8) for w, h in shapes)
+        images = [*map(Image.fromarray, pixels)]
         turns = [Turn(question, f"Answer {number}{turn}.") for turn, question in enumerate(asked)]
         document = pair.processor.encode(turns, shapes)
         pictures = pair.processor.pictures(images)
@@ -219,9 +213,9 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 if info[kind]:
                     return f"transformers reads it with {kind}: {', '.join(sorted(info[kind])[:3])}"
-        again = replace(pair, student=formats.load_student(out).eval())
-    Distiller(again.student, None, SourceWeights(("a",), ("document",), (0.0,), (1.0,)))
-    return _differ("states of the exported student", again.student(**student_inputs(batch)), wanted)
+        again = formats.load_student(out).eval()
+    Distiller(again, None, SourceWeights(("a",), ("document",), (0.0,), (1.0,)))
+    return _differ("states of the exported student", again(**student_inputs(batch)), wanted)
 
 
 def _stored(path: Path) -> dict[str, tuple[str, list[int]]]:

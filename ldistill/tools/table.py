@@ -35,7 +35,6 @@ class Table(NamedTuple):
 
 
 def print_tables(tables: Sequence[Table], markdown: bool) -> None:
-    """For a terminal, or as Markdown."""
     if markdown:
         print("\n\n".join(table.markdown() for table in tables))
         return

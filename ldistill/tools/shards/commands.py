@@ -18,14 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer import Argument, Option
 
 from ldistill import sources as known_sources
-from ldistill.data.build import builder
-from ldistill.data.build.build_types import (
-    BuildOptions,
-    InputOptions,
-    SourceInput,
-    SourceReport,
-    SourcesFailed,
-)
+from ldistill.data.build import build_types, builder
 from ldistill.data.build.readers import LOW_RATING
 from ldistill.data.build.slices import Slice, build_slice, join_slices
 from ldistill.data.index import ShardIndex
@@ -76,8 +69,10 @@ def build(
     chosen = tuple(known_sources.resolve_sources(sources, extra)) if sources else None
     root = str(image_root) if image_root else None
     size, asked = parse_size(shard_size), Slice.parse(part) if part else None
-    options = BuildOptions(split, size, max_samples, workers or _cores(), overwrite)
-    inputs = open_inputs(dataset, InputOptions(chosen, format, split, extra, ratings, root))
+    workers = workers or len(os.sched_getaffinity(0))
+    options = build_types.BuildOptions(split, size, max_samples, workers, overwrite)
+    wanted = build_types.InputOptions(chosen, format, split, extra, ratings, root)
+    inputs = open_inputs(dataset, wanted)
     processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
     if dry_run:
         page = out / "dry_run.html"
@@ -89,7 +84,7 @@ def build(
         with _resumable(), Progress(*columns, TimeRemainingColumn()) as bar:
             tasks = {e.source: bar.add_task(e.source, total=e.length, start=False) for e in inputs}
 
-            def advance(entry: SourceInput, rows: int) -> None:
+            def advance(entry: build_types.SourceInput, rows: int) -> None:
                 bar.start_task(tasks[entry.source])
                 bar.advance(tasks[entry.source], rows)
 
@@ -97,7 +92,7 @@ def build(
                 reports = build_slice(inputs, out, processor, options, asked, advance)
             else:
                 reports = builder.build(inputs, out, processor, options, advance)
-    except SourcesFailed as failed:
+    except build_types.SourcesFailed as failed:
         print_reports(failed.reports, out)
         raise
     print_reports(reports, out)
@@ -140,7 +135,7 @@ def verify(
     with Progress() as bar:
         task = bar.add_task("verify", total=sum(shard.bytes for shard in index.shards))
         told = lambda shard: bar.advance(task, shard.bytes)  # noqa: E731
-        problems = verify_shards(index, workers or _cores(), told)
+        problems = verify_shards(index, workers or len(os.sched_getaffinity(0)), told)
     for problem in problems:
         typer.echo(problem, err=True)
     counts = f"{len(index.sources)} sources, {len(index.shards)} shards, {len(index)} samples"
@@ -179,7 +174,7 @@ def _resumable() -> Iterator[None]:
         raise
 
 
-def print_reports(reports: Sequence[SourceReport], out: Path) -> None:
+def print_reports(reports: Sequence[build_types.SourceReport], out: Path) -> None:
     """What was built and dropped, a line a source."""
     lines = []
     for report in reports:
@@ -195,8 +190,7 @@ def print_reports(reports: Sequence[SourceReport], out: Path) -> None:
             typer.echo(f"{report.source}: {reason}: first in record {first}")
 
 
-def _print_rated_out(reports: Sequence[SourceReport], asked: str) -> None:
-    """What --min-rating left out."""
+def _print_rated_out(reports: Sequence[build_types.SourceReport], asked: str) -> None:
     turns = sum(report.turn_drops.get(LOW_RATING, 0) for report in reports)
     samples = {r.source: r.drops[LOW_RATING] for r in reports if r.drops.get(LOW_RATING)}
     where = f" ({', '.join(f'{name} {count:,}' for name, count in samples.items())})"
@@ -206,7 +200,6 @@ def _print_rated_out(reports: Sequence[SourceReport], asked: str) -> None:
 
 
 def _print_over_long(index: ShardIndex) -> None:
-    """Documents that training will not take as they are, if there are any."""
     count, longest = int((index.lengths > MAX_LENGTH).sum()), int(index.lengths.argmax())
     if count:
         typer.echo(
@@ -233,10 +226,6 @@ def parse_ratings(items: list[str]) -> dict[str, int]:
             raise ValueError(f"bad rating {item!r}: write it like relevance=3")
         ratings[name.strip()] = int(value)
     return ratings
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))  # knows what a batch system granted
 
 
 def _names(sources: str | None) -> list[str] | None:

@@ -6,8 +6,8 @@ counts against the limit; `text_only` leaves the image tokens out, as the paper'
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,18 +17,8 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.order import Order
 from ldistill.tools.table import Table
 
-
-class SourceStats(NamedTuple):
-    """One line of the table; `over` is the share of documents above the limit."""
-
-    source: str
-    category: str
-    samples: int
-    mean: float
-    median: float
-    p95: float
-    max: int
-    over: float
+# A line of the table; `over` is the share of documents above the limit.
+SourceStats = namedtuple("SourceStats", "source category samples mean median p95 max over")
 
 
 def token_lengths(index: ShardIndex, number: int, text_only: bool = False) -> np.ndarray:

@@ -7,12 +7,12 @@ is checked is what the store has.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
+from multiprocessing import get_context
 
 from ldistill.common.images import check_image
 from ldistill.common.samples import BadImage
@@ -27,32 +27,23 @@ def verify_shards(
 
     Returns a sentence on all that is wrong, a remote shard that cannot be read included.
     """
-    with ExitStack() as stack:
-        check = map
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, mp_context=context)
-            check = stack.enter_context(pool).map
-        problems = _damaged_tables(index) + _strays(index)
+    store, listed = index.store, {shard.path for shard in index.shards}
+    problems = [
+        f"{store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
+        for source, meta in index.meta.items()
+        if hash_file(store.table(source, meta)) != meta.get("samples_sha256")
+    ]
+    tars = sorted(path for source in index.sources for path in store.tars(source))
+    problems += [f"{path} is not in the index" for path in tars if path not in listed]
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else nullcontext()
+    with pool as running:
+        check = running.map if running else map
         checked = check(partial(_check_shard, index), range(len(index.shards)))
         for shard, found in zip(index.shards, checked, strict=True):
             problems += found
             advance(shard)
     return problems
-
-
-def _damaged_tables(index: ShardIndex) -> list[str]:
-    return [
-        f"{index.store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
-        for source, meta in index.meta.items()
-        if hash_file(index.store.table(source, meta)) != meta.get("samples_sha256")
-    ]
-
-
-def _strays(index: ShardIndex) -> list[str]:
-    listed = {shard.path for shard in index.shards}
-    found = [path for source in index.sources for path in index.store.tars(source)]
-    return [f"{path} is not in the index" for path in sorted(found) if path not in listed]
 
 
 def _check_shard(index: ShardIndex, number: int) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ldistill.common.run_files import STUDENT
 from ldistill.tools.study.files import Arm, Run, Study
@@ -26,14 +26,8 @@ class ClusterStudy:
     slurm: Path = Path("slurm")  # folder of the job scripts, for `submit`
 
 
-class _Student(NamedTuple):
-    """What is evaluated: the start, or what a run leaves."""
-
-    name: str
-    student: str
-    evaluation: str
-    run: str = ""
-    flags: Sequence[str] = ()  # of train.py
+# What is evaluated: the start, or what a run leaves; flags are of its train.py.
+_Student = namedtuple("_Student", "name student evaluation run flags", defaults=("", ()))
 
 
 def _students(of: ClusterStudy) -> list[_Student]:

@@ -1,8 +1,7 @@
 """A study file: which arms are compared, with which settings, seeds, budget and tasks.
 
-docs/study.md shows one, `study/*.yaml` of the package are others. Every combination of an arm's
-grid is a setting. All settings run with seed 1; the one that is best on the validation part runs
-with the other seeds, and is reported on the rest of the documents.
+docs/study.md shows one. Every combination of an arm's grid is a setting. All settings run with seed
+1; the one that is best on the validation part runs with the other seeds, and is what is reported.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ldistill.common.errors import did_you_mean
 from ldistill.evaluation.suites import suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
+Grid = Mapping[str, Sequence[Any] | None]  # field → values
 BUDGETS = ("steps", "tokens", "flops")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -68,15 +68,13 @@ class Arm:
     fields: Mapping[str, Any] = field(default_factory=dict)  # further ones of the recipe
     merge: Merge | None = None
     command: Command | None = None
-    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
-    """Over the study's; None takes a field out of that."""
+    grid: Grid = field(default_factory=dict)  # over the study's; None takes a field out of that
     budget: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
     def of(self) -> str | None:
         """The arm whose student it is made of; None: it trains."""
-        made = self.merge or self.command
-        return made.of if made else None
+        return getattr(self.merge or self.command, "of", None)
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -93,10 +91,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says: docs/study.md.
-
-    ``fields``, ``budget`` and ``grid`` are of every arm that trains; an arm's own come over them.
-    """
+    """What a study file says: docs/study.md."""
 
     arms: tuple[Arm, ...]
     baseline: str  # the arm that the others are compared with
@@ -113,9 +108,10 @@ class Study:
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the suite, or tasks
     axes: Sequence[str] = ()  # the groups along and up in the picture; default reading, language
     seeds: int = 3
+    # Of every arm that trains; its own come over them.
     fields: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, int | str] = field(default_factory=dict)
-    grid: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)
+    grid: Grid = field(default_factory=dict)
     validation: float = 0.0  # share of the documents that choose among the settings
 
     @property
@@ -144,8 +140,7 @@ def load_study(name: str, **given: Any) -> Study:
     shipped = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
     path = shipped.get(name, Path(name))
     if not path.is_file():
-        known = ", ".join(shipped)
-        raise ValueError(f"no study {name!r}. Shipped: {known}; or give a YAML file's path.")
+        raise ValueError(f"no study {name!r}. Shipped: {', '.join(shipped)}; or give a YAML file.")
     try:
         study = _read(yaml.safe_load(path.read_text(encoding="utf-8")))
         for problem in _problems(study):
@@ -163,11 +158,10 @@ def _read(values: Any) -> Study:
     arms = []
     for name, of in (made.get("arms") or {}).items():
         of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
-        kinds = {"merge": Merge, "command": Command}.items()
-        if other := {kind: cls for kind, cls in kinds if kind in of}:
-            for kind, cls in other.items():
+        for kind, cls in (("merge", Merge), ("command", Command)):
+            if kind in of:
                 of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
-        else:
+        if not {"merge", "command"} & of.keys():
             of |= {part: made.get(part, {}) | of.get(part, {}) for part in ("fields", "grid")}
         arms.append(Arm(name, **of))
     return Study(**(made | {"arms": tuple(arms)}))

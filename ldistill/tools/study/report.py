@@ -19,13 +19,8 @@ from matplotlib.figure import Figure
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
+from ldistill.evaluation.compare import tables
 from ldistill.evaluation.compare.report import p_value
-from ldistill.evaluation.compare.tables import (
-    ScoreTable,
-    markdown_table,
-    recovery_markdown,
-    score_table,
-)
 from ldistill.evaluation.suites import rows
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
@@ -82,17 +77,21 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
 
 
 def _parts(study: Study, scores: ByArm, results: Results, drawn: dict[str, str]) -> Iterator[str]:
-    table = _table(study, scores)
+    found = [row for of in scores.values() for run in of for row in run.rows]
+    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
+    values = {}
+    for name, of in scores.items():
+        values[name] = {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
+    baseline, start = (name if name in scores else None for name in (study.baseline, study.start))
+    table = tables.score_table(values, listed, baseline=baseline, original=start)
     counts = sorted({len(of) for name, of in scores.items() if name != study.start}) or [1]
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     part = f", of which {study.validation:.0%} chose the settings" if study.validation else ""
-    yield (
-        f"Seeds: {seeds}. Scores on held-out items{part}; changes are against "
-        f"`{study.baseline}`, `{study.start}` is the student before training."
-    )
+    told = f"Scores on held-out items{part}; changes are against `{study.baseline}`"
+    yield f"Seeds: {seeds}. {told}, `{study.start}` is the student before training."
     yield table.markdown()
-    if table.baseline and table.original:
-        yield from ("## Share of the loss recovered", recovery_markdown(table))
+    if baseline and start:
+        yield from ("## Share of the loss recovered", tables.recovery_markdown(table))
         yield from ("## In short", _verdict(study, results))
     yield from (f"![{caption}]({file})" for file, caption in drawn.items())
     if trained := {name: of for name, of in results.items() if "cost" in of}:
@@ -108,17 +107,7 @@ def _parts(study: Study, scores: ByArm, results: Results, drawn: dict[str, str])
             f"Against `{study.baseline}`; a document's score is its mean over seeds. p is the "
             f"exact sign test on won and lost; Holm's correction is over these {len(lines)} tests."
         )
-        yield markdown_table(head, lines, 2)
-
-
-def _table(study: Study, scores: ByArm) -> ScoreTable:
-    found = [row for of in scores.values() for run in of for row in run.rows]
-    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
-    values = {}
-    for name, of in scores.items():
-        values[name] = {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
-    baseline, start = (name if name in scores else None for name in (study.baseline, study.start))
-    return score_table(values, listed, baseline=baseline, original=start)
+        yield tables.markdown_table(head, lines, 2)
 
 
 def _axes(study: Study) -> Sequence[str]:
@@ -163,7 +152,7 @@ def _costs(results: Results) -> str:
         told = f"{flops:.2e}" if flops or not steps else "not logged"
         lines.append([name, setting, *counts, told, f"{seconds / 60:.1f}"])
     head = ["arm", "setting", "steps", "tokens", "FLOPs", "minutes"]
-    return markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
+    return tables.markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
 
 
 def plot_trade_off(study: Study, results: Results, curves: Curves, target: Path) -> bool:

@@ -190,12 +190,9 @@ def _budget_flags(place: Workplace, run: Run) -> list[str]:
 def cost(folder: Path) -> dict[str, float]:
     """Steps, tokens, FLOPs and seconds that the training in a folder took; 0 without one."""
     records = read_metrics(folder / METRICS)
-    return {
-        "steps": records[-1]["step"] if records else 0,
-        "tokens": sum(r["tokens"] for r in records),
-        "flops": sum(r.get("flops", 0.0) for r in records),
-        "seconds": sum(r["tokens"] / r["tokens_per_second"] for r in records),
-    }
+    found = {unit: sum(r.get(unit, 0) for r in records) for unit in ("tokens", "flops")}
+    found["seconds"] = sum(r["tokens"] / r["tokens_per_second"] for r in records)
+    return {"steps": records[-1]["step"] if records else 0, **found}
 
 
 def _evaluate(place: Workplace, run: Run | None) -> None:

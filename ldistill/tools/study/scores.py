@@ -22,6 +22,7 @@ from ldistill.evaluation.suites import OTHER, ROWS, Row
 from ldistill.tools.study.files import Run, Study
 
 Rows = dict[Row, dict[int, float]]
+Test = tuple[str, str, Paired, float]
 MEASURED = "measured.json"  # in a run's folder: what the study's own command scored
 WHOLE = -1  # the one document of a task whose score is no mean over its samples: in both parts
 
@@ -111,9 +112,6 @@ def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float |
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         found[name] = {"mean": statistics.fmean(values), "std": std, "seeds": len(values)}
     return found
-
-
-Test = tuple[str, str, Paired, float]
 
 
 def paired_tests(study: Study, arms: Mapping[str, Sequence[Scores]]) -> list[Test]:
