@@ -21,12 +21,8 @@ from ldistill.tools.commands import look, merge, models, plan, study, torture
 from ldistill.tools.launch import scripts, train
 from ldistill.tools.shards.commands import app as shards_app
 
-app = typer.Typer(
-    help="Give a vision-language model its language back.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+_PLAIN = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+app = typer.Typer(help="Give a vision-language model its language back.", **_PLAIN)
 groups = {"shards": shards_app, "bench": bench_app, "tiny": tiny_app, "scripts": scripts}
 for name, group in groups.items():
     app.add_typer(group, name=name)

@@ -10,7 +10,7 @@ import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -63,7 +63,8 @@ def plan(
     sizes = (seq, global_batch, steps, micro_batch)
     how = (mfu, teacher_engine, zero, checkpointing, attention, mix, lora)
     made = plan.make_plan(pair_shape(pair), cluster, plan.Request(*sizes, *how))
-    _write(json, plan.as_dict(made))
+    if json:
+        json.write_text(json_module.dumps(plan.as_dict(made), indent=2), encoding="utf-8")
     command = plan.command(made)
     typer.echo(plan.headline(made.chosen) + ("\n" if markdown else ""))
     print_tables(plan.tables(made), markdown)
@@ -109,7 +110,9 @@ def torture(
     Table(title, (*columns, ""), lines, left=range(4)).print()
     passed, seconds = all(row["passed"] for row in rows), round(time.monotonic() - began, 1)
     record = {"steps": steps, "kills": kills, "ranks": ranks, "stage": stage, "seed": seed}
-    _write(json, record | {"seconds": seconds, "passed": passed, "rows": rows})
+    record |= {"seconds": seconds, "passed": passed, "rows": rows}
+    if json:
+        json.write_text(json_module.dumps(record, indent=2), encoding="utf-8")
     raise typer.Exit(0 if passed else 1)
 
 
@@ -217,8 +220,3 @@ def merge(
     merge(student, lm, folders, layers)
     for text, folder in folders.items():
         typer.echo(f"weight {text}  {folder}")
-
-
-def _write(file: Path | None, record: dict[str, Any]) -> None:
-    if file is not None:
-        file.write_text(json_module.dumps(record, indent=2), encoding="utf-8")

@@ -34,6 +34,7 @@ _EXTRAS = {
 }
 _ENOUGH_GIB, _LEAST_GIB = 20, 1
 _HUB_SECONDS = 3.0
+DRIVER = Path("/dev/nvidia0")  # there where an NVIDIA driver shows a GPU, usable by torch or not
 
 
 class Line(NamedTuple):
@@ -47,11 +48,6 @@ class Line(NamedTuple):
 
 def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROBLEM) -> Line:
     return Line(OK, what, found) if good else Line(otherwise, what, found, advice)
-
-
-def driver_present() -> bool:
-    """Whether an NVIDIA driver shows a GPU, usable by torch or not."""
-    return Path("/dev/nvidia0").exists()
 
 
 def run() -> int:
@@ -131,7 +127,7 @@ def compilers() -> Iterator[Line]:
     from ldistill.training.launch import compiler
 
     # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
-    severity = WARNING if driver_present() else PROBLEM
+    severity = WARNING if DRIVER.exists() else PROBLEM
     path = compiler()
     found = check_output([path, "--version"], text=True).splitlines()[0] if path else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."

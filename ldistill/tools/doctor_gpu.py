@@ -13,7 +13,7 @@ from subprocess import check_output
 import torch
 
 from ldistill.common.device import has_fast_bf16, unusable_gpu
-from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged
+from ldistill.tools.doctor import DRIVER, OK, PROBLEM, WARNING, Line, judged
 from ldistill.training.launch import is_compiled
 from ldistill_kernels import distill_loss, shared_kv_attention
 
@@ -63,7 +63,7 @@ def toolkit() -> Iterator[Line]:
 def ops() -> Iterator[Line]:
     """What DeepSpeed compiles for this machine as a run first needs it, and whether it has."""
     needs = {"cpu_adam": "the *_offload configurations"}
-    if not driver_present():
+    if not DRIVER.exists():
         needs = {"deepspeed_shm_comm": "every run on a CPU"} | needs
     states = {True: "compiled already", False: "will be compiled once, one to three minutes"}
     for name, needed in needs.items():

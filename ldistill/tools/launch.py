@@ -76,9 +76,7 @@ scripts = typer.Typer(help="Write the shipped job scripts into a folder.", no_ar
 
 
 @scripts.command()
-def slurm(
-    out: Annotated[Path, typer.Option(help="Folder; new, or without these scripts.")],
-) -> None:
+def slurm(out: Annotated[Path, typer.Option(help="Folder, without these scripts.")]) -> None:
     """Write OUT/slurm and OUT/ds_configs: submit from OUT with `sbatch slurm/selective.sh`."""
     for name in ("slurm", "ds_configs"):
         if (out / name).exists():

@@ -1,9 +1,5 @@
 """``ldistill look``: what the teacher says beside the student, token by token, as a page.
 
-    pair = load_pair("runs/lingudistill/student", "HuggingFaceTB/SmolLM2-360M-Instruct")
-    seen = look(pair, "What is in the picture?", "A dog on a beach.", [png_bytes])
-    seen.tokens[3].kl, seen.tokens[3].teacher          # in a notebook: `seen` draws itself
-
 The answer is given, so student and teacher judge the same tokens: that is what training compares.
 """
 
@@ -126,8 +122,7 @@ class Look:
         """A page that opens from the disk and fetches nothing; without a title, its inside."""
         most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
         pictures = [base64.b64encode(image).decode() for image in self.images]
-        shown = {"most": most, "least": _UNLIKELY, "pictures": pictures}
-        return _HTML.render(look=self, title=title, **shown)
+        return _HTML.render(look=self, title=title, most=most, least=_UNLIKELY, pictures=pictures)
 
     def _repr_html_(self) -> str:
         return self.page("")

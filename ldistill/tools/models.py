@@ -86,17 +86,14 @@ def refused_table() -> Table:
     return Table("", ("does not fit", "because"), list(REFUSED.items()), left=(0, 1))
 
 
-# ---- the check ----
-
 TOLERANCE = 1e-4  # of two float32 logits that are one, relative to their deviation
 _WEIGHTS = SourceWeights(("a", "b"), ("language", "language"), (0.5, 0.5), (1.0, 1.0))
 
 
 def check_folders(student: Path, teacher: Path) -> Iterator[tuple[str, str]]:
-    """Check a pair: one contract after another, and the problem with it, empty where it holds.
+    """Check a pair, with the student decoder's weights in the LM: contract → problem, or nothing.
 
-    The LM's weights are not used, but the student decoder's. Raises ValueError or OSError: the pair
-    does not load or does not fit.
+    Raises ValueError or OSError: the pair does not load or does not fit.
     """
     pair = load_pair(str(student), str(teacher))
     train_only(pair.student)
@@ -254,7 +251,6 @@ def passes(name: str, student: str | None, teacher: str | None, reduced: bool) -
                 problems += [f"{contract}: {problem}"] if problem else []
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    seconds = time.monotonic() - began
-    told = f"{name:20} {'fails' if problems else 'holds'}  {held} contracts, {seconds:.1f} s"
-    print(told, *problems, sep="\n    ")
+    told = f"{name:20} {'fails' if problems else 'holds'}  {held} contracts"
+    print(f"{told}, {time.monotonic() - began:.1f} s", *problems, sep="\n    ")
     return not problems

@@ -42,8 +42,7 @@ def student_of(name: str) -> str:
 def pair_config(pair: str) -> Any:
     """Configuration of a pair's student.
 
-    Raises ValueError: no such pair, or a model of another kind; FileNotFoundError: a recipe's
-    checkpoint is not at hand.
+    Raises ValueError: no such pair, or another kind; FileNotFoundError: it is not at hand.
     """
     recipe = recipe_of(pair)
     if recipe is None:
@@ -57,7 +56,7 @@ def pair_config(pair: str) -> Any:
 def pair_shape(pair: str) -> PairShape:
     """Shape of a pair, with the rows and steps of its recipe. Raises as :func:`pair_config` does.
 
-    A folder holds a student; its teacher is taken to be its own decoder over the base vocabulary.
+    The teacher of a student's folder is taken to be its own decoder over the base vocabulary.
     """
     recipe = recipe_of(pair)
     values = load_recipe(recipe) if recipe else {}

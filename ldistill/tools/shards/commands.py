@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich import progress
 from typer import Argument, Option
 
 from ldistill import sources as known_sources
@@ -79,9 +79,10 @@ def build(
         preview(inputs, processor, dry_run, page)
         typer.echo(f"open {page}: the first {dry_run} samples of each source")
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    name, counts = progress.TextColumn("{task.description}"), progress.MofNCompleteColumn()
+    columns = (name, progress.BarColumn(), counts, progress.TimeRemainingColumn())
     try:
-        with _resumable(), Progress(*columns, TimeRemainingColumn()) as bar:
+        with _resumable(), progress.Progress(*columns) as bar:
             tasks = {e.source: bar.add_task(e.source, total=e.length, start=False) for e in inputs}
 
             def advance(entry: build_types.SourceInput, rows: int) -> None:
@@ -132,10 +133,9 @@ def verify(
     from ldistill.tools.shards.verify import verify_shards
 
     index = ShardIndex.load(folder, _names(sources), Reading(cache, cache_gb))
-    with Progress() as bar:
-        task = bar.add_task("verify", total=sum(shard.bytes for shard in index.shards))
-        told = lambda shard: bar.advance(task, shard.bytes)  # noqa: E731
-        problems = verify_shards(index, workers or len(os.sched_getaffinity(0)), told)
+    checked = verify_shards(index, workers or len(os.sched_getaffinity(0)))
+    parts = progress.track(checked, "verify", total=1 + len(index.shards))
+    problems = [problem for part in parts for problem in part]
     for problem in problems:
         typer.echo(problem, err=True)
     counts = f"{len(index.sources)} sources, {len(index.shards)} shards, {len(index)} samples"

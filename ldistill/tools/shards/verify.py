@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,33 +17,27 @@ from multiprocessing import get_context
 from ldistill.common.images import check_image
 from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample, check_sample, hash_file, pread_all
-from ldistill.data.index import SAMPLES_NAME, Shard, ShardIndex
+from ldistill.data.index import SAMPLES_NAME, ShardIndex
 
 
-def verify_shards(
-    index: ShardIndex, workers: int = 0, advance: Callable[[Shard], None] = lambda shard: None
-) -> list[str]:
-    """Re-hash every shard, check every sample's CRC-32, JSON and pictures.
+def verify_shards(index: ShardIndex, workers: int = 0) -> Iterator[list[str]]:
+    """Sentences on what is wrong: with the folder, then with one shard after another.
 
-    Returns a sentence on all that is wrong, a remote shard that cannot be read included.
+    Every shard is hashed again, of every sample CRC-32, JSON and pictures are checked.
     """
     store, listed = index.store, {shard.path for shard in index.shards}
-    problems = [
+    damaged = [
         f"{store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
         for source, meta in index.meta.items()
         if hash_file(store.table(source, meta)) != meta.get("samples_sha256")
     ]
     tars = sorted(path for source in index.sources for path in store.tars(source))
-    problems += [f"{path} is not in the index" for path in tars if path not in listed]
+    yield damaged + [f"{path} is not in the index" for path in tars if path not in listed]
     spawn = get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else nullcontext()
     with pool as running:
         check = running.map if running else map
-        checked = check(partial(_check_shard, index), range(len(index.shards)))
-        for shard, found in zip(index.shards, checked, strict=True):
-            problems += found
-            advance(shard)
-    return problems
+        yield from check(partial(_check_shard, index), range(len(index.shards)))
 
 
 def _check_shard(index: ShardIndex, number: int) -> list[str]:
@@ -76,4 +70,3 @@ def _check_sample(index: ShardIndex, sample: int, descriptor: int) -> str | None
         return str(error)
     except BadImage as error:
         return f"sample {key} in {shard.path}: {error}"
-    return None

@@ -31,10 +31,7 @@ _Student = namedtuple("_Student", "name student evaluation run flags", defaults=
 
 
 def _students(of: ClusterStudy) -> list[_Student]:
-    """The start and every run's student.
-
-    Raises ValueError: an arm made of another's, or whose budget must be measured; no shards.
-    """
+    """The start and every run's student. Raises ValueError: an arm that no job can train."""
     start = of.study.start
     found = [_Student(start, of.study.shared["student"], f"{of.out / start}")]
     for arm in of.arms:
@@ -78,9 +75,8 @@ def _compare(of: ClusterStudy, students: Sequence[_Student]) -> str:
 def submit(of: ClusterStudy) -> Iterator[str]:
     """Submit what `commands` prints, as jobs that wait for one another; gives a line on each.
 
-    Each arm is evaluated once its training is done; the comparison runs when all of that is over,
-    with the arms that got there. Raises FileNotFoundError without `sbatch` or job scripts here,
-    ValueError where SLURM refuses a job, or an arm cannot be one.
+    Raises FileNotFoundError without `sbatch` or job scripts here, ValueError where SLURM refuses a
+    job, or an arm cannot be one.
     """
     students, evaluated = _students(of), []
     for one in students:

@@ -23,7 +23,6 @@ from ldistill.recipe import load_recipe, parse, recipe_differences
 
 Grid = Mapping[str, Sequence[Any] | None]  # field → values
 BUDGETS = ("steps", "tokens", "flops")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class Command:
-    """An arm that another program makes of an arm's student; its words have {student}, {lm},
-    {seed}, {out} (where a student's folder shall be) and {FIELD}s of the arm's grid filled in."""
+    """An arm that another program makes of an arm's student."""
 
     of: str  # as a merge's
-    run: str
+    run: str  # its words, with {student}, {lm}, {seed}, {out} and {FIELD}s of the grid to fill in
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,8 @@ def _problems(study: Study) -> Iterator[str]:
                 yield from _unfilled(f"the command of arm {arm.name!r}", arm.command.run, known)
             else:
                 parse(arm.flags(study.recipe, setting))
-            if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
+            run = Run(arm, setting, 1).name
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", run):
                 yield f"settings name folders, which cannot be called {run!r}."
 
 

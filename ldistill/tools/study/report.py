@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldistill.checkpoint.logs import read_metrics
@@ -31,7 +30,6 @@ TRADE_OFF, CURVES = "language_vs_reading.png", "loss_curves.png"
 SMOOTHING = 5  # logged points per point of a curve
 Results = Mapping[str, Mapping[str, Any]]
 ByArm = Mapping[str, Sequence[Scores]]
-Curves = dict[str, list[tuple[float, float]]]
 
 
 def write_report(place: Workplace, problems: Sequence[str], out: Path, command: str) -> list[Path]:
@@ -57,7 +55,7 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
         results[name] |= {"setting": dict(runs[0].setting), "cost": mean}
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    curves: Curves = {}
+    curves: dict[str, list[tuple[float, float]]] = {}
     for run in finished:
         own = summary(study, [place.scores(run)])
         if run.seed == 1 and len(run.arm.settings) > 1 and (point := _point(study, own)):
@@ -155,7 +153,7 @@ def _costs(results: Results) -> str:
     return tables.markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
 
 
-def plot_trade_off(study: Study, results: Results, curves: Curves, target: Path) -> bool:
+def plot_trade_off(study: Study, results: Results, curves: Mapping[str, Any], target: Path) -> bool:
     """A point per arm with its deviation, the curve of its settings, and the Pareto front; without
     points there is no file, and False."""
     along, up = _axes(study)
@@ -179,7 +177,7 @@ def plot_trade_off(study: Study, results: Results, curves: Curves, target: Path)
             front, highest = [*front, (x, y)], y
     axis.plot(*zip(*front), color="black", linewidth=0.8, linestyle=":", zorder=0)
     axis.grid(alpha=0.3)
-    _save(figure, axis, target)
+    _save(figure, target)
     return True
 
 
@@ -200,10 +198,10 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
             axis.plot(steps, smooth, label=name, linewidth=1.3)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    _save(figure, axis, target)
+    _save(figure, target)
     return True
 
 
-def _save(figure: Figure, axis: Axes, target: Path) -> None:
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def _save(figure: Figure, target: Path) -> None:
+    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, dpi=150, bbox_inches="tight")

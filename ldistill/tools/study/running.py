@@ -90,7 +90,6 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
         bar = progress.add_task("", total=1 + len(first) + (study.seeds - 1) * len(arms))
 
         def do(run: Run | None) -> None:
-            """Make and evaluate a run's student; without one evaluate the start."""
             label = f"{run.name}, seed {run.seed}" if run else study.start
             try:
                 if run:

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ldistill.evaluation.compare.results import read_variants
-from ldistill.evaluation.compare.samples import Paired, paired, sample_score
+from ldistill.evaluation.compare.samples import paired, sample_score
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
 from ldistill.tools.study.files import Run, Study
 
 Rows = dict[Row, dict[int, float]]
-Test = tuple[str, str, Paired, float]
 MEASURED = "measured.json"  # in a run's folder: what the study's own command scored
 WHOLE = -1  # the one document of a task whose score is no mean over its samples: in both parts
 
@@ -66,10 +65,9 @@ def read_scores(folder: Path, validation: float) -> Scores:
     for row, scored in found.items():
         for number, score in scored.items():
             chooses = zlib.crc32(f"{row.task}/{number}".encode()) % 1000 < 1000 * validation
-            if number == WHOLE or not chooses:
-                scores.rows.setdefault(row, {})[number] = score
-            if number == WHOLE or chooses:
-                scores.validation.setdefault(row, {})[number] = score
+            for part, here in ((scores.rows, not chooses), (scores.validation, chooses)):
+                if here or number == WHOLE:
+                    part.setdefault(row, {})[number] = score
     return scores
 
 
@@ -91,12 +89,9 @@ def group_means(study: Study, rows: Rows) -> dict[str, float]:
 
 def best_setting(study: Study, runs: Sequence[tuple[Run, Scores]]) -> Run:
     """The run with the highest mean over the groups on the validation part; ties: the first."""
-
-    def quality(run: tuple[Run, Scores]) -> float:
-        means = group_means(study, run[1].validation).values()
-        return statistics.fmean(means) if means else -math.inf
-
-    return max(runs, key=quality)[0]
+    means = [group_means(study, scores.validation).values() for _, scores in runs]
+    quality = [statistics.fmean(found) if found else -math.inf for found in means]
+    return runs[quality.index(max(quality))][0]
 
 
 def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float | int]]:
@@ -114,7 +109,7 @@ def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float |
     return found
 
 
-def paired_tests(study: Study, arms: Mapping[str, Sequence[Scores]]) -> list[Test]:
+def paired_tests(study: Study, arms: Mapping[str, Sequence[Scores]]) -> list[tuple]:
     """Arm, group, comparison with the baseline on its documents, and Holm's corrected p.
 
     A document's score is its mean over the seeds, so that it counts once.
