@@ -1,9 +1,4 @@
-"""The `ldistill` command.
-
-Training itself is started by DeepSpeed's launcher (`deepspeed ldistill/train.py ...`, or `ldistill
-train`, which starts that); this command holds everything around it. Imports are inside the
-functions, so that `--help` answers at once.
-"""
+"""The `ldistill` command; imports are inside its functions, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -13,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill import __version__
@@ -25,12 +21,8 @@ from ldistill.tools.commands import look, merge, models, plan, study, torture
 from ldistill.tools.launch import scripts, train
 from ldistill.tools.shards.commands import app as shards_app
 
-app = typer.Typer(
-    help="Give a vision-language model its language back.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+_PLAIN = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+app = typer.Typer(help="Give a vision-language model its language back.", **_PLAIN)
 groups = {"shards": shards_app, "bench": bench_app, "tiny": tiny_app, "scripts": scripts}
 for name, group in groups.items():
     app.add_typer(group, name=name)
@@ -44,9 +36,7 @@ app.command(context_settings=_PASSING)(study)
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def _root(version: Annotated[bool, Option("--version", help="Print it.")] = False) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -65,38 +55,31 @@ def recipes() -> None:
 
 @app.command()
 def export(
-    run: Annotated[
-        str,
-        typer.Argument(help="Run folder, one of its checkpoints, or a student for its decoder."),
-    ],
-    out: Annotated[Path, typer.Option(help="Where to write.")],
-    decoder_only: Annotated[
-        bool, typer.Option(help="Also write the decoder as a plain transformers LM: OUT/decoder.")
-    ] = False,
-    tokenizer: Annotated[str | None, typer.Option(help="Default: the configuration's.")] = None,
+    run: Annotated[str, Argument(help="Run folder or checkpoint; for its decoder any student.")],
+    out: Annotated[Path, Option(help="Where to write.")],
+    decoder_only: Annotated[bool, Option(help="Also OUT/decoder: a transformers LM.")] = False,
+    tokenizer: Annotated[str | None, Option(help="Default: the configuration's.")] = None,
 ) -> None:
     """Write the student of a run as the checkpoint it came from, or any student's decoder."""
     from ldistill.common.locate import resolve
     from ldistill.training.export import export_decoder, export_student
 
-    decoder, student, folder = out / "decoder", out, Path(run)
+    student, folder = out, Path(run)
     if decoder_only and ((folder / "config.json").is_file() or not folder.is_dir()):
         student = resolve(run)  # of no run: as it is, there is nothing to export beside the decoder
     else:
-        source = export_student(folder, out, also=(decoder.name,) if decoder_only else ())
+        source = export_student(folder, out, also=("decoder",) if decoder_only else ())
         typer.echo(f"student  {out}  (from {source})")
     if decoder_only:
-        export_decoder(student, decoder, tokenizer)
-        typer.echo(f"decoder  {decoder}")
+        export_decoder(student, out / "decoder", tokenizer)
+        typer.echo(f"decoder  {out / 'decoder'}")
 
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints.")],
-    repo: Annotated[str, typer.Option(help="On the hub: owner/name, or a name of your own.")],
-    private: Annotated[
-        bool | None, typer.Option(help="A new repository. Default: as the owner's are.")
-    ] = None,
+    run: Annotated[Path, Argument(help="Run folder, or one of its checkpoints.")],
+    repo: Annotated[str, Option(help="On the hub: owner/name, or a name of your own.")],
+    private: Annotated[bool | None, Option(help="If new. Default: as the owner's are.")] = None,
 ) -> None:
     """Upload the student of a run with its model card and curves to the Hugging Face hub."""
     from ldistill.training import hub

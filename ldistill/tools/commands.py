@@ -1,23 +1,13 @@
-"""Commands of `ldistill` that have no commands of their own: plan, torture, study, models, look,
-merge. What they do is loaded when they run, so that `--help` answers at once.
-
-ldistill plan --pair llava-13b --gpus 32 --gpu-memory 80
-ldistill torture --steps 12 --kills 3
-ldistill study tiny --out study/
-ldistill models --check llava
-ldistill look --student runs/lingudistill --prompt "What is this?" --answer "A cat."
-ldistill merge --student runs/a/student --lm HuggingFaceTB/SmolLM2-360M-Instruct \
-    --weights 0.1,0.2,0.3,0:0.5 --out merged/
-"""
+"""Commands of `ldistill` without commands of their own; what they do is loaded when they run."""
 
 from __future__ import annotations
 
 import json as json_module
 import shlex
-import shutil
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +17,7 @@ from typer import Argument, Option
 
 from ldistill.common.cards import CARDS
 from ldistill.tools.plan.hardware import ZEROS, Cluster
-from ldistill.tools.table import Table
+from ldistill.tools.table import Table, print_tables
 
 LEAST = 0.01  # of what must be above 0
 Card, Config = Literal[tuple(CARDS)], Literal[tuple(ZEROS)]
@@ -73,17 +63,12 @@ def plan(
     sizes = (seq, global_batch, steps, micro_batch)
     how = (mfu, teacher_engine, zero, checkpointing, attention, mix, lora)
     made = plan.make_plan(pair_shape(pair), cluster, plan.Request(*sizes, *how))
-    if json is not None:
+    if json:
         json.write_text(json_module.dumps(plan.as_dict(made), indent=2), encoding="utf-8")
-    head, tables, command = plan.headline(made.chosen), plan.tables(made), plan.command(made)
-    if markdown:
-        text = "\n\n".join(table.markdown() for table in tables)
-        typer.echo(f"{head}\n\n{text}\n\n```\n{command}\n```")
-        return
-    typer.echo(head)
-    for table in tables:
-        table.print()
-    typer.echo(command)
+    command = plan.command(made)
+    typer.echo(plan.headline(made.chosen) + ("\n" if markdown else ""))
+    print_tables(plan.tables(made), markdown)
+    typer.echo(f"\n```\n{command}\n```" if markdown else command)
 
 
 def torture(
@@ -104,33 +89,29 @@ def torture(
     from ldistill.tools.torture import faults
 
     trials, began = faults.choose(fault or [], ranks), time.monotonic()
-    root = workdir or Path(tempfile.mkdtemp(prefix="ldistill-torture-"))
-    root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
-        raise ValueError(f"{root} is not empty: choose an empty folder.")
-
-    tell = partial(typer.secho, dim=True)
+    tell, rows = partial(typer.secho, dim=True), []
     if ranks == 1 and not fault:
         tell(f"{faults.TEXT_ONLY} is left out: it takes several ranks to differ (--ranks 2).")
     if kills:
         trials.insert(0, faults.kills(kills, seed, tell))
-    bench, rows = faults.Bench(root, ranks=ranks, steps=steps, stage=stage), []
-    try:
+    made = {"prefix": "ldistill-torture-", "ignore_cleanup_errors": True}
+    with nullcontext(workdir) if workdir else tempfile.TemporaryDirectory(**made) as folder:
+        root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        if any(root.iterdir()):
+            raise ValueError(f"{root} is not empty: choose an empty folder.")
+        bench = faults.Bench(root, ranks=ranks, steps=steps, stage=stage)
         for trial in trials:
             rows.append(trial(bench))
             tell(f"{'held' if rows[-1]['passed'] else 'FAILED'}: {trial.title}")
-    finally:
-        if workdir is None:
-            shutil.rmtree(root, ignore_errors=True)
     columns, marks = ("fault", "expected", "outcome"), ("[red]FAILED[/]", "[green]held[/]")
     lines = [[*(row[name] for name in columns), marks[row["passed"]]] for row in rows]
     title = f"{ranks} ranks, ZeRO-{stage}, {steps} steps"
     Table(title, (*columns, ""), lines, left=range(4)).print()
-    passed = all(row["passed"] for row in rows)
-    if json is not None:
-        seconds = round(time.monotonic() - began, 1)
-        record = {"steps": steps, "kills": kills, "ranks": ranks, "stage": stage, "seed": seed}
-        record |= {"seconds": seconds, "passed": passed, "rows": rows}
+    passed, seconds = all(row["passed"] for row in rows), round(time.monotonic() - began, 1)
+    record = {"steps": steps, "kills": kills, "ranks": ranks, "stage": stage, "seed": seed}
+    record |= {"seconds": seconds, "passed": passed, "rows": rows}
+    if json:
         json.write_text(json_module.dumps(record, indent=2), encoding="utf-8")
     raise typer.Exit(0 if passed else 1)
 
@@ -163,9 +144,8 @@ def study(
         for line in cluster.submit(jobs) if submit else cluster.commands(jobs):
             typer.echo(line)
         return
-    place = running.Workplace(asked, out, flags)
+    place, command = running.Workplace(asked, out, flags), shlex.join(["ldistill", *sys.argv[1:]])
     problems = running.run_study(place, arms)
-    command = shlex.join(["ldistill", *sys.argv[1:]])
     written = report.write_report(place, problems, report_to or out, command)
     typer.echo(written[0].read_text(encoding="utf-8"))
     for file in written:
@@ -192,13 +172,9 @@ def models(
         but = f"; not {', '.join(failed)}" if failed else ""
         typer.echo(f"{len(names) - len(failed)} of {len(names)} hold{but}")
         raise typer.Exit(1 if failed else 0)
-    chosen = {name: zoo.FAMILIES[name] for name in zoo.asked_for(families)}
-    tables = [zoo.families_table(chosen), *([] if families else [zoo.refused_table()])]
-    if markdown:
-        typer.echo("\n\n".join(table.markdown() for table in tables))
-        return
-    for table in tables:
-        table.print()
+    tables = [zoo.families_table(zoo.asked_for(families))]
+    tables += [] if families else [zoo.refused_table()]
+    print_tables(tables, markdown)
 
 
 def look(
@@ -239,9 +215,8 @@ def merge(
 
     if (weight is None) == (weights is None):
         raise ValueError("give either --weight, for one model, or --weights, for one of each.")
-    folders = {
-        w: out if weight else out / w.replace(":", "-") for w in (weights or weight).split(",")
-    }
+    several = (weights or "").split(",")
+    folders = {weight: out} if weight else {w: out / w.replace(":", "-") for w in several}
     merge(student, lm, folders, layers)
     for text, folder in folders.items():
         typer.echo(f"weight {text}  {folder}")

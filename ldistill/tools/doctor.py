@@ -1,8 +1,6 @@
 """`ldistill doctor`: is this machine fit to train, and if not, what to do about it.
 
-Every check gives lines: ok, warning (slower, or a feature less) or problem (training stops).
-Nothing is built and no model is loaded; a check that fails itself becomes a warning, never a
-traceback. `doctor_gpu` holds the checks that need torch.
+Nothing is built and no model is loaded. `doctor_gpu` holds the checks that need torch.
 """
 
 from __future__ import annotations
@@ -10,15 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from subprocess import check_output
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
@@ -27,7 +23,8 @@ from rich.console import Console
 
 from ldistill.common.locate import default_cache
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
+OK, WARNING, PROBLEM = "ok", "warning", "problem"  # fine; slower, or a feature less; no training
+MISSING = "not installed"
 _STYLES = {OK: "green", WARNING: "yellow", PROBLEM: "bold red"}
 _EXTRAS = {
     "flash": "--attention flash_attention_2",
@@ -37,6 +34,7 @@ _EXTRAS = {
 }
 _ENOUGH_GIB, _LEAST_GIB = 20, 1
 _HUB_SECONDS = 3.0
+DRIVER = Path("/dev/nvidia0")  # there where an NVIDIA driver shows a GPU, usable by torch or not
 
 
 class Line(NamedTuple):
@@ -49,34 +47,22 @@ class Line(NamedTuple):
 
 
 def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROBLEM) -> Line:
-    """A finding that needs its advice only where it is not good."""
     return Line(OK, what, found) if good else Line(otherwise, what, found, advice)
-
-
-def driver_present() -> bool:
-    """Whether an NVIDIA driver shows a GPU, usable by torch or not."""
-    return Path("/dev/nvidia0").exists()
-
-
-def output(*command: str) -> str:
-    """What a quick command prints."""
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def run() -> int:
     """Print every finding; 1 when something would stop training, else 0."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, soft_wrap=True)
     counts = dict.fromkeys(_STYLES, 0)
     for state, what, found, advice in findings():
         counts[state] += 1
-        mark = f"[{_STYLES[state]}]{state:8}[/]"
-        console.print(f"{mark} {what:14} {found}", highlight=False, soft_wrap=True)
+        console.print(f"[{_STYLES[state]}]{state:8}[/] {what:14} {found}")
         if advice:
-            console.print(f"{'':24}→ {advice}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{'':24}→ {advice}", markup=False)
     told = {state: state if state == OK else f"{state}(s)" for state in counts}
     summary = ", ".join(f"{n} {told[state]}" for state, n in counts.items() if n)
     verdict = "training will stop; see the problems above" if counts[PROBLEM] else "ready to train"
-    console.print(f"\n{summary}: {verdict}.", highlight=False)
+    console.print(f"\n{summary}: {verdict}.")
     return int(counts[PROBLEM] > 0)
 
 
@@ -103,15 +89,14 @@ def graphics() -> Iterator[Line]:
 
 
 def python() -> Iterator[Line]:
-    """The interpreter against the versions that the package itself states."""
-    wanted = metadata.metadata("ldistill").get("Requires-Python") or ""
-    good = SpecifierSet(wanted).contains(platform.python_version(), prereleases=True)
-    found = f"{platform.python_version()}, {sys.prefix}" + ("" if good else f", needs {wanted}")
-    yield judged(good, "python", found, f"make a new environment with Python {wanted}.")
+    wanted, found = metadata.metadata("ldistill").get("Requires-Python"), platform.python_version()
+    good = SpecifierSet(wanted or "").contains(found, prereleases=True)
+    advice = f"make a new environment with Python {wanted}."
+    yield judged(good, "python", f"{found}, {sys.prefix}", advice)
 
 
 def packages() -> Iterator[Line]:
-    """Installed versions against the bounds that the package itself states."""
+    """Installed versions against the bounds that this package itself states."""
     wanted = [Requirement(text) for text in metadata.requires("ldistill") or ()]
     for need in (need for need in wanted if need.marker is None):
         found, good = _installed(need)
@@ -119,24 +104,22 @@ def packages() -> Iterator[Line]:
         yield judged(good, need.name, found, f"pip install --upgrade '{need.name}{need.specifier}'")
     for extra, purpose in _EXTRAS.items():
         needs = [n for n in wanted if n.marker and n.marker.evaluate({"extra": extra})]
-        there = {need: _installed(need) for need in needs}
-        lacking = [need for need, (_, good) in there.items() if not good]
-        found = ", ".join(f"{need.name} {version}" for need, (version, _) in there.items())
-        half = bool(lacking)  # what the extra is for fails in the middle
-        if half and all(version == "not installed" for version, _ in there.values()):
-            half, found = False, f"not installed; only needed for {purpose}"
-        elif half:
+        there = {need.name: _installed(need) for need in needs}
+        lacking = [need for need in needs if not there[need.name][1]]
+        found = ", ".join(f"{name} {version}" for name, (version, _) in there.items())
+        if all(version == MISSING for version, _ in there.values()):
+            lacking, found = [], f"{MISSING}; only needed for {purpose}"
+        elif lacking:  # what the extra is for fails in the middle
             names = ", ".join(need.name for need in lacking)
             found = f"{names} missing or too old, for {purpose}"
         names = " ".join(f"'{need.name}{need.specifier}'" for need in lacking)
-        yield judged(not half, f"extra {extra}", found, f"pip install --upgrade {names}", WARNING)
+        advice = f"pip install --upgrade {names}"
+        yield judged(not lacking, f"extra {extra}", found, advice, WARNING)
 
 
 def _installed(need: Requirement) -> tuple[str, bool]:
-    """The version of a package, and whether it is within the bounds."""
-    found = next((d.version for d in metadata.distributions(name=need.name)), None)
-    good = found is not None and need.specifier.contains(found, prereleases=True)
-    return found or "not installed", good
+    found = next((d.version for d in metadata.distributions(name=need.name)), MISSING)
+    return found, found != MISSING and need.specifier.contains(found, prereleases=True)
 
 
 def compilers() -> Iterator[Line]:
@@ -144,9 +127,9 @@ def compilers() -> Iterator[Line]:
     from ldistill.training.launch import compiler
 
     # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
-    severity = WARNING if driver_present() else PROBLEM
+    severity = WARNING if DRIVER.exists() else PROBLEM
     path = compiler()
-    found = output(path, "--version").partition("\n")[0] if path else "none in PATH"
+    found = check_output([path, "--version"], text=True).splitlines()[0] if path else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
     yield judged(bool(path), "C++ compiler", found, advice, severity)
     path, own = shutil.which("ninja"), Path(sys.executable).parent
@@ -161,21 +144,19 @@ def compilers() -> Iterator[Line]:
 
 
 def disks() -> Iterator[Line]:
-    """Room where runs and caches go."""
     hub = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     for name, folder in {"here": Path.cwd(), "cache": default_cache(), "hub": hub}.items():
         standing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(standing).free / 2**30
-        state, found = WARNING, f"{free:.0f} GiB free in {folder}"
-        advice = "enough for the embedded default; the paper's run wants 100 GiB and more."
+        what, found = f"disk, {name}", f"{free:.0f} GiB free in {folder}"
         if not os.access(standing, os.W_OK):
-            state, found = PROBLEM, f"{standing} is not writable"
             advice = "choose one that you may write to (--output_dir, LDISTILL_CACHE, HF_HOME)."
+            yield Line(PROBLEM, what, f"{standing} is not writable", advice)
         elif free < _LEAST_GIB:
-            state, advice = PROBLEM, "make room, or work in another folder."
-        elif free >= _ENOUGH_GIB:
-            state, advice = OK, ""
-        yield Line(state, f"disk, {name}", found, advice)
+            yield Line(PROBLEM, what, found, "make room, or work in another folder.")
+        else:
+            advice = "enough for the embedded default; the paper's run wants 100 GiB and more."
+            yield judged(free >= _ENOUGH_GIB, what, found, advice, WARNING)
 
 
 def shared_memory() -> Iterator[Line]:
@@ -188,28 +169,26 @@ def shared_memory() -> Iterator[Line]:
 
 def hub() -> Iterator[Line]:
     """Whether the hub answers, unless this process is told to stay offline."""
+    from huggingface_hub import get_session
+
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "0").upper() not in ("", "0", "FALSE", "NO"):
             yield Line(OK, "hub", f"not asked: {name} is set")
             return
     address, reasons = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), []
+
+    def ask() -> None:
+        try:
+            get_session().head(address, timeout=_HUB_SECONDS)  # an HTTP error is an answer, too
+            reasons.append("")
+        except Exception as error:
+            reasons.append(str(error))
+
     # in a thread, for a name server may hang longer than any timeout
-    asking = threading.Thread(target=lambda: reasons.append(_unreachable(address)), daemon=True)
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_HUB_SECONDS)
     reason = reasons[0] if reasons else f"nothing within {_HUB_SECONDS:.0f} s"
     found = f"{address} does not answer ({reason})" if reason else f"{address} answers"
     advice = "give local folders for student, teacher and data, and set HF_HUB_OFFLINE=1."
     yield judged(not reason, "hub", found, advice, WARNING)
-
-
-def _unreachable(address: str) -> str:
-    """Empty when anything answers, an HTTP error included; else why not."""
-    try:
-        request = urllib.request.Request(address, method="HEAD")
-        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        return ""
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
-    return ""

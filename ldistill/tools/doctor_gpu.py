@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
+from subprocess import check_output
 
 import torch
 
 from ldistill.common.device import has_fast_bf16, unusable_gpu
-from ldistill.tools.doctor import OK, PROBLEM, WARNING, Line, driver_present, judged, output
+from ldistill.tools.doctor import DRIVER, OK, PROBLEM, WARNING, Line, judged
 from ldistill.training.launch import is_compiled
 from ldistill_kernels import distill_loss, shared_kv_attention
 
 
 def gpus() -> Iterator[Line]:
     """GPUs, their memory and bf16, or the CPU that stands in."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
+        found = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free"
+        advice = "another process holds most of it: see nvidia-smi."
+        yield judged(free >= total / 2, f"GPU {index}", found, advice, WARNING)
+        good = torch.cuda.get_device_capability(index) >= (8, 0)
+        found = "supported" if good else "not on this GPU"
+        yield judged(good, "bf16", found, "train with --bf16 false --fp16 true.", WARNING)
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            yield from _gpu(index)
         return
     if (reason := unusable_gpu()) is not None:
         built = torch.version.cuda or "none: a CPU build"
@@ -34,28 +42,18 @@ def gpus() -> Iterator[Line]:
     yield Line(OK, "bf16", fast)
 
 
-def _gpu(index: int) -> Iterator[Line]:
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(index))
-    found = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GiB free"
-    advice = "another process holds most of it: see nvidia-smi."
-    yield judged(free >= total / 2, f"GPU {index}", found, advice, WARNING)
-    good = torch.cuda.get_device_capability(index) >= (8, 0)
-    found = "supported" if good else "not on this GPU"
-    yield judged(good, "bf16", found, "train with --bf16 false --fp16 true.", WARNING)
-
-
 def toolkit() -> Iterator[Line]:
     """CUDA_HOME's compiler against torch's CUDA: DeepSpeed refuses to build over a difference."""
     if not torch.cuda.is_available():
         return
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
-    ours = str(torch.version.cuda)
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc, ours = shutil.which("nvcc", path=f"{CUDA_HOME}/bin"), str(torch.version.cuda)
     if nvcc is None:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
         return
-    found = (re.findall(r"release (\d+\.\d+)", output(nvcc, "--version")) or ["unknown"])[0]
+    found = re.search(r"release (\d+\.\d+)", check_output([nvcc, "--version"], text=True))[1]
     good = found.split(".")[0] == ours.split(".")[0]
     found += f" (torch has {ours})" if good else f", but torch has {ours}"
     advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."
@@ -65,12 +63,11 @@ def toolkit() -> Iterator[Line]:
 def ops() -> Iterator[Line]:
     """What DeepSpeed compiles for this machine as a run first needs it, and whether it has."""
     needs = {"cpu_adam": "the *_offload configurations"}
-    if not driver_present():
+    if not DRIVER.exists():
         needs = {"deepspeed_shm_comm": "every run on a CPU"} | needs
+    states = {True: "compiled already", False: "will be compiled once, one to three minutes"}
     for name, needed in needs.items():
-        todo = "will be compiled once, one to three minutes"
-        found = "compiled already" if is_compiled(name) else todo
-        yield Line(OK, "DeepSpeed op", f"{name}, for {needed}: {found}")
+        yield Line(OK, "DeepSpeed op", f"{name}, for {needed}: {states[is_compiled(name)]}")
 
 
 def kernels() -> Iterator[Line]:
@@ -80,47 +77,37 @@ def kernels() -> Iterator[Line]:
         yield Line(OK, "triton", f"{version}; unused on a CPU: the PyTorch reference runs")
         return
     for name, error_of in (("attention", attention_error), ("loss", loss_error)):
-        advice = "train with --kernels reference and report this GPU."
+        good, advice = False, "train with --kernels reference and report this GPU."
         try:
-            error = error_of("cuda", "triton")
-            good = error < 1e-2
-            found = f"off by {error:.1g}"
+            good = (error := error_of("cuda", "triton")) < 1e-2
+            found = "it compiles and agrees with the reference" if good else f"off by {error:.1g}"
         except Exception as failure:
-            good, found = False, f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
+            found = f"{type(failure).__name__}: {failure}".partition("\n")[0][:160]
             advice = "Triton needs gcc and Python's headers; till then use --kernels reference."
-        found = "it compiles and agrees with the reference" if good else found
         yield judged(good, f"{name} kernel", f"triton {version}; {found}", advice)
 
 
 def attention_error(device: str, kind: str) -> float:
     """Largest difference of `shared_kv_attention` from its reference."""
-    made = _generator(device)
+    generator = torch.Generator(device).manual_seed(0)
+    made = partial(torch.randn, generator=generator, device=device)
     k, v, q = made(1, 2, 32, 64).half(), made(1, 2, 32, 64).half(), made(8, 4, 64).half()
     zero, last = torch.zeros(8, dtype=torch.int64, device=device), torch.arange(8, device=device)
-    ours, plain = (
-        shared_kv_attention(q, k, v, zero, zero, last + 20, kernels=kernels)
-        for kernels in (kind, "reference")
-    )
-    return (ours - plain).abs().max().item()
+    run = partial(shared_kv_attention, q, k, v, zero, zero, last + 20)
+    return (run(kernels=kind) - run(kernels="reference")).abs().max().item()
 
 
 def loss_error(device: str, kind: str) -> float:
     """Largest relative difference of `distill_loss`, and of its gradients, from its reference."""
-    made = _generator(device)
+    generator = torch.Generator(device).manual_seed(0)
+    made = partial(torch.randn, generator=generator, device=device)
     h_s, h_t, w_s, w_t = made(16, 64), made(16, 64), made(320, 64) / 8, made(256, 64) / 8
-    labels, how = torch.arange(16, device=device) * 15, {"ce_weight": 0.3, "kd_weight": 0.7}
+    how = {"ce_weight": 0.3, "kd_weight": 0.7, "temperature": 4.0}
+    labels = torch.arange(16, device=device) * 15
     found = []
     for kernels in (kind, "reference"):
         hidden, head = h_s.clone().requires_grad_(), w_s.clone().requires_grad_()
-        options = how | {"temperature": 4.0, "kernels": kernels}
-        result = distill_loss(hidden, head, h_t, w_t, labels, **options)
+        result = distill_loss(hidden, head, h_t, w_t, labels, **how, kernels=kernels)
         result.loss.backward()
         found.append((result.loss.detach(), hidden.grad, head.grad))
-    pairs = zip(*found, strict=True)
-    return max(((ours - plain).abs().max() / plain.abs().max()).item() for ours, plain in pairs)
-
-
-def _generator(device: str) -> Callable[..., torch.Tensor]:
-    """Draws tensors of a shape, the same ones every time."""
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda *shape: torch.randn(shape, generator=generator, device=device)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))

@@ -1,9 +1,4 @@
-"""`ldistill train` and `ldistill scripts`: starting runs where there is no repository.
-
-An installed package holds the DeepSpeed configurations and the SLURM scripts as well. `ldistill
-train` is `deepspeed ldistill/train.py` with the installed `train.py`, and with `zero2` where no
-configuration is named.
-"""
+"""`ldistill train` and `ldistill scripts`: starting runs where there is no repository."""
 
 from __future__ import annotations
 
@@ -21,7 +16,7 @@ import typer
 import ldistill
 from ldistill.train import main as run_training
 
-PACKAGE = Path(ldistill.__file__).parent
+PACKAGE = Path(ldistill.__file__).parent  # with configurations and scripts, also where installed
 CONFIGS = PACKAGE / "ds_configs"
 # Options of DeepSpeed's launcher, with a value and without. All else is train.py's.
 VALUED = "--num_gpus --num_accelerators --num_nodes --hostfile -H --include -i --exclude -e "
@@ -49,13 +44,9 @@ def free_port(args: list[str], usual: int = 29500) -> list[str]:
     """An option for another port, where none is named and another run listens at the usual one."""
     if any(arg.startswith("--master_port") for arg in args):
         return []
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with suppress(OSError):
-            probe.bind(("", usual))
-            return []
-    with socket.socket() as probe:
-        probe.bind(("", 0))
+    with suppress(OSError), socket.create_server(("", usual)):  # which has SO_REUSEADDR
+        return []
+    with socket.create_server(("", 0)) as probe:
         return ["--master_port", str(probe.getsockname()[1])]
 
 
@@ -64,14 +55,12 @@ def launch_command(args: list[str]) -> list[str]:
     launcher, own, rest = [], [], iter(args)
     for arg in rest:
         name, _, value = arg.partition("=")
-        if name in ALONE.split():
-            launcher.append(arg)
+        if name == "--deepspeed":
+            own += [name, *map(_configuration, [value] if value else islice(rest, 1))]
         elif name in VALUED.split():
             launcher += [arg] if value else [arg, *islice(rest, 1)]
-        elif name == "--deepspeed":
-            own += [name, *map(_configuration, [value] if value else islice(rest, 1))]
         else:
-            own.append(arg)
+            (launcher if name in ALONE.split() else own).append(arg)
     if "--deepspeed" not in own:
         own = ["--deepspeed", str(CONFIGS / "zero2.json"), *own]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *launcher]
@@ -79,23 +68,15 @@ def launch_command(args: list[str]) -> list[str]:
 
 
 def _configuration(value: str) -> str:
-    """A DeepSpeed configuration's file; of a shipped one the name is enough."""
-    shipped = CONFIGS / f"{value}.json"
+    shipped = CONFIGS / f"{value}.json"  # of which the name is enough
     return str(shipped) if shipped.is_file() and not Path(value).exists() else value
 
 
 scripts = typer.Typer(help="Write the shipped job scripts into a folder.", no_args_is_help=True)
 
 
-@scripts.callback()
-def _scripts() -> None:
-    """Kinds of scripts; there is one today."""
-
-
 @scripts.command()
-def slurm(
-    out: Annotated[Path, typer.Option(help="Folder; new, or without these scripts.")],
-) -> None:
+def slurm(out: Annotated[Path, typer.Option(help="Folder, without these scripts.")]) -> None:
     """Write OUT/slurm and OUT/ds_configs: submit from OUT with `sbatch slurm/selective.sh`."""
     for name in ("slurm", "ds_configs"):
         if (out / name).exists():

@@ -1,9 +1,5 @@
 """``ldistill look``: what the teacher says beside the student, token by token, as a page.
 
-    pair = load_pair("runs/lingudistill/student", "HuggingFaceTB/SmolLM2-360M-Instruct")
-    seen = look(pair, "What is in the picture?", "A dog on a beach.", [png_bytes])
-    seen.tokens[3].kl, seen.tokens[3].teacher          # in a notebook: `seen` draws itself
-
 The answer is given, so student and teacher judge the same tokens: that is what training compares.
 """
 
@@ -14,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from jinja2 import Environment
@@ -21,7 +18,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ldistill.common.documents import IGNORE
-from ldistill.common.errors import refuse
 from ldistill.common.run_files import RECIPE
 from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
@@ -32,12 +28,9 @@ from ldistill.models.pair import Pair, load_pair
 from ldistill.sources import SourceWeights
 from ldistill_kernels import distill_loss
 
-Guess = tuple[str, float]
-"""A token and its probability."""
-_FAINT = 0.05
-"""Nats that are coloured fully where nothing is above: rounding stays white."""
-_UNLIKELY = 0.005
-"""Guesses below are not shown."""
+Guess = tuple[str, float]  # a token and its probability
+_FAINT = 0.05  # nats that are coloured fully where nothing is above: rounding stays white
+_UNLIKELY = 0.005  # guesses below are not shown
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,8 @@ class Token:
 _HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""\
 {% macro colour(share) %}background:rgba(255,120,0,{{ "%.3f" % (0.75 * share) }}){% endmacro %}
 {% macro shown(text) %}{{ text | replace("\\n", "⏎") }}{% endmacro %}
+{% if title %}<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<body style="background:#fff"><h2 style="font-family:sans-serif">{{ title }}</h2>{% endif %}
 <style>
 .look{font:14px/1.5 sans-serif;color:#222;background:#fff;max-width:60em}
 .look img{min-width:8em;max-width:24em;max-height:18em;border:1px solid #ddd}
@@ -77,7 +72,7 @@ _HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 .look small{color:#666}
 </style>
 <div class="look">
-{% for url in pictures %}<img src="{{ url }}" alt="">{% endfor %}
+{% for data in pictures %}<img src="data:image/png;base64,{{ data }}" alt="">{% endfor %}
 <p><b>{{ look.prompt }}</b></p>
 <p class="answer">
 {%- for token in look.tokens %}
@@ -95,22 +90,16 @@ mean {{ "%.3f" % look.kl }}</p>
 {% for token in look.tokens %}
 <tr><td><code>{{ shown(token.text) }}</code></td><td style="{{ colour((token.kl or 0) / most) }}">
 {{ "–" if token.kl is none else "%.3f" % token.kl }}</td>
-{% for guesses, own in ((token.student, token.p_student), (token.teacher, token.p_teacher),
-                        (token.blind, token.p_blind)) %}
+{% for who in ("student", "teacher", "blind") %}
 <td>
-{%- for text, p in guesses if p >= least %}
+{%- for text, p in token[who] if p >= least %}
 {{ ", " if not loop.first }}<code>{{ shown(text) }}</code> {{ "%.0f" % (100 * p) }}%
 {%- else %}–{% endfor %}
-<br><small>this token {{ "%.1f" % (100 * own) }}%</small></td>
+<br><small>this token {{ "%.1f" % (100 * token["p_" ~ who]) }}%</small></td>
 {% endfor %}
 </tr>
 {% endfor %}
-</table></div>
-""")
-_PAGE = Environment(autoescape=True).from_string("""\
-<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<body style="background:#fff"><h2 style="font-family:sans-serif">{{ title }}</h2>
-{{ body | safe }}</body></html>
+</table></div>{% if title %}</body></html>{% endif %}
 """)
 
 
@@ -129,16 +118,14 @@ class Look:
         known = [token.kl for token in self.tokens if token.kl is not None]
         return sum(known) / max(1, len(known))
 
-    def _repr_html_(self) -> str:
-        most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
-        kinds = ["png" if image.startswith(b"\x89PNG") else "jpeg" for image in self.images]
-        contents = [base64.b64encode(image).decode() for image in self.images]
-        pictures = [f"data:image/{kind};base64,{data}" for kind, data in zip(kinds, contents)]
-        return _HTML.render(look=self, most=most, pictures=pictures, least=_UNLIKELY)
-
     def page(self, title: str) -> str:
-        """A page that opens from the disk and fetches nothing."""
-        return _PAGE.render(title=title, body=self._repr_html_())
+        """A page that opens from the disk and fetches nothing; without a title, its inside."""
+        most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
+        pictures = [base64.b64encode(image).decode() for image in self.images]
+        return _HTML.render(look=self, title=title, most=most, least=_UNLIKELY, pictures=pictures)
+
+    def _repr_html_(self) -> str:
+        return self.page("")
 
     def lines(self) -> Iterator[str]:
         """The KL of every token and what the teacher expected, for a terminal."""
@@ -161,8 +148,7 @@ def look(
 
     Args:
         pair: of ``load_pair``, with its LM, on one device.
-        prompt: the question.
-        answer: any answer; the end mark that the template puts behind it is judged as well.
+        prompt, answer: any; the end mark that the template puts behind the answer is judged, too.
         images: encoded pictures, shown before the question.
         temperature: τ of the KL.
         top: so many guesses of each.
@@ -173,13 +159,10 @@ def look(
     """
     processor, student = pair.processor, pair.student
     count, most = len(images), processor.images.max_images
-    cases = {
-        "the pair was loaded without its LM: give load_pair a teacher.": pair.lm is None,
-        f"{count} pictures, and the processor takes {most}: load the pair with max_images.": (
-            count > most
-        ),
-    }
-    refuse(cases)
+    if pair.lm is None:
+        raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
+    if count > most:
+        raise ValueError(f"{count} pictures, the processor takes {most}: load with max_images.")
     seen = [processor.load_image(image) for image in images]
     document = processor.encode([Turn(prompt, answer)], [image.size for image in seen])
     if not document.supervised:
@@ -189,8 +172,7 @@ def look(
     pack = LoadedPack([LoadedDocument(0, 0, document, pictures, rotary)])
     batch = Collate(processor.pad_token_id)([pack])
 
-    weights = SourceWeights(("look",), ("language",), (1.0,), (temperature,))
-    judged = _Judged()
+    weights, judged = SourceWeights(("look",), ("language",), (1.0,), (temperature,)), _Judged()
     distiller = Distiller(student, Teacher(pair.lm), weights, judged)
     supervision = distiller.supervise(batch)
     device, trained = student.lm_head.weight.device, student.training
@@ -202,15 +184,24 @@ def look(
         alone = pair.lm(input_ids=ids[text][None].to(device), use_cache=False).logits[0]
     student.train(trained)
 
-    places = torch.nonzero(torch.as_tensor(document.labels) != IGNORE).flatten()
+    def guess(logits: Tensor | None, label: int) -> tuple[list[Guess], float]:
+        """The most probable tokens, and the probability of the label."""
+        if logits is None:
+            return [], 0.0
+        p = logits.float().softmax(-1)
+        values, ids = (part.tolist() for part in p.topk(min(top, len(p))))
+        best = [(processor.tokenizer.decode([i]), value) for i, value in zip(ids, values)]
+        return best, float(p[label]) if label < len(p) else 0.0
+
     read = text.cumsum(0) - 1  # place of a text token among the text tokens
-    taught = dict(zip(supervision.targets.taught.tolist(), range(len(judged.kl)), strict=True))
+    taught = {number: one for one, number in enumerate(supervision.targets.taught.tolist())}
     tokens = []
-    for number, place in enumerate(places.tolist()):
+    for number, place in enumerate(np.flatnonzero(document.labels != IGNORE)):
         label, one = int(document.labels[place]), taught.get(number)
-        of = [judged.student[number]]
-        of += [None, None] if one is None else [judged.teacher[one], alone[read[place]]]
-        guesses, own = zip(*(_guesses(processor.tokenizer, row, label, top) for row in of))
+        of = [judged.student[number], None, None]
+        if one is not None:
+            of[1:] = judged.teacher[one], alone[read[place]]
+        guesses, own = zip(*(guess(row, label) for row in of))
         kl = None if one is None else float(judged.kl[one])
         tokens.append(Token(processor.tokenizer.decode([label]), kl, *guesses, *own))
     return Look(prompt, tuple(images), temperature, tokens)
@@ -219,9 +210,7 @@ def look(
 class _Judged:
     """Stands where the objective does: keeps what it was given, and the KL that it would add."""
 
-    def __call__(
-        self, student: tuple[Tensor, Tensor], teacher: Any, targets: Any, **_: Any
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Any, teacher: Any, targets: Any, **_: Any) -> Any:
         (h_s, w_s), (h_t, w_t) = student, teacher
         w_s, w_t = w_s.to(h_s.dtype), w_t.to(h_t.dtype)
         how = {"ce_weight": 0.0, "kd_weight": 1.0, "temperature": targets.temperature}
@@ -231,31 +220,14 @@ class _Judged:
         return result.loss, result.loss[None, None]
 
 
-def _guesses(
-    tokenizer: Any, logits: Tensor | None, label: int, top: int
-) -> tuple[list[Guess], float]:
-    """The most probable tokens, and the probability of the label."""
-    if logits is None:
-        return [], 0.0
-    p = logits.float().softmax(-1)
-    best = p.topk(min(top, len(p)))
-    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [(tokenizer.decode([i]), v) for i, v in found], float(p[label]) if label < len(
-        p
-    ) else 0.0
-
-
 def load_judges(student: str, teacher: str | None, **options: Any) -> tuple[Pair, str]:
-    """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``.
-
-    Raises ValueError: no teacher is named, and the student is no run's, which would name it.
-    """
+    """Student and LM on the best device, and the LM's name; ``options`` are of ``load_pair``."""
     logging.disable_progress_bar()
     folder = model_folder(student)
     recipe = folder.parent / RECIPE
     if teacher is None and recipe.is_file():
         teacher = yaml.safe_load(recipe.read_text(encoding="utf-8"))["teacher"]
-    if teacher is None:
+    elif teacher is None:
         raise ValueError(f"{student} is no run's folder: name the LM it was built on, --teacher.")
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)

@@ -1,7 +1,5 @@
 """``ldistill merge``: a student's decoder moved towards a language model, without training.
 
-    merge("runs/a/student", "HuggingFaceTB/SmolLM2-360M-Instruct", {"0.3": Path("merged")})
-
 Every weight w of the decoder becomes (1 - weight) w_student + weight w_LM, computed in float32 and
 written in the student's type: 0 leaves the student as it is, 1 puts the LM's decoder in. Vision
 tower, projector and the added image tokens stay the student's.
@@ -24,7 +22,7 @@ from ldistill.models.weights import read_model, refuse_misfit
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_FIELDS += ("num_key_value_heads", "rms_norm_eps")
+_FIELDS += ("num_key_value_heads", "rms_norm_eps", "rope_parameters")
 
 
 def merge(student: str, lm: str, folders: Mapping[str, Path], layers: str | None = None) -> None:
@@ -35,8 +33,7 @@ def merge(student: str, lm: str, folders: Mapping[str, Path], layers: str | None
         folders: weight (``0.3``; ``0:0.5`` from the first layer to the last) → where to.
         layers: only these, such as ``0-3,8``; then embedding and head stay as well.
 
-    Raises:
-        ValueError: a weight or layer that cannot be, models that do not fit, a folder in use.
+    Raises ValueError: a weight or layer that cannot be, models that do not fit, a folder in use.
     """
     asked = {w: _bounds(w) for w in folders}
     for folder in folders.values():
@@ -71,17 +68,15 @@ def _chosen(text: str | None, count: int) -> set[int] | None:
     parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
     spans = [(int(p[1]), int(p[2] or p[1])) for p in parts if p]
     if None in parts or any(first > last or last >= count for first, last in spans):
-        raise ValueError(
-            f"--layers are numbers from 0 to {count - 1}, such as 0-1,3; got {text!r}."
-        )
+        known = f"--layers are numbers from 0 to {count - 1}, such as 0-1,3"
+        raise ValueError(f"{known}; got {text!r}.")
     return {layer for first, last in spans for layer in range(first, last + 1)}
 
 
 def _check_fit(student: Student, lm: PreTrainedModel) -> None:
     """Whether the LM's weights are of the student's decoder: kind, shapes, rotation, tie."""
     own, other = student.backbone.config, lm.config
-    names = (*_FIELDS, "rope_parameters")
-    pairs = [(name, getattr(own, name, None), getattr(other, name, None)) for name in names]
+    pairs = [(name, getattr(own, name, None), getattr(other, name, None)) for name in _FIELDS]
     theirs, decoder = lm.state_dict(), student.causal_lm()
     vocabulary = {id(p) for p in _of_vocabulary(decoder)}
     for name, parameter in decoder.named_parameters():
@@ -95,10 +90,8 @@ def _check_fit(student: Student, lm: PreTrainedModel) -> None:
     if len(vocabulary) == 1 and not head.equal(embedding):
         problems.append("the student's head is its embedding, the LM has a head of its own")
     if problems:
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"LM and student do not fit, so they cannot be merged: {'; '.join(problems[:3])}{more}."
-        )
+        told = "; ".join(problems[:3]) + (" and others" if len(problems) > 3 else "")
+        raise ValueError(f"LM and student do not fit, so they cannot be merged: {told}.")
 
 
 def _of_vocabulary(lm: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -110,29 +103,26 @@ def _updates(
     base: Path, student: Student, lm: PreTrainedModel, steps: list[float], chosen: set[int] | None
 ) -> dict[str, Tensor]:
     """The merged decoder by the student's parameter names; nothing where the weight is 0."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in student.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)  # a tied pair has two
     decoder, theirs = student.causal_lm(), lm.state_dict()
-    embedding, _ = rows = _of_vocabulary(decoder)
+    embedding, head = _of_vocabulary(decoder)
     updates = {}
     for name, own in decoder.named_parameters():
         layer = _LAYER.match(name)
-        if chosen is not None and (layer is None or int(layer[1]) not in chosen):
-            continue
         # The embedding goes with the first layer, the last norm and the head with the last.
         weight = steps[int(layer[1])] if layer else steps[0 if own is embedding else -1]
-        if weight == 0:
+        left = chosen is not None and (layer is None or int(layer[1]) not in chosen)
+        if left or weight == 0:
             continue
         other, merged = theirs[name], own.detach().clone()
         mixed = other if weight == 1 else torch.lerp(merged[: len(other)], other, weight)
-        if any(own is table for table in rows):
+        if own is embedding or own is head:
             kept = _image_tokens(base, student)
             kept = kept[kept < len(other)]
             mixed = mixed.index_copy(0, kept, merged[kept])
         merged[: len(other)] = mixed
-        updates |= dict.fromkeys(names[id(own)], merged)
-    return updates
+        updates[own] = merged
+    every = student.named_parameters(remove_duplicate=False)  # a tied pair has two names
+    return {name: updates[parameter] for name, parameter in every if parameter in updates}
 
 
 def _image_tokens(base: Path, student: Student) -> Tensor:
@@ -140,5 +130,5 @@ def _image_tokens(base: Path, student: Student) -> Tensor:
     if student.base_vocab_size is not None:
         return torch.arange(student.base_vocab_size, student.backbone.config.vocab_size)
     processor = load_processor(base)
-    vocabulary = processor.tokenizer.get_vocab()
-    return torch.tensor([vocabulary[t] for t in sorted(processor.literals) if t in vocabulary])
+    known = processor.tokenizer.get_vocab().items()
+    return torch.tensor([number for token, number in known if token in processor.literals])

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ldistill.common.errors import did_you_mean
@@ -54,48 +49,36 @@ REFUSED = {
         "frequencies are chosen by the length of a batch"
     ),
 }
-"""Kinds of students that do not fit, and why."""
 
 
-def asked_for(names: Sequence[str] | None) -> list[str]:
+def asked_for(names: Sequence[str] | None) -> dict[str, Family]:
     """Families by name; all of them without. Raises ValueError: no such family."""
     for name in names or ():
         if name not in FAMILIES:
-            raise ValueError(
-                f"no family {name!r}.{did_you_mean(name, FAMILIES)} `ldistill models` lists them."
-            )
-    return list(names or FAMILIES)
+            hint = did_you_mean(name, FAMILIES)
+            raise ValueError(f"no family {name!r}.{hint} `ldistill models` lists them.")
+    return {name: FAMILIES[name] for name in names or FAMILIES}
 
 
 def families_table(families: Mapping[str, Family]) -> Table:
-    """A line a family: its classes, what is chosen for it, and what is checked."""
-    rows = [
-        (
-            name,
-            family.called,
-            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.kind, "nanoVLM's own"),
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.lm],
-            "full, prompt" if family.kind == "paligemma" else "all",
-            _needs(family),
-        )
-        for name, family in families.items()
-    ]
+    """A line a family: its classes, its scopes, and what is particular about its attention."""
+    rows = []
+    for name, family in families.items():
+        model = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(family.kind)
+        scopes = "full, prompt" if family.kind == "paligemma" else "all"
+        needs = {
+            "windows": family.text.get("sliding_window"),
+            "soft cap": family.lm == "gemma2",
+            "sinks": family.lm == "gpt_oss",
+            "pictures both ways": family.kind in ("gemma3", "paligemma"),
+            "narrow values": family.lm == "deepseek_v3",
+            "logit scale": family.lm in ("granite", "cohere2"),
+        }
+        found = ", ".join(need for need, here in needs.items() if here)
+        lm = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.lm]
+        rows.append((name, family.called, model or "nanoVLM's own", lm, scopes, found))
     columns = ("name", "family", "student", "LM", "kv_scope", "needs")
     return Table("", columns, rows, left=range(len(columns)))
-
-
-def _needs(family: Family) -> str:
-    """What is particular about its attention, for those who choose a backend."""
-    capped = family.lm == "gemma2"
-    found = {
-        "windows": "sliding_window" in family.text and family.text["sliding_window"],
-        "soft cap": capped,
-        "sinks": family.lm == "gpt_oss",
-        "pictures both ways": family.kind in ("gemma3", "paligemma"),
-        "narrow values": family.lm == "deepseek_v3",
-        "logit scale": family.lm in ("granite", "cohere2"),
-    }
-    return ", ".join(name for name, here in found.items() if here)
 
 
 def refused_table() -> Table:
@@ -103,29 +86,14 @@ def refused_table() -> Table:
     return Table("", ("does not fit", "because"), list(REFUSED.items()), left=(0, 1))
 
 
-# ---- the check ----
-
-TOLERANCE = 1e-4
-"""Largest difference of two float32 logits that are one, relative to their deviation."""
-_SHARED = ("full", "prompt", "visual")  # scopes with keys and values of the student's
+TOLERANCE = 1e-4  # of two float32 logits that are one, relative to their deviation
 _WEIGHTS = SourceWeights(("a", "b"), ("language", "language"), (0.5, 0.5), (1.0, 1.0))
 
 
-class Verdict(NamedTuple):
-    """What became of one contract: ``problem`` is empty where it holds."""
+def check_folders(student: Path, teacher: Path) -> Iterator[tuple[str, str]]:
+    """Check a pair, with the student decoder's weights in the LM: contract → problem, or nothing.
 
-    contract: str
-    problem: str = ""
-
-
-def check_folders(student: Path, teacher: Path) -> Iterator[Verdict]:
-    """Check the contracts on a pair, one after another.
-
-    Args:
-        student, teacher: folders; the LM's weights are not used, but the student decoder's.
-
-    Raises:
-        ValueError, OSError: the pair does not load or does not fit.
+    Raises ValueError or OSError: the pair does not load or does not fit.
     """
     pair = load_pair(str(student), str(teacher))
     train_only(pair.student)
@@ -135,27 +103,25 @@ def check_folders(student: Path, teacher: Path) -> Iterator[Verdict]:
     batch = _packed(pair, [documents[:2], documents[2:]])
     teacher_ = Teacher(pair.lm, "reference")
     # A prompt read both ways is not what an LM's own keys and values are made of.
-    for scope in _SHARED[: 2 if pair.student.sees == "prefix" else 3]:
+    scopes = ("full", "prompt", "visual")[: 2 if pair.student.sees == "prefix" else 3]
+    for scope in scopes:
         made = Distiller(pair.student, teacher_, _WEIGHTS, kv_scope=scope)
-        yield Verdict(f"identity, {scope}", _identity(made, batch))
+        yield f"identity, {scope}", _identity(made, batch)
     whole = Distiller(pair.student, teacher_, _WEIGHTS)
-    yield Verdict("packing", _packing(whole, batch, [_packed(pair, [[d]]) for d in documents]))
-    yield Verdict("training", _training(whole, batch))
-    yield Verdict("export", _export(pair, batch))
-    yield Verdict("generate", _generates(pair))
+    yield "packing", _packing(whole, batch, [_packed(pair, [[d]]) for d in documents])
+    yield "training", _training(whole, batch)
+    yield "export", _export(pair, batch)
+    yield "generate", _generates(pair)
 
 
 def _documents(pair: Pair) -> list[LoadedDocument]:
     """Four: two pictures of different shapes, one in a second turn's question, text alone, one."""
     generator = np.random.default_rng(0)
     questions = ("What is this?", "And what is left of it?"), ("Which one?",), ("Why?",), ("Sum?",)
-    sizes = [((40, 70), (70, 33)), ((64, 64),), (), ((30, 90),)]
-    loaded = []
+    sizes, loaded = [((40, 70), (70, 33)), ((64, 64),), (), ((30, 90),)], []
     for number, (asked, shapes) in enumerate(zip(questions, sizes, strict=True)):
-        images = [
-            Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8))
-            for width, height in shapes
-        ]
+        pixels = (generator.integers(0, 255, (h, w, 3), dtype=np.uint8) for w, h in shapes)
+        images = [*map(Image.fromarray, pixels)]
         turns = [Turn(question, f"Answer {number}{turn}.") for turn, question in enumerate(asked)]
         document = pair.processor.encode(turns, shapes)
         pictures = pair.processor.pictures(images)
@@ -215,8 +181,7 @@ def _training(distiller: Distiller, batch: dict[str, Tensor]) -> str:
     loss = distiller(batch, supervision, len(supervision.targets), True)["loss"]
     loss.backward()
     amiss = [n for n, p in student.named_parameters() if p.requires_grad == (p.grad is None)]
-    student.zero_grad()
-    student.eval()
+    student.eval().zero_grad()
     if not loss.isfinite():
         return f"the loss is {loss.item()}"
     told = f"trains without a gradient, or has one and is frozen: {', '.join(amiss[:3])}"
@@ -234,9 +199,9 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
     with TemporaryDirectory() as folder:
         out = Path(folder)
         pair.export(trained, out)
-        base, config = pair.student_folder, "config.json"
-        if (base / config).read_bytes() != (out / config).read_bytes():
-            return f"{config} changed"
+        base = pair.student_folder
+        if (base / "config.json").read_bytes() != (out / "config.json").read_bytes():
+            return "config.json changed"
         for name in weight_files(base):
             if _stored(base / name) != _stored(out / name):
                 return f"{name} holds other keys, dtypes or shapes"
@@ -245,9 +210,9 @@ def _export(pair: Pair, batch: dict[str, Tensor]) -> str:
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
                 if info[kind]:
                     return f"transformers reads it with {kind}: {', '.join(sorted(info[kind])[:3])}"
-        again = replace(pair, student=formats.load_student(out).eval())
-    Distiller(again.student, None, SourceWeights(("a",), ("document",), (0.0,), (1.0,)))
-    return _differ("states of the exported student", again.student(**student_inputs(batch)), wanted)
+        again = formats.load_student(out).eval()
+    Distiller(again, None, SourceWeights(("a",), ("document",), (0.0,), (1.0,)))
+    return _differ("states of the exported student", again(**student_inputs(batch)), wanted)
 
 
 def _stored(path: Path) -> dict[str, tuple[str, list[int]]]:
@@ -281,13 +246,11 @@ def passes(name: str, student: str | None, teacher: str | None, reduced: bool) -
                 write_reduced(*(resolve(of, weights=False) for of in (student, teacher)), root)
             else:
                 pair = (resolve(student), resolve(teacher))
-            for verdict in check_folders(*pair):
-                held += not verdict.problem
-                problems += [f"{verdict.contract}: {verdict.problem}"] if verdict.problem else []
+            for contract, problem in check_folders(*pair):
+                held += not problem
+                problems += [f"{contract}: {problem}"] if problem else []
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    seconds = time.monotonic() - began
-    print(f"{name:20} {'fails' if problems else 'holds'}  {held} contracts, {seconds:.1f} s")
-    for problem in problems:
-        print(f"    {problem}")
+    told = f"{name:20} {'fails' if problems else 'holds'}  {held} contracts"
+    print(f"{told}, {time.monotonic() - began:.1f} s", *problems, sep="\n    ")
     return not problems

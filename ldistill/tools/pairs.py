@@ -1,7 +1,6 @@
 """A pair by the name that a user gives: a named one, a recipe, or a student's folder.
 
-Recipes name their students; of the public ones the configuration is known, so that neither planning
-nor a benchmark needs the hub.
+Of the public ones the configuration is known: neither planning nor a benchmark needs the hub.
 """
 
 from __future__ import annotations
@@ -15,23 +14,15 @@ from ldistill.models.named_pairs import KNOWN_STUDENTS, folder_config, student_c
 from ldistill.models.shapes import PairShape, shape_of
 from ldistill.recipe import load_recipe, shipped_recipes
 
-MAIN_RECIPE = "lingudistill"
-"""For a student that no recipe names."""
+MAIN_RECIPE = "lingudistill"  # for a student that no recipe names
 _RECIPES = {"nanovlm-460m": MAIN_RECIPE}  # of pairs that are not called like their recipe
 # Fields of a shape that a recipe sets.
-_RUN = {
-    "length": "max_length",
-    "micro_batch": "per_device_train_batch_size",
-    "global_batch": "global_batch_size",
-    "steps": "max_steps",
-}
+_RUN = {"length": "max_length", "micro_batch": "per_device_train_batch_size"}
+_RUN |= {"global_batch": "global_batch_size", "steps": "max_steps"}
 
 
 def recipe_of(pair: str) -> str | None:
-    """The recipe that trains a pair; None for a student's folder.
-
-    Raises ValueError: no such pair.
-    """
+    """The recipe that trains a pair; None of a student's folder. Raises ValueError: none such."""
     name = KNOWN_STUDENTS.get(pair, pair)
     name = _RECIPES.get(name, name)
     if name in shipped_recipes() or name.endswith((".yaml", ".yml")):
@@ -39,10 +30,8 @@ def recipe_of(pair: str) -> str | None:
     if Path(name).is_dir():
         return None
     known = [*_RECIPES, *shipped_recipes()]
-    raise ValueError(
-        f"no pair {pair!r}.{did_you_mean(pair, known)} Give one of {', '.join(known)}, "
-        "a recipe's YAML file, or a student's folder."
-    )
+    told = f"no pair {pair!r}.{did_you_mean(pair, known)} Give one of {', '.join(known)}, "
+    raise ValueError(f"{told}a recipe's YAML file, or a student's folder.")
 
 
 def student_of(name: str) -> str:
@@ -53,9 +42,7 @@ def student_of(name: str) -> str:
 def pair_config(pair: str) -> Any:
     """Configuration of a pair's student.
 
-    Raises:
-        ValueError: no such pair, or a model of another kind.
-        FileNotFoundError: a recipe's checkpoint is not at hand.
+    Raises ValueError: no such pair, or another kind; FileNotFoundError: it is not at hand.
     """
     recipe = recipe_of(pair)
     if recipe is None:
@@ -69,7 +56,7 @@ def pair_config(pair: str) -> Any:
 def pair_shape(pair: str) -> PairShape:
     """Shape of a pair, with the rows and steps of its recipe. Raises as :func:`pair_config` does.
 
-    A folder holds a student; its teacher is taken to be its own decoder over the base vocabulary.
+    The teacher of a student's folder is taken to be its own decoder over the base vocabulary.
     """
     recipe = recipe_of(pair)
     values = load_recipe(recipe) if recipe else {}

@@ -19,7 +19,6 @@ class Table(NamedTuple):
     left: Sequence[int] = (0,)
 
     def markdown(self) -> str:
-        """Columns left and right as they are said to be."""
         rule = "|".join("---" if i in self.left else "---:" for i in range(len(self.columns)))
         lines = [f"**{self.title}**", ""] if self.title else []
         lines += ["| " + " | ".join(self.columns) + " |", f"|{rule}|"]
@@ -33,3 +32,11 @@ class Table(NamedTuple):
         for row in self.rows:
             table.add_row(*row)
         Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def print_tables(tables: Sequence[Table], markdown: bool) -> None:
+    if markdown:
+        print("\n\n".join(table.markdown() for table in tables))
+        return
+    for table in tables:
+        table.print()

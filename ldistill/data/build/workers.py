@@ -162,7 +162,7 @@ class Workers:
                     return
                 yield from waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
+            raise OSError(
                 f"a worker of the build of {source} died, probably for want of memory: run the "
                 "same command again with fewer workers; finished shards are kept"
             ) from error

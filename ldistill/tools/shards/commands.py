@@ -2,36 +2,33 @@
 
 Exit codes: 0 done, 1 `verify` looked and something is wrong, 2 it could not run: wrong options or
 input, with a sentence; 130 interrupted.
-
-ldistill shards build --dataset HuggingFaceM4/the_cauldron --sources full --out shards/
-ldistill shards verify shards/
-ldistill shards stats s3://bucket/shards --plot lengths.png
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import progress
 from typer import Argument, Option
 
 from ldistill import sources as known_sources
-from ldistill.common.errors import exit_code
-from ldistill.data.build.build_types import BuildOptions, InputOptions
-from ldistill.data.build.slices import Slice, join_slices
+from ldistill.data.build import build_types, builder
+from ldistill.data.build.readers import LOW_RATING
+from ldistill.data.build.slices import Slice, build_slice, join_slices
 from ldistill.data.index import ShardIndex
 from ldistill.data.store import Reading
-from ldistill.tools.shards import building
-from ldistill.tools.shards import verify as checking
+from ldistill.tools.table import Table
 
 app = typer.Typer(help="Build, check and describe shards of training data.", no_args_is_help=True)
 
 STUDENT = "lusxvr/nanoVLM-460M-8k"
+MAX_LENGTH = 1024  # tokens of a row, in a run that does not say otherwise
 EXTRA, DRY_RUN = ("--extra-sources", "--extra_sources"), ("--dry-run", "--dry_run")
 UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 Text, Names, File = str | None, list[str] | None, Path | None
@@ -42,25 +39,7 @@ Cache = Annotated[Text, Option(help="Shard cache of a URL. Default: in the user'
 CacheSize = Annotated[float, Option(help="The most it may take, in GB.")]
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn the errors meant for users into one line and exit code 2 (75: it may pass)."""
-    try:
-        yield
-    except typer.Exit:  # which is a RuntimeError
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("LDISTILL_DEBUG") == "1":
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(exit_code(error)) from error
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
-
-
 @app.command()
-@readable_errors()
 def build(
     dataset: Annotated[str, Option(help="Hub id, parquet, saved data set, JSON, 'dir/*.tar'.")],
     out: Annotated[Path, Option(help="Folder for the shards; one folder per source.")],
@@ -89,43 +68,60 @@ def build(
     extra, ratings = known_sources.parse_extra(extra_sources), parse_ratings(min_rating or [])
     chosen = tuple(known_sources.resolve_sources(sources, extra)) if sources else None
     root = str(image_root) if image_root else None
-    options = InputOptions(chosen, format, split, extra, ratings, root)
-    size, workers = parse_size(shard_size), workers or _cores()
-    cutting = BuildOptions(split, size, max_samples, workers, overwrite)
-    asked = Slice.parse(part) if part else None
-    inputs = open_inputs(dataset, options)
+    size, asked = parse_size(shard_size), Slice.parse(part) if part else None
+    workers = workers or len(os.sched_getaffinity(0))
+    options = build_types.BuildOptions(split, size, max_samples, workers, overwrite)
+    wanted = build_types.InputOptions(chosen, format, split, extra, ratings, root)
+    inputs = open_inputs(dataset, wanted)
     processor = load_processor(student, tokenizer, tiling=tiling, max_images=max_images)
     if dry_run:
         page = out / "dry_run.html"
         preview(inputs, processor, dry_run, page)
         typer.echo(f"open {page}: the first {dry_run} samples of each source")
         return
-    reports = building.build(inputs, out, processor, cutting, asked)
+    name, counts = progress.TextColumn("{task.description}"), progress.MofNCompleteColumn()
+    columns = (name, progress.BarColumn(), counts, progress.TimeRemainingColumn())
+    try:
+        with _resumable(), progress.Progress(*columns) as bar:
+            tasks = {e.source: bar.add_task(e.source, total=e.length, start=False) for e in inputs}
+
+            def advance(entry: build_types.SourceInput, rows: int) -> None:
+                bar.start_task(tasks[entry.source])
+                bar.advance(tasks[entry.source], rows)
+
+            if asked:
+                reports = build_slice(inputs, out, processor, options, asked, advance)
+            else:
+                reports = builder.build(inputs, out, processor, options, advance)
+    except build_types.SourcesFailed as failed:
+        print_reports(failed.reports, out)
+        raise
+    print_reports(reports, out)
     if ratings:
-        typer.echo(building.rated_out(reports, ratings))
-    if asked is None and (warning := building.over_long(out, reports)):
-        typer.echo(warning)
-    if extra and asked is None:
-        start = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine"
-        typer.echo(f"train on all of them: {start} --shards {out}")
+        _print_rated_out(reports, " ".join(f"{name}={least}" for name, least in ratings.items()))
+    if asked is None:
+        _print_over_long(ShardIndex.load(out, [report.source for report in reports]))
+        if extra:
+            start = "deepspeed ldistill/train.py --deepspeed ds_configs/zero2.json --recipe mine"
+            typer.echo(f"train on all of them: {start} --shards {out}")
 
 
 @app.command()
-@readable_errors()
 def merge(
     folder: Annotated[Path, Argument(help="Folder of shards, built with --slice.")],
     sources: Sources = None,
     overwrite: Annotated[bool, Option(help="Replace sources merged before.")] = False,
 ) -> None:
     """Join slices, built on any number of machines, to the shards that one would have built."""
-    if reports := join_slices(folder, _names(sources), overwrite=overwrite):
-        building.print_reports(reports, folder)
+    with _resumable():
+        reports = join_slices(folder, _names(sources), overwrite=overwrite)
+    if reports:
+        print_reports(reports, folder)
     else:
         typer.echo(f"nothing to merge in {folder}: it is done")
 
 
 @app.command()
-@readable_errors()
 def verify(
     folder: Shards,
     sources: Sources = None,
@@ -134,22 +130,24 @@ def verify(
     cache_gb: CacheSize = 64.0,
 ) -> None:
     """Re-hash every shard, decode every sample; exit code 1: something is wrong, 2: no shards."""
-    reading = Reading(cache, cache_gb)
-    report = checking.verify(folder, _names(sources), workers or _cores(), reading)
-    for problem in report.problems:
+    from ldistill.tools.shards.verify import verify_shards
+
+    index = ShardIndex.load(folder, _names(sources), Reading(cache, cache_gb))
+    checked = verify_shards(index, workers or len(os.sched_getaffinity(0)))
+    parts = progress.track(checked, "verify", total=1 + len(index.shards))
+    problems = [problem for part in parts for problem in part]
+    for problem in problems:
         typer.echo(problem, err=True)
-    counts = f"{report.sources} sources, {report.shards} shards, {report.samples} samples"
-    typer.echo(f"{counts}: {len(report.problems)} problems")
-    if report.problems:
-        raise typer.Exit(1)
+    counts = f"{len(index.sources)} sources, {len(index.shards)} shards, {len(index)} samples"
+    typer.echo(f"{counts}: {len(problems)} problems")
+    raise typer.Exit(1 if problems else 0)
 
 
 @app.command()
-@readable_errors()
 def stats(
     folder: Shards,
     sources: Sources = None,
-    max_length: Annotated[int, Option(help="Length limit in tokens.", min=2)] = 1024,
+    max_length: Annotated[int, Option(help="Length limit in tokens.", min=2)] = MAX_LENGTH,
     mix: Annotated[Text, Option(help="As a run's --mix: a=2,b=0.5,c=25%.")] = None,
     text_only: Annotated[bool, Option(help="Without image tokens, as in Table 5.")] = False,
     plot: Annotated[File, Option(help="Save a histogram (PNG) here.")] = None,
@@ -165,6 +163,50 @@ def stats(
         stats.plot_lengths(index, plot, max_length, text_only)
         typer.echo(f"histogram: {plot}")
     stats.print_epoch(index, max_length, mix)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted: run the same command again to go on", err=True)
+        raise
+
+
+def print_reports(reports: Sequence[build_types.SourceReport], out: Path) -> None:
+    """What was built and dropped, a line a source."""
+    lines = []
+    for report in reports:
+        lost = [f"{count} {reason}" for reason, count in report.drops.items()]
+        lost += [f"{count} turns: {reason}" for reason, count in report.turn_drops.items()]
+        kept = f" ({report.kept_shards} kept)" if report.kept_shards else ""
+        counts = (f"{report.samples:,}", f"{report.shards}{kept}", f"{report.bytes / 1e6:.1f}")
+        lines.append((report.source, report.category, *counts, "; ".join(lost) or "none"))
+    columns = ("source", "cat.", "samples", "shards", "MB", "dropped")
+    Table(f"shards in {out}", columns, lines, left=(0, 1, 5)).print()
+    for report in reports:
+        for reason, first in report.first_drops.items():
+            typer.echo(f"{report.source}: {reason}: first in record {first}")
+
+
+def _print_rated_out(reports: Sequence[build_types.SourceReport], asked: str) -> None:
+    turns = sum(report.turn_drops.get(LOW_RATING, 0) for report in reports)
+    samples = {r.source: r.drops[LOW_RATING] for r in reports if r.drops.get(LOW_RATING)}
+    where = f" ({', '.join(f'{name} {count:,}' for name, count in samples.items())})"
+    told = f"left out turns rated lower: {turns:,}. Samples without another turn, dropped with "
+    told += f"them: {sum(samples.values()):,}{where if samples else ''}."
+    typer.echo(f"--min-rating {asked} {told if turns or samples else 'left nothing out.'}")
+
+
+def _print_over_long(index: ShardIndex) -> None:
+    count, longest = int((index.lengths > MAX_LENGTH).sum()), int(index.lengths.argmax())
+    if count:
+        typer.echo(
+            f"{count:,} documents are longer than {MAX_LENGTH:,} tokens, the longest "
+            f"{index.locate(longest)[2]} with {index.lengths[longest]:,}. Training drops them, "
+            "counted; --max_length of a run raises the limit, --on_long truncate cuts them there."
+        )
 
 
 def parse_size(text: str) -> int:
@@ -184,10 +226,6 @@ def parse_ratings(items: list[str]) -> dict[str, int]:
             raise ValueError(f"bad rating {item!r}: write it like relevance=3")
         ratings[name.strip()] = int(value)
     return ratings
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))  # knows what a batch system granted
 
 
 def _names(sources: str | None) -> list[str] | None:

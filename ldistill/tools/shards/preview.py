@@ -1,7 +1,5 @@
 """The first samples of each source as the model will see them: one HTML page that opens from disk.
 
-preview(inputs, processor, 3, Path("shards/dry_run.html"))
-
 Every sample goes the whole way of a build and of the loader: what is read, dropped, stored,
 decoded, resized and tokenised here is what a run trains on. Tokens that are learnt have a colour.
 """
@@ -15,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment
 from PIL import Image
 from torch import Tensor
@@ -52,15 +49,14 @@ def preview(inputs: Iterable[SourceInput], processor: Any, count: int, page: Pat
 
 
 def _shown(entry: SourceInput, processor: Any, count: int) -> Iterator[str | dict[str, Any]]:
-    """Sentences on what is dropped, and samples."""
     for row, value in entry.rows(0):
         result = prepare(row, entry.convert(row, value), entry.source, processor)
         for drop in result.drops:
             what = "turn dropped" if drop.unit == "turn" else "dropped"
             yield f"record {drop.id}: {what}, {drop.reason}. {drop.detail}"
         if result.block:
-            key = sample_key(entry.source, row)
-            yield _sample(unpack_sample(result.block, "", key), processor)
+            sample = unpack_sample(result.block, "", sample_key(entry.source, row))
+            yield _sample(sample, processor)
             count -= 1
         if not count:
             return
@@ -79,9 +75,8 @@ def _sample(sample: Sample, processor: Any) -> dict[str, Any]:
 
 def _tokens(document: Document, processor: Any) -> Iterator[tuple[str, str]]:
     """(image, learnt or read; text) of every token, those of a picture together."""
-    learnt = np.concatenate([[False], document.labels[:-1] != IGNORE])
-    places = zip(document.input_ids.tolist(), learnt.tolist(), strict=True)
-    for (token, is_learnt), run in groupby(places):
+    learnt = [False, *(document.labels[:-1] != IGNORE).tolist()]
+    for (token, is_learnt), run in groupby(zip(document.input_ids.tolist(), learnt)):
         times, text = len([*run]), processor.tokenizer.decode([token])
         if token == processor.image_token_id:
             yield "image", f"{text} × {times} "

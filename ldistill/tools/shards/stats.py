@@ -1,14 +1,13 @@
-"""`ldistill shards stats`: token lengths by source, as the paper's Table 5 has them, a histogram of
-them, and what a run would read of them in an epoch.
+"""`ldistill shards stats`: token lengths by source, a histogram, what a run reads in an epoch.
 
 Lengths are those of whole documents, template and image tokens included, because that is what
-counts against the limit; `text_only` leaves the image tokens out, as the paper's table does.
+counts against the limit; `text_only` leaves the image tokens out, as the paper's Table 5 does.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,28 +17,16 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.order import Order
 from ldistill.tools.table import Table
 
-
-class SourceStats(NamedTuple):
-    """One line of the table; `over` is the share of documents above the limit."""
-
-    source: str
-    category: str
-    samples: int
-    mean: float
-    median: float
-    p95: float
-    max: int
-    over: float
+# A line of the table; `over` is the share of documents above the limit.
+SourceStats = namedtuple("SourceStats", "source category samples mean median p95 max over")
 
 
 def token_lengths(index: ShardIndex, number: int, text_only: bool = False) -> np.ndarray:
     """Tokens of every document of a source, int64."""
     samples = index.source_samples(number)
-    lengths = samples["tokens"].astype(np.int64)
-    if text_only:
-        settings = index.meta[index.sources[number]]["image_settings"]
-        lengths -= samples["tiles"].astype(np.int64) * settings["tokens_per_tile"]
-    return lengths
+    settings = index.meta[index.sources[number]]["image_settings"]
+    per_tile = settings["tokens_per_tile"] if text_only else 0
+    return samples["tokens"].astype(np.int64) - samples["tiles"].astype(np.int64) * per_tile
 
 
 def source_stats(index: ShardIndex, limit: int, text_only: bool = False) -> list[SourceStats]:
@@ -47,12 +34,11 @@ def source_stats(index: ShardIndex, limit: int, text_only: bool = False) -> list
     lengths = [token_lengths(index, n, text_only) for n in range(len(index.sources))]
     lines = [*zip(index.sources, index.categories, lengths, strict=True)]
     lines += [("all", "", np.concatenate(lengths))] if len(lines) > 1 else []
-
-    def measured(found: np.ndarray) -> tuple[float, ...]:
-        middle, high = np.percentile(found, (50, 95))
-        return len(found), found.mean(), middle, high, found.max(), (found > limit).mean()
-
-    return [SourceStats(source, category, *measured(found)) for source, category, found in lines]
+    measured = []
+    for source, category, found in lines:
+        sizes = (found.mean(), *np.percentile(found, (50, 95)), found.max())
+        measured.append(SourceStats(source, category, len(found), *sizes, (found > limit).mean()))
+    return measured
 
 
 def print_stats(index: ShardIndex, limit: int, text_only: bool) -> None:

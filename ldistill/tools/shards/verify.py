@@ -1,7 +1,5 @@
 """Checking shards: every byte against its hash, every sample decoded.
 
-report = verify_shards("shards/"); report.problems
-
 Shards behind a URL are fetched anew, one per worker at a time, and never taken from the cache: what
 is checked is what the store has.
 """
@@ -9,85 +7,37 @@ is checked is what the store has.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
-
-from rich.progress import Progress
+from multiprocessing import get_context
 
 from ldistill.common.images import check_image
 from ldistill.common.samples import BadImage
 from ldistill.data.archive import BadSample, check_sample, hash_file, pread_all
-from ldistill.data.index import SAMPLES_NAME, Shard, ShardIndex
-from ldistill.data.store import Reading
+from ldistill.data.index import SAMPLES_NAME, ShardIndex
 
 
-@dataclass
-class VerifyReport:
-    """What was looked at and what is wrong, one sentence each."""
+def verify_shards(index: ShardIndex, workers: int = 0) -> Iterator[list[str]]:
+    """Sentences on what is wrong: with the folder, then with one shard after another.
 
-    sources: int = 0
-    shards: int = 0
-    samples: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def verify_shards(
-    root: str | Path,
-    sources: Sequence[str] | None = None,
-    workers: int = 0,
-    advance: Callable[[Shard], None] = lambda shard: None,
-    reading: Reading | None = None,
-) -> VerifyReport:
-    """Re-hash every shard, check every sample's CRC-32, JSON and pictures.
-
-    Raises as `ShardIndex.load` does when there is no usable index; damage to shards is reported,
-    not raised, and so is a remote shard that cannot be read.
+    Every shard is hashed again, of every sample CRC-32, JSON and pictures are checked.
     """
-    index = ShardIndex.load(root, sources, reading)
-    report = VerifyReport(len(index.sources), len(index.shards), len(index))
-    report.problems += _damaged_tables(index) + _strays(index)
-    with ExitStack() as stack:
-        check = map
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(workers, mp_context=context)
-            check = stack.enter_context(pool).map
-        checked = check(partial(_check_shard, index), range(len(index.shards)))
-        for shard, problems in zip(index.shards, checked, strict=True):
-            report.problems += problems
-            advance(shard)
-    return report
-
-
-def verify(
-    folder: str, sources: Sequence[str] | None, workers: int, reading: Reading
-) -> VerifyReport:
-    """Check every shard under a progress bar."""
-    size = sum(shard.bytes for shard in ShardIndex.load(folder, sources, reading).shards)
-    with Progress() as bar:
-        task = bar.add_task("verify", total=size)
-        told = lambda shard: bar.advance(task, shard.bytes)  # noqa: E731
-        return verify_shards(folder, sources, workers, told, reading)
-
-
-def _damaged_tables(index: ShardIndex) -> list[str]:
-    return [
-        f"{index.store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
+    store, listed = index.store, {shard.path for shard in index.shards}
+    damaged = [
+        f"{store.url(source, SAMPLES_NAME)} has another SHA-256 than in the index"
         for source, meta in index.meta.items()
-        if hash_file(index.store.table(source, meta)) != meta.get("samples_sha256")
+        if hash_file(store.table(source, meta)) != meta.get("samples_sha256")
     ]
-
-
-def _strays(index: ShardIndex) -> list[str]:
-    listed = {shard.path for shard in index.shards}
-    found = [path for source in index.sources for path in index.store.tars(source)]
-    return [f"{path} is not in the index" for path in sorted(found) if path not in listed]
+    tars = sorted(path for source in index.sources for path in store.tars(source))
+    yield damaged + [f"{path} is not in the index" for path in tars if path not in listed]
+    spawn = get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else nullcontext()
+    with pool as running:
+        check = running.map if running else map
+        yield from check(partial(_check_shard, index), range(len(index.shards)))
 
 
 def _check_shard(index: ShardIndex, number: int) -> list[str]:
@@ -120,4 +70,3 @@ def _check_sample(index: ShardIndex, sample: int, descriptor: int) -> str | None
         return str(error)
     except BadImage as error:
         return f"sample {key} in {shard.path}: {error}"
-    return None

@@ -1,20 +1,15 @@
-"""A study as commands to type, or as SLURM jobs to submit.
-
-Every arm trains from the same student, each student is evaluated, and one comparison follows. What
-is printed is what would be submitted.
-"""
+"""A study as commands to type, or as SLURM jobs to submit: what is printed would be submitted."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from ldistill.common.errors import refuse
 from ldistill.common.run_files import STUDENT
 from ldistill.tools.study.files import Arm, Run, Study
 
@@ -28,55 +23,41 @@ class ClusterStudy:
     arms: Sequence[Arm]
     overrides: Sequence[str] = ()
     deepspeed: str = "ds_configs/zero2.json"
-    slurm: Path = Path("slurm")
-    """Folder of the job scripts, for `submit`."""
+    slurm: Path = Path("slurm")  # folder of the job scripts, for `submit`
 
 
-class _Student(NamedTuple):
-    """What is evaluated: the start, or what a run leaves."""
-
-    name: str
-    student: str
-    evaluation: Path
-    run: Path | None = None
-    flags: Sequence[str] = ()  # of train.py
+# What is evaluated: the start, or what a run leaves; flags are of its train.py.
+_Student = namedtuple("_Student", "name student evaluation run flags", defaults=("", ()))
 
 
 def _students(of: ClusterStudy) -> list[_Student]:
-    """The start and every run's student.
-
-    Raises ValueError: an arm made of another's, or whose budget must be measured; no shards.
-    """
-    found = [_Student(of.study.start, of.study.shared["student"], of.out / of.study.start)]
+    """The start and every run's student. Raises ValueError: an arm that no job can train."""
+    start = of.study.start
+    found = [_Student(start, of.study.shared["student"], f"{of.out / start}")]
     for arm in of.arms:
-        cases = {
-            f"arm {arm.name!r} needs what other runs gave: `launch: here` runs it.": (
-                arm.of or arm.budget.keys() - {"steps"}
-            ),
-            f"arm {arm.name!r} has no shards: give --shards.": (
-                "--shards" not in (*arm.flags(of.study.recipe, {}), *of.overrides)
-            ),
-        }
-        refuse(cases)
+        if arm.of or arm.budget.keys() - {"steps"}:
+            needs = f"arm {arm.name!r} needs what other runs gave"
+            raise ValueError(f"{needs}: `launch: here` runs it.")
         steps = [f"--max_steps={count}" for count in arm.budget.values()]
         for setting in arm.settings:
-            name = Run(arm, setting, 1).name
             flags = [*arm.flags(of.study.recipe, setting), *steps, *of.overrides]
-            run = of.out / name
-            found.append(_Student(name, str(run / STUDENT), run / "eval", run, flags))
+            if "--shards" not in flags:
+                raise ValueError(f"arm {arm.name!r} has no shards: give --shards.")
+            run = of.out / Run(arm, setting, 1).name
+            found.append(_Student(run.name, f"{run / STUDENT}", f"{run / 'eval'}", f"{run}", flags))
     return found
 
 
 def commands(of: ClusterStudy) -> Iterator[str]:
     """One line of shell after another, in the order in which to run them. Raises ValueError."""
-    students, study = _students(of), of.study
-    suite = ["--suite", study.suite] if study.suite else []
+    students = _students(of)
+    suite = ["--suite", of.study.suite] if of.study.suite else []
     for one in students:
         if one.run:
             train = ["deepspeed", "ldistill/train.py", "--deepspeed", of.deepspeed, *one.flags]
-            yield shlex.join([*train, "--output_dir", str(one.run)])
-        words = ["ldistill", "eval", "--student", one.student, *suite]
-        yield shlex.join([*words, "--out", str(one.evaluation), *_own_tasks(study)])
+            yield shlex.join([*train, "--output_dir", one.run])
+        words = ["ldistill", "eval", "--student", one.student, *suite, "--out", one.evaluation]
+        yield shlex.join([*words, *_own_tasks(of.study)])
     yield _compare(of, students)
 
 
@@ -94,39 +75,35 @@ def _compare(of: ClusterStudy, students: Sequence[_Student]) -> str:
 def submit(of: ClusterStudy) -> Iterator[str]:
     """Submit what `commands` prints, as jobs that wait for one another; gives a line on each.
 
-    Each arm is evaluated once its training is done; the comparison runs when all of that is over,
-    with the arms that got there. Raises FileNotFoundError without `sbatch` or job scripts here,
-    ValueError where SLURM refuses a job, or an arm cannot be one.
+    Raises FileNotFoundError without `sbatch` or job scripts here, ValueError where SLURM refuses a
+    job, or an arm cannot be one.
     """
     students, evaluated = _students(of), []
     for one in students:
         waits, purpose = [], f"evaluation of {one.name}"
         if one.run:
             _, recipe, *flags = one.flags
-            environment = {"RECIPE": recipe, "OUTPUT_DIR": str(one.run)}
-            if "--shards" in flags:
-                place = flags.index("--shards")
-                environment["SHARDS"] = flags[place + 1]
-                del flags[place : place + 2]
-            script = [str(of.slurm / "selective.sh"), "--deepspeed", of.deepspeed, *flags]
-            trained = _sbatch(of, script, environment)
+            place = flags.index("--shards")
+            _, shards = flags[place : place + 2]
+            del flags[place : place + 2]
+            script = [f"{of.slurm}/selective.sh", "--deepspeed", of.deepspeed, *flags]
+            trained = _sbatch(of, script, RECIPE=recipe, OUTPUT_DIR=one.run, SHARDS=shards)
             yield f"submitted  {trained}  training of {one.name}"
             waits = [f"--dependency=afterok:{trained}", "--kill-on-invalid-dep=yes"]
             purpose += f", after {trained}"
-        environment = {"STUDENT": one.student, "SUITE": of.study.suite or ""}
-        environment["EVAL_DIR"] = str(one.evaluation)
-        script = [str(of.slurm / "eval.sh"), *_own_tasks(of.study)]
-        evaluated.append(_sbatch(of, [*waits, *script], environment))
+        script = [*waits, f"{of.slurm}/eval.sh", *_own_tasks(of.study)]
+        settings = {"STUDENT": one.student, "SUITE": of.study.suite or ""}
+        evaluated.append(_sbatch(of, script, **settings, EVAL_DIR=one.evaluation))
         yield f"submitted  {evaluated[-1]}  {purpose}"
     # afterany: what failed is left out of the comparison, and named there.
     options = [f"--dependency=afterany:{':'.join(evaluated)}", "--job-name=compare", "--nodes=1"]
     options += ["--ntasks=1", f"--output={of.slurm}/logs/%x-%j.log"]
     script = f"source {of.slurm}/common.sh; on_one {_compare(of, students)}"
-    compared = _sbatch(of, [*options, "--wrap", shlex.join(["bash", "-c", script])], {})
+    compared = _sbatch(of, [*options, "--wrap", shlex.join(["bash", "-c", script])])
     yield f"submitted  {compared}  comparison, after {', '.join(evaluated)}"
 
 
-def _sbatch(of: ClusterStudy, arguments: list[str], environment: Mapping[str, str]) -> str:
+def _sbatch(of: ClusterStudy, arguments: list[str], **environment: str) -> str:
     """Number of a new job; its scripts find `environment` in theirs."""
     common = of.slurm / "common.sh"
     if not common.is_file():

@@ -1,18 +1,16 @@
 """A study file: which arms are compared, with which settings, seeds, budget and tasks.
 
-docs/study.md shows one, `study/*.yaml` of the package are others. Every combination of an arm's
-grid is a setting. All settings run with seed 1; the one that is best on the validation part runs
-with the other seeds, and is reported on the rest of the documents.
+docs/study.md shows one. Every combination of an arm's grid is a setting. All settings run with seed
+1; the one that is best on the validation part runs with the other seeds, and is what is reported.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ import yaml
 
 import ldistill.tiny.suite  # noqa: F401 - makes the suite `tiny` known
 from ldistill.common.errors import did_you_mean
-from ldistill.evaluation.suites import Row, suite
+from ldistill.evaluation.suites import suite
 from ldistill.recipe import load_recipe, parse, recipe_differences
 
 Grid = Mapping[str, Sequence[Any] | None]  # field → values
 BUDGETS = ("steps", "tokens", "flops")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class Command:
-    """An arm that another program makes of an arm's student; its words have {student}, {lm},
-    {seed}, {out} (where a student's folder shall be) and {FIELD}s of the arm's grid filled in."""
+    """An arm that another program makes of an arm's student."""
 
-    of: str  # the arm whose student it is, or the study's `start`
-    run: str
+    of: str  # as a merge's
+    run: str  # its words, with {student}, {lm}, {seed}, {out} and {FIELD}s of the grid to fill in
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,7 @@ class Arm:
     @property
     def of(self) -> str | None:
         """The arm whose student it is made of; None: it trains."""
-        made = self.merge or self.command
-        return made.of if made else None
+        return getattr(self.merge or self.command, "of", None)
 
     @property
     def settings(self) -> list[dict[str, Any]]:
@@ -88,17 +83,13 @@ class Arm:
     def flags(self, shared: str | None, setting: Mapping[str, Any]) -> list[str]:
         """What a setting differs in from the shared recipe (None: from its own), for train.py."""
         values = recipe_differences(self.recipe) if shared and self.recipe else {}
-        values = {**values, **self.fields, **setting}
-        recipe = ["--recipe", shared or self.recipe or "tiny"]
-        return [*recipe, *(part for k, v in values.items() for part in (f"--{k}", str(v)))]
+        flags = {"recipe": shared or self.recipe or "tiny", **values, **self.fields, **setting}
+        return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a study file says: docs/study.md.
-
-    ``fields``, ``budget`` and ``grid`` are of every arm that trains; an arm's own come over them.
-    """
+    """What a study file says: docs/study.md."""
 
     arms: tuple[Arm, ...]
     baseline: str  # the arm that the others are compared with
@@ -108,13 +99,14 @@ class Study:
     launch: str = "here"  # commands: it is printed, or submitted to SLURM, instead of run here
     recipe: str | None = None
     suite: str | None = None
-    tasks: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
+    tasks: Sequence[str] = ()
+    include: Sequence[str] = ()
     items_per_task: int | None = None
     measure: str = ""  # a command: {student} to {out}, a JSON of task → document → score
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)  # of the suite, or tasks
     axes: Sequence[str] = ()  # the groups along and up in the picture; default reading, language
     seeds: int = 3
+    # Of every arm that trains; its own come over them.
     fields: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, int | str] = field(default_factory=dict)
     grid: Grid = field(default_factory=dict)
@@ -132,10 +124,6 @@ class Study:
             raise ValueError(f"no variant {unknown[0]!r}; there are: {', '.join(known)}.")
         return [known[name] for name in names or known]
 
-    def in_group(self, row: Row, name: str) -> bool:
-        """Whether a row's score counts in a group of the report."""
-        return not {row.group, row.task}.isdisjoint(self.groups[name])
-
 
 def filled(command: str, **values: Any) -> list[str]:
     """Words of a command with values in it; KeyError for one that is not there."""
@@ -150,13 +138,14 @@ def load_study(name: str, **given: Any) -> Study:
     shipped = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
     path = shipped.get(name, Path(name))
     if not path.is_file():
-        known = ", ".join(shipped)
-        raise ValueError(f"no study {name!r}. Shipped: {known}; or give a YAML file's path.")
+        raise ValueError(f"no study {name!r}. Shipped: {', '.join(shipped)}; or give a YAML file.")
     try:
         study = _read(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for problem in _problems(study):
+            raise ValueError(problem)
     except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(f"study {name!r}: {error}") from error
-    study = dataclasses.replace(study, **{k: v for k, v in given.items() if v is not None})
+    study = replace(study, **{k: v for k, v in given.items() if v is not None})
     if study.items_per_task and not (study.suite and suite(study.suite).make_tasks):
         raise ValueError(f"study {name!r} has no suite that makes items: its tasks have theirs.")
     return study
@@ -165,39 +154,34 @@ def load_study(name: str, **given: Any) -> Study:
 def _read(values: Any) -> Study:
     made = _known(values, Study, "the file")
     arms = []
-    if not made.get("arms"):
-        raise ValueError("it names no arms")
-    for name, of in made["arms"].items():
+    for name, of in (made.get("arms") or {}).items():
         of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
         for kind, cls in (("merge", Merge), ("command", Command)):
             if kind in of:
                 of[kind] = cls(**_known(of[kind], cls, f"arm {name!r}, {kind}"))
         if not {"merge", "command"} & of.keys():
-            for shared in ("fields", "grid"):
-                of[shared] = {**made.get(shared, {}), **of.get(shared, {})}
+            of |= {part: made.get(part, {}) | of.get(part, {}) for part in ("fields", "grid")}
         arms.append(Arm(name, **of))
-    for name in ("tasks", "include"):
-        made[name] = tuple(made.get(name, ()))
-    study = Study(**(made | {"arms": tuple(arms)}))
-    if problem := next(_problems(study), None):
-        raise ValueError(problem)
-    return study
+    return Study(**(made | {"arms": tuple(arms)}))
 
 
 def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
     """A mapping whose keys are fields of `cls`."""
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a mapping of fields to values.")
-    fields = [f.name for f in dataclasses.fields(cls) if f.name != "name"]
-    if unknown := [key for key in values if key not in fields]:
-        hint, known = did_you_mean(str(unknown[0]), fields), ", ".join(fields)
-        raise ValueError(f"unknown field {unknown[0]!r} in {where}.{hint} There are: {known}.")
-    return dict(values)
+    names = [f.name for f in fields(cls) if f.name != "name"]
+    for key in values:
+        if key not in names:
+            hint, known = did_you_mean(str(key), names), ", ".join(names)
+            raise ValueError(f"unknown field {key!r} in {where}.{hint} There are: {known}.")
+    return values
 
 
 def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
+    if not names:
+        yield "it names no arms."
     if study.launch not in ("here", "commands"):
         yield f"launch must be one of here, commands, got {study.launch!r}."
     for role in ("baseline", "main"):
@@ -225,13 +209,14 @@ def _problems(study: Study) -> Iterator[str]:
                 yield f"the budget of arm {arm.name!r} names {amount!r}, which is no arm above it."
         for setting in arm.settings:
             if arm.merge:
-                dataclasses.replace(arm.merge, **setting)
+                replace(arm.merge, **setting)
             elif arm.command:
                 known = ("student", "lm", "seed", "out", *setting)
                 yield from _unfilled(f"the command of arm {arm.name!r}", arm.command.run, known)
             else:
                 parse(arm.flags(study.recipe, setting))
-            if not _NAME.fullmatch(run := Run(arm, setting, 1).name):
+            run = Run(arm, setting, 1).name
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", run):
                 yield f"settings name folders, which cannot be called {run!r}."
 
 

@@ -1,12 +1,10 @@
 """On-policy distillation on text, by TRL: the LM corrects what a student's decoder says itself.
 
-    python -m ldistill.tools.study.on_policy --student runs/labels/student \
-        --lm HuggingFaceTB/SmolLM2-360M-Instruct --prompts chats.jsonl --out repaired/
-
 The decoder is exported as a plain LM, TRL's trainer lets it answer the prompts and pulls the
 distribution of its answers towards the LM's (reverse KL), and the result is put back into the
 student as `ldistill merge --weight 1` does. Needs `pip install 'ldistill[trl]'`. A line of the
-prompts is {"prompt": "..."}; without a file they are questions of the tiny world.
+prompts is {"prompt": "..."}; without a file they are questions of the tiny world. An answer has
+--length tokens at most.
 """
 
 from __future__ import annotations
@@ -27,17 +25,17 @@ from ldistill.training.export import export_decoder
 
 
 def main() -> None:
-    """Read the flags, train, put the decoder back."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     for flag in ("student", "lm", "out"):
         parser.add_argument(f"--{flag}", required=True)
     parser.add_argument("--prompts")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=32, help="most tokens of an answer")
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=1)
+    for flag, usual in {"steps": 100, "batch": 16, "length": 32, "rate": 1e-4, "seed": 1}.items():
+        parser.add_argument(f"--{flag}", type=type(usual), default=usual)
     asked = parser.parse_args()
+    if asked.prompts:
+        texts = load_dataset("json", data_files=asked.prompts, split="train")["prompt"]
+    else:
+        texts = [turn.user for chat in replayed(World(), 4000) for turn in chat.turns]
     with tempfile.TemporaryDirectory() as made:
         decoder, trained = Path(made) / "decoder", Path(made) / "trained"
         export_decoder(resolve(asked.student), decoder)
@@ -61,24 +59,13 @@ def main() -> None:
             save_strategy="no",
             logging_steps=10,
         )
-        trainer = DistillationTrainer(
-            model=model,
-            teacher_model=teacher,
-            args=settings,
-            train_dataset=_prompts(asked.prompts),
-            processing_class=AutoTokenizer.from_pretrained(decoder),
-        )
-        trainer.train()
+        tokenizer = AutoTokenizer.from_pretrained(decoder)
+        models = {"model": model, "teacher_model": teacher, "processing_class": tokenizer}
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        data = Dataset.from_dict({"prompt": chats})
+        DistillationTrainer(**models, args=settings, train_dataset=data).train()
         model.save_pretrained(trained)
         merge(asked.student, str(trained), {"1": Path(asked.out)})
-
-
-def _prompts(path: str | None) -> Dataset:
-    if path is not None:
-        texts = load_dataset("json", data_files=path, split="train")["prompt"]
-    else:
-        texts = [turn.user for chat in replayed(World(), 4000) for turn in chat.turns]
-    return Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
 
 
 if __name__ == "__main__":

@@ -9,23 +9,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
+from ldistill.evaluation.compare import tables
 from ldistill.evaluation.compare.report import p_value
-from ldistill.evaluation.compare.tables import (
-    ScoreTable,
-    markdown_table,
-    recovery_markdown,
-    score_table,
-)
 from ldistill.evaluation.suites import rows
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
@@ -35,6 +29,7 @@ RESULTS, REPORT = "results.json", "report.md"
 TRADE_OFF, CURVES = "language_vs_reading.png", "loss_curves.png"
 SMOOTHING = 5  # logged points per point of a curve
 Results = Mapping[str, Mapping[str, Any]]
+ByArm = Mapping[str, Sequence[Scores]]
 
 
 def write_report(place: Workplace, problems: Sequence[str], out: Path, command: str) -> list[Path]:
@@ -49,9 +44,8 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
         best = place.chosen(arm)
         if runs := [run for run in finished if replace(run, seed=1) == best]:
             chosen[arm.name] = runs
-    scores = {name: [place.scores(run) for run in runs] for name, runs in chosen.items()}
-    if place.start_scores.rows:
-        scores = {study.start: [place.start_scores], **scores}
+    scores = {study.start: [place.scores()]} if place.scores().rows else {}
+    scores |= {name: [place.scores(run) for run in runs] for name, runs in chosen.items()}
     if not scores:
         raise ValueError(f"nothing was evaluated. {' '.join(problems[:1])}")
     results = {name: summary(study, of) for name, of in scores.items()}
@@ -72,74 +66,53 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
     metrics = {name: place.folder(runs[0]) / METRICS for name, runs in chosen.items()}
     if plot_curves(metrics, out / CURVES):
         drawn[CURVES] = "Cross-entropy and KL over training"
-    text = markdown(study, scores, results, command, problems, drawn)
+    parts = [f"# {study.title}", f"`{command}`", *_parts(study, scores, results, drawn)]
+    if problems:
+        parts += ["## What is missing", "\n".join(f"- {problem}" for problem in problems)]
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
     (out / REPORT).write_text(text, encoding="utf-8")
     return [out / name for name in (REPORT, RESULTS, *drawn)]
 
 
-def markdown(
-    study: Study,
-    scores: Mapping[str, Sequence[Scores]],
-    results: Results,
-    command: str,
-    problems: Sequence[str],
-    pictures: Mapping[str, str],
-) -> str:
-    """The report as one page."""
-    table = _table(study, scores)
+def _parts(study: Study, scores: ByArm, results: Results, drawn: dict[str, str]) -> Iterator[str]:
+    found = [row for of in scores.values() for run in of for row in run.rows]
+    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
+    values = {}
+    for name, of in scores.items():
+        values[name] = {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
+    baseline, start = (name if name in scores else None for name in (study.baseline, study.start))
+    table = tables.score_table(values, listed, baseline=baseline, original=start)
     counts = sorted({len(of) for name, of in scores.items() if name != study.start}) or [1]
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     part = f", of which {study.validation:.0%} chose the settings" if study.validation else ""
-    parts = [
-        f"# {study.title}",
-        f"`{command}`\n\nSeeds: {seeds}. Scores on held-out items{part}; changes are against "
-        f"`{study.baseline}`, `{study.start}` is the student before training.",
-        table.markdown(),
-    ]
-    if table.baseline and table.original:
-        parts += ["## Share of the loss recovered", recovery_markdown(table)]
-        parts += ["## In short", _verdict(study, results)]
-    parts += [f"![{caption}]({file})" for file, caption in pictures.items()]
+    told = f"Scores on held-out items{part}; changes are against `{study.baseline}`"
+    yield f"Seeds: {seeds}. {told}, `{study.start}` is the student before training."
+    yield table.markdown()
+    if baseline and start:
+        yield from ("## Share of the loss recovered", tables.recovery_markdown(table))
+        yield from ("## In short", _verdict(study, results))
+    yield from (f"![{caption}]({file})" for file, caption in drawn.items())
     if trained := {name: of for name, of in results.items() if "cost" in of}:
-        parts += ["## Settings and cost", _costs(trained)]
+        yield from ("## Settings and cost", _costs(trained))
     if tests := paired_tests(study, scores):
         head = ["arm", "group", "documents", "difference", "won", "lost", "p", "p (Holm)"]
         lines = []
         for name, group, pair, corrected in tests:
             counts = [f"{pair.samples:,}", f"{pair.difference:+.3f}", pair.won, pair.lost]
             lines.append([name, group, *counts, p_value(pair.p), p_value(corrected)])
-        parts += [
-            "## Document by document",
-            f"Against `{study.baseline}`; a document's score is "
-            "its mean over seeds. p is the exact sign test on won and lost; Holm's "
-            f"correction is over these {len(lines)} tests.",
-            markdown_table(head, lines, 2),
-        ]
-    if problems:
-        parts += ["## What is missing", "\n".join(f"- {problem}" for problem in problems)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+        yield "## Document by document"
+        yield (
+            f"Against `{study.baseline}`; a document's score is its mean over seeds. p is the "
+            f"exact sign test on won and lost; Holm's correction is over these {len(lines)} tests."
+        )
+        yield tables.markdown_table(head, lines, 2)
 
 
-def _table(study: Study, scores: Mapping[str, Sequence[Scores]]) -> ScoreTable:
-    found = [row for of in scores.values() for run in of for row in run.rows]
-    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
-    values = {
-        name: {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
-        for name, of in scores.items()
-    }
-    roles = {"baseline": study.baseline, "original": study.start}
-    known = {role: name for role, name in roles.items() if name in scores}
-    return score_table(values, listed, **known)
-
-
-def _axes(study: Study) -> tuple[str, str]:
+def _axes(study: Study) -> Sequence[str]:
     """Groups along and up: what is read, and what of language is left."""
-    if study.axes:
-        return tuple(study.axes)
-    if {"reading", "language"} <= study.groups.keys():
-        return "reading", "language"
-    names = [*study.groups, *study.groups][:2] or ["", ""]
-    return names[1], names[0]
+    usual = ("reading", "language")
+    first, second, *_ = *study.groups, *study.groups, "", ""
+    return study.axes or (usual if study.groups.keys() >= set(usual) else (second, first))
 
 
 def _point(study: Study, of_arm: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -173,24 +146,16 @@ def _costs(results: Results) -> str:
     for name, of in results.items():
         setting = ", ".join(f"{key} {value}" for key, value in of["setting"].items()) or "its own"
         steps, tokens, flops, seconds = of["cost"].values()
+        counts = [f"{count:,.0f}" for count in (steps, tokens)]
         told = f"{flops:.2e}" if flops or not steps else "not logged"
-        lines.append(
-            [name, setting, f"{steps:,.0f}", f"{tokens:,.0f}", told, f"{seconds / 60:.1f}"]
-        )
+        lines.append([name, setting, *counts, told, f"{seconds / 60:.1f}"])
     head = ["arm", "setting", "steps", "tokens", "FLOPs", "minutes"]
-    return markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
+    return tables.markdown_table(head, lines, 2) + "\nTraining of one seed; merging takes none.\n"
 
 
-def plot_trade_off(
-    study: Study,
-    results: Results,
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    target: Path,
-) -> bool:
-    """A point per arm with its deviation, the curve of its settings, and the Pareto front.
-
-    Without points there is no file, and False.
-    """
+def plot_trade_off(study: Study, results: Results, curves: Mapping[str, Any], target: Path) -> bool:
+    """A point per arm with its deviation, the curve of its settings, and the Pareto front; without
+    points there is no file, and False."""
     along, up = _axes(study)
     points = {name: of for name, of in results.items() if _point(study, of)}
     if not points:
@@ -212,7 +177,7 @@ def plot_trade_off(
             front, highest = [*front, (x, y)], y
     axis.plot(*zip(*front), color="black", linewidth=0.8, linestyle=":", zorder=0)
     axis.grid(alpha=0.3)
-    _save(figure, axis, target)
+    _save(figure, target)
     return True
 
 
@@ -233,11 +198,10 @@ def plot_curves(metrics: Mapping[str, Path], target: Path) -> bool:
             axis.plot(steps, smooth, label=name, linewidth=1.3)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    _save(figure, axis, target)
+    _save(figure, target)
     return True
 
 
-def _save(figure: Figure, axis: Axes, target: Path) -> None:
-    """With the names of its lines beside its last part."""
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+def _save(figure: Figure, target: Path) -> None:
+    figure.axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, dpi=150, bbox_inches="tight")

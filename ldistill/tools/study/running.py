@@ -1,8 +1,7 @@
 """Train or merge, and evaluate, whatever of a study is not there yet.
 
 Each arm is a run of ``train.py`` started as a user would start it, or a merge; each student goes
-through lmms-eval. What is finished is kept: the same command goes on where it stopped. What fails
-is named, and the rest goes on.
+through lmms-eval. What is finished is kept; what fails is named, and the rest goes on.
 
     OUT/adapted/eval/                    the student before training
     OUT/seed-1/lingudistill/             a run folder; eval/ inside holds lmms-eval's results
@@ -24,8 +23,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ldistill.checkpoint.logs import read_metrics
-from ldistill.common import run_files
 from ldistill.common.locate import resolve
+from ldistill.common.run_files import METRICS, STUDENT
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
 from ldistill.evaluation.suites import SUITES
@@ -39,12 +38,11 @@ PROBE_STEPS = 2
 
 @dataclass(frozen=True)
 class Workplace:
-    """A study and the folder in which it is run."""
+    """A study and the folder in which it is run; without a run, what is asked is the start's."""
 
     study: Study
     out: Path
-    overrides: Sequence[str] = ()
-    """Further flags of ``train.py`` for every run."""
+    overrides: Sequence[str] = ()  # further flags of ``train.py`` for every run
 
     @cached_property
     def programs(self) -> Warm:
@@ -52,21 +50,23 @@ class Workplace:
         own = self.study.suite and SUITES[self.study.suite].make_tasks
         return Warm(offline=bool(own) and not self.study.tasks)
 
-    def folder(self, run: Run) -> Path:
-        return self.out / f"seed-{run.seed}" / run.name
+    def folder(self, run: Run | None = None) -> Path:
+        return self.out / (f"seed-{run.seed}/{run.name}" if run else self.study.start)
 
-    def scores(self, run: Run) -> Scores:
+    def student(self, run: Run | None = None) -> str:
+        return str(self.folder(run) / STUDENT) if run else self.study.shared["student"]
+
+    def scores(self, run: Run | None = None) -> Scores:
         """Of its evaluation, as far as there is one."""
         return read_scores(self.folder(run), self.study.validation)
-
-    @property
-    def start_scores(self) -> Scores:
-        return read_scores(self.out / self.study.start, self.study.validation)
 
     def chosen(self, arm: Arm) -> Run:
         """An arm's best setting on the validation part, by the runs of seed 1; the first of one."""
         runs = [Run(arm, setting, 1) for setting in arm.settings]
         return best_setting(self.study, [(run, self.scores(run)) for run in runs])
+
+    def named(self, arm: str, seed: int) -> Run:
+        return replace(self.chosen(*self.study.choose([arm])), seed=seed)
 
     def finished(self) -> Iterator[Run]:
         """Every run with scores, those of earlier commands too."""
@@ -87,22 +87,17 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
     first = [Run(arm, setting, 1) for arm in arms for setting in arm.settings]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), disable=not show) as progress:
-        total = 1 + len(first) + (study.seeds - 1) * len(arms)
-        bar = progress.add_task("", total=total)
+        bar = progress.add_task("", total=1 + len(first) + (study.seeds - 1) * len(arms))
 
         def do(run: Run | None) -> None:
-            """Make and evaluate a run's student; without one evaluate the start."""
-            label, folder = study.start, place.out / study.start
-            student = study.shared["student"]
+            label = f"{run.name}, seed {run.seed}" if run else study.start
             try:
                 if run:
-                    label, folder = f"{run.name}, seed {run.seed}", place.folder(run)
-                    student = str(folder / run_files.STUDENT)
                     what = "making" if run.arm.of else "training"
                     progress.update(bar, description=f"{label}: {what}")
                     _make(place, run)
                 progress.update(bar, description=f"{label}: evaluation")
-                _evaluate(place, student, folder)
+                _evaluate(place, run)
             except (ValueError, OSError) as error:
                 problems.append(f"{label}: {error}")
             progress.advance(bar)
@@ -117,52 +112,43 @@ def run_study(place: Workplace, arms: Sequence[Arm], show: bool = True) -> list[
 
 def _claim(place: Workplace) -> None:
     """The settings that all runs of a folder share; seeds and arms may be added later."""
-    recipe = load_recipe(place.study.recipe) if place.study.recipe else {}
-    settings = {
-        "overrides": list(place.overrides),
-        "items_per_task": place.study.items_per_task,
-        "recipe": {k: v for k, v in recipe.items() if v is not None},
-    }
-    path = place.out / "study.json"
+    study, path = place.study, place.out / "study.json"
+    recipe = load_recipe(study.recipe) if study.recipe else {}
+    settings = {"overrides": list(place.overrides), "items_per_task": study.items_per_task}
+    settings["recipe"] = {k: v for k, v in recipe.items() if v is not None}
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        raise ValueError(
-            f"{place.out} holds a study with other settings ({path}): choose another --out."
-        )
+        other = f"{place.out} holds a study with other settings ({path})"
+        raise ValueError(f"{other}: choose another --out.")
     place.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _make(place: Workplace, run: Run) -> None:
     """The student of a run, unless it is there."""
-    folder, study = place.folder(run), place.study
-    asked = replace(run.arm.merge, **run.setting) if run.arm.merge else run.arm.command
-    source = None  # of what is made of another arm's student
-    if asked and asked.of != study.start:
-        source = replace(place.chosen(*study.choose([asked.of])), seed=run.seed)
-    if asked is None:
-        made_by = shlex.join(run.arm.flags(study.recipe, run.setting))
-    else:
+    folder, study, arm, source = place.folder(run), place.study, run.arm, None
+    asked = replace(arm.merge, **run.setting) if arm.merge else arm.command
+    if asked:
+        source = place.named(asked.of, run.seed) if asked.of != study.start else None
         made_by = f"{asked} of {source.name if source else study.start}"
+    else:
+        made_by = shlex.join(arm.flags(study.recipe, run.setting))
     note = folder.with_name(f"{folder.name}.arm")
-    if (folder / run_files.STUDENT / "config.json").is_file():
+    if (folder / STUDENT / "config.json").is_file():
         if note.is_file() and note.read_text(encoding="utf-8") != made_by:
             raise ValueError(f"it was made otherwise: remove {folder}, or call the arm otherwise.")
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if asked is None:
-        _train(place, run, folder, _budget_flags(place, run))
+    student, lm, out = place.student(source), study.shared["teacher"], folder / STUDENT
+    if arm.command:
+        pair = {"student": student, "lm": lm}
+        words = filled(asked.run, **pair, seed=run.seed, out=out, **run.setting)
+        _run(place, folder, words[0], words)
+    elif asked:
+        words = ["merge", "--student", student, "--lm", lm, "--weight", asked.weight]
+        words += ["--layers", asked.layers] if asked.layers else []
+        _run(place, folder, "merging", [*words, "--out", out], "ldistill.cli")
     else:
-        student, out = study.shared["student"], folder / run_files.STUDENT
-        if source:
-            student = str(place.folder(source) / run_files.STUDENT)
-        pair = {"student": student, "lm": study.shared["teacher"]}
-        if run.arm.command:
-            words = filled(asked.run, **pair, seed=run.seed, out=out, **run.setting)
-            _run(place, folder, words[0], words)
-        else:
-            words = ["merge", "--student", student, "--lm", pair["lm"], "--weight", asked.weight]
-            words += ["--layers", asked.layers] if asked.layers else []
-            _run(place, folder, "merging", [*words, "--out", out], "ldistill.cli")
+        _train(place, run, folder, _budget_flags(place, run))
     note.write_text(made_by, encoding="utf-8")
 
 
@@ -173,27 +159,22 @@ def _train(place: Workplace, run: Run, folder: Path, extra: Sequence[str]) -> No
     _run(place, folder, "training", words, "ldistill.train")
 
 
-def _run(
-    place: Workplace, folder: Path, what: str, words: Sequence[object], module: str | None = None
-) -> None:
+def _run(place: Workplace, folder: Path, what: str, words: Sequence[object], module="") -> None:
     """Run a command, or a module with these words; ValueError, with what it said, if it fails."""
     log = folder.with_name(f"{folder.name}.train.log")
     programs = place.programs
     if status := programs.run(module, words, log) if module else programs.call(words, log):
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [f" ({line.removeprefix('error: ')})" for line in said if "error: " in line[:7]]
-        raise ValueError(
-            f"{what} ended with status {status}{''.join(errors[-1:])}; its output is "
-            f"in {log}. The same command tries it again."
-        )
+        ended = f"{what} ended with status {status}{''.join(errors[-1:])}"
+        raise ValueError(f"{ended}; its output is in {log}. The same command tries it again.")
 
 
 def _budget_flags(place: Workplace, run: Run) -> list[str]:
     """`--max_steps` of a budget; how much a step takes is measured on the first two."""
     for unit, amount in run.arm.budget.items():
         if isinstance(amount, str):
-            like = place.folder(replace(place.chosen(*place.study.choose([amount])), seed=run.seed))
-            amount = cost(like)[unit]
+            amount = cost(place.folder(place.named(amount, run.seed)))[unit]
         if unit != "steps":
             probe = place.folder(run).with_name(f"{run.name}.probe")
             flags = ["--max_steps", str(PROBE_STEPS), "--logging_steps", "1"]
@@ -207,27 +188,24 @@ def _budget_flags(place: Workplace, run: Run) -> list[str]:
 
 def cost(folder: Path) -> dict[str, float]:
     """Steps, tokens, FLOPs and seconds that the training in a folder took; 0 without one."""
-    records = read_metrics(folder / run_files.METRICS)
-    return {
-        "steps": records[-1]["step"] if records else 0,
-        "tokens": sum(r["tokens"] for r in records),
-        "flops": sum(r.get("flops", 0.0) for r in records),
-        "seconds": sum(r["tokens"] / r["tokens_per_second"] for r in records),
-    }
+    records = read_metrics(folder / METRICS)
+    found = {unit: sum(r.get(unit, 0) for r in records) for unit in ("tokens", "flops")}
+    found["seconds"] = sum(r["tokens"] / r["tokens_per_second"] for r in records)
+    return {"steps": records[-1]["step"] if records else 0, **found}
 
 
-def _evaluate(place: Workplace, student: str, folder: Path) -> None:
-    def run(asked: Evaluation, config: Path) -> int:
+def _evaluate(place: Workplace, run: Run | None) -> None:
+    def start(asked: Evaluation, config: Path) -> int:
         words = ("--config", config, "--verbosity", "DEBUG")
         return place.programs.run("lmms_eval", words, asked.out / LOG)
 
-    study, out = place.study, folder / "eval"
-    record = read_evaluation(out)
+    study, student, folder = place.study, place.student(run), place.folder(run)
+    record = read_evaluation(folder / "eval")
     if record is None or not record["complete"]:
-        include = tuple(Path(path) for path in study.include)
-        options = {"include_paths": include, "items_per_task": study.items_per_task}
-        asked = Evaluation(student, out, study.suite, study.tasks, **options)
-        evaluate(asked, run=None if torch.cuda.device_count() > 1 else run)
+        options = {"include_paths": tuple(map(Path, study.include))}
+        options |= {"tasks": study.tasks, "items_per_task": study.items_per_task}
+        asked = Evaluation(student, folder / "eval", study.suite, **options)
+        evaluate(asked, run=None if torch.cuda.device_count() > 1 else start)
     measured, log = folder / MEASURED, folder / "measure.log"
     if study.measure and not measured.is_file():
         part = measured.with_suffix(".part")

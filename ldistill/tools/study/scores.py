@@ -14,29 +14,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ldistill.evaluation.compare.results import read_variants
-from ldistill.evaluation.compare.samples import Paired, paired, sample_score
+from ldistill.evaluation.compare.samples import paired, sample_score
 from ldistill.evaluation.lmms_results import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
+from ldistill.tools.study.files import Run, Study
 
-if TYPE_CHECKING:
-    from ldistill.tools.study.files import Run, Study
-
-MEASURED = "measured.json"
-"""In a run's folder: what the study's own command scored."""
-WHOLE = -1
-"""The one document of a task whose score is no mean over its samples: it is in both parts."""
+Rows = dict[Row, dict[int, float]]
+MEASURED = "measured.json"  # in a run's folder: what the study's own command scored
+WHOLE = -1  # the one document of a task whose score is no mean over its samples: in both parts
 
 
 @dataclass(frozen=True)
 class Scores:
     """One evaluation: row → document → score, in two parts."""
 
-    rows: dict[Row, dict[int, float]]
-    """The reported part."""
-    validation: dict[Row, dict[int, float]]
+    rows: Rows  # the reported part
+    validation: Rows
 
     def of(self, row: Row) -> float:
         """The mean over the documents that are reported."""
@@ -48,20 +43,17 @@ def read_scores(folder: Path, validation: float) -> Scores:
 
     Raises ValueError: its ``eval.json`` is damaged.
     """
-    evaluation = folder / "eval"
-    record = read_evaluation(evaluation)
-    scores = Scores({}, {})
+    record, scores = read_evaluation(folder / "eval"), Scores({}, {})
     if record is None:
         return scores
-    results = read_variants([f"run={evaluation}"])[0].tasks if record.get("results") else {}
+    results = read_variants([f"run={folder / 'eval'}"])[0].tasks if record.get("results") else {}
     known, found = {row.id: row for row in ROWS}, {}
     for name, entry in record["scores"].items():
         metric, _, filter_ = entry["metric"].partition(",")
         own = (name, entry["name"], entry["group"], metric, filter_, entry["top"])
         row = known.get(name) or Row(*own)
-        result = results.get(row.task)
-        samples = result.samples(row.filter).items() if result else ()
-        scored = {number: sample_score(sample, row) for number, sample in samples}
+        samples = results[row.task].samples(row.filter) if row.task in results else {}
+        scored = {number: sample_score(sample, row) for number, sample in samples.items()}
         whole = not scored or None in scored.values()
         if whole or not math.isclose(statistics.fmean(scored.values()), entry["value"]):
             scored = {WHOLE: entry["value"]}
@@ -73,32 +65,33 @@ def read_scores(folder: Path, validation: float) -> Scores:
     for row, scored in found.items():
         for number, score in scored.items():
             chooses = zlib.crc32(f"{row.task}/{number}".encode()) % 1000 < 1000 * validation
-            if number == WHOLE or not chooses:
-                scores.rows.setdefault(row, {})[number] = score
-            if number == WHOLE or chooses:
-                scores.validation.setdefault(row, {})[number] = score
+            for part, here in ((scores.rows, not chooses), (scores.validation, chooses)):
+                if here or number == WHOLE:
+                    part.setdefault(row, {})[number] = score
     return scores
 
 
-def group_mean(study: Study, rows: Mapping[Row, Mapping[int, float]], group: str) -> float | None:
-    """Mean over a group's tasks, each on a scale of 0 to 1; None without any."""
-    means = [
-        statistics.fmean(documents.values()) / row.top
-        for row, documents in rows.items()
-        if study.in_group(row, group)
-    ]
-    return statistics.fmean(means) if means else None
+def _in_group(study: Study, rows: Rows, group: str) -> Rows:
+    """Rows whose score counts in a group of the report."""
+    names = set(study.groups[group])
+    return {row: documents for row, documents in rows.items() if names & {row.group, row.task}}
+
+
+def group_means(study: Study, rows: Rows) -> dict[str, float]:
+    """Means over the tasks of every group that has any, each task on a scale of 0 to 1."""
+    means = {}
+    for group in study.groups:
+        if found := _in_group(study, rows, group):
+            tasks = [statistics.fmean(of.values()) / row.top for row, of in found.items()]
+            means[group] = statistics.fmean(tasks)
+    return means
 
 
 def best_setting(study: Study, runs: Sequence[tuple[Run, Scores]]) -> Run:
     """The run with the highest mean over the groups on the validation part; ties: the first."""
-
-    def quality(scores: Scores) -> float:
-        means = [group_mean(study, scores.validation, group) for group in study.groups]
-        found = [mean for mean in means if mean is not None]
-        return statistics.fmean(found) if found else -math.inf
-
-    return max(runs, key=lambda run: quality(run[1]))[0]
+    means = [group_means(study, scores.validation).values() for _, scores in runs]
+    quality = [statistics.fmean(found) if found else -math.inf for found in means]
+    return runs[quality.index(max(quality))][0]
 
 
 def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float | int]]:
@@ -107,22 +100,16 @@ def summary(study: Study, runs: Sequence[Scores]) -> dict[str, dict[str, float |
     for scores in runs:
         for row in scores.rows:
             series[row.id].append(scores.of(row))
-        for group in study.groups:
-            if (mean := group_mean(study, scores.rows, group)) is not None:
-                series[group].append(mean)
-    return {
-        name: {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else 0.0,
-            "seeds": len(values),
-        }
-        for name, values in series.items()
-    }
+        for group, mean in group_means(study, scores.rows).items():
+            series[group].append(mean)
+    found = {}
+    for name, values in series.items():
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        found[name] = {"mean": statistics.fmean(values), "std": std, "seeds": len(values)}
+    return found
 
 
-def paired_tests(
-    study: Study, arms: Mapping[str, Sequence[Scores]]
-) -> list[tuple[str, str, Paired, float]]:
+def paired_tests(study: Study, arms: Mapping[str, Sequence[Scores]]) -> list[tuple]:
     """Arm, group, comparison with the baseline on its documents, and Holm's corrected p.
 
     A document's score is its mean over the seeds, so that it counts once.
@@ -142,11 +129,10 @@ def paired_tests(
 def _documents(study: Study, runs: Iterable[Scores], group: str) -> dict[tuple[str, int], float]:
     scores: dict[tuple[str, int], list[float]] = defaultdict(list)
     for run in runs:
-        for row, documents in run.rows.items():
-            if study.in_group(row, group):
-                for number, score in documents.items():
-                    if number != WHOLE:
-                        scores[row.id, number].append(score)
+        for row, documents in _in_group(study, run.rows, group).items():
+            for number, score in documents.items():
+                if number != WHOLE:
+                    scores[row.id, number].append(score)
     return {key: statistics.fmean(values) for key, values in scores.items()}
 
 

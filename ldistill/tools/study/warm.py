@@ -1,8 +1,5 @@
 """Programs that begin where their imports end: forked from a server that has them loaded.
 
-    programs = Warm()
-    status = programs.run("ldistill.train", ["--recipe", "tiny"], Path("train.log"))
-
 Loading PyTorch, transformers, DeepSpeed and lmms-eval takes as long as a small run of a study. With
 a GPU each program is a process of its own, for CUDA's state does not survive a fork.
 """
@@ -24,11 +21,7 @@ from ldistill.evaluation.lmms_run import clean_environment
 
 
 class Warm:
-    """Runs Python modules as programs, one after another.
-
-    Args:
-        offline: whether they may not fetch data sets or models.
-    """
+    """Runs programs, one after another; ``offline``: they may not fetch data sets or models."""
 
     def __init__(self, offline: bool = False) -> None:
         cuda = torch.cuda.is_available()
@@ -41,7 +34,10 @@ class Warm:
         arguments = [*map(str, words)]
         if self._forks is None:
             return self.call([sys.executable, "-m", module, *arguments], log)
-        self._serve()
+        # The server, if it does not run yet, has the environment that its children get.
+        with mock.patch.dict(os.environ, self._environment, clear=True):
+            self._forks.set_forkserver_preload([f"{__package__}.imports"])
+            forkserver.ensure_running()
         process = self._forks.Process(target=_program, args=(module, arguments, str(log)))
         process.start()
         try:
@@ -56,15 +52,9 @@ class Warm:
         with log.open("wb") as file:
             options = {"stdout": file, "stderr": subprocess.STDOUT, "env": self._environment}
             try:
-                return subprocess.run(command, check=False, **options).returncode
+                return subprocess.run(command, **options).returncode
             except OSError as error:
                 raise ValueError(f"{command[0]} cannot be started: {error}.") from error
-
-    def _serve(self) -> None:
-        """Start the server, if it does not run, in the environment that its children get."""
-        with mock.patch.dict(os.environ, self._environment, clear=True):
-            self._forks.set_forkserver_preload([f"{__package__}.imports"])
-            forkserver.ensure_running()
 
 
 def _program(module: str, arguments: list[str], log: str) -> None:

@@ -12,6 +12,8 @@ from helpers_data import make_processor, make_student, picture, table5_lengths, 
 from PIL import Image
 from typer.testing import CliRunner
 
+from ldistill import cli
+from ldistill.common.errors import exit_code
 from ldistill.common.samples import Turn
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
@@ -30,7 +32,11 @@ FEATURES = datasets.Features(
 
 
 def run(*arguments, code=0):
+    """What a command prints, with the sentence that `ldistill.cli.main` makes of a mistake."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if isinstance(error := result.exception, (ValueError, OSError)):
+        assert exit_code(error) == code
+        return f"{result.output}error: {error}"
     assert result.exit_code == code, result.output
     return result.output
 
@@ -150,6 +156,26 @@ def test_verify_fails_on_damage(llava, student, tmp_path):
     assert "error: no shards in" in run("verify", tmp_path / "receipts", code=2)
     assert "error: no shards" in run("stats", tmp_path / "gone", code=2)
     assert "error: " in run("merge", tmp_path / "gone", code=2)
+
+
+def test_a_mistake_and_an_interruption_are_sentences_with_their_codes(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli, "settle_environment", lambda: None)  # of this process
+    monkeypatch.setattr("sys.argv", ["ldistill", "shards", "merge", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: no slices in {tmp_path}")
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ldistill.tools.shards.commands.join_slices", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert "interrupted: run the same command again to go on" in capsys.readouterr().err
 
 
 def test_what_a_rating_leaves_out_is_said(student, tmp_path):

@@ -229,7 +229,8 @@ def test_what_is_submitted_is_what_is_printed(tmp_path, monkeypatch):
 
 def test_a_study_of_tasks_alone_is_submitted_with_them(tmp_path, monkeypatch):
     submitted = []
-    monkeypatch.setattr(cluster, "_sbatch", lambda _, *job: submitted.append(job) or "1")
+    job = lambda _, words, **environment: submitted.append((words, environment)) or "1"  # noqa: E731
+    monkeypatch.setattr(cluster, "_sbatch", job)
     tasks = {"suite": None, "tasks": ["a", "b"], "include": ["own"], "launch": "commands"}
     study = load_study(study_file(tmp_path, **tasks))
     jobs = cluster.ClusterStudy(
@@ -551,7 +552,7 @@ def test_a_study_measures_what_no_task_scores_and_goes_on_where_that_failed(tmp_
 
     monkeypatch.setattr(shortcut, "call", mine)
     assert run_study(place, study.arms, show=False) == []
-    assert "nearness" in {row.task for row in place.start_scores.rows}
+    assert "nearness" in {row.task for row in place.scores().rows}
     write_report(place, [], tmp_path, "")
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert results["labels"]["nearness"]["mean"] == -0.25

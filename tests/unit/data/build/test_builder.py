@@ -486,7 +486,7 @@ def test_room_is_asked_for_what_is_still_to_be_written(tmp_path, monkeypatch):
 def test_a_worker_that_dies_is_explained(tmp_path):
     doomed = replace(entry(rows()), convert=die)
     options = BuildOptions(shard_bytes=30_000, workers=2)
-    with pytest.raises(RuntimeError, match=r"worker of the build of vsr died.*with fewer workers"):
+    with pytest.raises(OSError, match=r"worker of the build of vsr died.*with fewer workers"):
         build([doomed], tmp_path, make_processor(), options)
 
 
