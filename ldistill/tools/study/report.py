@@ -165,9 +165,9 @@ def plot_trade_off(study: Study, results: Results, curves: Mapping[str, Any], ta
     for index, (name, of) in enumerate(points.items()):
         x, y, own = of[along], of[up], name == study.main
         how = {"color": f"C{index % 10}", "markersize": 12 if own else 7, "label": name}
-        how["marker"] = "D" if name == study.start else "*" if own else "o"
+        how["marker"] = "D" if name == study.start else "*" if own else "os^vP"[index // 10 % 5]
         if x["seeds"] > 1:
-            how |= {"xerr": x["std"], "yerr": y["std"], "capsize": 3}
+            how |= {"xerr": x["std"], "yerr": y["std"], "elinewidth": 0.7}
         axis.errorbar(x["mean"], y["mean"], linestyle="none", **how)
         if name in curves:
             axis.plot(*zip(*curves[name]), color=how["color"], marker=".", linewidth=1, alpha=0.7)
