@@ -29,23 +29,14 @@ _USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}
 
 
 @dataclass(frozen=True)
-class PairedRow:
-    """Won and lost of one variant on one row, or on one category of its samples."""
-
-    variant: str
-    row: Row
-    category: str | None
-    result: Paired
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All that was found; plain values, ready to be written."""
 
     variants: tuple[Variant, ...]
     table: ScoreTable
-    matches: tuple[Match, ...]
-    paired: tuple[PairedRow, ...]
+    matches: tuple[Match, ...]  # that have pairs
+    paired: tuple[tuple[str, Row, str | None, Paired], ...]
+    """Variant, row, category of its samples (None: all), won and lost."""
     ocrbench: Mapping[str, Mapping[str, ocrbench.Count]]  # variant → sub-task → count
     data: Mapping[str, TaskData]  # task → its documents, of the tasks that have pairs
     notes: tuple[str, ...]
@@ -64,7 +55,7 @@ def choose_rows(
     """
     found: dict[str, TaskResult] = {}
     for variant in variants:
-        found |= {task: own for task, own in variant.tasks.items() if task not in found}
+        found |= {**variant.tasks, **found}
     if suite is not None:
         chosen = rows(suite)
     else:
@@ -78,8 +69,7 @@ def choose_rows(
     if unknown or not any(row.task in found for row in chosen):
         what = f"any task of suite {suite}" if suite else "any of these tasks"
         what = f"task {', '.join(sorted(unknown))}" if unknown else what
-        there = ", ".join(found) or "nothing"
-        raise ValueError(f"no results for {what}; there are results for: {there}.")
+        raise ValueError(f"no results for {what}; there are results for: {', '.join(found)}.")
     return chosen
 
 
@@ -93,8 +83,9 @@ def choose_roles(
     """
     for role, name in (("baseline", baseline), ("original", original)):
         if name is not None and name not in names:
-            there = ", ".join(names)
-            raise ValueError(f"{role} {name!r} is none of the variants; there are: {there}.")
+            raise ValueError(
+                f"{role} {name!r} is none of the variants; there are: {', '.join(names)}."
+            )
     if baseline is None and BASELINE in names:
         baseline = BASELINE
     if original is None:
@@ -135,23 +126,25 @@ def compare(
             notes.append(
                 f"No original: give --original, or call one {usual}, for shares recovered."
             )
-    with_pairs = dict.fromkeys(m.row.task for m in matches if m.pairs)
+    matched = [m for m in matches if m.pairs]
+    with_pairs = dict.fromkeys(m.row.task for m in matched)
     data = {task: load_task_data(base.tasks[task], read=read_pictures) for task in with_pairs}
-    tests, without = _paired([m for m in matches if m.pairs], data)
+    tests, without = _paired(matched, data)
     scores: dict[str, dict[str, float | None]] = {v.name: {} for v in variants}
     remarks: dict[tuple[str, str], str] = {}
     for v in variants:
         for row in (row for row in chosen if row.task in v.tasks):
             scores[v.name][row.id] = row_score(v.tasks[row.task], row)
-            if text := "; ".join(_remarks(v.tasks[row.task], row)):
+            if text := _remarks(v.tasks[row.task], row):
                 remarks[v.name, row.id] = f"{text[0].upper()}{text[1:]}."
     table = score_table(scores, chosen, baseline=baseline, original=original, notes=remarks)
+    notes += without
     return Comparison(
-        tuple(variants), table, tuple(matches), tuple(tests), counts, data, (*notes, *without)
+        tuple(variants), table, tuple(matched), tuple(tests), counts, data, tuple(notes)
     )
 
 
-def _remarks(result: TaskResult, row: Row) -> list[str]:
+def _remarks(result: TaskResult, row: Row) -> str:
     """What the reader of a score must know, without capital and full stop."""
     said = []
     if row_score(result, row) is None:
@@ -163,9 +156,9 @@ def _remarks(result: TaskResult, row: Row) -> list[str]:
         logged = len(result.samples(row.filter))
         if logged < result.expected:
             said.append(f"partial: {logged:,} of {result.expected:,} samples are logged")
-    if ocrbench.limited_score(result) is not None:
+    if ocrbench.recounted(result) is not None:
         said.append("recomputed from the samples: lmms-eval divides by 1000 regardless")
-    return said
+    return "; ".join(said)
 
 
 def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str]:
@@ -209,30 +202,31 @@ def _ocrbench(
     row = next((row for row in chosen if row.task == ocrbench.TASK), None)
     for variant in variants if row else ():
         name, result = variant.name, variant.tasks.get(ocrbench.TASK)
-        if samples := result.samples(row.filter) if result else {}:
-            try:
-                counts[name] = ocrbench.count(samples.values())
-            except ValueError as error:
-                notes.append(f"{error} {name}'s sub-tasks are missing.")
-                continue
-            right, told = ocrbench.total(counts[name]).right, result.scores.get(row.key)
-            if not result.limited and told is not None and abs(told * 1000 - right) > 0.5:
-                notes.append(
-                    f"OCRBench: {name}'s samples add up to {right:g}, its results file says "
-                    f"{told * 1000:g}: are they of one evaluation?"
-                )
-        else:
-            what = "results" if result is None else "samples"
+        samples = result.samples(row.filter) if result else {}
+        if not samples:
+            what = "samples" if result else "results"
             notes.append(f"OCRBench: {name} has no {what}: its sub-tasks are missing.")
+            continue
+        try:
+            counts[name] = ocrbench.count(samples.values())
+        except ValueError as error:
+            notes.append(f"{error} {name}'s sub-tasks are missing.")
+            continue
+        right, told = ocrbench.total(counts[name]).right, result.scores.get(row.key)
+        if not result.limited and told is not None and abs(told * 1000 - right) > 0.5:
+            notes.append(
+                f"OCRBench: {name}'s samples add up to {right:g}, its results file says "
+                f"{told * 1000:g}: are they of one evaluation?"
+            )
     return counts, notes
 
 
 def _paired(
     matches: Iterable[Match], data: Mapping[str, TaskData]
-) -> tuple[list[PairedRow], list[str]]:
+) -> tuple[list[tuple[str, Row, str | None, Paired]], list[str]]:
     """Tests by row and category, and sentences on rows whose categories are not known."""
-    found: list[PairedRow] = []
-    without: dict[str, str] = {}
+    found = []
+    without: dict[str, None] = {}
     known: dict[tuple[str, int], tuple[str, ...]] = {}  # categories of (row, document)
     for m in matches:
         task, documents = m.row.task, data[m.row.task]
@@ -240,17 +234,17 @@ def _paired(
         for pair in m.pairs:
             key, sample = (m.row.id, pair.baseline.doc_id), pair.baseline
             if key not in known:
-                known[key] = sampled.sample_categories(sample, m.row)
-                if not known[key] and (document := documents.document(sample)) is not None:
-                    known[key] = sampled.document_categories(document, task)
+                known[key] = sampled.sample_categories(sample, m.row) or (
+                    sampled.document_categories(documents.document(sample) or {}, task)
+                )
             for name in known[key]:
                 categories.setdefault(name, []).append(pair)
         parts: list[tuple[str | None, Sequence[Pair]]] = [(None, m.pairs)]
         parts += sorted(categories.items()) if len(categories) > 1 else []
         for name, pairs in parts:
             test = paired([p.before for p in pairs], [p.after for p in pairs])
-            found.append(PairedRow(m.variant, m.row, name, test))
-        if not categories and (task in sampled.CATEGORY_COLUMNS or m.row.group == OTHER):
-            without[m.row.name] = documents.reason
-    missing = ((name, reason) for name, reason in without.items() if reason)
-    return found, [f"{name}: categories are missing: {reason}." for name, reason in missing]
+            found.append((m.variant, m.row, name, test))
+        expected = task in sampled.CATEGORY_COLUMNS or m.row.group == OTHER
+        if expected and not categories and documents.reason:
+            without[f"{m.row.name}: categories are missing: {documents.reason}."] = None
+    return found, list(without)

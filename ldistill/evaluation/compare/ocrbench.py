@@ -15,29 +15,22 @@ from ldistill.evaluation.compare.results import Sample, TaskResult
 from ldistill.evaluation.suites import Row
 
 TASK = "ocrbench"
-METRIC = "ocrbench_accuracy"
-
-SIZES: dict[str, int] = {
-    "Regular Text Recognition": 50,
-    "Irregular Text Recognition": 50,
-    "Artistic Text Recognition": 50,
-    "Handwriting Recognition": 50,
-    "Digit String Recognition": 50,
-    "Non-Semantic Text Recognition": 50,
-    "Handwritten Mathematical Expression Recognition": 100,
-    "Scene Text-centric VQA": 200,
-    "Key Information Extraction": 200,
-    "Doc-oriented VQA": 200,
-}
-"""lmms-eval's ``question_type`` → samples of it in the whole benchmark, in the order of Table 6."""
-
 GROUPS = {
-    "Text recognition": tuple(SIZES)[:3],
-    "Handwriting and non-semantic": tuple(SIZES)[3:7],
-    "Scene text VQA": tuple(SIZES)[7:8],
-    "Layout extraction": tuple(SIZES)[8:],
+    "Text recognition": (
+        "Regular Text Recognition",
+        "Irregular Text Recognition",
+        "Artistic Text Recognition",
+    ),
+    "Handwriting and non-semantic": (
+        "Handwriting Recognition",
+        "Digit String Recognition",
+        "Non-Semantic Text Recognition",
+        "Handwritten Mathematical Expression Recognition",
+    ),
+    "Scene text VQA": ("Scene Text-centric VQA",),
+    "Layout extraction": ("Key Information Extraction", "Doc-oriented VQA"),
 }
-"""Group → its sub-tasks."""
+"""Group → its sub-tasks, lmms-eval's ``question_type``, in the order of Table 6."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +47,11 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
     Raises:
         ValueError: a sample without OCRBench's score, or of an unknown sub-task.
     """
-    scores: dict[str, list[float]] = {kind: [] for kind in SIZES}
+    scores: dict[str, list[float]] = {kind: [] for kinds in GROUPS.values() for kind in kinds}
     for sample in samples:
-        logged = sample.metrics.get(METRIC)
+        logged = sample.metrics.get("ocrbench_accuracy")
         kind = logged.get("question_type") if isinstance(logged, Mapping) else None
-        if kind not in SIZES:
+        if kind not in scores:
             raise ValueError(f"OCRBench sample {sample.doc_id} has no known sub-task ({kind!r}).")
         scores[kind].append(logged["score"])
     return {kind: Count(sum(own), len(own)) for kind, own in scores.items() if own}
@@ -71,28 +64,27 @@ def grouped(counts: Mapping[str, Count]) -> dict[str, Count]:
 
 
 def total(counts: Mapping[str, Count]) -> Count:
-    """All sub-tasks together."""
     return Count(sum(c.right for c in counts.values()), sum(c.of for c in counts.values()))
 
 
-def limited_score(result: TaskResult) -> float | None:
+def recounted(result: TaskResult) -> float | None:
     """Share of right answers where a limit was set, of which lmms-eval makes thousandths.
 
     None for another task, the whole benchmark, or samples that cannot be counted.
     """
-    if result.task != TASK or not result.limited:
-        return None
-    try:
-        whole = total(count(result.samples().values()))
-    except ValueError:
-        return None
-    return whole.right / whole.of if whole.of else None
+    if result.task == TASK and result.limited:
+        try:
+            whole = total(count(result.samples().values()))
+        except ValueError:
+            return None
+        return whole.right / whole.of if whole.of else None
+    return None
 
 
 def row_score(result: TaskResult, row: Row) -> float | None:
     """The row's score, of a limited OCRBench recounted; None when it is not there or no number."""
-    recounted = limited_score(result)
-    return result.scores.get(row.key) if recounted is None else recounted
+    own = recounted(result)
+    return result.scores.get(row.key) if own is None else own
 
 
 def losses(

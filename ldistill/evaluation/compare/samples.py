@@ -7,10 +7,7 @@ Samples of two runs belong together when document number, prompt and expected an
 lmms-eval's own ``doc_hash`` differs between runs wherever a document holds a picture. A sample is
 *won* where the variant scores higher than the baseline, *lost* where it scores lower. For
 right/wrong scores the test on won and lost is McNemar's exact test; for graded scores (ANLS) the
-same arithmetic is the sign test. The interval of the mean difference is a percentile bootstrap over
-samples.
-
-    paired([1, 0, 0], [1, 1, 0]).won      # 1
+same arithmetic is the sign test.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -42,9 +40,8 @@ def sample_score(sample: Sample, row: Row) -> float | None:
     """Score of one sample under a row's metric; None where the logs hold none."""
     value = sample.metrics.get(row.metric)
     if isinstance(value, Mapping):
-        if "parsed_pred" in value:
-            return _mmmu(value)
-        value = value.get("score", value.get(row.metric))
+        told = value.get("score", value.get(row.metric))
+        value = _mmmu(value) if "parsed_pred" in value else told
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
@@ -52,7 +49,8 @@ def _mmmu(value: Mapping[str, Any]) -> float | None:
     """MMMU judges when it aggregates; choices are compared here, open answers by its own code."""
     gold, parsed = value["answer"], value["parsed_pred"]
     if value.get("question_type") == "multiple-choice":
-        return float(any(one in (gold if isinstance(gold, list) else [gold]) for one in parsed))
+        gold = gold if isinstance(gold, list) else [gold]
+        return float(any(one in gold for one in parsed))
     try:
         from lmms_eval.tasks.mmmu.utils import eval_open
     except ImportError:
@@ -86,8 +84,8 @@ class Pair:
     """One document as baseline and variant answered it, with their scores."""
 
     baseline: Sample
-    variant: Sample
     before: float
+    variant: Sample
     after: float
 
 
@@ -107,16 +105,13 @@ def match(row: Row, baseline: Variant, variant: Variant) -> Match:
     first, second = (_scored(v, row, gaps) for v in (baseline, variant))
     if not (first and second):
         return Match(row, variant.name, (), tuple(gaps))
-    sides = (baseline.name, first), (variant.name, second)
-    for (name, own), (than, other) in (sides, sides[::-1]):
-        if only := len(own.keys() - other.keys()):
-            gaps.append(f"{only:,} samples of {name} are not among {than}'s")
     both = sorted(first.keys() & second.keys())
-    pairs = [
-        Pair(a, b, before, after)
-        for (a, before), (b, after) in ((first[doc], second[doc]) for doc in both)
-        if (a.question, a.target) == (b.question, b.target)
-    ]
+    for own, name, than in ((first, baseline, variant), (second, variant, baseline)):
+        if only := len(own) - len(both):
+            gaps.append(f"{only:,} samples of {name.name} are not among {than.name}'s")
+    pairs = [Pair(*first[doc], *second[doc]) for doc in both]
+    asked = attrgetter("question", "target")
+    pairs = [p for p in pairs if asked(p.baseline) == asked(p.variant)]
     if different := len(both) - len(pairs):
         gaps.append(
             f"{different:,} samples have another prompt or expected answer in {variant.name} than "
@@ -164,34 +159,29 @@ class Paired:
 
     samples: int
     baseline: float  # mean score
-    variant: float
-    won: int
-    lost: int
+    score: float  # of the variant
+    difference: float
     low: float  # end of the 95% interval of `difference`
     high: float
+    won: int
+    lost: int
     p: float  # two-sided, of won against lost
-
-    @property
-    def difference(self) -> float:
-        return self.variant - self.baseline
 
 
 def paired(baseline: Sequence[float], variant: Sequence[float]) -> Paired:
     """Compare two score vectors [samples], at least one, whose entries are of the same samples."""
     first, second = np.asarray(baseline, float), np.asarray(variant, float)
-    difference = second - first
-    won, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    means = float(first.mean()), float(second.mean())
-    interval = bootstrap_interval(difference)
-    return Paired(len(first), *means, won, lost, *interval, mcnemar(won, lost))
+    gained = second - first
+    won, lost = int((gained > 0).sum()), int((gained < 0).sum())
+    before, after = float(first.mean()), float(second.mean())
+    means, interval = (before, after, after - before), bootstrap_interval(gained)
+    return Paired(len(first), *means, *interval, won, lost, mcnemar(won, lost))
 
 
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p value: how odd ``won`` against ``lost`` is if both were equally likely."""
-    n, term, tail = won + lost, 1, 0
-    for k in range(min(won, lost) + 1):
-        tail += term
-        term = term * (n - k) // (k + 1)
+    n = won + lost
+    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
     return min(1.0, 2 * tail / (1 << n))
 
 

@@ -17,7 +17,7 @@ def test_counts_by_hand():
     result = paired([1, 1, 0, 0, 1], [1, 0, 1, 1, 1])
     assert (result.won, result.lost, result.samples) == (2, 1, 5)
     assert result.baseline == pytest.approx(0.6)
-    assert result.variant == pytest.approx(0.8)
+    assert result.score == pytest.approx(0.8)
     assert result.difference == pytest.approx(0.2)
     assert result.p == 1.0  # 2 against 1: every outcome is as extreme
 
