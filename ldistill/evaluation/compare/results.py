@@ -1,14 +1,13 @@
 """Reading what lmms-eval wrote: scores and samples of one variant.
 
-lmms-eval (0.7.3) writes ``{time}_results.json`` and, with ``--log_samples``,
-``{time}_samples_{task}.jsonl`` beside it. A folder may hold several of them (one per suite, or a
-repeated run): every task counts once, the newest. A samples file has one line per document and
-filter: ``doc_id``, ``input`` (the prompt), ``target`` (always a string), ``filtered_resps`` and the
-metrics under their names; the document and its pictures are not in it (see `task_data`).
+lmms-eval (0.7.3) writes ``{time}_results.json`` and ``{time}_samples_{task}.jsonl`` beside it. A
+folder may hold several of them (one per suite, or a repeated run): every task counts once, the
+newest. A samples file has one line per document and filter: ``doc_id``, ``input`` (the prompt),
+``target`` (always a string), ``filtered_resps`` and the metrics under their names; the document and
+its pictures are not in it (see `task_data`).
 
     variant, = read_variants(["lingudistill=eval/lingudistill"])
     variant.tasks["ocrbench"].scores["ocrbench_accuracy,none"]
-    variant.tasks["ocrbench"].samples()      # doc_id → Sample
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ class TaskResult:
     expected: int | None  # documents that were to be answered
     available: int | None  # documents the task has
     path: Path  # the results file
-    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    model_args: Mapping[str, str] = field(default_factory=dict)
+    higher_is_better: Mapping[str, bool]
+    model_args: Mapping[str, str]
     """Arguments of the lmms-eval model: ``pretrained``, ``dtype``, ``tiling``, ..."""
 
     @property
@@ -86,7 +86,7 @@ class TaskResult:
 
     @cached_property
     def _lines(self) -> tuple[dict[int, list[Sample]], int]:
-        found: dict[int, list[Sample]] = {}
+        found: dict[int, list[Sample]] = defaultdict(list)
         bad = 0
         text = self.samples_path.read_text("utf-8") if self.samples_path.is_file() else ""
         for line in filter(str.strip, text.split("\n")):
@@ -99,7 +99,7 @@ class TaskResult:
                 bad += 1
                 continue
             metrics = {k: v for k, v in record.items() if k not in _NOT_METRICS}
-            found.setdefault(doc_id, []).append(Sample(doc_id, asked, target, answer, metrics))
+            found[doc_id].append(Sample(doc_id, asked, target, answer, metrics))
         return found, bad
 
 
@@ -184,11 +184,7 @@ class Variant:
     folder: Path
     model: str
     tasks: Mapping[str, TaskResult]
-    notes: tuple[str, ...] = ()
-
-
-class NoResults(FileNotFoundError):
-    """No folder, or one in which nothing was evaluated to the end."""
+    notes: tuple[str, ...]
 
 
 def read_variants(
@@ -211,44 +207,38 @@ def read_variants(
         name, equals, path = argument.partition("=")
         named = bool(equals and name) and "/" not in name and not Path(argument).exists()
         folder = Path(path if named else argument).expanduser()
-        if not named and folder.is_file():
-            continue
-        name = name if named else _folder_name(folder)
+        if not named:
+            if folder.is_file():
+                continue
+            place = folder.resolve()
+            while place.name in _NOT_NAMES and place.parent.name:
+                place = place.parent
+            name = place.name
         try:
             variants += _of_folder(name, folder, named)
-        except NoResults as error:
+        except FileNotFoundError as error:
             empty.append(f"{name} is left out: {error}")
     if not variants:
         none = ["no folder among the arguments: give run or results folders."]
-        raise NoResults("nothing to compare.\n  " + "\n  ".join(empty or none))
+        raise FileNotFoundError("nothing to compare.\n  " + "\n  ".join(empty or none))
     for sentence in empty:
         tell(sentence)
-    places: dict[str, list[str]] = {}
-    for variant in variants:
-        places.setdefault(variant.name, []).append(str(variant.folder))
-    for name, folders in places.items():
-        if len(folders) > 1:
-            where = ", ".join(folders)
+    for name, count in Counter(variant.name for variant in variants).items():
+        if count > 1:
+            where = ", ".join(str(variant.folder) for variant in variants if variant.name == name)
             raise ValueError(f"two variants are called {name!r} ({where}): name them, NAME=DIR.")
     return variants
-
-
-def _folder_name(folder: Path) -> str:
-    path = folder.resolve()
-    while path.name in _NOT_NAMES and path.parent.name:
-        path = path.parent
-    return path.name
 
 
 def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
     files = _found(folder)
     if only := _of_one_model(name, folder, files):
         return [only]
-    parts: dict[str, list[Record]] = {}
-    for path, record in files:
-        parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
-    each = {part: _of_one_model(part, folder / part, inside) for part, inside in parts.items()}
-    mixed = [folder] if named else [folder / part for part, found in each.items() if not found]
+    each: dict[Path, Variant | None] = {}
+    for place in dict.fromkeys(folder / path.relative_to(folder).parts[0] for path, _ in files):
+        inside = [(path, record) for path, record in files if path.is_relative_to(place)]
+        each[place] = _of_one_model(place.name, place, inside)
+    mixed = [folder] if named else [place for place, found in each.items() if not found]
     if mixed:
         models = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
         several = f"{mixed[0]} holds results of several models ({', '.join(sorted(models))})"
@@ -265,16 +255,16 @@ def _found(folder: Path) -> list[Record]:
         if samples := next(folder.rglob("*_samples_*.jsonl"), None):
             hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
         kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
-        raise NoResults(f"{folder} {kind} (*{_RESULTS}). {hint}")
+        raise FileNotFoundError(f"{folder} {kind} (*{_RESULTS}). {hint}")
     return sorted(files, key=lambda item: (item[0].name, str(item[0])))
 
 
 def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:
     """The variant whose results these are; None where they are of several models."""
     taken, notes = _of_run(folder, files)
-    taken = taken or files
-    if taken is files and len({_model_of(record) for _, record in files}) > 1:
+    if not taken and len({_model_of(record) for _, record in files}) > 1:
         return None
+    taken = taken or files
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
     for path, record in taken:
@@ -294,11 +284,11 @@ def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]
     ``folder`` is the run's or its ``eval``. Where there are steps, what lies outside of them and
     is of one model is the student's, wherever the run lay at that time.
     """
-    steps: dict[int, list[Record]] = {}
-    outside = []
+    steps: dict[int, list[Record]] = defaultdict(list)
     for path, record in files:
         step = _STEP.match(path.relative_to(folder).as_posix())
-        (steps.setdefault(int(step[1]), []) if step else outside).append((path, record))
+        steps[int(step[1]) if step else -1].append((path, record))
+    outside = steps.pop(-1, [])
     places = [folder, folder.parent] if steps else [folder]
     students = {(place / "student").resolve() for place in places}
 
