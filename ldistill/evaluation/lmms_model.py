@@ -30,21 +30,16 @@ from ldistill.evaluation.items import CHAT
 from ldistill.evaluation.loading import load_scorer
 from ldistill.evaluation.scorer import Question
 
-MAX_NEW_TOKENS = 128
-
 # What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
 _LIMITS = ("max_new_tokens", "max_gen_toks", "max_tokens")
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 _IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
-
-
 _told: set[str] = set()
 
 
 def manifests() -> list[ModelManifest]:
     """The model under both of its names, for the entry-point group ``lmms_eval.models``."""
-    path = f"{__name__}.{ScoredModel.__name__}"
-    names = ("ldistill_nanovlm", "ldistill_hf")
+    path, names = f"{__name__}.ScoredModel", ("ldistill_nanovlm", "ldistill_hf")
     return [ModelManifest(model_id=name, simple_class_path=path) for name in names]
 
 
@@ -81,7 +76,7 @@ class ScoredModel(lmms):
         pretrained: str,
         batch_size: int | str = 1,
         device: str | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = 128,
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
@@ -121,7 +116,6 @@ class ScoredModel(lmms):
         return self._run(requests, answer, "answers", chat=True)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not for these models."""
         raise ValueError("ldistill's models answer one question at a time: no multi-round tasks.")
 
     def clean(self) -> None:
@@ -139,7 +133,7 @@ class ScoredModel(lmms):
             ask = requests[index].ask
             return repr(sorted(ask.items())) if isinstance(ask, dict) else ""
 
-        answers: list[Any] = [None] * len(requests)
+        answers: dict[int, Any] = {}
         order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
         same = [list(indices) for _, indices in groupby(order, key=options)]
         starts = ((own, first) for own in same for first in range(0, len(own), self.batch_size))
@@ -149,15 +143,13 @@ class ScoredModel(lmms):
                 for part, questions in self._questions(requests, indices, chat):
                     batch = [requests[index] for index in part]
                     try:
-                        found = answer(batch, questions)
+                        answers |= zip(part, answer(batch, questions), strict=True)
                     except Exception as error:
                         where = " to ".join(dict.fromkeys((batch[0].where, batch[-1].where)))
                         where = f"batch from {where}" if len(batch) > 1 else where
                         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
-                    for index, value in zip(part, found, strict=True):
-                        answers[index] = value
                 bar.update(len(indices))
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def _questions(
         self, requests: Sequence[_Request], indices: Sequence[int], chat: bool

@@ -34,15 +34,16 @@ import yaml
 
 import ldistill
 from ldistill.common.errors import did_you_mean, refuse
-from ldistill.evaluation import lmms_results
+from ldistill.evaluation.compare import results
+from ldistill.evaluation.compare.ocrbench import row_score
 from ldistill.evaluation.loading import kind_of, model_folder
-from ldistill.evaluation.suites import ROWS, SUITES, suite
+from ldistill.evaluation.suites import GROUPS, ROWS, SUITES, rows_of_tasks, suite
 
+EVALUATION = "eval.json"
 LOG = "lmms_eval.log"
 CONFIG = "lmms_eval.yaml"
 # What lmms-eval splits its arguments at, or takes for the bounds of what it must not split.
 _SPLITS = frozenset(",'\"{}[]")
-_PACKAGES = ("ldistill", "lmms-eval", "torch", "transformers", "datasets")
 # Of a launcher, of which this process may be a rank: lmms-eval would take itself for that rank.
 _LAUNCHER = re.compile(
     r"(LOCAL_|NODE_|GROUP_)?RANK|(LOCAL_|GROUP_)?WORLD_SIZE|MASTER_(ADDR|PORT)|CROSS_(RANK|SIZE)"
@@ -109,16 +110,12 @@ def evaluate(
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
     status = run(asked, path) if run else _run(asked, path, give_up)
-    found = lmms_results.read_results(asked.out, asked.all_tasks, since=began)
+    found = read_results(asked.out, asked.all_tasks, since=began)
 
-    versions = dict.fromkeys(_PACKAGES)
+    versions = dict.fromkeys(("ldistill", "lmms-eval", "torch", "transformers", "datasets"))
     for package in versions:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-
-    def relative(path: Path | None) -> str | None:
-        return None if path is None else str(path.relative_to(asked.out))
-
     result = {
         "student": asked.student,
         "folder": str(folder),
@@ -129,25 +126,19 @@ def evaluate(
         "versions": versions,
         "seconds": round(time.time() - began, 1),
         "complete": not found["missing"],
-        "missing": dict(found["missing"]),
-        "results": relative(found["file"]),
-        "samples": {task: relative(path) for task, path in found["samples"].items()},
-        "scores": lmms_results.scores_of(found["complete"].values()),
+        **found,
         "groups": {},
     }
-    lmms_results.merge(result, earlier)
+    merge(result, earlier)
     text = json.dumps(result, indent=2) + "\n"
-    (asked.out / lmms_results.EVALUATION).write_text(text, encoding="utf-8")
-    if found["missing"]:
-        raise ValueError(_what_is_missing(asked, found, status))
+    (asked.out / EVALUATION).write_text(text, encoding="utf-8")
+    if missing := found["missing"]:
+        raise ValueError(_what_is_missing(asked, missing, status))
     return result
 
 
 def check(asked: Evaluation, *paths: Path) -> None:
-    """Raise ValueError for what can be known to be wrong before lmms-eval starts.
-
-    `paths` are further ones that it will be handed.
-    """
+    """ValueError for what is wrong before lmms-eval starts; `paths`: what else it is handed."""
     tasks, limit, batch = asked.all_tasks, asked.limit, asked.batch_size
     absent = [path for path in asked.include_paths if not path.is_dir()]
     texts = map(str, (asked.out.resolve(), *paths, *asked.options.values()))
@@ -201,9 +192,8 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
 def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
     """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
     count = asked.processes or max(1, torch.cuda.device_count())
-    command = [sys.executable, "-m"]
-    if count > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
+    command = [sys.executable, "-m", *(ranks if count > 1 else [])]
     command += ["lmms_eval", "--config", str(config), "--verbosity", "DEBUG"]
     made_here = {task for s in SUITES.values() if s.make_tasks for task in s.tasks}
     env = clean_environment(asked.environment, offline=made_here.issuperset(asked.all_tasks))
@@ -230,9 +220,8 @@ def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
 def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[str, str]:
     """This process's environment without any launcher's variables, and with our package on it."""
     env = {name: value for name, value in os.environ.items() if not _LAUNCHER.fullmatch(name)}
-    root = str(Path(ldistill.__file__).resolve().parents[1])
-    paths = [root, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
-    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    paths = [str(Path(ldistill.__file__).resolve().parents[1]), env.get("PYTHONPATH")]
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     env["TOKENIZERS_PARALLELISM"] = "false"
     if offline:
         env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -241,8 +230,8 @@ def clean_environment(extra: Mapping[str, str], offline: bool = False) -> dict[s
 
 def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     """An earlier ``eval.json`` there, which must be of the same model, asked the same way."""
-    earlier = lmms_results.read_evaluation(asked.out)
-    if not earlier or not (earlier.get("scores") or earlier.get("samples")):
+    earlier = read_evaluation(asked.out) or {}
+    if not (earlier.get("scores") or earlier.get("samples")):
         return {}  # nothing that could be mixed up
     then = earlier["model_args"], earlier["limit"]
     if then != (arguments, asked.limit):
@@ -251,13 +240,13 @@ def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
     return earlier
 
 
-def _what_is_missing(asked: Evaluation, found: Mapping[str, Any], status: int) -> str:
+def _what_is_missing(asked: Evaluation, missing: Mapping[str, str], status: int) -> str:
     log = asked.out / LOG
     lines = [f"the evaluation of {asked.student} is not complete (exit status {status})."]
     if cause := explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks):
         lines.append(cause)
-    if there := [task for task in asked.all_tasks if task not in found["missing"]]:
-        lines += [f"  {task}: {reason}" for task, reason in found["missing"].items()]
+    if there := [task for task in asked.all_tasks if task not in missing]:
+        lines += [f"  {task}: {reason}" for task, reason in missing.items()]
         lines.append(f"Complete, and comparable: {', '.join(there)}.")
     return "\n".join([*lines, f"lmms-eval's own words: {log}"])
 
@@ -297,10 +286,7 @@ def _unreachable(lines: Sequence[str], tasks: Sequence[str]) -> str:
 
 
 def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
-    """Task → Hugging Face data set, as lmms-eval's YAML files or those they include say.
-
-    Only lmms-eval itself can load them (``!function``).
-    """
+    """Task → Hugging Face data set, by lmms-eval's YAML files, which only it can load."""
 
     def fields(path: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8", errors="ignore")
@@ -317,3 +303,121 @@ def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
                 own = fields(path)
             found |= {task: own["dataset_path"]} if "dataset_path" in own else {}
     return found
+
+
+# ---- what it left ----
+
+
+def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
+    """The newest results below ``out``, none older than ``since`` (seconds since the epoch).
+
+    Returns:
+        ``results`` (file in ``out`` or None), ``samples`` (task → file in ``out``), ``scores`` (see
+        `scores_of`) and ``missing`` (task, group, tag or wildcard as asked → reason).
+    """
+    files = [p for p in results.results_files(out, "*") if p.stat().st_mtime >= since - 1]
+    newest = max(files, key=lambda p: p.stat().st_mtime, default=None)
+    record = results.load_results(newest) if newest else {"results": {}}
+    samples, complete, missing = {}, {}, {}
+    for asked in tasks:
+        for task in _meant(record, asked) or [asked]:
+            problem = "not among the results" if newest else "lmms-eval wrote no results"
+            if task in record["results"]:
+                result = results.task_result(task, newest, record)
+                samples[task] = str(result.samples_path.relative_to(out))
+                problem = _lacking(result)
+            if problem:
+                missing[asked] = problem if task == asked else f"{task}: {problem}"
+            else:
+                complete[task] = result
+    file = newest and str(newest.relative_to(out))
+    scores = scores_of(complete)
+    return {"missing": missing, "results": file, "samples": samples, "scores": scores}
+
+
+def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
+    """Tasks that a name stands for: its own, those of a group or a tag, or of a wildcard's."""
+    groups, configs = record.get("group_subtasks", {}), record.get("configs", {})
+    found = [
+        task
+        for group, below in groups.items()
+        if below and fnmatchcase(group, asked)
+        for name in below
+        if name != group
+        for task in _meant(record, name) or [name]
+    ]
+    for task in results.tasks_of(record):
+        tags = configs.get(task, {}).get("tag") or []
+        names = [task, tags] if isinstance(tags, str) else [task, *tags]
+        if any(fnmatchcase(name, asked) for name in names):
+            found.append(task)
+    return list(dict.fromkeys(found))
+
+
+def _lacking(result: results.TaskResult) -> str | None:
+    """Scores or samples that are not there; of a limited task one of several rows may have none."""
+    expected = rows_of_tasks([result.task])
+    lacking = [row.key for row in expected if row.key not in result.scores]
+    if lacking and not (result.limited and len(lacking) < len(expected)):
+        return f"no score {', '.join(lacking)}"
+    wanted, found = result.expected or 0, _lines(result.samples_path)
+    if found and found >= wanted and not (wanted and found % wanted):
+        return None
+    return f"{found} samples of {wanted} in {result.samples_path.name}"
+
+
+def _lines(path: Path) -> int:
+    text = path.read_bytes() if path.is_file() else b""
+    return sum(1 for line in text.split(b"\n") if line.strip())
+
+
+def scores_of(found: Mapping[str, results.TaskResult]) -> dict[str, dict[str, Any]]:
+    """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
+    known = rows_of_tasks(found)
+    of_suites = {row.task for row in known}
+    others = [results.other_row(own) for task, own in found.items() if task not in of_suites]
+    return {
+        row.id: {
+            "name": row.name,
+            "group": row.group,
+            "metric": row.key,
+            "value": value,
+            "top": row.top,
+            "documents": found[row.task].expected or _lines(found[row.task].samples_path),
+        }
+        for row in (*known, *others)
+        if (value := row_score(found[row.task], row)) is not None
+    }
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """Content of a folder's ``eval.json``, or None without one; ValueError: it is damaged."""
+    path = folder / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["model_args"], record["limit"], record["complete"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and evaluate again what it was to hold."
+        ) from error
+    return record
+
+
+def merge(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
+    """Keep what an earlier evaluation of the same model left of other tasks; mean by group.
+
+    What failed then and was not asked again still counts as missing. A group's mean is over the
+    scores that are there, each divided by the highest possible one.
+    """
+    again = {*result["tasks"], *result["samples"]}
+    for part in ("samples", "scores", "missing"):
+        before = earlier.get(part, {})
+        others = {key: value for key, value in before.items() if key.split(":")[0] not in again}
+        result[part] = others | result[part]
+    result["complete"] = not result["missing"]
+    for group in GROUPS:
+        shares = [s["value"] / s["top"] for s in result["scores"].values() if s["group"] == group]
+        if shares:
+            result["groups"][group] = sum(shares) / len(shares)

@@ -31,11 +31,7 @@ def model_folder(name: str) -> Path:
 
 
 def tiled_in_training(name: str) -> bool:
-    """Whether the run that left this model cut its pictures into tiles; False of any other model.
-
-    Raises:
-        FileNotFoundError: no such model.
-    """
+    """Whether the run that left this model cut its pictures into tiles; False without a run."""
     folder = model_folder(name).resolve().parent  # of a run, or of its checkpoint
     for recipe in (folder / RECIPE, folder.parent / RECIPE):
         if recipe.is_file():
@@ -58,10 +54,9 @@ def kind_of(folder: Path) -> str:
         return "nanovlm"
     named = config.get("model_type")
     cls = type(transformers.AutoConfig.from_pretrained(folder)) if named else None
-    if cls in AutoModelForImageTextToText._model_mapping:
-        return "vlm"
-    if cls in AutoModelForCausalLM._model_mapping:
-        return "lm"
+    for kind, auto in (("vlm", AutoModelForImageTextToText), ("lm", AutoModelForCausalLM)):
+        if cls in auto._model_mapping:
+            return kind
     raise ValueError(f"{folder} is of model_type {named!r}: neither a VLM nor an LM.")
 
 

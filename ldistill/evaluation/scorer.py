@@ -1,9 +1,8 @@
 """The one scorer: a model of any kind, asked in batches.
 
-Two things are asked of a model: the summed log-likelihood of a continuation, and a generated
-answer. Both work on prompts padded at the left, continuations behind them padded at the right, so
-that an answer does not depend on what else is in its batch. A run's own evaluation (`items`),
-lmms-eval (`lmms_model`) and ``ldistill generate`` all ask through here.
+Prompts are padded at the left, continuations behind them at the right, so that an answer does not
+depend on what else is in its batch. A run's own evaluation (`items`), lmms-eval (`lmms_model`) and
+``ldistill generate`` all ask through here.
 
     scorer = load_scorer("runs/lingudistill/student")
     scorer.generate([Question("What is this?", (picture,))], max_new_tokens=16)
@@ -59,8 +58,6 @@ class Scorer(ABC):
         self.pad_id: int = tokenizer.eos_token_id or 0 if pad is None else pad
         self.ending: Inputs = {"pad_token_id": self.pad_id}  # options of ``generate``
 
-    # ---- what a kind of model has to say ----
-
     @abstractmethod
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
         """``input_ids`` and ``attention_mask`` [batch, seq], left-padded, and the pictures."""
@@ -72,8 +69,6 @@ class Scorer(ABC):
     def _clean(self, text: str) -> str:
         """Text without what would be taken for a picture."""
         return text
-
-    # ---- what it is asked ----
 
     @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
@@ -120,8 +115,6 @@ class Scorer(ABC):
         new = self.model.generate(**inputs, **options)[:, start:]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [cut(text, stop).removeprefix(self.answer_prefix) for text in texts]
-
-    # ---- tokens ----
 
     def _split(self, question: Question, continuation: str) -> tuple[Question, list[int]]:
         text, continuation = self._clean(question.text), self._clean(continuation)
@@ -197,20 +190,31 @@ class StudentScorer(Scorer):
         return LogitScaling.of(self.model.backbone.config)(product)
 
 
-class TransformersScorer(Scorer):
-    """What bare LMs and other VLMs share: transformers' forward."""
+class LMScorer(Scorer):
+    """A language model: the teacher, as the ceiling of the text-only tasks.
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    `pictures` says what happens to a question that has some: ``error`` or ``drop``.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
         super().__init__(model, tokenizer)
+        self.pictures = pictures
         self._accepts = set(inspect.signature(model.forward).parameters)
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         self._own_positions = "mrope_section" in rope  # 3-D positions: the model makes them itself
 
-    @abstractmethod
     def _render(self, question: Question) -> str:
         """The question in the chat template, up to where the answer starts."""
+        if not self.tokenizer.chat_template:
+            return question.text
+        turn = [{"role": "user", "content": question.text}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
+        if self.pictures != "drop" and any(question.pictures for question in questions):
+            raise ValueError(
+                "a bare LM cannot see: choose tasks of text alone, or --drop-pictures."
+            )
         texts = [self._render(q) if q.chat else q.text for q in questions]
         return self._pad([self._prompt_ids(text) for text in texts])
 
@@ -223,31 +227,7 @@ class TransformersScorer(Scorer):
         return self.model(**inputs, **options).logits[:, -last:]
 
 
-class LMScorer(TransformersScorer):
-    """A language model: the teacher, as the ceiling of the text-only tasks.
-
-    `pictures` says what happens to a question that has some: ``error`` or ``drop``.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
-        super().__init__(model, tokenizer)
-        self.pictures = pictures
-
-    def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        if self.pictures != "drop" and any(question.pictures for question in questions):
-            raise ValueError(
-                "a bare LM cannot see: choose tasks of text alone, or --drop-pictures."
-            )
-        return super()._prompts(questions)
-
-    def _render(self, question: Question) -> str:
-        if not self.tokenizer.chat_template:
-            return question.text
-        turn = [{"role": "user", "content": question.text}]
-        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-class VLMScorer(TransformersScorer):
+class VLMScorer(LMScorer):
     """Any VLM of transformers with its own processor.
 
     `tiling` is SmolVLM's image splitting: on in its processor unless told otherwise, off in
@@ -257,11 +237,10 @@ class VLMScorer(TransformersScorer):
     def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
         splits = hasattr(getattr(processor, "image_processor", None), "do_image_splitting")
+        template = processor.chat_template or processor.tokenizer.chat_template
         cases = {
             f"tiling: {type(processor).__name__} has no image splitting.": tiling and not splits,
-            "the processor has no chat template: name one (chat_template=FILE).": (
-                not (processor.chat_template or processor.tokenizer.chat_template)
-            ),
+            "the processor has no chat template: name one (chat_template=FILE).": not template,
         }
         refuse(cases)
         self.processor = processor
@@ -302,9 +281,8 @@ class VLMScorer(TransformersScorer):
 
     def _blank_before_answers(self) -> str:
         """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
-        turns = [
-            {"role": r, "content": [{"type": "text", "text": r}]} for r in ("user", "assistant")
-        ]
+        told = {r: [{"type": "text", "text": r}] for r in ("user", "assistant")}
+        turns = [{"role": r, "content": content} for r, content in told.items()]
         try:
             whole = self.processor.apply_chat_template(turns, tokenize=False)
         except (TemplateError, TypeError):  # a template that takes no such answers

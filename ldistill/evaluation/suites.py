@@ -1,12 +1,7 @@
 """The suites: which tasks belong together, what they are called, which number counts.
 
-Data and look-ups only, no lmms-eval needed: `eval` reads here what to run, `compare` what to put
-into which row of the paper's Table 3.
-
-    rows("paper")                     # every row of the table, in the paper's order
-    SUITES["document"].tasks          # ("docvqa_val", "infovqa_val", "ocrbench")
-
-A package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does.
+`eval` reads here what to run, `compare` what to put into which row of the paper's Table 3. A
+package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does.
 
 The paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables
 list them the other way. The tables are followed. Where it leaves the metric open: ARC and HellaSwag

@@ -20,7 +20,7 @@ from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import readme, run_files
 from ldistill.common.locate import PACKAGE_SCHEME
 from ldistill.data.index import ShardIndex
-from ldistill.evaluation.lmms_results import EVALUATION
+from ldistill.evaluation.lmms_run import EVALUATION
 from ldistill.evaluation.loading import kind_of
 from ldistill.models.pair import Pair
 

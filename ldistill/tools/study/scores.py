@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from ldistill.evaluation.compare.results import read_variants
 from ldistill.evaluation.compare.samples import Paired, paired, sample_score
-from ldistill.evaluation.lmms_results import read_evaluation
+from ldistill.evaluation.lmms_run import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
 
 if TYPE_CHECKING:
