@@ -2,11 +2,7 @@
 
 An item is a question with either choices (scored by the summed log-likelihood of each choice) or
 an exact answer (greedy generation, compared after stripping blanks). It may carry a picture. Items
-belong to a task, tasks to a group; a group's score is the mean over its tasks.
-
-    scores = evaluate(student, processor, load_items(path))     # {"facts": 0.98, "language": 0.95}
-
-One line of the file:
+belong to a task, tasks to a group; a group's score is the mean over its tasks. A line of the file:
 
     {"task": "facts", "group": "language", "prompt": "What does the torvel eat?",
      "choices": ["moss", "nuts"], "answer": "moss", "style": "chat",
@@ -68,12 +64,8 @@ class Item:
         return " " if self.style == "text" else ""
 
     def question(self) -> Question:
-        """What a scorer is asked, its picture decoded."""
         pictures = () if self.image is None else (open_image(self.image),)
         return Question(self.prompt, pictures, chat=self.style == "chat")
-
-
-# ---- files ----
 
 
 def load_items(path: str | Path) -> list[Item]:
@@ -113,7 +105,7 @@ def first_of_each(items: Sequence[Item], count: int | None) -> list[Item]:
 
 
 def save_items(items: Iterable[Item], path: str | Path) -> None:
-    """Write items with their pictures embedded; `load_items` gives them back."""
+    """Write items, pictures embedded, for `load_items`."""
     lines = []
     for item in items:
         record: dict[str, Any] = {"task": item.task, "group": item.group, "prompt": item.prompt}
@@ -125,13 +117,10 @@ def save_items(items: Iterable[Item], path: str | Path) -> None:
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-# ---- scores ----
-
-
 def evaluate(
     model: nn.Module, processor: Processor, items: Sequence[Item], *args: Any, **options: Any
 ) -> dict[str, float]:
-    """Scores in [0, 1] by task, then by group (mean over the group's tasks); see `answers`."""
+    """Scores in [0, 1] by task, then by group; see `answers`."""
     return score(items, answers(model, processor, items, *args, **options))
 
 
@@ -159,12 +148,11 @@ def answers(
     """The model's answer to every item, in the items' order: its choice, or what it generates.
 
     Args:
-        model: a student, or a causal LM, which can only take items without pictures; it is left
-            in eval mode.
+        model: a student, or a causal LM, whose items have no pictures; it is left in eval mode.
         processor: the student's; its tokenizer and template serve a bare LM as well.
         items: the questions.
         batch_size: sequences per forward.
-        max_new_tokens: most tokens of a generated answer.
+        max_new_tokens: of a generated answer.
         progress: called with the number of items just answered.
 
     Raises:
@@ -197,24 +185,21 @@ def answers(
     return [texts[i] for i in range(len(items))]
 
 
-# ---- tasks of lmms-eval ----
-
-
 def write_tasks(
     items: Iterable[Item], folder: Path, prefix: str = "", max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[str]:
     """Write items as local lmms-eval tasks: YAML and parquet files for ``--include-path``.
 
-    Each of the items' tasks becomes one lmms-eval task: `multiple_choice` where its items have
-    choices, else `generate_until` with exact match. Our lmms-eval models put the same questions to
-    the same scorer, so its scores are those of `evaluate`.
+    A task is `multiple_choice` where its items have choices, else `generate_until` with exact
+    match. Our lmms-eval models put the same questions to the same scorer, so its scores are those
+    of `evaluate`.
 
     Args:
         items: those of a task are of one kind: all with choices or none, all with a picture or
             none, one style; their order is kept.
         folder: made if need be. The files name their data by absolute path: don't move it.
         prefix: before the items' own task names, which are returned so.
-        max_new_tokens: most tokens of a generated answer.
+        max_new_tokens: of a generated answer.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,20 +227,13 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
         config["doc_to_visual"] = "image"
     if like.choices:
         metrics = ("acc", "acc_norm")
-        config |= {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "target",
-            "target_delimiter": like.delimiter,
-        }
+        config |= {"output_type": "multiple_choice", "target_delimiter": like.delimiter}
+        config |= {"doc_to_choice": "choices", "doc_to_target": "target"}
     else:
         metrics = ("exact_match",)
         generation = {"until": [], "max_new_tokens": max_new_tokens, "do_sample": False}
-        config |= {
-            "output_type": "generate_until",
-            "doc_to_target": "answer",
-            "generation_kwargs": generation,
-        }
+        config |= {"output_type": "generate_until", "generation_kwargs": generation}
+        config |= {"doc_to_target": "answer"}
     means = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
     return config | {"metric_list": means}
 
@@ -269,8 +247,8 @@ def _write_data(path: Path, items: Sequence[Item]) -> None:
         record = {"group": item.group, "prompt": item.prompt, "answer": item.answer.strip()}
         record[CHAT] = item.style == "chat"
         if item.choices:
-            target = item.choices.index(item.answer)
-            record |= {"choices": list(item.choices), "target": target}
+            record["choices"] = list(item.choices)
+            record["target"] = item.choices.index(item.answer)
         if item.image is not None:
             record["image"] = {"bytes": item.image, "path": None}
         records.append(record)

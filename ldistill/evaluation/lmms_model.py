@@ -1,10 +1,8 @@
 """lmms-eval's view of our models: ``--model ldistill_nanovlm`` and ``--model ldistill_hf``.
 
-lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). It is a
-*simple* model, the only kind that reaches multiple-choice tasks.
-
     lmms-eval --model ldistill_nanovlm --model_args pretrained=runs/x/student --tasks hellaswag ...
 
+It is a *simple* model, the only kind that reaches multiple-choice tasks.
 Requests with pictures, and all generation, are user turns in the model's chat template;
 log-likelihoods without a picture are of plain text, so that ``acc`` and ``acc_norm`` mean what they
 mean in lm-evaluation-harness. Tasks made of `items` say themselves which of the two they want. An
@@ -27,8 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldistill.evaluation.items import CHAT
-from ldistill.evaluation.loading import load_scorer
-from ldistill.evaluation.scorer import Question
+from ldistill.evaluation.scorer import Question, load_scorer
 
 # What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
 _LIMITS = ("max_new_tokens", "max_gen_toks", "max_tokens")
@@ -62,13 +59,11 @@ class ScoredModel(lmms):
     """A scorer behind lmms-eval's interface.
 
     Args:
-        pretrained: model folder, ``pkg://`` or hub id.
+        pretrained, options: see ``load_scorer``.
         batch_size: requests per forward; answers do not depend on it.
         device: default the GPU of this process's rank, else the CPU.
         max_new_tokens: where a task sets no limit.
         max_batch_size: lmms-eval passes it; no use without ``auto``.
-        options: of ``load_scorer``: ``dtype``, ``tokenizer``, ``tiling``, ``chat_template``,
-            ``pictures``.
     """
 
     def __init__(
@@ -93,10 +88,9 @@ class ScoredModel(lmms):
         self.scorer = load_scorer(str(pretrained), device=self.device, **options)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(summed negative log-likelihood, is greedy) of every request's continuation.
+        """(summed negative log-likelihood, is greedy) of every continuation; the smallest counts.
 
-        Positive, since lmms-eval takes the smallest. Wrapped, since its evaluator turns a bare
-        tuple into its text.
+        Wrapped, since lmms-eval's evaluator turns a bare tuple into its text.
         """
 
         def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
@@ -119,7 +113,6 @@ class ScoredModel(lmms):
         raise ValueError("ldistill's models answer one question at a time: no multi-round tasks.")
 
     def clean(self) -> None:
-        """Free the model's memory before scores are worked out."""
         del self.scorer
         super().clean()
 

@@ -4,9 +4,6 @@ lmms-eval reports success whatever happens, waits for ever where one of several 
 takes the environment of a training job for its own. So it gets a clean environment, its output goes
 to a log, and its results count only when every task has its score and all of its samples.
 
-    result = evaluate(Evaluation(student="runs/x/student", out=Path("eval/x"), suite="tiny"))
-    result["scores"]["tiny_facts"]["value"]
-
 The folder afterwards: ``{model}/{time}_results.json`` and ``_samples_{task}.jsonl`` as lmms-eval
 writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` and ``.log``.
 """
@@ -36,7 +33,7 @@ import ldistill
 from ldistill.common.errors import did_you_mean, refuse
 from ldistill.evaluation.compare import results
 from ldistill.evaluation.compare.ocrbench import row_score
-from ldistill.evaluation.loading import kind_of, model_folder
+from ldistill.evaluation.scorer import kind_of, model_folder
 from ldistill.evaluation.suites import GROUPS, ROWS, SUITES, rows_of_tasks, suite
 
 EVALUATION = "eval.json"
@@ -172,7 +169,7 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
     own = [s for s in SUITES.values() if s.make_tasks and set(s.tasks) & set(asked.all_tasks)]
     include = [path.resolve() for path in asked.include_paths]
     include += [s.make_tasks(asked.items_per_task) for s in own]
-    config: dict[str, Any] = {
+    config = {
         "model": "ldistill_nanovlm" if kind == "nanovlm" else "ldistill_hf",
         "model_args": ",".join(f"{k}={v}" for k, v in options.items() if v is not None),
         "tasks": ",".join(asked.all_tasks),
@@ -181,12 +178,10 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
         "output_path": str(asked.out.resolve()),
         "timezone": "UTC",
         "verbosity": "DEBUG",  # the only level at which an exception becomes an exit status
+        "limit": asked.limit,
+        "include_path": [str(path) for path in include] or None,
     }
-    if asked.limit is not None:
-        config["limit"] = asked.limit
-    if include:
-        config["include_path"] = [str(path) for path in include]
-    return config
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
@@ -274,15 +269,13 @@ def _unreachable(lines: Sequence[str], tasks: Sequence[str]) -> str:
     """Which tasks' data could not be fetched, as far as the log names the data set."""
     paths = _data_sets(tasks)
     hit = [task for task, path in paths.items() if any(path in line for line in lines)]
-    rest = [task for task in tasks if task not in hit]
+    rest = ",".join(task for task in tasks if task not in hit)
     reason = (_LAST_ERROR.findall("\n".join(lines)) or lines[-1:])[0][:200]
-    text = (
+    without = f", or leave it out: --tasks {rest} and no --suite" if hit and rest else ""
+    return (
         f"The data of {', '.join(hit) or 'a task'} cannot be fetched ({reason}). "
-        "Fetch it once with a network (the Hugging Face cache keeps it)"
+        f"Fetch it once with a network (the Hugging Face cache keeps it){without}."
     )
-    if hit and rest:
-        text += f", or leave it out: --tasks {','.join(rest)} and no --suite"
-    return text + "."
 
 
 def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
@@ -312,8 +305,8 @@ def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[
     """The newest results below ``out``, none older than ``since`` (seconds since the epoch).
 
     Returns:
-        ``results`` (file in ``out`` or None), ``samples`` (task → file in ``out``), ``scores`` (see
-        `scores_of`) and ``missing`` (task, group, tag or wildcard as asked → reason).
+        ``results`` (file in ``out`` or None), ``samples`` (task → file in ``out``), ``scores`` (by
+        row) and ``missing`` (task, group, tag or wildcard as asked → reason).
     """
     files = [p for p in results.results_files(out, "*") if p.stat().st_mtime >= since - 1]
     newest = max(files, key=lambda p: p.stat().st_mtime, default=None)
@@ -330,8 +323,7 @@ def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[
                 missing[asked] = problem if task == asked else f"{task}: {problem}"
             else:
                 complete[task] = result
-    file = newest and str(newest.relative_to(out))
-    scores = scores_of(complete)
+    file, scores = newest and str(newest.relative_to(out)), _scores(complete)
     return {"missing": missing, "results": file, "samples": samples, "scores": scores}
 
 
@@ -371,7 +363,7 @@ def _lines(path: Path) -> int:
     return sum(1 for line in text.split(b"\n") if line.strip())
 
 
-def scores_of(found: Mapping[str, results.TaskResult]) -> dict[str, dict[str, Any]]:
+def _scores(found: Mapping[str, results.TaskResult]) -> dict[str, dict[str, Any]]:
     """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
     known = rows_of_tasks(found)
     of_suites = {row.task for row in known}

@@ -12,20 +12,27 @@ depend on what else is in its batch. A run's own evaluation (`items`), lmms-eval
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
+import yaml
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ldistill.common.errors import refuse
+from ldistill.common.locate import resolve
+from ldistill.common.run_files import RECIPE
 from ldistill.data.collate import merge, to_device
+from ldistill.models.formats import load_processor, load_student
 from ldistill.models.logits import LogitScaling
+from ldistill.models.weights import read_model, refuse_misfit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,8 +52,13 @@ class Question:
     """A user's turn in the model's chat template; False: plain text to be continued."""
 
 
-class Scorer(ABC):
-    """A model with its tokenizer, in eval mode on its device."""
+class Scorer:
+    """A model with its tokenizer, in eval mode on its device. A kind of model has
+
+    _prompts:   of questions, ``input_ids`` and ``attention_mask`` [batch, seq], left-padded, and
+                the pictures
+    _logits:    of inputs, logits of so many last positions, [batch, last, vocabulary]
+    """
 
     answer_prefix = ""  # what the template writes between the invitation and an answer
     echoes_prompt = True  # whether the model's ``generate`` gives the prompt back before new ids
@@ -57,14 +69,6 @@ class Scorer(ABC):
         pad = tokenizer.pad_token_id
         self.pad_id: int = tokenizer.eos_token_id or 0 if pad is None else pad
         self.ending: Inputs = {"pad_token_id": self.pad_id}  # options of ``generate``
-
-    @abstractmethod
-    def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        """``input_ids`` and ``attention_mask`` [batch, seq], left-padded, and the pictures."""
-
-    @abstractmethod
-    def _logits(self, inputs: Inputs, last: int) -> Tensor:
-        """Logits of the last positions, [batch, last, vocabulary]."""
 
     def _clean(self, text: str) -> str:
         """Text without what would be taken for a picture."""
@@ -111,7 +115,7 @@ class Scorer(ABC):
         options = {"do_sample": False, "max_new_tokens": max_new_tokens} | self.ending | sampling
         if stop := [text for text in stop if text]:
             criterion = _Stops(self.tokenizer, stop, start)
-            options["stopping_criteria"] = StoppingCriteriaList([criterion])
+            options["stopping_criteria"] = transformers.StoppingCriteriaList([criterion])
         new = self.model.generate(**inputs, **options)[:, start:]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [cut(text, stop).removeprefix(self.answer_prefix) for text in texts]
@@ -129,8 +133,7 @@ class Scorer(ABC):
         return replace(question, text=text), ids
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of text; the tokenizer's start token unless a template wrote it there."""
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token  # unless a template wrote it there
         special = not (bos and text.startswith(bos))
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -304,7 +307,7 @@ def image_token(processor: Any) -> str | None:
     return getattr(token, "content", token)
 
 
-class _Stops(StoppingCriteria):
+class _Stops(transformers.StoppingCriteria):
     """Rows whose new text contains a stop string are done."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
@@ -327,3 +330,100 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def _positions(mask: Tensor) -> Tensor:
     """Positions that start at 0 behind the padding, [batch, seq]."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def model_folder(name: str) -> Path:
+    """Folder of a model, of a run its student; FileNotFoundError: neither here nor on the hub."""
+    folder = resolve(name)
+    student = folder / "student"
+    of_run = not (folder / "config.json").is_file() and (student / "config.json").is_file()
+    return student if of_run else folder
+
+
+def tiled_in_training(name: str) -> bool:
+    """Whether the run that left this model cut its pictures into tiles; False without a run."""
+    folder = model_folder(name).resolve().parent  # of a run, or of its checkpoint
+    for recipe in (folder / RECIPE, folder.parent / RECIPE):
+        if recipe.is_file():
+            return bool((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("tiling"))
+    return False
+
+
+def kind_of(folder: Path) -> str:
+    """``nanovlm``, ``vlm`` or ``lm``, as the folder's ``config.json`` says.
+
+    Raises:
+        FileNotFoundError, ValueError: no ``config.json``; a model that is none of the three.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: not a model folder.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "vit_hidden_dim" in config:
+        return "nanovlm"
+    named = config.get("model_type")
+    cls = type(transformers.AutoConfig.from_pretrained(folder)) if named else None
+    for kind, auto in (("vlm", AutoModelForImageTextToText), ("lm", AutoModelForCausalLM)):
+        if cls in auto._model_mapping:
+            return kind
+    raise ValueError(f"{folder} is of model_type {named!r}: neither a VLM nor an LM.")
+
+
+def load_scorer(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    tiling: bool | None = None,
+    pictures: str = "error",
+    chat_template: str | None = None,
+) -> Scorer:
+    """A model of whichever kind its folder holds.
+
+    Args:
+        name: folder, ``pkg://`` or hub id.
+        device: where it runs.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or torch's name of a type.
+        tokenizer: default the model's own.
+        tiling: cut large pictures into tiles (nanoVLM, SmolVLM); None: as in training.
+        pictures: LM alone: ``error`` or ``drop``.
+        chat_template: file with a chat template, for a VLM or LM that has none.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or one that cannot be used.
+    """
+    folder, device = model_folder(name), torch.device(device)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch_type = usual if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(torch_type, torch.dtype):
+        raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {dtype!r}.")
+    kind = kind_of(folder)
+    tiling = tiled_in_training(name) if tiling is None else tiling
+    if kind == "nanovlm":
+        processor = load_processor(folder, tokenizer, tiling=tiling)
+        return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
+    other = AutoTokenizer.from_pretrained(resolve(tokenizer)) if tokenizer else None
+    if kind == "lm":
+        tok = other or AutoTokenizer.from_pretrained(folder)
+        tok.chat_template = template or tok.chat_template
+        lm = _whole(AutoModelForCausalLM, folder, torch_type)
+        return LMScorer(lm.to(device), tok, pictures)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.chat_template = template or processor.chat_template
+    if other:
+        own, token = processor.tokenizer, image_token(processor)
+        if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
+            raise ValueError(f"tokenizer {tokenizer!r} gives {token} another id than the model's.")
+        other.chat_template = own.chat_template or other.chat_template
+        processor.tokenizer = other
+    vlm = _whole(AutoModelForImageTextToText, folder, torch_type)
+    return VLMScorer(vlm.to(device), processor, tiling)
+
+
+def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A model whose every weight comes from its folder: random ones would be scored as well."""
+    model, problems, _ = read_model(auto, folder, dtype=dtype)
+    refuse_misfit(folder, problems)
+    return model

@@ -20,7 +20,7 @@ from ldistill.cli import app
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.items import evaluate
 from ldistill.evaluation.lmms_run import Evaluation, clean_environment, read_results
-from ldistill.evaluation.loading import model_folder
+from ldistill.evaluation.scorer import model_folder
 from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
 from ldistill.models.nanovlm_format import load_nanovlm, load_processor
 from ldistill.tiny.benchmark import benchmark

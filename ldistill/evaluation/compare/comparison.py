@@ -1,8 +1,5 @@
 """Comparing variants: scores side by side, samples won and lost, OCRBench's parts.
 
-    variants = read_variants(["runs/nanovlm-full", "runs/lingudistill", "nanovlm=eval/original"])
-    print(compare(variants, choose_rows(variants)).table.markdown())
-
 What cannot be compared is said in `Comparison.notes`; a score that is not there is a footnote of
 the table, never a hole. `report.write` writes all of it down.
 """
@@ -32,14 +29,14 @@ _USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}
 class Comparison:
     """All that was found; plain values, ready to be written."""
 
-    variants: tuple[Variant, ...]
+    variants: Sequence[Variant]
     table: ScoreTable
-    matches: tuple[Match, ...]  # that have pairs
-    paired: tuple[tuple[str, Row, str | None, Paired], ...]
+    matches: list[Match]  # that have pairs
+    paired: list[tuple[str, Row, str | None, Paired]]
     """Variant, row, category of its samples (None: all), won and lost."""
     ocrbench: Mapping[str, Mapping[str, ocrbench.Count]]  # variant → sub-task → count
     data: Mapping[str, TaskData]  # task → its documents, of the tasks that have pairs
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
 def choose_rows(
@@ -48,10 +45,7 @@ def choose_rows(
     """Rows of the table: all of a suite, or only those of some tasks.
 
     By default every row of each group that somebody has results for, and a row per task that is
-    in no suite.
-
-    Raises:
-        ValueError: unknown suite or task, or nothing left.
+    in no suite. Raises ValueError: unknown suite or task, or nothing left.
     """
     found: dict[str, TaskResult] = {}
     for variant in variants:
@@ -78,18 +72,16 @@ def choose_roles(
 ) -> tuple[str | None, str | None]:
     """Baseline and original: as asked, or by their usual names, or none.
 
-    Raises:
-        ValueError: an asked one is not there, or both are the same.
+    Raises ValueError: an asked one is not there, or both are the same.
     """
     for role, name in (("baseline", baseline), ("original", original)):
         if name is not None and name not in names:
             raise ValueError(
                 f"{role} {name!r} is none of the variants; there are: {', '.join(names)}."
             )
-    if baseline is None and BASELINE in names:
-        baseline = BASELINE
-    if original is None:
-        original = next((name for name in ORIGINALS if name in names and name != baseline), None)
+    baseline = baseline or next((name for name in names if name == BASELINE), None)
+    usual = (name for name in ORIGINALS if name in names and name != baseline)
+    original = original or next(usual, None)
     if baseline is not None and baseline == original:
         raise ValueError(f"baseline and original are both {baseline!r}; they must differ.")
     return baseline, original
@@ -106,9 +98,7 @@ def compare(
 ) -> Comparison:
     """Compare variants on some rows, each with the baseline: see `choose_rows`, `choose_roles`.
 
-    Args:
-        read_pictures: let tesseract read pictures, where failure modes are looked for.
-        missing: sentences on what was asked for and has no results.
+    ``read_pictures``: whether tesseract reads them; ``missing``: sentences on what has no results.
     """
     counts, of_ocrbench = _ocrbench(variants, chosen)
     notes = [*missing, *(note for v in variants for note in v.notes), *of_ocrbench]
@@ -126,10 +116,10 @@ def compare(
             notes.append(
                 f"No original: give --original, or call one {usual}, for shares recovered."
             )
-    matched = [m for m in matches if m.pairs]
-    with_pairs = dict.fromkeys(m.row.task for m in matched)
+    matches = [m for m in matches if m.pairs]
+    with_pairs = dict.fromkeys(m.row.task for m in matches)
     data = {task: load_task_data(base.tasks[task], read=read_pictures) for task in with_pairs}
-    tests, without = _paired(matched, data)
+    tests, without = _paired(matches, data)
     scores: dict[str, dict[str, float | None]] = {v.name: {} for v in variants}
     remarks: dict[tuple[str, str], str] = {}
     for v in variants:
@@ -138,10 +128,7 @@ def compare(
             if text := _remarks(v.tasks[row.task], row):
                 remarks[v.name, row.id] = f"{text[0].upper()}{text[1:]}."
     table = score_table(scores, chosen, baseline=baseline, original=original, notes=remarks)
-    notes += without
-    return Comparison(
-        tuple(variants), table, tuple(matched), tuple(tests), counts, data, tuple(notes)
-    )
+    return Comparison(variants, table, matches, tests, counts, data, [*notes, *without])
 
 
 def _remarks(result: TaskResult, row: Row) -> str:

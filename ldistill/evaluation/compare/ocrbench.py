@@ -31,6 +31,7 @@ GROUPS = {
     "Layout extraction": ("Key Information Extraction", "Doc-oriented VQA"),
 }
 """Group → its sub-tasks, lmms-eval's ``question_type``, in the order of Table 6."""
+KINDS = [kind for kinds in GROUPS.values() for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
     Raises:
         ValueError: a sample without OCRBench's score, or of an unknown sub-task.
     """
-    scores: dict[str, list[float]] = {kind: [] for kinds in GROUPS.values() for kind in kinds}
+    scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for sample in samples:
         logged = sample.metrics.get("ocrbench_accuracy")
         kind = logged.get("question_type") if isinstance(logged, Mapping) else None
@@ -57,14 +58,10 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
     return {kind: Count(sum(own), len(own)) for kind, own in scores.items() if own}
 
 
-def grouped(counts: Mapping[str, Count]) -> dict[str, Count]:
-    """Counts by group, of the sub-tasks that are there."""
-    there = {g: {k: counts[k] for k in kinds if k in counts} for g, kinds in GROUPS.items()}
-    return {group: total(parts) for group, parts in there.items() if parts}
-
-
-def total(counts: Mapping[str, Count]) -> Count:
-    return Count(sum(c.right for c in counts.values()), sum(c.of for c in counts.values()))
+def total(counts: Mapping[str, Count], kinds: Iterable[str] = KINDS) -> Count | None:
+    """Some sub-tasks together; None where none of them is there."""
+    there = [counts[kind] for kind in kinds if kind in counts]
+    return Count(sum(c.right for c in there), sum(c.of for c in there)) if there else None
 
 
 def recounted(result: TaskResult) -> float | None:
@@ -77,7 +74,7 @@ def recounted(result: TaskResult) -> float | None:
             whole = total(count(result.samples().values()))
         except ValueError:
             return None
-        return whole.right / whole.of if whole.of else None
+        return whole and whole.right / whole.of
     return None
 
 
@@ -91,7 +88,10 @@ def losses(
     baseline: Mapping[str, Count], variant: Mapping[str, Count]
 ) -> dict[str, tuple[float, float]]:
     """Group → (points gained, their share of the whole change); the share is nan without change."""
-    before, after = grouped(baseline), grouped(variant)
-    change = {g: after[g].right - before[g].right for g in before if g in after}
+    change = {}
+    for group, kinds in GROUPS.items():
+        before, after = total(baseline, kinds), total(variant, kinds)
+        if before and after:
+            change[group] = after.right - before.right
     whole = sum(change.values())
     return {g: (c, c / whole if whole else float("nan")) for g, c in change.items()}

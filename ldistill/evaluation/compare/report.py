@@ -108,7 +108,7 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "recovery.png"
     picture.unlink(missing_ok=True)
-    drawn = _has_roles(comparison) and tables.plot_recovery(comparison.table, picture)
+    drawn = tables.plot_recovery(comparison.table, picture)
     plain = _plain(comparison, examples)
     texts = {
         "report.md": markdown(comparison, examples, drawn),
@@ -200,20 +200,17 @@ def _paired_csv(comparison: Comparison) -> str:
 def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """OCRBench as header and lines: sub-tasks, a total per group and of all."""
     baseline = comparison.table.baseline
-    counts = {
-        v: comparison.ocrbench[v] for v in comparison.table.variants if v in comparison.ocrbench
-    }
+    every = comparison.ocrbench
+    counts = {v: every[v] for v in comparison.table.variants if v in every}
     changes = [v for v in counts if v != baseline] if baseline in counts else []
     head = ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)]
-    rows = []
+    parts = []
     for group, kinds in ocrbench.GROUPS.items():
-        rows += [(group, kind, {v: own.get(kind) for v, own in counts.items()}) for kind in kinds]
-        if len(kinds) > 1:
-            sums = {v: ocrbench.grouped(own).get(group) for v, own in counts.items()}
-            rows.append((group, "Subtotal", sums))
-    rows.append(("", "Total", {v: ocrbench.total(own) for v, own in counts.items()}))
+        parts += [(group, kind, [kind]) for kind in kinds]
+        parts += [(group, "Subtotal", kinds)] if len(kinds) > 1 else []
     lines = []
-    for group, name, found in rows:
+    for group, name, kinds in (*parts, ("", "Total", ocrbench.KINDS)):
+        found = {v: ocrbench.total(own, kinds) for v, own in counts.items()}
         told = [f"{c.right:g}/{c.of}" if c else tables.MISSING for c in found.values()]
         for before, after in ((found[baseline], found[v]) for v in changes):
             if before is None or after is None:
@@ -227,17 +224,16 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
 
 def _ocrbench_markdown(comparison: Comparison) -> str:
     head, lines = _ocrbench_lines(comparison)
-    bold = [
-        [f"**{c}**" if c and line[1] in ("Subtotal", "Total") else c for c in line]
-        for line in lines
-    ]
+    for line in lines:
+        if line[1] in ("Subtotal", "Total"):
+            line[:] = [cell and f"**{cell}**" for cell in line]
     text = "Right answers out of samples, recomputed from the samples.\n\n"
-    text += tables.markdown_table(head, bold, left=2)
-    base = comparison.ocrbench.get(str(comparison.table.baseline), {})
+    text += tables.markdown_table(head, lines, left=2)
+    base = comparison.ocrbench.get(comparison.table.baseline, {})
     before = ocrbench.total(base)
     for variant, counts in comparison.ocrbench.items():
         after = ocrbench.total(counts)
-        if after.of == before.of and after.right < before.right:
+        if before and after.of == before.of and after.right < before.right:
             shares = ocrbench.losses(base, counts)
             parts = ", ".join(f"{g} {c:+g} ({s:.0%})" for g, (c, s) in shares.items() if c)
             lost = before.right - after.right

@@ -1,12 +1,7 @@
 """Score tables in the layout of the paper's Table 3: tasks in groups, a column per variant.
 
-Plain data in, text out; the scores may come from anywhere and from several seeds:
-
-    table = score_table(
-        {"nanovlm-full": {"arc_easy": 0.540}, "lingudistill": {"arc_easy": [0.62, 0.63]}},
-        rows("paper"), baseline="nanovlm-full",
-    )
-    table.markdown();  table.latex();  table.csv()
+    scores = {"nanovlm-full": {"arc_easy": 0.540}, "lingudistill": {"arc_easy": [0.62, 0.63]}}
+    score_table(scores, rows("paper"), baseline="nanovlm-full").markdown()
 
 The best of a row is bold (not counting the original, which is what is to be recovered), the change
 to the baseline stands in brackets. A score that is not there reads "missing", with a footnote.
@@ -29,11 +24,8 @@ from pathlib import Path
 
 from ldistill.evaluation.suites import Row, group_title
 
-Scores = Mapping[str, Mapping[str, float | Sequence[float] | None]]
-"""Variant → row id (``Row.id``) → score, or one score per seed."""
 Notes = Mapping[tuple[str, str], str]
 """(variant, row id) → what there is to say about that score."""
-
 MISSING = "missing"
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Fine-tuning": ("nanovlm", "nanovlm-full", "nanovlm-lang"),
@@ -97,7 +89,6 @@ class ScoreTable:
         return {note: i for i, note in enumerate(dict.fromkeys(filter(None, found)), 1)}
 
     def caption(self) -> str:
-        """What the columns and the emphasis mean."""
         parts = ["Best of a row in bold"]
         if self.original:
             parts[0] += f" ({self.original}, the original, not counted)"
@@ -195,7 +186,7 @@ class ScoreTable:
 
 
 def score_table(
-    scores: Scores,
+    scores: Mapping[str, Mapping[str, float | Sequence[float] | None]],
     rows: Iterable[Row],
     *,
     baseline: str | None = None,
@@ -205,10 +196,10 @@ def score_table(
     """A table of plain scores, columns in the paper's order as far as it knows them.
 
     Args:
-        scores: a None is missing.
+        scores: variant → row id (``Row.id``) → score, or one per seed; a None is missing.
         rows: the table's; see ``suites.rows``.
-        baseline: variant that changes refer to, one of `scores`.
-        original: likewise; the student before training (or the teacher).
+        baseline: variant that changes refer to.
+        original: the student before training, or the teacher.
         notes: footnotes.
     """
     rows = tuple(rows)

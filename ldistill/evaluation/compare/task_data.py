@@ -16,6 +16,7 @@ import io
 import json
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,26 +86,20 @@ class TaskData:
     @cached_property
     def _same_picture(self) -> dict[int, list[int]]:
         """Document → all documents of its picture, which is known by its id or its bytes."""
-        same: dict[str, list[int]] = {}
-        for doc_id in range(len(self.documents or ())):
-            document = self.documents[doc_id]
+        same: dict[str, list[int]] = defaultdict(list)
+        for doc_id, document in enumerate(self.documents or ()):
             ids = ([document.get(column) for column in columns] for columns in _PICTURE_IDS)
             whole = (own for own in ids if all(value not in (None, "") for value in own))
             key = next(("\n".join(map(str, own)) for own in whole), None)
             if key is None and (picture := next(_pictures(document, self.folder), None)):
                 key = hashlib.sha1(picture).hexdigest()
             if key:
-                same.setdefault(key, []).append(doc_id)
+                same[key].append(doc_id)
         return {doc_id: documents for documents in same.values() for doc_id in documents}
 
 
 def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
-    """The documents that a result's configuration names, if this machine has them.
-
-    Args:
-        result: of any variant.
-        read: see `TaskData`.
-    """
+    """The documents that a result's configuration names, if this machine has them."""
     import datasets
     import huggingface_hub.constants as hub
 
