@@ -32,8 +32,7 @@ from ldistill.evaluation.scorer import LMScorer, Question, StudentScorer
 from ldistill.models.processor import Processor
 
 MAX_NEW_TOKENS = 24
-CHAT = "ldistill_chat"
-"""Column of a task's data: whether an item is asked in the model's chat template."""
+CHAT = "ldistill_chat"  # column of a task's data: whether an item is asked in the chat template
 
 
 @dataclass(frozen=True)

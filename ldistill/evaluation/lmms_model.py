@@ -41,7 +41,7 @@ def manifests() -> list[ModelManifest]:
 
 
 class _Request(NamedTuple):
-    """One of lmms-eval's requests: where its pictures are, and what is asked."""
+    """One of lmms-eval's requests."""
 
     text: str
     ask: Any  # continuation (str or function of the document), or generation options

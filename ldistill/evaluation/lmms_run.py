@@ -4,8 +4,8 @@ lmms-eval reports success whatever happens, waits for ever where one of several 
 takes the environment of a training job for its own. So it gets a clean environment, its output goes
 to a log, and its results count only when every task has its score and all of its samples.
 
-The folder afterwards: ``{model}/{time}_results.json`` and ``_samples_{task}.jsonl`` as lmms-eval
-writes them, ``eval.json`` (what was asked, what came out), ``lmms_eval.yaml`` and ``.log``.
+It leaves lmms-eval's results and samples, ``eval.json`` (what was asked, what came out),
+``lmms_eval.yaml`` and ``.log``.
 """
 
 from __future__ import annotations
@@ -66,11 +66,9 @@ class Evaluation:
     limit: int | None = None  # documents of every task, to try things out
     batch_size: int | None = None  # default: the suite's own (1 for the paper's tasks)
     include_paths: tuple[Path, ...] = ()  # folders with tasks of one's own
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the lmms-eval model: ``dtype``, ``tiling``, ``tokenizer``, ``pictures``, ..."""
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `load_scorer`
     processes: int | None = None  # default: one for every visible GPU, one on a CPU
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Variables set for the subprocess, ``CUDA_VISIBLE_DEVICES`` for one."""
+    environment: Mapping[str, str] = field(default_factory=dict)  # set for the subprocess
     items_per_task: int | None = None  # of a suite that makes its own tasks; default its own number
 
     @property
@@ -92,8 +90,7 @@ def evaluate(
         run: takes a configuration file, writes `LOG`, gives the exit status; default a new process.
 
     Raises:
-        FileNotFoundError: no such model.
-        InterruptedError: given up.
+        FileNotFoundError, InterruptedError: no such model; given up.
         ValueError: it cannot run (see `check`), or it ran and failed, or what it left is not
             complete. ``eval.json`` is written all the same and says what is there.
     """
@@ -185,7 +182,6 @@ def _config(asked: Evaluation, folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _run(asked: Evaluation, config: Path, give_up: Callable[[], bool]) -> int:
-    """Start lmms-eval and wait; its output goes to the log. Returns the exit status."""
     count = asked.processes or max(1, torch.cuda.device_count())
     ranks = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m"]
     command = [sys.executable, "-m", *(ranks if count > 1 else [])]
@@ -298,9 +294,6 @@ def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
     return found
 
 
-# ---- what it left ----
-
-
 def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
     """The newest results below ``out``, none older than ``since`` (seconds since the epoch).
 
@@ -400,8 +393,7 @@ def read_evaluation(folder: Path) -> dict[str, Any] | None:
 def merge(result: dict[str, Any], earlier: Mapping[str, Any]) -> None:
     """Keep what an earlier evaluation of the same model left of other tasks; mean by group.
 
-    What failed then and was not asked again still counts as missing. A group's mean is over the
-    scores that are there, each divided by the highest possible one.
+    A group's mean is over the scores that are there, each divided by the highest possible one.
     """
     again = {*result["tasks"], *result["samples"]}
     for part in ("samples", "scores", "missing"):

@@ -16,14 +16,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 import yaml
 from jinja2 import TemplateError
+from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ldistill.common.errors import refuse
@@ -32,12 +34,8 @@ from ldistill.common.run_files import RECIPE
 from ldistill.data.collate import merge, to_device
 from ldistill.models.formats import load_processor, load_student
 from ldistill.models.logits import LogitScaling
+from ldistill.models.processor import Processor
 from ldistill.models.weights import read_model, refuse_misfit
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ldistill.models.processor import Processor
 
 Inputs = dict[str, Any]
 
@@ -144,13 +142,11 @@ class Scorer:
 
     def _pad(self, rows: Sequence[Sequence[int]], left: bool = True) -> Inputs:
         """int64 [rows, longest] and its mask."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            where = slice(longest - len(tokens), None) if left else slice(len(tokens))
-            ids[row, where], mask[row, where] = torch.as_tensor(tokens), 1
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        ids = [torch.as_tensor(row, dtype=torch.int64, device=self.device) for row in rows]
+        options = {"batch_first": True, "padding_side": "left" if left else "right"}
+        mask = pad_sequence([torch.ones_like(row) for row in ids], **options)
+        ids = pad_sequence(ids, **options, padding_value=self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 class StudentScorer(Scorer):
@@ -231,11 +227,7 @@ class LMScorer(Scorer):
 
 
 class VLMScorer(LMScorer):
-    """Any VLM of transformers with its own processor.
-
-    `tiling` is SmolVLM's image splitting: on in its processor unless told otherwise, off in
-    training unless the run says so.
-    """
+    """Any VLM of transformers with its own processor; `tiling` is SmolVLM's image splitting."""
 
     def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
@@ -302,7 +294,6 @@ class VLMScorer(LMScorer):
 
 
 def image_token(processor: Any) -> str | None:
-    """The token that stands for a picture, as a transformers processor names it."""
     token = getattr(processor, "image_token", None)
     return getattr(token, "content", token)
 
@@ -323,7 +314,6 @@ class _Stops(transformers.StoppingCriteria):
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Text before the first stop string in it."""
     return min((text.partition(end)[0] for end in stop), key=len, default=text)
 
 
@@ -335,9 +325,8 @@ def _positions(mask: Tensor) -> Tensor:
 def model_folder(name: str) -> Path:
     """Folder of a model, of a run its student; FileNotFoundError: neither here nor on the hub."""
     folder = resolve(name)
-    student = folder / "student"
-    of_run = not (folder / "config.json").is_file() and (student / "config.json").is_file()
-    return student if of_run else folder
+    places = (folder, folder / "student")
+    return next((place for place in places if (place / "config.json").is_file()), folder)
 
 
 def tiled_in_training(name: str) -> bool:

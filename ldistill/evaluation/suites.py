@@ -68,10 +68,8 @@ GROUPS = {
     "general": "General multimodal",
 }
 """Group → title, in the order of the tables."""
-OTHER = "other"
-"""The group of tasks that are in no suite."""
-READING = {"document", OTHER}
-"""Groups of tasks whose generated answers are text to be read in pictures."""
+OTHER = "other"  # the group of tasks that are in no suite
+READING = {"document", OTHER}  # groups whose generated answers are text to be read in pictures
 
 ROWS: list[Row] = [
     Row("ai2d", "AI2D", "language", "exact_match", "flexible-extract"),
@@ -90,7 +88,6 @@ ROWS: list[Row] = [
     Row("mmstar", "MMStar", "general", "average"),
 ]
 """Every row of every table, in table order."""
-
 SUITES = {group: Suite(group, (group,)) for group in GROUPS}
 SUITES["paper"] = Suite("paper", tuple(GROUPS))
 
@@ -110,16 +107,11 @@ def group_title(group: str) -> str:
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name; ValueError with those there are for an unknown one."""
+    """The suite of that name; ValueError: an unknown one."""
     if name not in SUITES:
         hint = did_you_mean(name, SUITES)
         raise ValueError(f"no suite {name!r}.{hint} There are: {', '.join(SUITES)}.")
     return SUITES[name]
-
-
-def rows(suite_name: str) -> tuple[Row, ...]:
-    """Rows of a suite in table order; ValueError for an unknown one."""
-    return suite(suite_name).rows
 
 
 def rows_of_tasks(tasks: Iterable[str]) -> tuple[Row, ...]:

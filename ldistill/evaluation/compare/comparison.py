@@ -1,7 +1,7 @@
 """Comparing variants: scores side by side, samples won and lost, OCRBench's parts.
 
 What cannot be compared is said in `Comparison.notes`; a score that is not there is a footnote of
-the table, never a hole. `report.write` writes all of it down.
+the table, never a hole.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from ldistill.evaluation.compare.results import TaskResult, Variant, other_row
 from ldistill.evaluation.compare.samples import Match, Pair, Paired, match, paired
 from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.compare.task_data import TaskData, load_task_data
-from ldistill.evaluation.suites import OTHER, ROWS, Row, rows, rows_of_tasks
+from ldistill.evaluation.suites import OTHER, ROWS, Row, rows_of_tasks
+from ldistill.evaluation.suites import suite as suite_of
 
 BASELINE = "nanovlm-full"
-ORIGINALS = ("nanovlm", "original", "adapted", "teacher")
-"""Names taken for the original where --original is not given."""
-_USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}
-"""Options of the lmms-eval model that change nothing."""
+ORIGINALS = ("nanovlm", "original", "adapted", "teacher")  # names taken for it without --original
+_USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}  # of the lmms-eval model, change nothing
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def choose_rows(
     for variant in variants:
         found |= {**variant.tasks, **found}
     if suite is not None:
-        chosen = rows(suite)
+        chosen = suite_of(suite).rows
     else:
         groups = {row.group for row in rows_of_tasks(found)}
         listed = [row for row in ROWS if row.group in groups]

@@ -40,10 +40,7 @@ MODES = {
     UNDECIDED: "Undecided",
 }
 """Mode → title, in the order of a report."""
-
-USUAL = 20
-"""Words that must have a run of three letters before it counts as usual."""
-
+USUAL = 20  # words that must have a run of three letters before it counts as usual
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _DATE = re.compile(r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}")

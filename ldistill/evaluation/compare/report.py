@@ -134,26 +134,22 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         [v.name, roles.get(v.name, "variant"), v.model or "not named", len(v.tasks)]
         for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name))
     ]
-    head = ["name", "role", "model", "tasks"]
-    parts = ["# Comparison\n", tables.markdown_table(head, lines, left=3)]
-    parts += ["## Scores\n", table.markdown()]
-    if _has_roles(comparison):
-        unlike = unlike_samples(comparison.variants, table)
-        parts += ["## Share recovered\n", tables.recovery_markdown(table, unlike)]
-        parts += ["![Share recovered by group](recovery.png)\n"] if picture else []
-    if comparison.paired:
-        parts += ["## Samples won and lost\n", _paired_markdown(comparison)]
-    if comparison.ocrbench:
-        parts += ["## OCRBench\n", _ocrbench_markdown(comparison)]
-    if examples.counts:
-        parts += ["## Failure modes\n", _modes_markdown(comparison, examples)]
-    if notes := [*comparison.notes, *examples.notes]:
-        parts += ["## What is missing or left out\n", "\n".join(f"- {n}" for n in notes) + "\n"]
-    return "\n".join(parts)
-
-
-def _has_roles(comparison: Comparison) -> bool:
-    return None not in (comparison.table.baseline, comparison.table.original)
+    recovered = ""
+    if table.baseline and table.original:
+        recovered = tables.recovery_markdown(table, unlike_samples(comparison.variants, table))
+        recovered += "\n![Share recovered by group](recovery.png)\n" if picture else ""
+    parts = {
+        "# Comparison": tables.markdown_table(["name", "role", "model", "tasks"], lines, left=3),
+        "## Scores": table.markdown(),
+        "## Share recovered": recovered,
+        "## Samples won and lost": comparison.paired and _paired_markdown(comparison),
+        "## OCRBench": comparison.ocrbench and _ocrbench_markdown(comparison),
+        "## Failure modes": examples.counts and _modes_markdown(comparison, examples),
+        "## What is missing or left out": "".join(
+            f"- {note}\n" for note in (*comparison.notes, *examples.notes)
+        ),
+    }
+    return "\n".join(f"{title}\n\n{text}" for title, text in parts.items() if text)
 
 
 def _paired_markdown(comparison: Comparison) -> str:
@@ -213,11 +209,11 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
         found = {v: ocrbench.total(own, kinds) for v, own in counts.items()}
         told = [f"{c.right:g}/{c.of}" if c else tables.MISSING for c in found.values()]
         for before, after in ((found[baseline], found[v]) for v in changes):
-            if before is None or after is None:
-                told.append(tables.MISSING)
-            else:  # points gained, where both are of as many samples
+            change = tables.MISSING
+            if before and after:  # points gained, where both are of as many samples
                 same, gained = before.of == after.of, after.right - before.right
-                told.append(f"{gained:+g}" if same else "other samples")
+                change = f"{gained:+g}" if same else "other samples"
+            told.append(change)
         lines.append([group, name, *told])
     return head, lines
 
@@ -242,21 +238,21 @@ def _ocrbench_markdown(comparison: Comparison) -> str:
 
 
 def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
-    text = (
-        "On lost samples the variant's answer is judged, on won ones "
-        f"{comparison.table.baseline}'s. The samples are in [failures.html](failures.html), with "
-        "the rules.\n\n"
-    )
     lines = [
         [v, row.name, outcome, *(counts[mode] for mode in MODES), counts.total()]
         for (v, row, outcome), counts in examples.counts.items()
     ]
-    return text + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
+    return (
+        "On lost samples the variant's answer is judged, on won ones "
+        f"{comparison.table.baseline}'s. The samples are in [failures.html](failures.html), with "
+        "the rules.\n\n"
+    ) + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
 
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
     """Everything; what is no JSON type is a dataclass."""
-    table, roles = comparison.table, _has_roles(comparison)
+    table = comparison.table
+    roles = table.baseline and table.original
     models = {v.name: {"folder": str(v.folder), "model": v.model} for v in comparison.variants}
     return {
         "baseline": table.baseline,

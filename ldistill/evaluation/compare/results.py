@@ -5,9 +5,6 @@ folder may hold several of them (one per suite, or a repeated run): every task c
 newest. A samples file has one line per document and filter: ``doc_id``, ``input`` (the prompt),
 ``target`` (always a string), ``filtered_resps`` and the metrics under their names; the document and
 its pictures are not in it (see `task_data`).
-
-    variant, = read_variants(["lingudistill=eval/lingudistill"])
-    variant.tasks["ocrbench"].scores["ocrbench_accuracy,none"]
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldistill.evaluation.suites import OTHER, Row
 
@@ -33,12 +30,10 @@ _NOT_METRICS |= {"filtered_resps", "token_counts"}
 _ERRORS = ("_stderr", "_stderr_clt", "_stderr_clustered")
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
-Record = tuple[Path, dict[str, Any]]
-"""A results file and its content."""
+Record = tuple[Path, dict[str, Any]]  # a results file and its content
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One document of a task as one variant answered it."""
 
     doc_id: int
@@ -50,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of one variant; samples are read when asked for."""
+    """One task of one variant."""
 
     task: str
     scores: Mapping[str, Any]  # `metric,filter` → number, as lmms-eval aggregated it
@@ -59,8 +54,7 @@ class TaskResult:
     available: int | None  # documents the task has
     path: Path  # the results file
     higher_is_better: Mapping[str, bool]
-    model_args: Mapping[str, str]
-    """Arguments of the lmms-eval model: ``pretrained``, ``dtype``, ``tiling``, ..."""
+    model_args: Mapping[str, str]  # ``pretrained``, ``dtype``, ``tiling``, ...
 
     @property
     def samples_path(self) -> Path:
@@ -105,17 +99,12 @@ class TaskResult:
 
 def _answer(responses: Any) -> str:
     """The text that was scored; for multiple choice the number of the likeliest choice."""
-    if isinstance(responses, str):
-        return responses
     if not isinstance(responses, list) or not responses:
-        return ""
+        return responses or ""
     if all(isinstance(response, list) and len(response) == 2 for response in responses):
         losses = [float(loss) for loss, _ in responses]
         return f"choice {losses.index(min(losses))}"
     return _answer(responses[0])
-
-
-# ---- results files ----
 
 
 def results_files(folder: Path, inside: str = "**") -> Iterator[Path]:
@@ -141,7 +130,6 @@ def tasks_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
-    """A task of a results file whose content is ``record``."""
     counts = record.get("n-samples", {}).get(task, {})
     arguments = str(record.get("config", {}).get("model_args") or "").split(",")
     scores = {
@@ -150,16 +138,12 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
         if "," in key and not key.partition(",")[0].endswith(_ERRORS)
         if isinstance(value, (int, float)) and math.isfinite(value)
     }
-    return TaskResult(
-        task,
-        scores,
-        record.get("configs", {}).get(task, {}),
-        counts.get("effective"),
-        counts.get("original"),
-        path,
-        record.get("higher_is_better", {}).get(task, {}),
-        dict(part.split("=", 1) for part in arguments if "=" in part),
+    config, higher = (
+        record.get(part, {}).get(task, {}) for part in ("configs", "higher_is_better")
     )
+    counted = counts.get("effective"), counts.get("original")
+    options = dict(part.split("=", 1) for part in arguments if "=" in part)
+    return TaskResult(task, scores, config, *counted, path, higher, options)
 
 
 def other_row(result: TaskResult) -> Row:
@@ -171,9 +155,6 @@ def other_row(result: TaskResult) -> Row:
 
 def _model_of(record: Mapping[str, Any]) -> str:
     return str(record.get("model_name") or record.get("config", {}).get("model_args") or "")
-
-
-# ---- variants ----
 
 
 @dataclass(frozen=True)
@@ -198,8 +179,7 @@ def read_variants(
 
     Raises:
         FileNotFoundError: no folder holds results, or there is none.
-        ValueError: two variants of one name, or a folder with results of several models that
-            subfolders don't keep apart.
+        ValueError: two variants of one name, or several models whose results no subfolders part.
     """
     variants: list[Variant] = []
     empty: list[str] = []
@@ -292,11 +272,8 @@ def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]
     places = [folder, folder.parent] if steps else [folder]
     students = {(place / "student").resolve() for place in places}
 
-    def own(record: dict[str, Any]) -> bool:
-        model = _model_of(record)
-        return bool(model) and Path(model).expanduser().resolve() in students
-
-    final = [(path, record) for path, record in files if own(record)]
+    models = [Path(_model_of(record)).expanduser().resolve() for _, record in files]
+    final = [file for file, model in zip(files, models, strict=True) if model in students]
     if steps and not final and len({_model_of(record) for _, record in outside}) == 1:
         final = outside
     if final and (left := len(files) - len(final)):

@@ -13,10 +13,11 @@ same arithmetic is the sign test.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,11 +30,8 @@ CATEGORY_COLUMNS = {
     "infovqa_val": "answer_type",
 }
 """Task → column of its data that names the category, where the samples themselves don't."""
-USUAL_COLUMNS = ("category", "subject", "question_type", "topic")
-"""Columns tried for every other task."""
-RESAMPLES = 10_000
-DRAWN_AT_ONCE = 1 << 20
-"""Counts in memory while resampling: graded scores have as many distinct values as samples."""
+USUAL_COLUMNS = ("category", "subject", "question_type", "topic")  # tried for every other task
+DRAWN_AT_ONCE = 1 << 20  # counts in memory: graded scores have as many distinct values as samples
 
 
 def sample_score(sample: Sample, row: Row) -> float | None:
@@ -79,8 +77,7 @@ def document_categories(document: Mapping[str, Any], task: str) -> tuple[str, ..
     return ()
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One document as baseline and variant answered it, with their scores."""
 
     baseline: Sample
@@ -89,14 +86,13 @@ class Pair:
     after: float
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """Pairs in document order, and a clause for everything that could not be paired."""
 
     row: Row
     variant: str
-    pairs: tuple[Pair, ...]
-    gaps: tuple[str, ...]
+    pairs: list[Pair]
+    gaps: list[str]
 
 
 def match(row: Row, baseline: Variant, variant: Variant) -> Match:
@@ -104,7 +100,7 @@ def match(row: Row, baseline: Variant, variant: Variant) -> Match:
     gaps: list[str] = []
     first, second = (_scored(v, row, gaps) for v in (baseline, variant))
     if not (first and second):
-        return Match(row, variant.name, (), tuple(gaps))
+        return Match(row, variant.name, [], gaps)
     both = sorted(first.keys() & second.keys())
     for own, name, than in ((first, baseline, variant), (second, variant, baseline)):
         if only := len(own) - len(both):
@@ -117,7 +113,7 @@ def match(row: Row, baseline: Variant, variant: Variant) -> Match:
             f"{different:,} samples have another prompt or expected answer in {variant.name} than "
             f"in {baseline.name} (another version of the data, or another prompt format?)"
         )
-    return Match(row, variant.name, tuple(pairs), tuple(gaps))
+    return Match(row, variant.name, pairs, gaps)
 
 
 def _scored(variant: Variant, row: Row, gaps: list[str]) -> dict[int, tuple[Sample, float]]:
@@ -144,11 +140,11 @@ def _scored(variant: Variant, row: Row, gaps: list[str]) -> dict[int, tuple[Samp
 
 def sentences(matches: Iterable[Match]) -> list[str]:
     """The gaps of all matches, each named once, with the rows it holds for."""
-    where: dict[tuple[str, bool], dict[str, None]] = {}
+    where: dict[tuple[str, bool], dict[str, None]] = defaultdict(dict)
     for m in matches:
         rest = f" (the other {len(m.pairs):,} are paired)" if m.pairs else ""
         for gap in m.gaps:
-            where.setdefault((gap, bool(m.pairs)), {})[m.row.name + rest] = None
+            where[gap, bool(m.pairs)][m.row.name + rest] = None
     ends = {True: ".", False: "; not compared sample by sample, scores are."}
     return [f"{gap}: {', '.join(rows)}{ends[some]}" for (gap, some), rows in where.items()]
 
@@ -186,13 +182,10 @@ def mcnemar(won: int, lost: int) -> float:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, *, resamples: int = RESAMPLES, confidence: float = 0.95
+    values: Sequence[float] | np.ndarray, *, resamples: int = 10_000, confidence: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of ``values`` [samples] under resampling of samples.
-
-    Drawing n samples with replacement is drawing counts of the distinct values from a multinomial
-    distribution: the same bootstrap, without the n × resamples draws.
-    """
+    """Percentile interval of the mean of ``values`` [samples] under resampling of samples."""
+    # Drawing samples with replacement is drawing counts of the distinct values: far fewer draws.
     distinct, counts = np.unique(np.round(np.asarray(values, float), 12), return_counts=True)
     n = counts.sum()
     rng, most = np.random.default_rng(0), max(1, DRAWN_AT_ONCE // len(distinct))

@@ -1,7 +1,7 @@
 """Score tables in the layout of the paper's Table 3: tasks in groups, a column per variant.
 
     scores = {"nanovlm-full": {"arc_easy": 0.540}, "lingudistill": {"arc_easy": [0.62, 0.63]}}
-    score_table(scores, rows("paper"), baseline="nanovlm-full").markdown()
+    score_table(scores, suite("paper").rows, baseline="nanovlm-full").markdown()
 
 The best of a row is bold (not counting the original, which is what is to be recovered), the change
 to the baseline stands in brackets. A score that is not there reads "missing", with a footnote.
@@ -40,12 +40,8 @@ _FLOOR, _CEILING = -1.5, 1.75  # of a bar
 
 # How spread, best, change and note of a score are written.
 _MARKDOWN = (" ± {}", "**{}**", " ({})", " <sup>{}</sup>")
-_LATEX = (
-    r"\,{{\scriptsize$\pm${}}}",
-    r"\textbf{{{}}}",
-    r" {{\scriptsize(${}$)}}",
-    r"\textsuperscript{{{}}}",
-)
+_LATEX = (r"\,{{\scriptsize$\pm${}}}", r"\textbf{{{}}}", r" {{\scriptsize(${}$)}}")
+_LATEX += (r"\textsuperscript{{{}}}",)
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,6 @@ class ScoreTable:
         return [_latex_line(["", *parts]), "".join(rules)]
 
     def _texts(self, row: Row, style: Sequence[str], notes: Mapping[str, int]) -> list[str]:
-        """Every variant's score in a row, with all that is said about it."""
         spread, bold, changed, footnote = style
         best, base, texts = self.best(row), self.cell(self.baseline, row), []
         for variant in self.variants:
@@ -197,7 +192,7 @@ def score_table(
 
     Args:
         scores: variant → row id (``Row.id``) → score, or one per seed; a None is missing.
-        rows: the table's; see ``suites.rows``.
+        rows: the table's; see ``Suite.rows``.
         baseline: variant that changes refer to.
         original: the student before training, or the teacher.
         notes: footnotes.
@@ -221,7 +216,6 @@ def order(variants: Iterable[str], original: str | None = None) -> tuple[str, ..
 
 
 def family(variant: str) -> str:
-    """The paper's heading above a variant, or nothing."""
     return next((title for title, names in FAMILIES.items() if variant in names), "")
 
 

@@ -57,7 +57,6 @@ class TaskData:
         return document if any(text in sample.question for text in known) else None
 
     def pictures(self, sample: Sample) -> list[bytes]:
-        """Encoded pictures of a sample's document; empty without any."""
         document = self.document(sample)
         return [] if document is None else list(_pictures(document, self.folder))
 
@@ -128,14 +127,11 @@ def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
         return TaskData(None, f"{where} is not on this machine ({line})")
     finally:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
-    return TaskData(documents, read=read, folder=_folder(kwargs.get("data_files")))
-
-
-def _folder(files: Any) -> Path:
-    """Of the first local data file."""
+    files = kwargs.get("data_files")  # pictures lie beside the first
     while isinstance(files, (Mapping, list)):
         files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
-    return Path(files).parent if isinstance(files, str) else Path()
+    folder = Path(files).parent if isinstance(files, str) else Path()
+    return TaskData(documents, read=read, folder=folder)
 
 
 def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:

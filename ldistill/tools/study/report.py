@@ -26,7 +26,7 @@ from ldistill.evaluation.compare.tables import (
     recovery_markdown,
     score_table,
 )
-from ldistill.evaluation.suites import rows
+from ldistill.evaluation.suites import suite
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
 from ldistill.tools.study.scores import Scores, paired_tests, summary
@@ -122,7 +122,7 @@ def markdown(
 
 def _table(study: Study, scores: Mapping[str, Sequence[Scores]]) -> ScoreTable:
     found = [row for of in scores.values() for run in of for row in run.rows]
-    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
+    listed = dict.fromkeys([*(suite(study.suite).rows if study.suite else ()), *found])
     values = {
         name: {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}
         for name, of in scores.items()
