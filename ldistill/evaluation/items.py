@@ -71,8 +71,7 @@ def load_items(path: str | Path) -> list[Item]:
     """Items of a JSONL file.
 
     Raises:
-        FileNotFoundError: no such file, or a picture it names is not beside it.
-        ValueError: a line that is no item; the message gives its number.
+        FileNotFoundError, ValueError: no such file or picture; a line that is no item, by number.
     """
     path = Path(path)
     if not path.is_file():
@@ -147,15 +146,12 @@ def answers(
     """The model's answer to every item, in the items' order: its choice, or what it generates.
 
     Args:
-        model: a student, or a causal LM, whose items have no pictures; it is left in eval mode.
+        model: a student, or a causal LM; it is left in eval mode.
         processor: the student's; its tokenizer and template serve a bare LM as well.
-        items: the questions.
+        items: the questions; ValueError: some have pictures, and the model is a bare LM.
         batch_size: sequences per forward.
         max_new_tokens: of a generated answer.
         progress: called with the number of items just answered.
-
-    Raises:
-        ValueError: items with pictures for a bare LM.
     """
     is_student = hasattr(model, "embed")
     scorer = StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
@@ -189,13 +185,10 @@ def write_tasks(
 ) -> list[str]:
     """Write items as local lmms-eval tasks: YAML and parquet files for ``--include-path``.
 
-    A task is `multiple_choice` where its items have choices, else `generate_until` with exact
-    match. Our lmms-eval models put the same questions to the same scorer, so its scores are those
-    of `evaluate`.
+    Our lmms-eval models put the same questions to the same scorer: it scores as `evaluate` does.
 
     Args:
-        items: those of a task are of one kind: all with choices or none, all with a picture or
-            none, one style; their order is kept.
+        items: all of a task with choices or none, with a picture or none, in one style.
         folder: made if need be. The files name their data by absolute path: don't move it.
         prefix: before the items' own task names, which are returned so.
         max_new_tokens: of a generated answer.

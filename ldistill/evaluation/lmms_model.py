@@ -5,8 +5,8 @@
 It is a *simple* model, the only kind that reaches multiple-choice tasks.
 Requests with pictures, and all generation, are user turns in the model's chat template;
 log-likelihoods without a picture are of plain text, so that ``acc`` and ``acc_norm`` mean what they
-mean in lm-evaluation-harness. Tasks made of `items` say themselves which of the two they want. An
-exception ends the run and names the document: an answer is never made up.
+mean in lm-evaluation-harness. Tasks made of `items` say which of the two they want. An exception
+ends the run and names the document: an answer is never made up.
 """
 
 from __future__ import annotations
@@ -88,14 +88,12 @@ class ScoredModel(lmms):
         self.scorer = load_scorer(str(pretrained), device=self.device, **options)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(summed negative log-likelihood, is greedy) of every continuation; the smallest counts.
-
-        Wrapped, since lmms-eval's evaluator turns a bare tuple into its text.
-        """
+        """(summed negative log-likelihood, is greedy) of each continuation; the smallest counts."""
 
         def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
             asks = (r.ask(self._document(r)) if callable(r.ask) else r.ask for r in requests)
             scores = self.scorer.log_likelihoods(list(zip(questions, asks, strict=True)))
+            # lmms-eval's evaluator turns a bare tuple into its text.
             return [GenerationResult(text=(-total, greedy)) for total, greedy in scores]
 
         return self._run(requests, answer, "log-likelihoods", chat=False)

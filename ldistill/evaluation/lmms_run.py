@@ -2,10 +2,8 @@
 
 lmms-eval reports success whatever happens, waits for ever where one of several ranks fails, and
 takes the environment of a training job for its own. So it gets a clean environment, its output goes
-to a log, and its results count only when every task has its score and all of its samples.
-
-It leaves lmms-eval's results and samples, ``eval.json`` (what was asked, what came out),
-``lmms_eval.yaml`` and ``.log``.
+to a log, and its results count only when every task has its score and all of its samples. What was
+asked and what came out stands in ``eval.json``.
 """
 
 from __future__ import annotations
@@ -90,9 +88,9 @@ def evaluate(
         run: takes a configuration file, writes `LOG`, gives the exit status; default a new process.
 
     Raises:
-        FileNotFoundError, InterruptedError: no such model; given up.
-        ValueError: it cannot run (see `check`), or it ran and failed, or what it left is not
-            complete. ``eval.json`` is written all the same and says what is there.
+        FileNotFoundError: no such model.
+        ValueError: it cannot run (see `check`), failed, or left something incomplete: then
+            ``eval.json`` says what is there.
     """
     folder = model_folder(asked.student).resolve()
     kind = kind_of(folder)
@@ -126,9 +124,16 @@ def evaluate(
     merge(result, earlier)
     text = json.dumps(result, indent=2) + "\n"
     (asked.out / EVALUATION).write_text(text, encoding="utf-8")
-    if missing := found["missing"]:
-        raise ValueError(_what_is_missing(asked, missing, status))
-    return result
+    if not found["missing"]:
+        return result
+    log = asked.out / LOG
+    lines = [f"the evaluation of {asked.student} is not complete (exit status {status})."]
+    if cause := explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks):
+        lines.append(cause)
+    if there := [task for task in asked.all_tasks if task not in found["missing"]]:
+        lines += [f"  {task}: {reason}" for task, reason in found["missing"].items()]
+        lines.append(f"Complete, and comparable: {', '.join(there)}.")
+    raise ValueError("\n".join([*lines, f"lmms-eval's own words: {log}"]))
 
 
 def check(asked: Evaluation, *paths: Path) -> None:
@@ -229,17 +234,6 @@ def _earlier(asked: Evaluation, arguments: str) -> dict[str, Any]:
         of = f"{then[0]} (limit {then[1]}), not of {arguments} (limit {asked.limit})"
         raise ValueError(f"{asked.out} holds an evaluation of {of}: choose another --out.")
     return earlier
-
-
-def _what_is_missing(asked: Evaluation, missing: Mapping[str, str], status: int) -> str:
-    log = asked.out / LOG
-    lines = [f"the evaluation of {asked.student} is not complete (exit status {status})."]
-    if cause := explain(log.read_text(encoding="utf-8", errors="replace"), asked.all_tasks):
-        lines.append(cause)
-    if there := [task for task in asked.all_tasks if task not in missing]:
-        lines += [f"  {task}: {reason}" for task, reason in missing.items()]
-        lines.append(f"Complete, and comparable: {', '.join(there)}.")
-    return "\n".join([*lines, f"lmms-eval's own words: {log}"])
 
 
 def explain(log: str, tasks: Sequence[str]) -> str | None:
@@ -358,9 +352,6 @@ def _lines(path: Path) -> int:
 
 def _scores(found: Mapping[str, results.TaskResult]) -> dict[str, dict[str, Any]]:
     """Entries of ``eval.json`` by row: the suites' rows, and one for a task of no suite."""
-    known = rows_of_tasks(found)
-    of_suites = {row.task for row in known}
-    others = [results.other_row(own) for task, own in found.items() if task not in of_suites]
     return {
         row.id: {
             "name": row.name,
@@ -370,7 +361,7 @@ def _scores(found: Mapping[str, results.TaskResult]) -> dict[str, dict[str, Any]
             "top": row.top,
             "documents": found[row.task].expected or _lines(found[row.task].samples_path),
         }
-        for row in (*known, *others)
+        for row in (*rows_of_tasks(found), *results.other_rows(found))
         if (value := row_score(found[row.task], row)) is not None
     }
 

@@ -51,11 +51,10 @@ class Question:
 
 
 class Scorer:
-    """A model with its tokenizer, in eval mode on its device. A kind of model has
+    """A model with its tokenizer, in eval mode on its device.
 
-    _prompts:   of questions, ``input_ids`` and ``attention_mask`` [batch, seq], left-padded, and
-                the pictures
-    _logits:    of inputs, logits of so many last positions, [batch, last, vocabulary]
+    A kind of model has `_prompts`, of questions: ``input_ids`` and ``attention_mask`` [batch, seq],
+    left-padded, and pictures; and `_logits`, of the last positions: [batch, last, vocabulary].
     """
 
     answer_prefix = ""  # what the template writes between the invitation and an answer
@@ -78,10 +77,7 @@ class Scorer:
 
         Plain questions are split into tokens as lm-evaluation-harness does: context and
         continuation together, the context's trailing blanks with the continuation. In a chat the
-        answer starts as the template writes it, whatever blank the continuation begins with.
-
-        Raises:
-            ValueError: a continuation without tokens.
+        answer starts as the template writes it. ValueError: a continuation without tokens.
         """
         split = [self._split(question, continuation) for question, continuation in pairs]
         inputs = self._prompts([question for question, _ in split])
@@ -190,10 +186,7 @@ class StudentScorer(Scorer):
 
 
 class LMScorer(Scorer):
-    """A language model: the teacher, as the ceiling of the text-only tasks.
-
-    `pictures` says what happens to a question that has some: ``error`` or ``drop``.
-    """
+    """A language model; `pictures`: what happens to a question's, ``error`` or ``drop``."""
 
     def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
         super().__init__(model, tokenizer)
@@ -339,11 +332,7 @@ def tiled_in_training(name: str) -> bool:
 
 
 def kind_of(folder: Path) -> str:
-    """``nanovlm``, ``vlm`` or ``lm``, as the folder's ``config.json`` says.
-
-    Raises:
-        FileNotFoundError, ValueError: no ``config.json``; a model that is none of the three.
-    """
+    """``nanovlm``, ``vlm`` or ``lm``; FileNotFoundError, ValueError: not a model, another kind."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: not a model folder.")
@@ -371,16 +360,13 @@ def load_scorer(
     """A model of whichever kind its folder holds.
 
     Args:
-        name: folder, ``pkg://`` or hub id.
+        name: folder, ``pkg://`` or hub id; FileNotFoundError, ValueError: of no usable model.
         device: where it runs.
         dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or torch's name of a type.
         tokenizer: default the model's own.
         tiling: cut large pictures into tiles (nanoVLM, SmolVLM); None: as in training.
         pictures: LM alone: ``error`` or ``drop``.
         chat_template: file with a chat template, for a VLM or LM that has none.
-
-    Raises:
-        FileNotFoundError, ValueError: no such model, or one that cannot be used.
     """
     folder, device = model_folder(name), torch.device(device)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32

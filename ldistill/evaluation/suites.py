@@ -1,11 +1,9 @@
 """The suites: which tasks belong together, what they are called, which number counts.
 
-`eval` reads here what to run, `compare` what to put into which row of the paper's Table 3. A
-package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does.
-
-The paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables
-list them the other way. The tables are followed. Where it leaves the metric open: ARC and HellaSwag
-are `acc` (not length-normalised), captions CIDEr.
+A package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does. The
+paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables,
+which are followed, the other way. Where it leaves the metric open: ARC and HellaSwag are `acc`
+(not length-normalised), captions CIDEr.
 """
 
 from __future__ import annotations
@@ -53,7 +51,6 @@ class Suite:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """In table order."""
         return tuple(row for group in self.groups for row in ROWS if row.group == group)
 
     @property

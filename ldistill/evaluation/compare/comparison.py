@@ -6,13 +6,14 @@ the table, never a hole.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldistill.evaluation.compare import ocrbench
 from ldistill.evaluation.compare import samples as sampled
 from ldistill.evaluation.compare.ocrbench import row_score
-from ldistill.evaluation.compare.results import TaskResult, Variant, other_row
+from ldistill.evaluation.compare.results import TaskResult, Variant, other_rows
 from ldistill.evaluation.compare.samples import Match, Pair, Paired, match, paired
 from ldistill.evaluation.compare.tables import ScoreTable, score_table
 from ldistill.evaluation.compare.task_data import TaskData, load_task_data
@@ -26,7 +27,7 @@ _USUAL_OPTIONS = {"dtype": "auto", "tiling": "False"}  # of the lmms-eval model,
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was found; plain values, ready to be written."""
+    """All that was found, ready to be written."""
 
     variants: Sequence[Variant]
     table: ScoreTable
@@ -53,9 +54,7 @@ def choose_rows(
         chosen = suite_of(suite).rows
     else:
         groups = {row.group for row in rows_of_tasks(found)}
-        listed = [row for row in ROWS if row.group in groups]
-        known = {row.task for row in listed}
-        chosen = (*listed, *(other_row(own) for task, own in found.items() if task not in known))
+        chosen = (*(row for row in ROWS if row.group in groups), *other_rows(found))
     wanted = {row.task for row in chosen} if tasks is None else set(tasks)
     unknown = wanted - {row.task for row in chosen}
     chosen = tuple(row for row in chosen if row.task in wanted)
@@ -149,7 +148,7 @@ def _remarks(result: TaskResult, row: Row) -> str:
 
 def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str]:
     """A sentence for each way in which the options of variants differ, with its tasks."""
-    where: dict[str, list[str]] = {}
+    where: dict[str, list[str]] = defaultdict(list)
     usual = _USUAL_OPTIONS.items()
     for task in dict.fromkeys(row.task for row in rows):
         own = {v.name: v.tasks[task].model_args.items() for v in variants if task in v.tasks}
@@ -161,7 +160,7 @@ def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str
                 f"{v} {', '.join(f'{n}={of[n]}' for n in differ if n in of) or 'without'}"
                 for v, of in options.items()
             )
-            where.setdefault("; ".join(each), []).append(task)
+            where["; ".join(each)].append(task)
     return [
         f"Evaluated with different model options: {each} ({', '.join(tasks)})."
         for each, tasks in where.items()
@@ -216,7 +215,7 @@ def _paired(
     known: dict[tuple[str, int], tuple[str, ...]] = {}  # categories of (row, document)
     for m in matches:
         task, documents = m.row.task, data[m.row.task]
-        categories: dict[str, list[Pair]] = {}
+        categories: dict[str, list[Pair]] = defaultdict(list)
         for pair in m.pairs:
             key, sample = (m.row.id, pair.baseline.doc_id), pair.baseline
             if key not in known:
@@ -224,7 +223,7 @@ def _paired(
                     sampled.document_categories(documents.document(sample) or {}, task)
                 )
             for name in known[key]:
-                categories.setdefault(name, []).append(pair)
+                categories[name].append(pair)
         parts: list[tuple[str | None, Sequence[Pair]]] = [(None, m.pairs)]
         parts += sorted(categories.items()) if len(categories) > 1 else []
         for name, pairs in parts:

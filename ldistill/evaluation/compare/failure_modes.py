@@ -113,7 +113,6 @@ def judge(
     """The failure mode of a wrong answer, held against the nearest of at least one accepted.
 
     The picture's ``text`` is looked up when a rule asks for it: reading a picture takes seconds.
-    Without a lexicon the first mode is not looked for.
     """
     expected = min(accepted, key=lambda a: distance(_plain(answer), _plain(a)))
     return Verdict(*next(_rules(answer, expected, text, lexicon)))

@@ -1,9 +1,8 @@
 """OCRBench in its ten sub-tasks and four groups, recomputed from samples (the paper's Table 6).
 
 lmms-eval's results file holds only the total, and divides it by 1000 however many samples were
-run. The paper groups by how much of a document's layout the model must understand: reading printed
-text, reading what a language prior cannot help with, text in scenes, and extraction from documents
-(key information and questions about documents), where 71% of its loss lay.
+run. The paper groups by how much of a document's layout the model must understand; 71% of its loss
+lay in extraction.
 """
 
 from __future__ import annotations

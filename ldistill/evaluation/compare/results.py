@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ldistill.evaluation.suites import OTHER, Row
+from ldistill.evaluation.suites import OTHER, Row, rows_of_tasks
 
 _RESULTS = "_results.json"
 # Tasks write others of that ending: submissions/coco_captions_val2014_alg_results.json, a list.
@@ -146,11 +146,14 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
     return TaskResult(task, scores, config, *counted, path, higher, options)
 
 
-def other_row(result: TaskResult) -> Row:
-    """A row for a task of no suite: its first metric of which more is better."""
-    keys = (key.split(",", 1) for key in result.scores)
-    better = (key for key in keys if result.higher_is_better.get(key[0], True))
-    return Row(result.task, result.task, OTHER, *next(better, ["score"]))
+def other_rows(results: Mapping[str, TaskResult]) -> list[Row]:
+    """A row for each task of no suite: its first metric of which more is better."""
+    rows = []
+    for task in [task for task in results if not rows_of_tasks([task])]:
+        keys = (key.split(",", 1) for key in results[task].scores)
+        better = (key for key in keys if results[task].higher_is_better.get(key[0], True))
+        rows.append(Row(task, task, OTHER, *next(better, ["score"])))
+    return rows
 
 
 def _model_of(record: Mapping[str, Any]) -> str:
@@ -211,7 +214,15 @@ def read_variants(
 
 
 def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
-    files = _found(folder)
+    files = [(path, load_results(path)) for path in results_files(folder)]
+    if not files:
+        student = folder if (folder / "student").is_dir() else "..."
+        hint = f"Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
+        if samples := next(folder.rglob("*_samples_*.jsonl"), None):
+            hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
+        kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
+        raise FileNotFoundError(f"{folder} {kind} (*{_RESULTS}). {hint}")
+    files.sort(key=lambda item: (item[0].name, str(item[0])))  # oldest first
     if only := _of_one_model(name, folder, files):
         return [only]
     each: dict[Path, Variant | None] = {}
@@ -224,19 +235,6 @@ def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
         several = f"{mixed[0]} holds results of several models ({', '.join(sorted(models))})"
         raise ValueError(f"{several}: give the folder of each one, NAME=DIR.")
     return list(each.values())
-
-
-def _found(folder: Path) -> list[Record]:
-    """Results files below a folder, oldest first."""
-    files = [(path, load_results(path)) for path in results_files(folder)]
-    if not files:
-        student = folder if (folder / "student").is_dir() else "..."
-        hint = f"Run `ldistill eval --student {student} --out {folder / 'eval'}` first."
-        if samples := next(folder.rglob("*_samples_*.jsonl"), None):
-            hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
-        kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
-        raise FileNotFoundError(f"{folder} {kind} (*{_RESULTS}). {hint}")
-    return sorted(files, key=lambda item: (item[0].name, str(item[0])))
 
 
 def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:

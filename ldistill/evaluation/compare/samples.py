@@ -37,23 +37,20 @@ DRAWN_AT_ONCE = 1 << 20  # counts in memory: graded scores have as many distinct
 def sample_score(sample: Sample, row: Row) -> float | None:
     """Score of one sample under a row's metric; None where the logs hold none."""
     value = sample.metrics.get(row.metric)
+    if isinstance(value, Mapping) and "parsed_pred" in value:
+        # MMMU judges when it aggregates: choices are compared here, open answers by its own code.
+        gold, parsed = value["answer"], value["parsed_pred"]
+        if value.get("question_type") == "multiple-choice":
+            gold = gold if isinstance(gold, list) else [gold]
+            return float(any(one in gold for one in parsed))
+        try:
+            from lmms_eval.tasks.mmmu.utils import eval_open
+        except ImportError:
+            return None
+        return float(any(eval_open(gold, one) for one in parsed))
     if isinstance(value, Mapping):
-        told = value.get("score", value.get(row.metric))
-        value = _mmmu(value) if "parsed_pred" in value else told
+        value = value.get("score", value.get(row.metric))
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _mmmu(value: Mapping[str, Any]) -> float | None:
-    """MMMU judges when it aggregates; choices are compared here, open answers by its own code."""
-    gold, parsed = value["answer"], value["parsed_pred"]
-    if value.get("question_type") == "multiple-choice":
-        gold = gold if isinstance(gold, list) else [gold]
-        return float(any(one in gold for one in parsed))
-    try:
-        from lmms_eval.tasks.mmmu.utils import eval_open
-    except ImportError:
-        return None
-    return float(any(eval_open(gold, one) for one in parsed))
 
 
 def sample_categories(sample: Sample, row: Row) -> tuple[str, ...]:

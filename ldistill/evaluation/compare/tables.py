@@ -95,7 +95,6 @@ class ScoreTable:
         return "; ".join(parts) + "."
 
     def markdown(self) -> str:
-        """GitHub Markdown, with caption and footnotes."""
         notes = self.footnotes()
         roles = {self.baseline: " (baseline)", self.original: " (original)"}
         head = ["Task", *(v + roles.get(v, "") for v in self.variants)]
@@ -108,7 +107,6 @@ class ScoreTable:
         return text + ("\n" + footnotes if footnotes else "")
 
     def csv(self) -> str:
-        """One line per task; per variant a score, and its deviation where there are seeds."""
         parts = 2 if self.seeds else 1
         columns = [name for v in self.variants for name in (v, f"{v} std")[:parts]]
         lines = []
@@ -127,7 +125,14 @@ class ScoreTable:
         notes = self.footnotes()
         lines = [r"\begin{table*}", r"\centering", r"\small"]
         lines += [rf"\begin{{tabular}}{{l{'r' * len(self.variants)}}}", r"\toprule"]
-        lines += self._latex_families()
+        spans = [(name, len(list(columns))) for name, columns in groupby(self.variants, key=family)]
+        if any(name for name, _ in spans):  # the paper's families stand above the names
+            parts, rules, column = [], "", 2
+            for name, span in spans:
+                parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
+                rules += rf"\cmidrule(lr){{{column}-{column + span - 1}}}" if name else ""
+                column += span
+            lines += [_latex_line(["", *parts]), rules]
         lines.append(_latex_line(["Task", *map(_tex, self.variants)]))
         for group, rows in self.groups.items():
             title = rf"\textit{{{_tex(group_title(group))}}}"
@@ -138,18 +143,6 @@ class ScoreTable:
         for note, number in notes.items():
             lines.append(rf"\par\footnotesize\textsuperscript{{{number}}} {_tex(note)}")
         return "\n".join([*lines, r"\end{table*}"]) + "\n"
-
-    def _latex_families(self) -> list[str]:
-        """The line above the names, where the paper's families stand side by side."""
-        spans = [(name, len(list(columns))) for name, columns in groupby(self.variants, key=family)]
-        if not any(name for name, _ in spans):
-            return []
-        parts, rules, column = [], [], 2
-        for name, span in spans:
-            parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
-            rules += [rf"\cmidrule(lr){{{column}-{column + span - 1}}}"] if name else []
-            column += span
-        return [_latex_line(["", *parts]), "".join(rules)]
 
     def _texts(self, row: Row, style: Sequence[str], notes: Mapping[str, int]) -> list[str]:
         spread, bold, changed, footnote = style
@@ -190,12 +183,7 @@ def score_table(
 ) -> ScoreTable:
     """A table of plain scores, columns in the paper's order as far as it knows them.
 
-    Args:
-        scores: variant → row id (``Row.id``) → score, or one per seed; a None is missing.
-        rows: the table's; see ``Suite.rows``.
-        baseline: variant that changes refer to.
-        original: the student before training, or the teacher.
-        notes: footnotes.
+    ``scores``: variant → row id (``Row.id``) → score, or one per seed; a None is missing.
     """
     rows = tuple(rows)
     cells = {}
@@ -309,10 +297,7 @@ def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
 
 
 def plot_recovery(table: ScoreTable, target: Path) -> bool:
-    """Bars of the share recovered, a panel per group; one beyond the axis is cut, and says so.
-
-    False, and no file, when no group of any variant has a share to draw.
-    """
+    """Bars of the share recovered, a panel per group; False, and no file, without any share."""
     found, groups = recovery(table), table.groups
     if not any(s.value is not None for of in found.values() for s in of.values()):
         return False
