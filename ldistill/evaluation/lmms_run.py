@@ -291,9 +291,8 @@ def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
 def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[str, Any]:
     """The newest results below ``out``, none older than ``since`` (seconds since the epoch).
 
-    Returns:
-        ``results`` (file in ``out`` or None), ``samples`` (task → file in ``out``), ``scores`` (by
-        row) and ``missing`` (task, group, tag or wildcard as asked → reason).
+    ``results`` (file in ``out`` or None), ``samples`` (task → file in ``out``), ``scores`` (by
+    row) and ``missing`` (task, group, tag or wildcard as asked → reason).
     """
     files = [p for p in results.results_files(out, "*") if p.stat().st_mtime >= since - 1]
     newest = max(files, key=lambda p: p.stat().st_mtime, default=None)

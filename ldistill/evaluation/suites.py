@@ -46,8 +46,7 @@ class Suite:
     groups: tuple[str, ...]
     batch_size: int = 1  # the paper's; answers don't depend on it beyond rounding
     make_tasks: Callable[[int | None], Path] | None = None
-    """Of tasks that lmms-eval does not have: items per task (None: as many as usual) → their
-    folder. Their data are made here, so that nothing need be fetched."""
+    """Of tasks made here, so that nothing need be fetched: items per task → their folder."""
 
     @property
     def rows(self) -> tuple[Row, ...]:

@@ -14,8 +14,7 @@ shortened    *reworded*: half of the words or more are shared, and the picture d
 
 Near is an edit distance (a swap of neighbours counts 1) of at most half the expected length. What
 no rule takes is ``other``, or ``undecided`` where only the unknown text of the picture could tell.
-The rules count, they don't explain: a misread 13.40 that also stands on the receipt is
-``elsewhere``.
+The rules count: a misread 13.40 that also stands on the receipt is ``elsewhere``.
 """
 
 from __future__ import annotations

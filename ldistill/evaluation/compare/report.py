@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from ldistill.evaluation.compare import ocrbench, tables
-from ldistill.evaluation.compare.comparison import Comparison, unlike_samples
+from ldistill.evaluation.compare.comparison import Comparison, sample_categories, unlike_samples
 from ldistill.evaluation.compare.failure_modes import MODES, Lexicon, accepted_answers, judge
 from ldistill.evaluation.compare.results import Sample
-from ldistill.evaluation.compare.samples import Match, Paired, sample_categories
 from ldistill.evaluation.compare.task_data import inline_picture
 from ldistill.evaluation.suites import READING, Row
 
@@ -40,8 +39,7 @@ class Examples:
     found: list[tuple[Sample, dict[str, Any]]]
     """The baseline's sample, and what the page says of how one of the two got it wrong."""
     notes: list[str]
-    counts: dict[tuple[str, Row, str], Counter[str]]
-    """(variant, row, won or lost) → mode → samples."""
+    counts: dict[tuple[str, Row, str], Counter[str]]  # (variant, row, won or lost) → mode → samples
 
 
 def find_examples(
@@ -55,12 +53,13 @@ def find_examples(
     the baseline's. Without a lexicon the first mode is left out; ``progress`` wraps the samples.
     """
     results = {v.name: v.tasks for v in comparison.variants}
-
-    def generated(m: Match) -> bool:
-        kind = results[m.variant][m.row.task].config.get("output_type", "generate_until")
-        return kind == "generate_until"
-
-    matches = [m for m in comparison.matches if m.row.group in READING and generated(m)]
+    kind = "generate_until"
+    matches = [
+        m
+        for m in comparison.matches
+        if m.row.group in READING
+        and results[m.variant][m.row.task].config.get("output_type", kind) == kind
+    ]
     base = results.get(comparison.table.baseline)
     every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
     outcomes = [(m.variant, m.row, outcome) for m in matches for outcome in (LOST, WON)]
@@ -189,7 +188,7 @@ def _paired_csv(comparison: Comparison) -> str:
     for variant, row, category, result in comparison.paired:
         numbers = [f"{n:.6g}" if isinstance(n, float) else n for n in astuple(result)]
         body.append([variant, row.task, row.metric, category or "", *numbers])
-    names = (field.name for field in fields(Paired))
+    names = (field.name for field in fields(result))
     return tables.csv_text(["variant", "task", "metric", "category", *names], body)
 
 

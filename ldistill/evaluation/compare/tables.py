@@ -24,8 +24,6 @@ from pathlib import Path
 
 from ldistill.evaluation.suites import Row, group_title
 
-Notes = Mapping[tuple[str, str], str]
-"""(variant, row id) → what there is to say about that score."""
 MISSING = "missing"
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Fine-tuning": ("nanovlm", "nanovlm-full", "nanovlm-lang"),
@@ -33,8 +31,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "Selective KD": ("lingudistill", "lingudistill-highkd", "lingudistill-lowkd"),
 }
 """The paper's columns, in its order."""
-LEAST_LOSS = 0.005
-"""Smallest loss, in shares of the highest score, that can be recovered in a meaningful way."""
+LEAST_LOSS = 0.005  # that can be recovered in a meaningful way, in shares of the highest score
 _COLOURS = dict(zip((*FAMILIES, ""), ("#8a8f98", "#d98b3a", "#2f6fb5", "#6aa56a"), strict=True))
 _FLOOR, _CEILING = -1.5, 1.75  # of a bar
 
@@ -62,7 +59,7 @@ class ScoreTable:
     cells: Mapping[tuple[str, str], Cell]
     baseline: str | None
     original: str | None
-    notes: Notes
+    notes: Mapping[tuple[str, str], str]  # (variant, row id) → what to say about that score
 
     @property
     def groups(self) -> dict[str, list[Row]]:
@@ -179,7 +176,7 @@ def score_table(
     *,
     baseline: str | None = None,
     original: str | None = None,
-    notes: Notes | None = None,
+    notes: Mapping[tuple[str, str], str] | None = None,
 ) -> ScoreTable:
     """A table of plain scores, columns in the paper's order as far as it knows them.
 

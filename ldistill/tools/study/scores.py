@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldistill.evaluation.compare.comparison import Paired, paired, sample_score
 from ldistill.evaluation.compare.results import read_variants
-from ldistill.evaluation.compare.samples import Paired, paired, sample_score
 from ldistill.evaluation.lmms_run import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
 
