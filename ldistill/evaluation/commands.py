@@ -141,8 +141,7 @@ def compare(
     variants = read_variants(results, missing.append)
     for sentence in missing:
         typer.echo(sentence, err=True)
-    names = [variant.name for variant in variants]
-    roles = comparison.choose_roles(names, baseline, original)
+    roles = comparison.choose_roles([v.name for v in variants], baseline, original)
     rows = comparison.choose_rows(variants, suite, None if tasks is None else _names(tasks))
     compared = comparison.compare(
         variants, rows, *roles, read_pictures=read_pictures, missing=missing

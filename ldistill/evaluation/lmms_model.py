@@ -126,11 +126,11 @@ class ScoredModel(lmms):
 
         answers: dict[int, Any] = {}
         order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
-        same = [list(indices) for _, indices in groupby(order, key=options)]
-        starts = ((own, first) for own in same for first in range(0, len(own), self.batch_size))
+        same = (list(indices) for _, indices in groupby(order, key=options))
+        size = self.batch_size
+        batches = (own[i : i + size] for own in same for i in range(0, len(own), size))
         with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
-            for own, first in starts:
-                indices = own[first : first + self.batch_size]
+            for indices in batches:
                 for part, questions in self._questions(requests, indices, chat):
                     batch = [requests[index] for index in part]
                     try:

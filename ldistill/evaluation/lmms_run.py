@@ -36,7 +36,6 @@ from ldistill.evaluation.suites import GROUPS, ROWS, SUITES, rows_of_tasks, suit
 
 EVALUATION = "eval.json"
 LOG = "lmms_eval.log"
-CONFIG = "lmms_eval.yaml"
 # What lmms-eval splits its arguments at, or takes for the bounds of what it must not split.
 _SPLITS = frozenset(",'\"{}[]")
 # Of a launcher, of which this process may be a rank: lmms-eval would take itself for that rank.
@@ -98,7 +97,7 @@ def evaluate(
     config = _config(asked, folder, kind)
     earlier = _earlier(asked, config["model_args"])
     asked.out.mkdir(parents=True, exist_ok=True)
-    path = asked.out / CONFIG
+    path = asked.out / "lmms_eval.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     began = time.time()
     status = run(asked, path) if run else _run(asked, path, give_up)
@@ -250,22 +249,17 @@ def explain(log: str, tasks: Sequence[str]) -> str | None:
     if found := re.findall(r"(?m)^RuntimeError: (task .*|batch from task .*)$", log):
         return f"The model failed on {found[-1]}"
     if lines := [line for line in log.splitlines() if _UNREACHABLE.search(line)]:
-        return _unreachable(lines, tasks)
+        paths = _data_sets(tasks)
+        hit = [task for task, path in paths.items() if any(path in line for line in lines)]
+        rest = ",".join(task for task in tasks if task not in hit)
+        reason = (_LAST_ERROR.findall("\n".join(lines)) or lines[-1:])[0][:200]
+        without = f", or leave it out: --tasks {rest} and no --suite" if hit and rest else ""
+        return (
+            f"The data of {', '.join(hit) or 'a task'} cannot be fetched ({reason}). "
+            f"Fetch it once with a network (the Hugging Face cache keeps it){without}."
+        )
     errors = _LAST_ERROR.findall(log)
     return f"The last error was: {errors[-1]}" if errors else None
-
-
-def _unreachable(lines: Sequence[str], tasks: Sequence[str]) -> str:
-    """Which tasks' data could not be fetched, as far as the log names the data set."""
-    paths = _data_sets(tasks)
-    hit = [task for task, path in paths.items() if any(path in line for line in lines)]
-    rest = ",".join(task for task in tasks if task not in hit)
-    reason = (_LAST_ERROR.findall("\n".join(lines)) or lines[-1:])[0][:200]
-    without = f", or leave it out: --tasks {rest} and no --suite" if hit and rest else ""
-    return (
-        f"The data of {', '.join(hit) or 'a task'} cannot be fetched ({reason}). "
-        f"Fetch it once with a network (the Hugging Face cache keeps it){without}."
-    )
 
 
 def _data_sets(tasks: Sequence[str]) -> dict[str, str]:
@@ -315,17 +309,13 @@ def read_results(out: Path, tasks: tuple[str, ...], since: float = 0.0) -> dict[
 
 def _meant(record: Mapping[str, Any], asked: str) -> list[str]:
     """Tasks that a name stands for: its own, those of a group or a tag, or of a wildcard's."""
-    groups, configs = record.get("group_subtasks", {}), record.get("configs", {})
-    found = [
-        task
-        for group, below in groups.items()
-        if below and fnmatchcase(group, asked)
-        for name in below
-        if name != group
-        for task in _meant(record, name) or [name]
-    ]
+    found = []
+    for group, below in record.get("group_subtasks", {}).items():
+        for name in below:
+            if name != group and fnmatchcase(group, asked):
+                found += _meant(record, name) or [name]
     for task in results.tasks_of(record):
-        tags = configs.get(task, {}).get("tag") or []
+        tags = record.get("configs", {}).get(task, {}).get("tag") or []
         names = [task, tags] if isinstance(tags, str) else [task, *tags]
         if any(fnmatchcase(name, asked) for name in names):
             found.append(task)

@@ -46,8 +46,7 @@ class Question:
 
     text: str
     pictures: tuple[Image, ...] = ()
-    chat: bool = True
-    """A user's turn in the model's chat template; False: plain text to be continued."""
+    chat: bool = True  # a user's turn in the chat template; False: plain text to be continued
 
 
 class Scorer:

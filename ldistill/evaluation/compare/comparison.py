@@ -328,10 +328,8 @@ def unlike_options(variants: Sequence[Variant], rows: Iterable[Row]) -> list[str
                 for v, of in options.items()
             )
             where["; ".join(each)].append(task)
-    return [
-        f"Evaluated with different model options: {each} ({', '.join(tasks)})."
-        for each, tasks in where.items()
-    ]
+    told = "Evaluated with different model options"
+    return [f"{told}: {each} ({', '.join(tasks)})." for each, tasks in where.items()]
 
 
 def unlike_samples(variants: Sequence[Variant], table: ScoreTable) -> list[str]:

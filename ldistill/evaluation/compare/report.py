@@ -133,6 +133,7 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         [v.name, roles.get(v.name, "variant"), v.model or "not named", len(v.tasks)]
         for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name))
     ]
+    notes = "".join(f"- {note}\n" for note in (*comparison.notes, *examples.notes))
     recovered = ""
     if table.baseline and table.original:
         recovered = tables.recovery_markdown(table, unlike_samples(comparison.variants, table))
@@ -144,9 +145,7 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         "## Samples won and lost": comparison.paired and _paired_markdown(comparison),
         "## OCRBench": comparison.ocrbench and _ocrbench_markdown(comparison),
         "## Failure modes": examples.counts and _modes_markdown(comparison, examples),
-        "## What is missing or left out": "".join(
-            f"- {note}\n" for note in (*comparison.notes, *examples.notes)
-        ),
+        "## What is missing or left out": notes,
     }
     return "\n".join(f"{title}\n\n{text}" for title, text in parts.items() if text)
 
@@ -198,7 +197,6 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
     every = comparison.ocrbench
     counts = {v: every[v] for v in comparison.table.variants if v in every}
     changes = [v for v in counts if v != baseline] if baseline in counts else []
-    head = ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)]
     parts = []
     for group, kinds in ocrbench.GROUPS.items():
         parts += [(group, kind, [kind]) for kind in kinds]
@@ -214,7 +212,7 @@ def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]
                 change = f"{gained:+g}" if same else "other samples"
             told.append(change)
         lines.append([group, name, *told])
-    return head, lines
+    return ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)], lines
 
 
 def _ocrbench_markdown(comparison: Comparison) -> str:
@@ -241,10 +239,10 @@ def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
         [v, row.name, outcome, *(counts[mode] for mode in MODES), counts.total()]
         for (v, row, outcome), counts in examples.counts.items()
     ]
+    baseline = comparison.table.baseline
     return (
-        "On lost samples the variant's answer is judged, on won ones "
-        f"{comparison.table.baseline}'s. The samples are in [failures.html](failures.html), with "
-        "the rules.\n\n"
+        f"On lost samples the variant's answer is judged, on won ones {baseline}'s. "
+        "The samples are in [failures.html](failures.html), with the rules.\n\n"
     ) + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
 
 

@@ -138,9 +138,8 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
         if "," in key and not key.partition(",")[0].endswith(_ERRORS)
         if isinstance(value, (int, float)) and math.isfinite(value)
     }
-    config, higher = (
-        record.get(part, {}).get(task, {}) for part in ("configs", "higher_is_better")
-    )
+    config = record.get("configs", {}).get(task, {})
+    higher = record.get("higher_is_better", {}).get(task, {})
     counted = counts.get("effective"), counts.get("original")
     options = dict(part.split("=", 1) for part in arguments if "=" in part)
     return TaskResult(task, scores, config, *counted, path, higher, options)
@@ -252,8 +251,8 @@ def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | Non
     if again:
         listed = ", ".join(sorted(again))
         notes.append(f"{listed} evaluated more than once; the newest results are used.")
-    told = tuple(f"{name}: {note}" for note in notes)
-    return Variant(name, folder, _model_of(taken[-1][1]), tasks, told)
+    notes = tuple(f"{name}: {note}" for note in notes)
+    return Variant(name, folder, _model_of(taken[-1][1]), tasks, notes)
 
 
 def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]:

@@ -33,7 +33,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """The paper's columns, in its order."""
 LEAST_LOSS = 0.005  # that can be recovered in a meaningful way, in shares of the highest score
 _COLOURS = dict(zip((*FAMILIES, ""), ("#8a8f98", "#d98b3a", "#2f6fb5", "#6aa56a"), strict=True))
-_FLOOR, _CEILING = -1.5, 1.75  # of a bar
 
 # How spread, best, change and note of a score are written.
 _MARKDOWN = (" ± {}", "**{}**", " ({})", " <sup>{}</sup>")
@@ -279,11 +278,10 @@ def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
         shares = {v: of[group] for v, of in found.items()}
         lines.append([f"**{group_title(group)}**", *(f"**{s.text}**" for s in shares.values())])
         lines += [[row.name, *(share(table, v, [row]).text for v in found)] for row in rows]
-        gaps += [
-            f"- {v}, {group_title(group)}: without {', '.join(s.left_out)} (missing)."
-            for v, s in shares.items()
-            if s.left_out
-        ]
+        for v, s in shares.items():
+            if s.left_out:
+                missing = ", ".join(s.left_out)
+                gaps.append(f"- {v}, {group_title(group)}: without {missing} (missing).")
     text = markdown_table(["Share recovered", *found], lines)
     text += (
         f"\n({table.baseline} = 0%, {table.original} = 100%. A group is the ratio of its tasks' "
@@ -304,7 +302,7 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     for axis, group in zip(axes[0], groups, strict=True):
         shares = [of[group] for of in found.values()]
-        lengths = [min(max(s.value or 0.0, _FLOOR), _CEILING) for s in shares]
+        lengths = [min(max(s.value or 0.0, -1.5), 1.75) for s in shares]
         colours = [_COLOURS[family(v)] for v in found]
         bars = axis.barh(list(found), lengths, color=colours, height=0.66)
         cut = (s.value not in (None, length) for s, length in zip(shares, lengths, strict=True))
