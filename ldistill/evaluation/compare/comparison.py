@@ -106,9 +106,9 @@ def match(row: Row, baseline: Variant, variant: Variant) -> Match:
     if not (first and second):
         return Match(row, variant.name, [], gaps)
     both = sorted(first.keys() & second.keys())
-    for own, name, than in ((first, baseline, variant), (second, variant, baseline)):
+    for own, one, other in ((first, baseline, variant), (second, variant, baseline)):
         if only := len(own) - len(both):
-            gaps.append(f"{only:,} samples of {name.name} are not among {than.name}'s")
+            gaps.append(f"{only:,} samples of {one.name} are not among {other.name}'s")
     pairs = [Pair(*first[doc], *second[doc]) for doc in both]
     asked = attrgetter("question", "target")
     pairs = [p for p in pairs if asked(p.baseline) == asked(p.variant)]
