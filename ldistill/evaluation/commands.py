@@ -32,8 +32,7 @@ def generate(
     """Ask a student something about a picture, or just something."""
     import torch
 
-    from ldistill.evaluation.loading import model_folder
-    from ldistill.evaluation.scorer import Question, StudentScorer
+    from ldistill.evaluation.scorer import Question, StudentScorer, model_folder
     from ldistill.models.formats import load_processor, load_student
 
     pictures = tuple(open_image(path.read_bytes()) for path in image or ())
@@ -81,12 +80,8 @@ def _names(text: str | None) -> list[str]:
 def model_options(
     student: str, tiling: bool | None, drop_pictures: bool, dtype: str, tokenizer: str | None
 ) -> dict[str, Any]:
-    """Options of the lmms-eval model that serves this kind of student.
-
-    Raises:
-        ValueError: an option that this kind of model does not have.
-    """
-    from ldistill.evaluation.loading import kind_of, model_folder, tiled_in_training
+    """Options of the lmms-eval model for a student; ValueError: one that its kind does not have."""
+    from ldistill.evaluation.scorer import kind_of, model_folder, tiled_in_training
 
     kind = kind_of(model_folder(student))
     if tiling and kind == "lm":
@@ -103,17 +98,16 @@ def model_options(
 
 def show(result: dict[str, Any], out: Path) -> None:
     """Scores as a table by group, and where everything is."""
-    table = Table(title=f"{result['student']}", title_justify="left")
-    table.add_column("task")
-    table.add_column("score", justify="right")
-    table.add_column("documents", justify="right")
+    table = Table("task", title=f"{result['student']}", title_justify="left")
+    for column in ("score", "documents"):
+        table.add_column(column, justify="right")
     digits = {row.id: row.digits for row in ROWS}
     for group in (*GROUPS, OTHER):
         rows = {k: s for k, s in result["scores"].items() if s["group"] == group}
         if rows:
             mean = result["groups"].get(group)  # none of tasks that have nothing in common
-            mean = "" if mean is None else f"{mean:.3f}"
-            table.add_row(group_title(group), mean, "", style="bold")
+            shown = "" if mean is None else f"{mean:.3f}"
+            table.add_row(group_title(group), shown, style="bold")
         for key, score in rows.items():
             value = f"{score['value']:.{digits.get(key, 3)}f}"
             table.add_row(f"  {score['name']}", value, str(score["documents"]))
@@ -147,15 +141,13 @@ def compare(
     variants = read_variants(results, missing.append)
     for sentence in missing:
         typer.echo(sentence, err=True)
-    names = [variant.name for variant in variants]
-    roles = comparison.choose_roles(names, baseline, original)
+    roles = comparison.choose_roles([v.name for v in variants], baseline, original)
     rows = comparison.choose_rows(variants, suite, None if tasks is None else _names(tasks))
     compared = comparison.compare(
         variants, rows, *roles, read_pictures=read_pictures, missing=missing
     )
-    shown = partial(
-        track, description="failure modes", console=Console(stderr=True), transient=True
-    )
+    console = Console(stderr=True)
+    shown = partial(track, description="failure modes", console=console, transient=True)
     found = find_examples(compared, lexicon, shown)
     files = write(compared, found, out, examples)
     typer.echo(f"baseline {roles[0] or 'none'}, original {roles[1] or 'none'}")

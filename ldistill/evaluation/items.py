@@ -2,12 +2,7 @@
 
 An item is a question with either choices (scored by the summed log-likelihood of each choice) or
 an exact answer (greedy generation, compared after stripping blanks). It may carry a picture. Items
-belong to a task, tasks to a group; a group's score is the mean over its tasks.
-
-    items = load_items(path)
-    scores = evaluate(student, processor, items)     # {"facts": 0.98, ..., "language": 0.95}
-
-One line of the file:
+belong to a task, tasks to a group; a group's score is the mean over its tasks. A line of the file:
 
     {"task": "facts", "group": "language", "prompt": "What does the torvel eat?",
      "choices": ["moss", "nuts"], "answer": "moss", "style": "chat",
@@ -20,11 +15,11 @@ prompt, without chat template, after a blank.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +28,11 @@ from torch import nn
 
 from ldistill.common.errors import refuse
 from ldistill.common.images import open_image
-from ldistill.evaluation.scorer import LMScorer, Question, Scorer, StudentScorer
+from ldistill.evaluation.scorer import LMScorer, Question, StudentScorer
 from ldistill.models.processor import Processor
 
-STYLES = ("chat", "text")
 MAX_NEW_TOKENS = 24
-CHAT = "ldistill_chat"
-"""Column of a task's data: whether an item is asked in the model's chat template."""
+CHAT = "ldistill_chat"  # column of a task's data: whether an item is asked in the chat template
 
 
 @dataclass(frozen=True)
@@ -56,15 +49,11 @@ class Item:
 
     def __post_init__(self) -> None:
         cases = {
-            f"style must be one of {', '.join(STYLES)}, got {self.style!r}.": (
-                self.style not in STYLES
-            ),
+            f"style must be chat or text, got {self.style!r}.": self.style not in ("chat", "text"),
             f"answer {self.answer!r} is not among the choices {self.choices}.": (
                 self.choices and self.answer not in self.choices
             ),
-            "an item with a picture needs style chat.": (
-                self.style == "text" and self.image is not None
-            ),
+            "an item with a picture needs style chat.": self.image and self.style == "text",
         }
         refuse(cases)
 
@@ -74,32 +63,15 @@ class Item:
         return " " if self.style == "text" else ""
 
     def question(self) -> Question:
-        """What a scorer is asked, its picture decoded."""
         pictures = () if self.image is None else (open_image(self.image),)
         return Question(self.prompt, pictures, chat=self.style == "chat")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model made of an item: its choice or its generated text."""
-
-    item: Item
-    text: str
-
-    @property
-    def right(self) -> bool:
-        return self.text.strip() == self.item.answer.strip()
-
-
-# ---- files ----
 
 
 def load_items(path: str | Path) -> list[Item]:
     """Items of a JSONL file.
 
     Raises:
-        FileNotFoundError: no such file, or a picture it names is not beside it.
-        ValueError: a line that is no item; the message gives its number.
+        FileNotFoundError, ValueError: no such file or picture; a line that is no item, by number.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,22 +98,16 @@ def load_items(path: str | Path) -> list[Item]:
 
 def first_of_each(items: Sequence[Item], count: int | None) -> list[Item]:
     """The first `count` items of every task, in the items' order; None: all of them."""
-    seen: Counter[str] = Counter()
-    kept = []
-    for item in items:
-        seen[item.task] += 1
-        if count is None or seen[item.task] <= count:
-            kept.append(item)
-    return kept
+    numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    return [item for item in items if count is None or next(numbers[item.task]) < count]
 
 
 def save_items(items: Iterable[Item], path: str | Path) -> None:
-    """Write items with their pictures embedded; `load_items` gives them back."""
+    """Write items, pictures embedded, for `load_items`."""
     lines = []
     for item in items:
         record: dict[str, Any] = {"task": item.task, "group": item.group, "prompt": item.prompt}
-        if item.choices:
-            record["choices"] = list(item.choices)
+        record |= {"choices": item.choices} if item.choices else {}
         record |= {"answer": item.answer, "style": item.style}
         if item.image is not None:
             record["image"] = "data:image/png;base64," + base64.b64encode(item.image).decode()
@@ -149,27 +115,18 @@ def save_items(items: Iterable[Item], path: str | Path) -> None:
     Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-# ---- scores ----
-
-
 def evaluate(
-    model: nn.Module,
-    processor: Processor,
-    items: Sequence[Item],
-    batch_size: int = 64,
-    *,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    progress: Callable[[int], None] | None = None,
+    model: nn.Module, processor: Processor, items: Sequence[Item], *args: Any, **options: Any
 ) -> dict[str, float]:
-    """Scores in [0, 1] by task, then by group (mean over the group's tasks); see `answers`."""
-    return score(answers(model, processor, items, batch_size, max_new_tokens, progress))
+    """Scores in [0, 1] by task, then by group; see `answers`."""
+    return score(items, answers(model, processor, items, *args, **options))
 
 
-def score(answered: Iterable[Answer]) -> dict[str, float]:
+def score(items: Iterable[Item], texts: Iterable[str]) -> dict[str, float]:
     """Share of right answers by task, then by group."""
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for answer in answered:
-        right[answer.item.group][answer.item.task].append(answer.right)
+    for item, text in zip(items, texts, strict=True):
+        right[item.group][item.task].append(text.strip() == item.answer.strip())
     tasks, groups = {}, {}
     for group, of_group in right.items():
         shares = {task: sum(own) / len(own) for task, own in of_group.items()}
@@ -185,32 +142,26 @@ def answers(
     batch_size: int = 64,
     max_new_tokens: int = MAX_NEW_TOKENS,
     progress: Callable[[int], None] | None = None,
-) -> list[Answer]:
-    """The model's answer to every item, in the items' order.
+) -> list[str]:
+    """The model's answer to every item, in the items' order: its choice, or what it generates.
 
     Args:
-        model: a student, or a causal LM, which can only take items without pictures; it is left
-            in eval mode.
+        model: a student, or a causal LM; it is left in eval mode.
         processor: the student's; its tokenizer and template serve a bare LM as well.
-        items: the questions, at least one; no answer depends on their order or on `batch_size`.
-        batch_size: sequences per forward; a choice counts as one.
-        max_new_tokens: most tokens of a generated answer.
+        items: the questions; ValueError: some have pictures, and the model is a bare LM.
+        batch_size: sequences per forward.
+        max_new_tokens: of a generated answer.
         progress: called with the number of items just answered.
-
-    Raises:
-        ValueError: items with pictures for a bare LM.
     """
     is_student = hasattr(model, "embed")
-    scorer: Scorer = (
-        StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
-    )
+    scorer = StudentScorer(model, processor) if is_student else LMScorer(model, processor.tokenizer)
     texts: dict[int, str] = {}
 
     def kind(index: int) -> tuple[int, bool]:
         return len(items[index].choices), items[index].image is not None
 
     order = sorted(range(len(items)), key=lambda i: (kind(i), len(items[i].prompt)))
-    for (choices, _), alike in groupby(order, key=kind):
+    for (choices, _), alike in itertools.groupby(order, key=kind):
         indices, size = list(alike), max(1, batch_size // max(1, choices))
         for batch in (indices[i : i + size] for i in range(0, len(indices), size)):
             asked = [items[i] for i in batch]
@@ -226,10 +177,7 @@ def answers(
             texts |= zip(batch, found, strict=True)
             if progress:
                 progress(len(batch))
-    return [Answer(item, texts[i]) for i, item in enumerate(items)]
-
-
-# ---- tasks of lmms-eval ----
+    return [texts[i] for i in range(len(items))]
 
 
 def write_tasks(
@@ -237,16 +185,13 @@ def write_tasks(
 ) -> list[str]:
     """Write items as local lmms-eval tasks: YAML and parquet files for ``--include-path``.
 
-    Each of the items' tasks becomes one lmms-eval task: `multiple_choice` where its items have
-    choices, else `generate_until` with exact match. Our lmms-eval models put the same questions to
-    the same scorer, so its scores are those of `evaluate`.
+    Our lmms-eval models put the same questions to the same scorer: it scores as `evaluate` does.
 
     Args:
-        items: those of a task are of one kind: all with choices or none, all with a picture or
-            none, one style; their order is kept.
+        items: all of a task with choices or none, with a picture or none, in one style.
         folder: made if need be. The files name their data by absolute path: don't move it.
         prefix: before the items' own task names, which are returned so.
-        max_new_tokens: most tokens of a generated answer.
+        max_new_tokens: of a generated answer.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -270,25 +215,19 @@ def _task(name: str, data: Path, like: Item, max_new_tokens: int) -> dict[str, A
         "test_split": "test",
         "doc_to_text": "prompt",
     }
-    metrics = ("acc", "acc_norm") if like.choices else ("exact_match",)
     if like.image is not None:
         config["doc_to_visual"] = "image"
     if like.choices:
-        config |= {
-            "output_type": "multiple_choice",
-            "doc_to_choice": "choices",
-            "doc_to_target": "target",
-            "target_delimiter": like.delimiter,
-        }
+        metrics = ("acc", "acc_norm")
+        config |= {"output_type": "multiple_choice", "target_delimiter": like.delimiter}
+        config |= {"doc_to_choice": "choices", "doc_to_target": "target"}
     else:
+        metrics = ("exact_match",)
         generation = {"until": [], "max_new_tokens": max_new_tokens, "do_sample": False}
-        config |= {
-            "output_type": "generate_until",
-            "doc_to_target": "answer",
-            "generation_kwargs": generation,
-        }
-    means = ({"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics)
-    return config | {"metric_list": list(means)}
+        config |= {"output_type": "generate_until", "generation_kwargs": generation}
+        config |= {"doc_to_target": "answer"}
+    means = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
+    return config | {"metric_list": means}
 
 
 def _write_data(path: Path, items: Sequence[Item]) -> None:
@@ -300,8 +239,8 @@ def _write_data(path: Path, items: Sequence[Item]) -> None:
         record = {"group": item.group, "prompt": item.prompt, "answer": item.answer.strip()}
         record[CHAT] = item.style == "chat"
         if item.choices:
-            target = item.choices.index(item.answer)
-            record |= {"choices": list(item.choices), "target": target}
+            record["choices"] = list(item.choices)
+            record["target"] = item.choices.index(item.answer)
         if item.image is not None:
             record["image"] = {"bytes": item.image, "path": None}
         records.append(record)

@@ -1,14 +1,12 @@
 """lmms-eval's view of our models: ``--model ldistill_nanovlm`` and ``--model ldistill_hf``.
 
-lmms-eval finds them through the entry point ``lmms_eval.models`` (see ``manifests``). It is a
-*simple* model, the only kind that reaches multiple-choice tasks.
-
     lmms-eval --model ldistill_nanovlm --model_args pretrained=runs/x/student --tasks hellaswag ...
 
+It is a *simple* model, the only kind that reaches multiple-choice tasks.
 Requests with pictures, and all generation, are user turns in the model's chat template;
 log-likelihoods without a picture are of plain text, so that ``acc`` and ``acc_norm`` mean what they
-mean in lm-evaluation-harness. Tasks made of `items` say themselves which of the two they want. An
-exception ends the run and names the document: an answer is never made up.
+mean in lm-evaluation-harness. Tasks made of `items` say which of the two they want. An exception
+ends the run and names the document: an answer is never made up.
 """
 
 from __future__ import annotations
@@ -27,29 +25,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldistill.evaluation.items import CHAT
-from ldistill.evaluation.loading import load_scorer
-from ldistill.evaluation.scorer import Question
-
-MAX_NEW_TOKENS = 128
+from ldistill.evaluation.scorer import Question, load_scorer
 
 # What lmms-eval and its tasks put into generation_kwargs besides what transformers understands.
 _LIMITS = ("max_new_tokens", "max_gen_toks", "max_tokens")
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 _IGNORED = ("until", "image_aspect_ratio", "max_length", *_LIMITS)
-
-
 _told: set[str] = set()
 
 
 def manifests() -> list[ModelManifest]:
     """The model under both of its names, for the entry-point group ``lmms_eval.models``."""
-    path = f"{__name__}.{ScoredModel.__name__}"
-    names = ("ldistill_nanovlm", "ldistill_hf")
+    path, names = f"{__name__}.ScoredModel", ("ldistill_nanovlm", "ldistill_hf")
     return [ModelManifest(model_id=name, simple_class_path=path) for name in names]
 
 
 class _Request(NamedTuple):
-    """One of lmms-eval's requests: where its pictures are, and what is asked."""
+    """One of lmms-eval's requests."""
 
     text: str
     ask: Any  # continuation (str or function of the document), or generation options
@@ -67,13 +59,11 @@ class ScoredModel(lmms):
     """A scorer behind lmms-eval's interface.
 
     Args:
-        pretrained: model folder, ``pkg://`` or hub id.
+        pretrained, options: see ``load_scorer``.
         batch_size: requests per forward; answers do not depend on it.
         device: default the GPU of this process's rank, else the CPU.
         max_new_tokens: where a task sets no limit.
         max_batch_size: lmms-eval passes it; no use without ``auto``.
-        options: of ``load_scorer``: ``dtype``, ``tokenizer``, ``tiling``, ``chat_template``,
-            ``pictures``.
     """
 
     def __init__(
@@ -81,7 +71,7 @@ class ScoredModel(lmms):
         pretrained: str,
         batch_size: int | str = 1,
         device: str | None = None,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int = 128,
         max_batch_size: int | None = None,
         **options: Any,
     ) -> None:
@@ -98,15 +88,12 @@ class ScoredModel(lmms):
         self.scorer = load_scorer(str(pretrained), device=self.device, **options)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(summed negative log-likelihood, is greedy) of every request's continuation.
-
-        Positive, since lmms-eval takes the smallest. Wrapped, since its evaluator turns a bare
-        tuple into its text.
-        """
+        """(summed negative log-likelihood, is greedy) of each continuation; the smallest counts."""
 
         def answer(requests: Sequence[_Request], questions: list[Question]) -> list:
             asks = (r.ask(self._document(r)) if callable(r.ask) else r.ask for r in requests)
             scores = self.scorer.log_likelihoods(list(zip(questions, asks, strict=True)))
+            # lmms-eval's evaluator turns a bare tuple into its text.
             return [GenerationResult(text=(-total, greedy)) for total, greedy in scores]
 
         return self._run(requests, answer, "log-likelihoods", chat=False)
@@ -121,11 +108,9 @@ class ScoredModel(lmms):
         return self._run(requests, answer, "answers", chat=True)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Not for these models."""
         raise ValueError("ldistill's models answer one question at a time: no multi-round tasks.")
 
     def clean(self) -> None:
-        """Free the model's memory before scores are worked out."""
         del self.scorer
         super().clean()
 
@@ -139,25 +124,23 @@ class ScoredModel(lmms):
             ask = requests[index].ask
             return repr(sorted(ask.items())) if isinstance(ask, dict) else ""
 
-        answers: list[Any] = [None] * len(requests)
+        answers: dict[int, Any] = {}
         order = sorted(range(len(requests)), key=lambda i: (options(i), -len(requests[i].text), i))
-        same = [list(indices) for _, indices in groupby(order, key=options)]
-        starts = ((own, first) for own in same for first in range(0, len(own), self.batch_size))
+        same = (list(indices) for _, indices in groupby(order, key=options))
+        size = self.batch_size
+        batches = (own[i : i + size] for own in same for i in range(0, len(own), size))
         with tqdm(total=len(requests), desc=what, disable=self.rank != 0) as bar:
-            for own, first in starts:
-                indices = own[first : first + self.batch_size]
+            for indices in batches:
                 for part, questions in self._questions(requests, indices, chat):
                     batch = [requests[index] for index in part]
                     try:
-                        found = answer(batch, questions)
+                        answers |= zip(part, answer(batch, questions), strict=True)
                     except Exception as error:
                         where = " to ".join(dict.fromkeys((batch[0].where, batch[-1].where)))
                         where = f"batch from {where}" if len(batch) > 1 else where
                         raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
-                    for index, value in zip(part, found, strict=True):
-                        answers[index] = value
                 bar.update(len(indices))
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def _questions(
         self, requests: Sequence[_Request], indices: Sequence[int], chat: bool

@@ -1,9 +1,8 @@
 """The one scorer: a model of any kind, asked in batches.
 
-Two things are asked of a model: the summed log-likelihood of a continuation, and a generated
-answer. Both work on prompts padded at the left, continuations behind them padded at the right, so
-that an answer does not depend on what else is in its batch. A run's own evaluation (`items`),
-lmms-eval (`lmms_model`) and ``ldistill generate`` all ask through here.
+Prompts are padded at the left, continuations behind them at the right, so that an answer does not
+depend on what else is in its batch. A run's own evaluation (`items`), lmms-eval (`lmms_model`) and
+``ldistill generate`` all ask through here.
 
     scorer = load_scorer("runs/lingudistill/student")
     scorer.generate([Question("What is this?", (picture,))], max_new_tokens=16)
@@ -13,25 +12,30 @@ lmms-eval (`lmms_model`) and ``ldistill generate`` all ask through here.
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
+import yaml
 from jinja2 import TemplateError
+from PIL.Image import Image
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from ldistill.common.errors import refuse
+from ldistill.common.locate import resolve
+from ldistill.common.run_files import RECIPE
 from ldistill.data.collate import merge, to_device
+from ldistill.models.formats import load_processor, load_student
 from ldistill.models.logits import LogitScaling
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from ldistill.models.processor import Processor
+from ldistill.models.processor import Processor
+from ldistill.models.weights import read_model, refuse_misfit
 
 Inputs = dict[str, Any]
 
@@ -42,12 +46,15 @@ class Question:
 
     text: str
     pictures: tuple[Image, ...] = ()
-    chat: bool = True
-    """A user's turn in the model's chat template; False: plain text to be continued."""
+    chat: bool = True  # a user's turn in the chat template; False: plain text to be continued
 
 
-class Scorer(ABC):
-    """A model with its tokenizer, in eval mode on its device."""
+class Scorer:
+    """A model with its tokenizer, in eval mode on its device.
+
+    A kind of model has `_prompts`, of questions: ``input_ids`` and ``attention_mask`` [batch, seq],
+    left-padded, and pictures; and `_logits`, of the last positions: [batch, last, vocabulary].
+    """
 
     answer_prefix = ""  # what the template writes between the invitation and an answer
     echoes_prompt = True  # whether the model's ``generate`` gives the prompt back before new ids
@@ -59,21 +66,9 @@ class Scorer(ABC):
         self.pad_id: int = tokenizer.eos_token_id or 0 if pad is None else pad
         self.ending: Inputs = {"pad_token_id": self.pad_id}  # options of ``generate``
 
-    # ---- what a kind of model has to say ----
-
-    @abstractmethod
-    def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        """``input_ids`` and ``attention_mask`` [batch, seq], left-padded, and the pictures."""
-
-    @abstractmethod
-    def _logits(self, inputs: Inputs, last: int) -> Tensor:
-        """Logits of the last positions, [batch, last, vocabulary]."""
-
     def _clean(self, text: str) -> str:
         """Text without what would be taken for a picture."""
         return text
-
-    # ---- what it is asked ----
 
     @torch.no_grad()
     def log_likelihoods(self, pairs: Sequence[tuple[Question, str]]) -> list[tuple[float, bool]]:
@@ -81,10 +76,7 @@ class Scorer(ABC):
 
         Plain questions are split into tokens as lm-evaluation-harness does: context and
         continuation together, the context's trailing blanks with the continuation. In a chat the
-        answer starts as the template writes it, whatever blank the continuation begins with.
-
-        Raises:
-            ValueError: a continuation without tokens.
+        answer starts as the template writes it. ValueError: a continuation without tokens.
         """
         split = [self._split(question, continuation) for question, continuation in pairs]
         inputs = self._prompts([question for question, _ in split])
@@ -116,12 +108,10 @@ class Scorer(ABC):
         options = {"do_sample": False, "max_new_tokens": max_new_tokens} | self.ending | sampling
         if stop := [text for text in stop if text]:
             criterion = _Stops(self.tokenizer, stop, start)
-            options["stopping_criteria"] = StoppingCriteriaList([criterion])
+            options["stopping_criteria"] = transformers.StoppingCriteriaList([criterion])
         new = self.model.generate(**inputs, **options)[:, start:]
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [cut(text, stop).removeprefix(self.answer_prefix) for text in texts]
-
-    # ---- tokens ----
 
     def _split(self, question: Question, continuation: str) -> tuple[Question, list[int]]:
         text, continuation = self._clean(question.text), self._clean(continuation)
@@ -136,8 +126,7 @@ class Scorer(ABC):
         return replace(question, text=text), ids
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of text; the tokenizer's start token unless a template wrote it there."""
-        bos = self.tokenizer.bos_token
+        bos = self.tokenizer.bos_token  # unless a template wrote it there
         special = not (bos and text.startswith(bos))
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
@@ -148,13 +137,11 @@ class Scorer(ABC):
 
     def _pad(self, rows: Sequence[Sequence[int]], left: bool = True) -> Inputs:
         """int64 [rows, longest] and its mask."""
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            where = slice(longest - len(tokens), None) if left else slice(len(tokens))
-            ids[row, where], mask[row, where] = torch.as_tensor(tokens), 1
-        return {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        ids = [torch.as_tensor(row, dtype=torch.int64, device=self.device) for row in rows]
+        options = {"batch_first": True, "padding_side": "left" if left else "right"}
+        mask = pad_sequence([torch.ones_like(row) for row in ids], **options)
+        ids = pad_sequence(ids, **options, padding_value=self.pad_id)
+        return {"input_ids": ids, "attention_mask": mask}
 
 
 class StudentScorer(Scorer):
@@ -197,20 +184,28 @@ class StudentScorer(Scorer):
         return LogitScaling.of(self.model.backbone.config)(product)
 
 
-class TransformersScorer(Scorer):
-    """What bare LMs and other VLMs share: transformers' forward."""
+class LMScorer(Scorer):
+    """A language model; `pictures`: what happens to a question's, ``error`` or ``drop``."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
         super().__init__(model, tokenizer)
+        self.pictures = pictures
         self._accepts = set(inspect.signature(model.forward).parameters)
         rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
         self._own_positions = "mrope_section" in rope  # 3-D positions: the model makes them itself
 
-    @abstractmethod
     def _render(self, question: Question) -> str:
         """The question in the chat template, up to where the answer starts."""
+        if not self.tokenizer.chat_template:
+            return question.text
+        turn = [{"role": "user", "content": question.text}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     def _prompts(self, questions: Sequence[Question]) -> Inputs:
+        if self.pictures != "drop" and any(question.pictures for question in questions):
+            raise ValueError(
+                "a bare LM cannot see: choose tasks of text alone, or --drop-pictures."
+            )
         texts = [self._render(q) if q.chat else q.text for q in questions]
         return self._pad([self._prompt_ids(text) for text in texts])
 
@@ -223,45 +218,16 @@ class TransformersScorer(Scorer):
         return self.model(**inputs, **options).logits[:, -last:]
 
 
-class LMScorer(TransformersScorer):
-    """A language model: the teacher, as the ceiling of the text-only tasks.
-
-    `pictures` says what happens to a question that has some: ``error`` or ``drop``.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, pictures: str = "error") -> None:
-        super().__init__(model, tokenizer)
-        self.pictures = pictures
-
-    def _prompts(self, questions: Sequence[Question]) -> Inputs:
-        if self.pictures != "drop" and any(question.pictures for question in questions):
-            raise ValueError(
-                "a bare LM cannot see: choose tasks of text alone, or --drop-pictures."
-            )
-        return super()._prompts(questions)
-
-    def _render(self, question: Question) -> str:
-        if not self.tokenizer.chat_template:
-            return question.text
-        turn = [{"role": "user", "content": question.text}]
-        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-class VLMScorer(TransformersScorer):
-    """Any VLM of transformers with its own processor.
-
-    `tiling` is SmolVLM's image splitting: on in its processor unless told otherwise, off in
-    training unless the run says so.
-    """
+class VLMScorer(LMScorer):
+    """Any VLM of transformers with its own processor; `tiling` is SmolVLM's image splitting."""
 
     def __init__(self, model: Any, processor: Any, tiling: bool = False) -> None:
         super().__init__(model, processor.tokenizer)
         splits = hasattr(getattr(processor, "image_processor", None), "do_image_splitting")
+        template = processor.chat_template or processor.tokenizer.chat_template
         cases = {
             f"tiling: {type(processor).__name__} has no image splitting.": tiling and not splits,
-            "the processor has no chat template: name one (chat_template=FILE).": (
-                not (processor.chat_template or processor.tokenizer.chat_template)
-            ),
+            "the processor has no chat template: name one (chat_template=FILE).": not template,
         }
         refuse(cases)
         self.processor = processor
@@ -302,9 +268,8 @@ class VLMScorer(TransformersScorer):
 
     def _blank_before_answers(self) -> str:
         """What the template writes before an answer beyond the invitation: ``Assistant: yes``."""
-        turns = [
-            {"role": r, "content": [{"type": "text", "text": r}]} for r in ("user", "assistant")
-        ]
+        told = {r: [{"type": "text", "text": r}] for r in ("user", "assistant")}
+        turns = [{"role": r, "content": content} for r, content in told.items()]
         try:
             whole = self.processor.apply_chat_template(turns, tokenize=False)
         except (TemplateError, TypeError):  # a template that takes no such answers
@@ -321,12 +286,11 @@ class VLMScorer(TransformersScorer):
 
 
 def image_token(processor: Any) -> str | None:
-    """The token that stands for a picture, as a transformers processor names it."""
     token = getattr(processor, "image_token", None)
     return getattr(token, "content", token)
 
 
-class _Stops(StoppingCriteria):
+class _Stops(transformers.StoppingCriteria):
     """Rows whose new text contains a stop string are done."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
@@ -342,10 +306,98 @@ class _Stops(StoppingCriteria):
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-    """Text before the first stop string in it."""
     return min((text.partition(end)[0] for end in stop), key=len, default=text)
 
 
 def _positions(mask: Tensor) -> Tensor:
     """Positions that start at 0 behind the padding, [batch, seq]."""
     return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def model_folder(name: str) -> Path:
+    """Folder of a model, of a run its student; FileNotFoundError: neither here nor on the hub."""
+    folder = resolve(name)
+    places = (folder, folder / "student")
+    return next((place for place in places if (place / "config.json").is_file()), folder)
+
+
+def tiled_in_training(name: str) -> bool:
+    """Whether the run that left this model cut its pictures into tiles; False without a run."""
+    folder = model_folder(name).resolve().parent  # of a run, or of its checkpoint
+    for recipe in (folder / RECIPE, folder.parent / RECIPE):
+        if recipe.is_file():
+            return bool((yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}).get("tiling"))
+    return False
+
+
+def kind_of(folder: Path) -> str:
+    """``nanovlm``, ``vlm`` or ``lm``; FileNotFoundError, ValueError: not a model, another kind."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: not a model folder.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if "vit_hidden_dim" in config:
+        return "nanovlm"
+    named = config.get("model_type")
+    cls = type(transformers.AutoConfig.from_pretrained(folder)) if named else None
+    for kind, auto in (("vlm", AutoModelForImageTextToText), ("lm", AutoModelForCausalLM)):
+        if cls in auto._model_mapping:
+            return kind
+    raise ValueError(f"{folder} is of model_type {named!r}: neither a VLM nor an LM.")
+
+
+def load_scorer(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    tokenizer: str | None = None,
+    tiling: bool | None = None,
+    pictures: str = "error",
+    chat_template: str | None = None,
+) -> Scorer:
+    """A model of whichever kind its folder holds.
+
+    Args:
+        name: folder, ``pkg://`` or hub id; FileNotFoundError, ValueError: of no usable model.
+        device: where it runs.
+        dtype: ``auto`` (bfloat16 on a GPU, float32 on a CPU) or torch's name of a type.
+        tokenizer: default the model's own.
+        tiling: cut large pictures into tiles (nanoVLM, SmolVLM); None: as in training.
+        pictures: LM alone: ``error`` or ``drop``.
+        chat_template: file with a chat template, for a VLM or LM that has none.
+    """
+    folder, device = model_folder(name), torch.device(device)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch_type = usual if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(torch_type, torch.dtype):
+        raise ValueError(f"dtype must be auto or a torch type such as bfloat16, got {dtype!r}.")
+    kind = kind_of(folder)
+    tiling = tiled_in_training(name) if tiling is None else tiling
+    if kind == "nanovlm":
+        processor = load_processor(folder, tokenizer, tiling=tiling)
+        return StudentScorer(load_student(folder, dtype=torch_type).to(device), processor)
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
+    other = AutoTokenizer.from_pretrained(resolve(tokenizer)) if tokenizer else None
+    if kind == "lm":
+        tok = other or AutoTokenizer.from_pretrained(folder)
+        tok.chat_template = template or tok.chat_template
+        lm = _whole(AutoModelForCausalLM, folder, torch_type)
+        return LMScorer(lm.to(device), tok, pictures)
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    processor.chat_template = template or processor.chat_template
+    if other:
+        own, token = processor.tokenizer, image_token(processor)
+        if token and other.convert_tokens_to_ids(token) != own.convert_tokens_to_ids(token):
+            raise ValueError(f"tokenizer {tokenizer!r} gives {token} another id than the model's.")
+        other.chat_template = own.chat_template or other.chat_template
+        processor.tokenizer = other
+    vlm = _whole(AutoModelForImageTextToText, folder, torch_type)
+    return VLMScorer(vlm.to(device), processor, tiling)
+
+
+def _whole(auto: Any, folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """A model whose every weight comes from its folder: random ones would be scored as well."""
+    model, problems, _ = read_model(auto, folder, dtype=dtype)
+    refuse_misfit(folder, problems)
+    return model

@@ -1,16 +1,9 @@
 """The suites: which tasks belong together, what they are called, which number counts.
 
-Data and look-ups only, no lmms-eval needed: `eval` reads here what to run, `compare` what to put
-into which row of the paper's Table 3.
-
-    rows("paper")                     # every row of the table, in the paper's order
-    SUITES["document"].tasks          # ("docvqa_val", "infovqa_val", "ocrbench")
-
-A package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does.
-
-The paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables
-list them the other way. The tables are followed. Where it leaves the metric open: ARC and HellaSwag
-are `acc` (not length-normalised), captions CIDEr.
+A package with tasks of its own adds its suite by `add`, as ``ldistill.tiny.suite`` does. The
+paper's Appendix B lists realworldqa under documents and ai2d under general; its result tables,
+which are followed, the other way. Where it leaves the metric open: ARC and HellaSwag are `acc`
+(not length-normalised), captions CIDEr.
 """
 
 from __future__ import annotations
@@ -53,12 +46,10 @@ class Suite:
     groups: tuple[str, ...]
     batch_size: int = 1  # the paper's; answers don't depend on it beyond rounding
     make_tasks: Callable[[int | None], Path] | None = None
-    """Of tasks that lmms-eval does not have: items per task (None: as many as usual) → their
-    folder. Their data are made here, so that nothing need be fetched."""
+    """Of tasks made here, so that nothing need be fetched: items per task → their folder."""
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """In table order."""
         return tuple(row for group in self.groups for row in ROWS if row.group == group)
 
     @property
@@ -73,10 +64,8 @@ GROUPS = {
     "general": "General multimodal",
 }
 """Group → title, in the order of the tables."""
-OTHER = "other"
-"""The group of tasks that are in no suite."""
-READING = {"document", OTHER}
-"""Groups of tasks whose generated answers are text to be read in pictures."""
+OTHER = "other"  # the group of tasks that are in no suite
+READING = {"document", OTHER}  # groups whose generated answers are text to be read in pictures
 
 ROWS: list[Row] = [
     Row("ai2d", "AI2D", "language", "exact_match", "flexible-extract"),
@@ -95,7 +84,6 @@ ROWS: list[Row] = [
     Row("mmstar", "MMStar", "general", "average"),
 ]
 """Every row of every table, in table order."""
-
 SUITES = {group: Suite(group, (group,)) for group in GROUPS}
 SUITES["paper"] = Suite("paper", tuple(GROUPS))
 
@@ -115,16 +103,11 @@ def group_title(group: str) -> str:
 
 
 def suite(name: str) -> Suite:
-    """The suite of that name; ValueError with those there are for an unknown one."""
+    """The suite of that name; ValueError: an unknown one."""
     if name not in SUITES:
         hint = did_you_mean(name, SUITES)
         raise ValueError(f"no suite {name!r}.{hint} There are: {', '.join(SUITES)}.")
     return SUITES[name]
-
-
-def rows(suite_name: str) -> tuple[Row, ...]:
-    """Rows of a suite in table order; ValueError for an unknown one."""
-    return suite(suite_name).rows
 
 
 def rows_of_tasks(tasks: Iterable[str]) -> tuple[Row, ...]:

@@ -23,7 +23,7 @@ from ldistill.common.samples import Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher
-from ldistill.evaluation.loading import model_folder
+from ldistill.evaluation.scorer import model_folder
 from ldistill.models.pair import Pair, load_pair
 from ldistill.sources import SourceWeights
 from ldistill_kernels import distill_loss

@@ -20,8 +20,8 @@ from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import readme, run_files
 from ldistill.common.locate import PACKAGE_SCHEME
 from ldistill.data.index import ShardIndex
-from ldistill.evaluation.lmms_results import EVALUATION
-from ldistill.evaluation.loading import kind_of
+from ldistill.evaluation.lmms_run import EVALUATION
+from ldistill.evaluation.scorer import kind_of
 from ldistill.models.pair import Pair
 
 PAPER = "https://arxiv.org/abs/2604.00829"

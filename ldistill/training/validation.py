@@ -25,7 +25,7 @@ from ldistill.data.loader import PackLoader
 from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
 from ldistill.distill.objective import COLUMNS
-from ldistill.evaluation.suites import rows as suite_rows
+from ldistill.evaluation.suites import suite
 from ldistill.recipe import Recipe
 from ldistill.sources import SourceWeights
 from ldistill.training.metrics import of_sources
@@ -131,7 +131,7 @@ def best_of(recipe: Recipe, metrics: Path, validation: Validation | None) -> Bes
         return None
     known = validation.metrics() if validation else set()
     if recipe.run.eval_suite is not None:
-        rows = suite_rows(recipe.run.eval_suite)
+        rows = suite(recipe.run.eval_suite).rows
         known |= {row.key for row in rows} | {row.group for row in rows}
     metric = args.metric_for_best_model
     if (name := metric.removeprefix("eval_")) not in known:

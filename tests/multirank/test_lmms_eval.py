@@ -19,10 +19,9 @@ from typer.testing import CliRunner
 from ldistill.cli import app
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.items import evaluate
-from ldistill.evaluation.lmms_results import read_results
-from ldistill.evaluation.lmms_run import Evaluation, clean_environment
-from ldistill.evaluation.loading import model_folder
-from ldistill.evaluation.suites import ROWS, SUITES, rows, suite
+from ldistill.evaluation.lmms_run import Evaluation, clean_environment, read_results
+from ldistill.evaluation.scorer import model_folder
+from ldistill.evaluation.suites import ROWS, SUITES, suite
 from ldistill.models.formats import load_processor, load_student
 from ldistill.tiny.benchmark import benchmark
 from ldistill.tiny.world import DEFAULT_SEED, World
@@ -123,7 +122,7 @@ def test_accuracies_are_those_of_the_items(result):
     scores = result[0]["scores"]
     items = benchmark(World(DEFAULT_SEED), PER_TASK)
     expected = evaluate(load_student(STUDENT), load_processor(STUDENT), items, 16)
-    for row in rows("tiny"):
+    for row in suite("tiny").rows:
         task = row.task.removeprefix("tiny_")
         assert scores[row.id]["value"] == pytest.approx(expected[task]), task
         assert scores[row.id]["documents"] == PER_TASK
@@ -303,8 +302,8 @@ def test_generation_options_of_tasks():
 
 
 def test_suites_are_the_papers_tables():
-    assert [row.name for row in rows("paper")][:2] == ["AI2D", "COCO 2017 Captioning"]
-    assert len(rows("paper")) == 14
+    assert [row.name for row in suite("paper").rows][:2] == ["AI2D", "COCO 2017 Captioning"]
+    assert len(suite("paper").rows) == 14
     assert set(suite("document").tasks) == {"docvqa_val", "infovqa_val", "ocrbench"}
     assert suite("general").tasks == ("realworldqa", "mme", "mmmu_val", "mmstar")
     assert len({row.id for row in ROWS}) == len(ROWS)
@@ -319,7 +318,7 @@ def test_lmms_eval_knows_the_papers_tasks_and_metrics():
         "coco2017_cap_val": "coco_cap", "docvqa_val": "docvqa", "infovqa_val": "infovqa",
         "mmmu_val": "mmmu", "arc_easy": "arc", "arc_challenge": "arc",
     }  # fmt: skip
-    for row in rows("paper"):
+    for row in suite("paper").rows:
         folder = root / folders.get(row.task, row.task)
         text = (folder / f"{row.task}.yaml").read_text()
         if include := [x.split(":")[1].strip() for x in text.splitlines() if "include:" in x]:

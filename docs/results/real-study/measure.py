@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ldistill.evaluation.items import load_items
-from ldistill.evaluation.loading import load_scorer
+from ldistill.evaluation.scorer import load_scorer
 
 MOST = 256  # tokens of a paragraph
 

@@ -12,10 +12,9 @@ shortened    *number cut*: fewer decimals, cut off or rounded (5.04 → 5)
 elsewhere    the answer is text of the picture, but not the text that was asked for
 shortened    *reworded*: half of the words or more are shared, and the picture does not say it so
 
-Near is an edit distance (a swap of neighbours counts 1) of at most half the expected length. With
-several accepted answers the nearest counts. What no rule takes is ``other``, or ``undecided`` where
-only the unknown text of the picture could tell. The rules count, they don't explain: a misread
-13.40 that also stands on the receipt is ``elsewhere``.
+Near is an edit distance (a swap of neighbours counts 1) of at most half the expected length. What
+no rule takes is ``other``, or ``undecided`` where only the unknown text of the picture could tell.
+The rules count: a misread 13.40 that also stands on the receipt is ``elsewhere``.
 """
 
 from __future__ import annotations
@@ -24,9 +23,11 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cached_property
+from typing import NamedTuple
 
 CORRECTED, ELSEWHERE, SHORTENED = "corrected", "elsewhere", "shortened"
 OTHER, UNDECIDED = "other", "undecided"
@@ -38,23 +39,19 @@ MODES = {
     UNDECIDED: "Undecided",
 }
 """Mode → title, in the order of a report."""
-
-USUAL = 20
-"""Words that must have a run of three letters before it counts as usual."""
-
+USUAL = 20  # words that must have a run of three letters before it counts as usual
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _DATE = re.compile(r"\d{1,4}([/.-])\d{1,2}\1\d{1,4}")
-_STOP = frozenset(
-    ("a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "or", "the", "to", "with")
-)
+_STOP = {"a", "an", "and", "at", "by", "for", "from", "in", "is", "of", "on", "or", "the", "to"}
+_STOP |= {"with"}
 
 
 class Lexicon:
     """Words of a language, and which letter runs are usual in it."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        self.words = frozenset(word.lower() for word in words if word.isalpha())
+        self.words = {word.lower() for word in words if word.isalpha()}
 
     def __contains__(self, word: str) -> bool:
         return word.lower() in self.words
@@ -84,14 +81,11 @@ def english() -> Lexicon | None:
 
 @dataclass(frozen=True)
 class PictureText:
-    """What is known of the text in a picture.
-
-    ``whole`` says whether it is all of it: only then can a text be said not to be there.
-    """
+    """What is known of the text in a picture."""
 
     texts: tuple[str, ...] = ()
     source: str = ""
-    whole: bool = False
+    whole: bool = False  # all of it: only then can a text be said not to be there
 
     def holds(self, text: str) -> bool:
         """Whether ``text`` stands there, token for token (or, if long, letter for letter)."""
@@ -101,53 +95,41 @@ class PictureText:
         return long or any(_run_in(wanted, known) for known in found)
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """The mode of a wrong answer, the rule that took it and a sentence that says why."""
 
     mode: str
     rule: str
     reason: str
-    expected: str
-    """The accepted answer it was compared with."""
-
-
-KnownText = Callable[[], PictureText]
-"""The picture's text, looked up when a rule asks for it: reading a picture takes seconds."""
 
 
 def judge(
-    answer: str, accepted: Sequence[str], text: KnownText, lexicon: Lexicon | None
+    answer: str,
+    accepted: Sequence[str],
+    text: Callable[[], PictureText],
+    lexicon: Lexicon | None,
 ) -> Verdict:
     """The failure mode of a wrong answer, held against the nearest of at least one accepted.
 
-    Without a lexicon the first mode is not looked for.
+    The picture's ``text`` is looked up when a rule asks for it: reading a picture takes seconds.
     """
     expected = min(accepted, key=lambda a: distance(_plain(answer), _plain(a)))
-    if found := next(_rules(answer, expected, text, lexicon), None):
-        return Verdict(*found, expected)
-    if not tokens(answer):
-        return Verdict(OTHER, "empty", "nothing was answered", expected)
-    known = text()
-    if not known.whole:
-        reason = "not in what is known of the picture's text" if known.texts else "no text known"
-        return Verdict(UNDECIDED, "no text", reason, expected)
-    return Verdict(OTHER, "none", "no rule applies", expected)
+    return Verdict(*next(_rules(answer, expected, text, lexicon)))
 
 
 def accepted_answers(target: str) -> list[str]:
     """Accepted answers of a logged target, which is a string or the string of a list."""
-    try:
+    with suppress(ValueError, SyntaxError):
         values = ast.literal_eval(target) if target.startswith("[") else None
-    except (ValueError, SyntaxError):
-        values = None
-    return [str(value) for value in values] if values and isinstance(values, list) else [target]
+        if values and isinstance(values, list):
+            return [str(value) for value in values]
+    return [target]
 
 
 def _rules(
-    answer: str, expected: str, text: KnownText, lexicon: Lexicon | None
+    answer: str, expected: str, text: Callable[[], PictureText], lexicon: Lexicon | None
 ) -> Iterator[tuple[str, str, str]]:
-    """(mode, rule, reason) of each rule that holds; the next is tried when it is asked for."""
+    """The verdict of each rule that holds; the next is tried when it is asked for."""
     got, wanted = tokens(answer), tokens(expected)
     if changed := _corrected(got, wanted, lexicon):
         (was, now), usual = changed[0], lexicon.usual
@@ -190,6 +172,14 @@ def _rules(
     shared = len(said & words)
     if len(words) >= 2 and shared and got != wanted and 4 * shared >= len(said) + len(words):
         yield SHORTENED, "reworded", f"{shared} of {len(words)} words kept"
+
+    if not got:
+        yield OTHER, "empty", "nothing was answered"
+    known = text()
+    if not known.whole:
+        reason = "not in what is known of the picture's text" if known.texts else "no text known"
+        yield UNDECIDED, "no text", reason
+    yield OTHER, "none", "no rule applies"
 
 
 def _corrected(
@@ -234,20 +224,17 @@ def _run_in(wanted: list[str], found: list[str]) -> bool:
 
 def _only_number(text: str) -> Decimal | None:
     """The number of a text that holds one number, a unit or a currency at most."""
-    numbers = list(_NUMBER.finditer(text))
-    if len(numbers) != 1 or _DATE.search(text):
+    numbers = _NUMBER.findall(text)
+    if len(numbers) != 1 or _DATE.search(text) or len(tokens(_NUMBER.sub(" ", text))) > 1:
         return None
-    around = text[: numbers[0].start()] + " " + text[numbers[0].end() :]
-    return Decimal(numbers[0].group().replace(",", "")) if len(tokens(around)) <= 1 else None
+    return Decimal(numbers[0].replace(",", ""))
 
 
 def _date(text: str) -> object | None:
     """The day a text names; None for anything that is not clearly a whole date."""
     from dateutil import parser
 
-    if not _DATE.search(text) and not re.search(r"[a-z]{3,}.*\d{4}|\d{4}.*[a-z]{3,}", text.lower()):
-        return None
-    try:
-        return parser.parse(text).date()
-    except (ValueError, OverflowError):
-        return None
+    if _DATE.search(text) or re.search(r"[a-z]{3,}.*\d{4}|\d{4}.*[a-z]{3,}", text.lower()):
+        with suppress(ValueError, OverflowError):
+            return parser.parse(text).date()
+    return None

@@ -1,9 +1,8 @@
 """OCRBench in its ten sub-tasks and four groups, recomputed from samples (the paper's Table 6).
 
 lmms-eval's results file holds only the total, and divides it by 1000 however many samples were
-run. The paper groups by how much of a document's layout the model must understand: reading printed
-text, reading what a language prior cannot help with, text in scenes, and extraction from documents
-(key information and questions about documents), where 71% of its loss lay.
+run. The paper groups by how much of a document's layout the model must understand; 71% of its loss
+lay in extraction.
 """
 
 from __future__ import annotations
@@ -15,29 +14,23 @@ from ldistill.evaluation.compare.results import Sample, TaskResult
 from ldistill.evaluation.suites import Row
 
 TASK = "ocrbench"
-METRIC = "ocrbench_accuracy"
-
-SIZES: dict[str, int] = {
-    "Regular Text Recognition": 50,
-    "Irregular Text Recognition": 50,
-    "Artistic Text Recognition": 50,
-    "Handwriting Recognition": 50,
-    "Digit String Recognition": 50,
-    "Non-Semantic Text Recognition": 50,
-    "Handwritten Mathematical Expression Recognition": 100,
-    "Scene Text-centric VQA": 200,
-    "Key Information Extraction": 200,
-    "Doc-oriented VQA": 200,
-}
-"""lmms-eval's ``question_type`` → samples of it in the whole benchmark, in the order of Table 6."""
-
 GROUPS = {
-    "Text recognition": tuple(SIZES)[:3],
-    "Handwriting and non-semantic": tuple(SIZES)[3:7],
-    "Scene text VQA": tuple(SIZES)[7:8],
-    "Layout extraction": tuple(SIZES)[8:],
+    "Text recognition": (
+        "Regular Text Recognition",
+        "Irregular Text Recognition",
+        "Artistic Text Recognition",
+    ),
+    "Handwriting and non-semantic": (
+        "Handwriting Recognition",
+        "Digit String Recognition",
+        "Non-Semantic Text Recognition",
+        "Handwritten Mathematical Expression Recognition",
+    ),
+    "Scene text VQA": ("Scene Text-centric VQA",),
+    "Layout extraction": ("Key Information Extraction", "Doc-oriented VQA"),
 }
-"""Group → its sub-tasks."""
+"""Group → its sub-tasks, lmms-eval's ``question_type``, in the order of Table 6."""
+KINDS = [kind for kinds in GROUPS.values() for kind in kinds]
 
 
 @dataclass(frozen=True)
@@ -54,52 +47,50 @@ def count(samples: Iterable[Sample]) -> dict[str, Count]:
     Raises:
         ValueError: a sample without OCRBench's score, or of an unknown sub-task.
     """
-    scores: dict[str, list[float]] = {kind: [] for kind in SIZES}
+    scores: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for sample in samples:
-        logged = sample.metrics.get(METRIC)
+        logged = sample.metrics.get("ocrbench_accuracy")
         kind = logged.get("question_type") if isinstance(logged, Mapping) else None
-        if kind not in SIZES:
+        if kind not in scores:
             raise ValueError(f"OCRBench sample {sample.doc_id} has no known sub-task ({kind!r}).")
         scores[kind].append(logged["score"])
     return {kind: Count(sum(own), len(own)) for kind, own in scores.items() if own}
 
 
-def grouped(counts: Mapping[str, Count]) -> dict[str, Count]:
-    """Counts by group, of the sub-tasks that are there."""
-    there = {g: {k: counts[k] for k in kinds if k in counts} for g, kinds in GROUPS.items()}
-    return {group: total(parts) for group, parts in there.items() if parts}
+def total(counts: Mapping[str, Count], kinds: Iterable[str] = KINDS) -> Count | None:
+    """Some sub-tasks together; None where none of them is there."""
+    there = [counts[kind] for kind in kinds if kind in counts]
+    return Count(sum(c.right for c in there), sum(c.of for c in there)) if there else None
 
 
-def total(counts: Mapping[str, Count]) -> Count:
-    """All sub-tasks together."""
-    return Count(sum(c.right for c in counts.values()), sum(c.of for c in counts.values()))
-
-
-def limited_score(result: TaskResult) -> float | None:
+def recounted(result: TaskResult) -> float | None:
     """Share of right answers where a limit was set, of which lmms-eval makes thousandths.
 
     None for another task, the whole benchmark, or samples that cannot be counted.
     """
-    if result.task != TASK or not result.limited:
-        return None
-    try:
-        whole = total(count(result.samples().values()))
-    except ValueError:
-        return None
-    return whole.right / whole.of if whole.of else None
+    if result.task == TASK and result.limited:
+        try:
+            whole = total(count(result.samples().values()))
+        except ValueError:
+            return None
+        return whole and whole.right / whole.of
+    return None
 
 
 def row_score(result: TaskResult, row: Row) -> float | None:
     """The row's score, of a limited OCRBench recounted; None when it is not there or no number."""
-    recounted = limited_score(result)
-    return result.scores.get(row.key) if recounted is None else recounted
+    own = recounted(result)
+    return result.scores.get(row.key) if own is None else own
 
 
 def losses(
     baseline: Mapping[str, Count], variant: Mapping[str, Count]
 ) -> dict[str, tuple[float, float]]:
     """Group → (points gained, their share of the whole change); the share is nan without change."""
-    before, after = grouped(baseline), grouped(variant)
-    change = {g: after[g].right - before[g].right for g in before if g in after}
+    change = {}
+    for group, kinds in GROUPS.items():
+        before, after = total(baseline, kinds), total(variant, kinds)
+        if before and after:
+            change[group] = after.right - before.right
     whole = sum(change.values())
     return {g: (c, c / whole if whole else float("nan")) for g, c in change.items()}

@@ -5,44 +5,41 @@ scores.csv         the table of scores             table.tex         the same fo
 paired.csv         won, lost, p by task, category  recovery.png      share recovered by group
 ocrbench.csv       ten sub-tasks                   failures.html     won and lost samples, pictures
 
-The page of won and lost samples opens from disk and needs nothing else. Its template is
-``failures.html``; data go into it as JSON, pictures as data URIs. Filters (variant, task, won or
-lost, mode, a search) stand in the address: ``failures.html#mode=elsewhere&task=...``.
+The page of won and lost samples opens from disk and needs nothing else. Filters (variant, task, won
+or lost, mode, a search) stand in its address: ``failures.html#mode=elsewhere&task=...``.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import partial
 from importlib import resources
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ldistill.evaluation.compare import ocrbench, tables
-from ldistill.evaluation.compare.comparison import Comparison, unlike_samples
+from ldistill.evaluation.compare.comparison import Comparison, sample_categories, unlike_samples
 from ldistill.evaluation.compare.failure_modes import MODES, Lexicon, accepted_answers, judge
 from ldistill.evaluation.compare.results import Sample
-from ldistill.evaluation.compare.samples import sample_categories
 from ldistill.evaluation.compare.task_data import inline_picture
 from ldistill.evaluation.suites import READING, Row
 
 WON, LOST = "won", "lost"
-_GENERATED = "generate_until"
 
 
 @dataclass(frozen=True)
 class Examples:
     """All judged samples, with the counts the report shows."""
 
-    found: tuple[tuple[Sample, Mapping[str, Any]], ...]
+    found: list[tuple[Sample, dict[str, Any]]]
     """The baseline's sample, and what the page says of how one of the two got it wrong."""
-    looked_at: tuple[Row, ...]
-    notes: tuple[str, ...]
-    counts: Mapping[tuple[str, str, str], Counter[str]]
-    """(variant, row id, won or lost) → mode → samples."""
+    notes: list[str]
+    counts: dict[tuple[str, Row, str], Counter[str]]  # (variant, row, won or lost) → mode → samples
 
 
 def find_examples(
@@ -56,33 +53,31 @@ def find_examples(
     the baseline's. Without a lexicon the first mode is left out; ``progress`` wraps the samples.
     """
     results = {v.name: v.tasks for v in comparison.variants}
+    kind = "generate_until"
     matches = [
         m
         for m in comparison.matches
-        if m.pairs
-        and m.row.group in READING
-        and results[m.variant][m.row.task].config.get("output_type", _GENERATED) == _GENERATED
+        if m.row.group in READING
+        and results[m.variant][m.row.task].config.get("output_type", kind) == kind
     ]
-    base = results.get(str(comparison.table.baseline), {})
+    base = results.get(comparison.table.baseline)
     every = {m.row: base[m.row.task].samples(m.row.filter) for m in matches}
-    outcomes = [(m.variant, m.row.id, outcome) for m in matches for outcome in (LOST, WON)]
+    outcomes = [(m.variant, m.row, outcome) for m in matches for outcome in (LOST, WON)]
     counts = {outcome: Counter(dict.fromkeys(MODES, 0)) for outcome in outcomes}
     found = []
     work = [(m, p) for m in matches for p in m.pairs if p.before != p.after]
     for m, pair in progress(work):
         outcome = LOST if pair.after < pair.before else WON
         wrong = pair.variant if outcome == LOST else pair.baseline
-        data, sample, others = comparison.data[m.row.task], pair.baseline, every[m.row]
+        data, sample = comparison.data[m.row.task], pair.baseline
         accepted = accepted_answers(sample.target)
-        verdict = judge(wrong.answer, accepted, partial(data.text, sample, others), lexicon)
+        verdict = judge(wrong.answer, accepted, partial(data.text, sample, every[m.row]), lexicon)
         shown = {
             "variant": m.variant,
             "task": m.row.name,
             "category": ", ".join(sample_categories(sample, m.row)),
             "outcome": outcome,
-            "mode": verdict.mode,
-            "rule": verdict.rule,
-            "reason": verdict.reason,
+            **verdict._asdict(),
             "doc_id": sample.doc_id,
             "question": sample.question,
             "expected": " | ".join(accepted),
@@ -91,17 +86,17 @@ def find_examples(
             "picture": f"{m.row.task}/{sample.doc_id}",
         }
         found.append((sample, shown))
-        counts[m.variant, m.row.id, outcome][verdict.mode] += 1
-    notes, rows = [], tuple(dict.fromkeys(m.row for m in matches))
+        counts[m.variant, m.row, outcome][verdict.mode] += 1
+    notes = []
     if lexicon is None:
         notes.append(
             'Mode "corrected" is missing: it needs a list of words (pip install pyspellchecker, '
             "or --words FILE)."
         )
-    for row, data in ((row, comparison.data[row.task]) for row in rows):
-        if data.documents is None:
-            notes.append(f"{row.name}: pictures and their text are missing: {data.reason}.")
-    return Examples(tuple(found), rows, tuple(notes), counts)
+    for row in every:
+        if reason := comparison.data[row.task].reason:
+            notes.append(f"{row.name}: pictures and their text are missing: {reason}.")
+    return Examples(found, notes, counts)
 
 
 def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25) -> list[Path]:
@@ -110,29 +105,24 @@ def write(comparison: Comparison, examples: Examples, out: Path, most: int = 25)
     ``out`` is made if need be; files of an earlier report there are replaced or removed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    picture, page = out / "recovery.png", out / "failures.html"
-    for path in (picture, page):
-        path.unlink(missing_ok=True)
-    drawn = _has_roles(comparison) and tables.plot_recovery(comparison.table, picture)
-    if examples.looked_at:
-        _write_page(page, comparison, examples, most)
+    picture = out / "recovery.png"
+    picture.unlink(missing_ok=True)
+    drawn = tables.plot_recovery(comparison.table, picture)
     plain = _plain(comparison, examples)
-    paired = _paired_csv(comparison) if comparison.paired else None
-    parts = tables.csv_text(*_ocrbench_lines(comparison)) if comparison.ocrbench else None
-    written = []
-    for name, text in (
-        ("report.md", markdown(comparison, examples, drawn)),
-        ("comparison.json", json.dumps(plain, indent=2, ensure_ascii=False, default=asdict)),
-        ("scores.csv", comparison.table.csv()),
-        ("table.tex", comparison.table.latex()),
-        ("paired.csv", paired),
-        ("ocrbench.csv", parts),
-    ):
+    texts = {
+        "report.md": markdown(comparison, examples, drawn),
+        "comparison.json": json.dumps(plain, indent=2, ensure_ascii=False, default=asdict),
+        "scores.csv": comparison.table.csv(),
+        "table.tex": comparison.table.latex(),
+        "paired.csv": comparison.paired and _paired_csv(comparison),
+        "ocrbench.csv": comparison.ocrbench and tables.csv_text(*_ocrbench_lines(comparison)),
+        "failures.html": examples.counts and _page(comparison, examples, most),
+    }
+    for name, text in texts.items():
         (out / name).unlink(missing_ok=True)
-        if text is not None:
+        if text:
             (out / name).write_text(text, encoding="utf-8")
-            written.append(out / name)
-    return [*written, *(path for path in (picture, page) if path.exists())]
+    return [path for path in (*(out / name for name in texts), picture) if path.exists()]
 
 
 def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
@@ -143,28 +133,21 @@ def markdown(comparison: Comparison, examples: Examples, picture: bool) -> str:
         [v.name, roles.get(v.name, "variant"), v.model or "not named", len(v.tasks)]
         for v in sorted(comparison.variants, key=lambda v: table.variants.index(v.name))
     ]
-    parts = [
-        "# Comparison\n",
-        tables.markdown_table(["name", "role", "model", "tasks"], lines, left=3),
-    ]
-    parts += ["## Scores\n", table.markdown()]
-    if _has_roles(comparison):
-        unlike = unlike_samples(comparison.variants, table)
-        parts += ["## Share recovered\n", tables.recovery_markdown(table, unlike)]
-        parts += ["![Share recovered by group](recovery.png)\n"] if picture else []
-    if comparison.paired:
-        parts += ["## Samples won and lost\n", _paired_markdown(comparison)]
-    if comparison.ocrbench:
-        parts += ["## OCRBench\n", _ocrbench_markdown(comparison)]
-    if examples.looked_at:
-        parts += ["## Failure modes\n", _modes_markdown(comparison, examples)]
-    if notes := [*comparison.notes, *examples.notes]:
-        parts += ["## What is missing or left out\n", "\n".join(f"- {n}" for n in notes) + "\n"]
-    return "\n".join(parts)
-
-
-def _has_roles(comparison: Comparison) -> bool:
-    return None not in (comparison.table.baseline, comparison.table.original)
+    notes = "".join(f"- {note}\n" for note in (*comparison.notes, *examples.notes))
+    recovered = ""
+    if table.baseline and table.original:
+        recovered = tables.recovery_markdown(table, unlike_samples(comparison.variants, table))
+        recovered += "\n![Share recovered by group](recovery.png)\n" if picture else ""
+    parts = {
+        "# Comparison": tables.markdown_table(["name", "role", "model", "tasks"], lines, left=3),
+        "## Scores": table.markdown(),
+        "## Share recovered": recovered,
+        "## Samples won and lost": comparison.paired and _paired_markdown(comparison),
+        "## OCRBench": comparison.ocrbench and _ocrbench_markdown(comparison),
+        "## Failure modes": examples.counts and _modes_markdown(comparison, examples),
+        "## What is missing or left out": notes,
+    }
+    return "\n".join(f"{title}\n\n{text}" for title, text in parts.items() if text)
 
 
 def _paired_markdown(comparison: Comparison) -> str:
@@ -176,17 +159,16 @@ def _paired_markdown(comparison: Comparison) -> str:
         "two-sided, not corrected for the number of tests; intervals are bootstraps over samples. "
         "Scores are means over samples, for MME the share of right answers.\n"
     )
-    for variant in dict.fromkeys(p.variant for p in comparison.paired):
+    for variant, own in groupby(comparison.paired, key=itemgetter(0)):
         tasks, parts = [], []
-        for p in (p for p in comparison.paired if p.variant == variant):
-            r = p.result
-            scores = f"{r.samples:,}", f"{r.baseline:.3f}", f"{r.variant:.3f}"
+        for _, row, category, r in own:
+            scores = f"{r.samples:,}", f"{r.baseline:.3f}", f"{r.score:.3f}"
             change = f"{r.difference:+.3f} [{r.low:+.3f}, {r.high:+.3f}]"
             line = [*scores, change, r.won, r.lost, p_value(r.p)]
-            if p.category is None:
-                tasks.append([p.row.name, *line])
+            if category is None:
+                tasks.append([row.name, *line])
             else:
-                parts.append([p.row.name, p.category, *line])
+                parts.append([row.name, category, *line])
         text += f"\n### {variant}\n\n" + tables.markdown_table(["Task", *head], tasks)
         if parts:
             text += "\nBy category:\n\n"
@@ -201,57 +183,50 @@ def p_value(p: float) -> str:
 
 def _paired_csv(comparison: Comparison) -> str:
     """One line per variant, task and category (empty: all of the task)."""
-    head = "variant task metric category samples baseline score difference low high won lost p"
     body = []
-    for p in comparison.paired:
-        r = p.result
-        numbers = [f"{n:.6g}" for n in (r.baseline, r.variant, r.difference, r.low, r.high)]
-        before = [p.variant, p.row.task, p.row.metric, p.category or "", r.samples]
-        body.append([*before, *numbers, r.won, r.lost, f"{r.p:.6g}"])
-    return tables.csv_text(head.split(), body)
+    for variant, row, category, result in comparison.paired:
+        numbers = [f"{n:.6g}" if isinstance(n, float) else n for n in astuple(result)]
+        body.append([variant, row.task, row.metric, category or "", *numbers])
+    names = (field.name for field in fields(result))
+    return tables.csv_text(["variant", "task", "metric", "category", *names], body)
 
 
 def _ocrbench_lines(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """OCRBench as header and lines: sub-tasks, a total per group and of all."""
     baseline = comparison.table.baseline
-    counts = {
-        v: comparison.ocrbench[v] for v in comparison.table.variants if v in comparison.ocrbench
-    }
+    every = comparison.ocrbench
+    counts = {v: every[v] for v in comparison.table.variants if v in every}
     changes = [v for v in counts if v != baseline] if baseline in counts else []
-    head = ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)]
-    rows = []
+    parts = []
     for group, kinds in ocrbench.GROUPS.items():
-        rows += [(group, kind, {v: own.get(kind) for v, own in counts.items()}) for kind in kinds]
-        if len(kinds) > 1:
-            sums = {v: ocrbench.grouped(own).get(group) for v, own in counts.items()}
-            rows.append((group, "Subtotal", sums))
-    rows.append(("", "Total", {v: ocrbench.total(own) for v, own in counts.items()}))
+        parts += [(group, kind, [kind]) for kind in kinds]
+        parts += [(group, "Subtotal", kinds)] if len(kinds) > 1 else []
     lines = []
-    for group, name, found in rows:
+    for group, name, kinds in (*parts, ("", "Total", ocrbench.KINDS)):
+        found = {v: ocrbench.total(own, kinds) for v, own in counts.items()}
         told = [f"{c.right:g}/{c.of}" if c else tables.MISSING for c in found.values()]
         for before, after in ((found[baseline], found[v]) for v in changes):
-            if before is None or after is None:
-                told.append(tables.MISSING)
-            else:  # points gained, where both are of as many samples
+            change = tables.MISSING
+            if before and after:  # points gained, where both are of as many samples
                 same, gained = before.of == after.of, after.right - before.right
-                told.append(f"{gained:+g}" if same else "other samples")
+                change = f"{gained:+g}" if same else "other samples"
+            told.append(change)
         lines.append([group, name, *told])
-    return head, lines
+    return ["Group", "Sub-task", *counts, *(f"{v} change" for v in changes)], lines
 
 
 def _ocrbench_markdown(comparison: Comparison) -> str:
     head, lines = _ocrbench_lines(comparison)
-    bold = [
-        [f"**{c}**" if c and line[1] in ("Subtotal", "Total") else c for c in line]
-        for line in lines
-    ]
+    for line in lines:
+        if line[1] in ("Subtotal", "Total"):
+            line[:] = [cell and f"**{cell}**" for cell in line]
     text = "Right answers out of samples, recomputed from the samples.\n\n"
-    text += tables.markdown_table(head, bold, left=2)
-    base = comparison.ocrbench.get(str(comparison.table.baseline), {})
+    text += tables.markdown_table(head, lines, left=2)
+    base = comparison.ocrbench.get(comparison.table.baseline, {})
     before = ocrbench.total(base)
     for variant, counts in comparison.ocrbench.items():
         after = ocrbench.total(counts)
-        if after.of == before.of and after.right < before.right:
+        if before and after.of == before.of and after.right < before.right:
             shares = ocrbench.losses(base, counts)
             parts = ", ".join(f"{g} {c:+g} ({s:.0%})" for g, (c, s) in shares.items() if c)
             lost = before.right - after.right
@@ -260,42 +235,41 @@ def _ocrbench_markdown(comparison: Comparison) -> str:
 
 
 def _modes_markdown(comparison: Comparison, examples: Examples) -> str:
-    text = (
-        "On lost samples the variant's answer is judged, on won ones "
-        f"{comparison.table.baseline}'s. The samples are in [failures.html](failures.html), with "
-        "the rules.\n\n"
-    )
-    names = {row.id: row.name for row in examples.looked_at}
     lines = [
-        [v, names[row], outcome, *(counts[mode] for mode in MODES), sum(counts.values())]
+        [v, row.name, outcome, *(counts[mode] for mode in MODES), counts.total()]
         for (v, row, outcome), counts in examples.counts.items()
     ]
-    return text + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
+    baseline = comparison.table.baseline
+    return (
+        f"On lost samples the variant's answer is judged, on won ones {baseline}'s. "
+        "The samples are in [failures.html](failures.html), with the rules.\n\n"
+    ) + tables.markdown_table(["Variant", "Task", "", *MODES, "all"], lines, left=3)
 
 
 def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
     """Everything; what is no JSON type is a dataclass."""
-    table, roles = comparison.table, _has_roles(comparison)
-    cells = {v: {row.id: table.cell(v, row) for row in table.rows} for v in table.variants}
+    table = comparison.table
+    roles = table.baseline and table.original
     models = {v.name: {"folder": str(v.folder), "model": v.model} for v in comparison.variants}
     return {
         "baseline": table.baseline,
         "original": table.original,
         "variants": models,
         "rows": [{"id": r.id, **asdict(r)} for r in table.rows],
-        "scores": {v: {row: cell for row, cell in own.items() if cell} for v, own in cells.items()},
+        "scores": {
+            v: {row.id: cell for row in table.rows if (cell := table.cell(v, row))}
+            for v in table.variants
+        },
         "score_notes": {f"{v}/{row}": note for (v, row), note in table.notes.items()},
         "recovered": tables.recovery(table) if roles else {},
         "recovered_notes": unlike_samples(comparison.variants, table) if roles else [],
         "paired": [
-            {"variant": p.variant, "row": p.row.id, "category": p.category}
-            | asdict(p.result)
-            | {"difference": p.result.difference}
-            for p in comparison.paired
+            {"variant": variant, "row": row.id, "category": category} | asdict(result)
+            for variant, row, category, result in comparison.paired
         ],
         "ocrbench": comparison.ocrbench,
         "failure_modes": [
-            {"variant": v, "row": row, "outcome": outcome, **counts}
+            {"variant": v, "row": row.id, "outcome": outcome, **counts}
             for (v, row, outcome), counts in examples.counts.items()
         ],
         "notes": [*comparison.notes, *examples.notes],
@@ -305,21 +279,21 @@ def _plain(comparison: Comparison, examples: Examples) -> dict[str, Any]:
 def headline(comparison: Comparison, examples: Examples, files: Sequence[Path]) -> str:
     """What the terminal shows: notes, counts of lost samples, and where everything is."""
     lines = [f"note: {note}" for note in (*comparison.notes, *examples.notes)]
-    for outcome in (LOST, WON) if examples.looked_at else ():
+    for outcome in (LOST, WON) if examples.counts else ():
         total = sum(own.total() for key, own in examples.counts.items() if key[2] == outcome)
         lines.append(f"reading samples {outcome}: {total:,}")
     return "\n".join([*lines, *map(str, files)])
 
 
-def _write_page(path: Path, comparison: Comparison, examples: Examples, most: int) -> None:
-    """Write the page: at most ``most`` of each variant, task, outcome and mode, in sample order."""
+def _page(comparison: Comparison, examples: Examples, most: int) -> str:
+    """The page: at most ``most`` of each variant, task, outcome and mode, in sample order."""
     seen: Counter[tuple] = Counter()
+    kind = itemgetter("variant", "task", "outcome", "mode")
     listed, bare = [], {}
     pictures: dict[str, list[str]] = {}  # of task/document, as data URIs
     for sample, shown in examples.found:
-        key = tuple(shown[part] for part in ("variant", "task", "outcome", "mode"))
-        seen[key] += 1
-        if seen[key] > most:
+        seen[kind(shown)] += 1
+        if seen[kind(shown)] > most:
             continue
         listed.append(shown)
         task, _, _ = (document := shown["picture"]).rpartition("/")
@@ -348,4 +322,4 @@ def _write_page(path: Path, comparison: Comparison, examples: Examples, most: in
     template = resources.files(__package__).joinpath("failures.html").read_text("utf-8")
     # No text of a sample can end the script element that the data stand in.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    path.write_text(template.replace("__DATA__", text), encoding="utf-8")
+    return template.replace("__DATA__", text)

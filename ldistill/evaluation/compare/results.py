@@ -1,14 +1,10 @@
 """Reading what lmms-eval wrote: scores and samples of one variant.
 
-lmms-eval (0.7.3) writes ``{time}_results.json`` and, with ``--log_samples``,
-``{time}_samples_{task}.jsonl`` beside it. A folder may hold several of them (one per suite, or a
-repeated run): every task counts once, the newest. A samples file has one line per document and
-filter: ``doc_id``, ``input`` (the prompt), ``target`` (always a string), ``filtered_resps`` and the
-metrics under their names; the document and its pictures are not in it (see `task_data`).
-
-    variant, = read_variants(["lingudistill=eval/lingudistill"])
-    variant.tasks["ocrbench"].scores["ocrbench_accuracy,none"]
-    variant.tasks["ocrbench"].samples()      # doc_id → Sample
+lmms-eval (0.7.3) writes ``{time}_results.json`` and ``{time}_samples_{task}.jsonl`` beside it. A
+folder may hold several of them (one per suite, or a repeated run): every task counts once, the
+newest. A samples file has one line per document and filter: ``doc_id``, ``input`` (the prompt),
+``target`` (always a string), ``filtered_resps`` and the metrics under their names; the document and
+its pictures are not in it (see `task_data`).
 """
 
 from __future__ import annotations
@@ -16,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ldistill.evaluation.suites import OTHER, Row
+from ldistill.evaluation.suites import OTHER, Row, rows_of_tasks
 
 _RESULTS = "_results.json"
 # Tasks write others of that ending: submissions/coco_captions_val2014_alg_results.json, a list.
@@ -33,12 +30,10 @@ _NOT_METRICS |= {"filtered_resps", "token_counts"}
 _ERRORS = ("_stderr", "_stderr_clt", "_stderr_clustered")
 _NOT_NAMES = {"eval", "evaluation", "results", "student", "lmms_eval"}
 
-Record = tuple[Path, dict[str, Any]]
-"""A results file and its content."""
+Record = tuple[Path, dict[str, Any]]  # a results file and its content
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One document of a task as one variant answered it."""
 
     doc_id: int
@@ -50,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One task of one variant; samples are read when asked for."""
+    """One task of one variant."""
 
     task: str
     scores: Mapping[str, Any]  # `metric,filter` → number, as lmms-eval aggregated it
@@ -58,9 +53,8 @@ class TaskResult:
     expected: int | None  # documents that were to be answered
     available: int | None  # documents the task has
     path: Path  # the results file
-    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
-    model_args: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the lmms-eval model: ``pretrained``, ``dtype``, ``tiling``, ..."""
+    higher_is_better: Mapping[str, bool]
+    model_args: Mapping[str, str]  # ``pretrained``, ``dtype``, ``tiling``, ...
 
     @property
     def samples_path(self) -> Path:
@@ -86,7 +80,7 @@ class TaskResult:
 
     @cached_property
     def _lines(self) -> tuple[dict[int, list[Sample]], int]:
-        found: dict[int, list[Sample]] = {}
+        found: dict[int, list[Sample]] = defaultdict(list)
         bad = 0
         text = self.samples_path.read_text("utf-8") if self.samples_path.is_file() else ""
         for line in filter(str.strip, text.split("\n")):
@@ -99,23 +93,18 @@ class TaskResult:
                 bad += 1
                 continue
             metrics = {k: v for k, v in record.items() if k not in _NOT_METRICS}
-            found.setdefault(doc_id, []).append(Sample(doc_id, asked, target, answer, metrics))
+            found[doc_id].append(Sample(doc_id, asked, target, answer, metrics))
         return found, bad
 
 
 def _answer(responses: Any) -> str:
     """The text that was scored; for multiple choice the number of the likeliest choice."""
-    if isinstance(responses, str):
-        return responses
     if not isinstance(responses, list) or not responses:
-        return ""
+        return responses or ""
     if all(isinstance(response, list) and len(response) == 2 for response in responses):
         losses = [float(loss) for loss, _ in responses]
         return f"choice {losses.index(min(losses))}"
     return _answer(responses[0])
-
-
-# ---- results files ----
 
 
 def results_files(folder: Path, inside: str = "**") -> Iterator[Path]:
@@ -141,7 +130,6 @@ def tasks_of(record: Mapping[str, Any]) -> list[str]:
 
 
 def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
-    """A task of a results file whose content is ``record``."""
     counts = record.get("n-samples", {}).get(task, {})
     arguments = str(record.get("config", {}).get("model_args") or "").split(",")
     scores = {
@@ -150,30 +138,25 @@ def task_result(task: str, path: Path, record: Mapping[str, Any]) -> TaskResult:
         if "," in key and not key.partition(",")[0].endswith(_ERRORS)
         if isinstance(value, (int, float)) and math.isfinite(value)
     }
-    return TaskResult(
-        task,
-        scores,
-        record.get("configs", {}).get(task, {}),
-        counts.get("effective"),
-        counts.get("original"),
-        path,
-        record.get("higher_is_better", {}).get(task, {}),
-        dict(part.split("=", 1) for part in arguments if "=" in part),
-    )
+    config = record.get("configs", {}).get(task, {})
+    higher = record.get("higher_is_better", {}).get(task, {})
+    counted = counts.get("effective"), counts.get("original")
+    options = dict(part.split("=", 1) for part in arguments if "=" in part)
+    return TaskResult(task, scores, config, *counted, path, higher, options)
 
 
-def other_row(result: TaskResult) -> Row:
-    """A row for a task of no suite: its first metric of which more is better."""
-    keys = (key.split(",", 1) for key in result.scores)
-    better = (key for key in keys if result.higher_is_better.get(key[0], True))
-    return Row(result.task, result.task, OTHER, *next(better, ["score"]))
+def other_rows(results: Mapping[str, TaskResult]) -> list[Row]:
+    """A row for each task of no suite: its first metric of which more is better."""
+    rows = []
+    for task in [task for task in results if not rows_of_tasks([task])]:
+        keys = (key.split(",", 1) for key in results[task].scores)
+        better = (key for key in keys if results[task].higher_is_better.get(key[0], True))
+        rows.append(Row(task, task, OTHER, *next(better, ["score"])))
+    return rows
 
 
 def _model_of(record: Mapping[str, Any]) -> str:
     return str(record.get("model_name") or record.get("config", {}).get("model_args") or "")
-
-
-# ---- variants ----
 
 
 @dataclass(frozen=True)
@@ -184,11 +167,7 @@ class Variant:
     folder: Path
     model: str
     tasks: Mapping[str, TaskResult]
-    notes: tuple[str, ...] = ()
-
-
-class NoResults(FileNotFoundError):
-    """No folder, or one in which nothing was evaluated to the end."""
+    notes: tuple[str, ...]
 
 
 def read_variants(
@@ -202,8 +181,7 @@ def read_variants(
 
     Raises:
         FileNotFoundError: no folder holds results, or there is none.
-        ValueError: two variants of one name, or a folder with results of several models that
-            subfolders don't keep apart.
+        ValueError: two variants of one name, or several models whose results no subfolders part.
     """
     variants: list[Variant] = []
     empty: list[str] = []
@@ -211,53 +189,30 @@ def read_variants(
         name, equals, path = argument.partition("=")
         named = bool(equals and name) and "/" not in name and not Path(argument).exists()
         folder = Path(path if named else argument).expanduser()
-        if not named and folder.is_file():
-            continue
-        name = name if named else _folder_name(folder)
+        if not named:
+            if folder.is_file():
+                continue
+            place = folder.resolve()
+            while place.name in _NOT_NAMES and place.parent.name:
+                place = place.parent
+            name = place.name
         try:
             variants += _of_folder(name, folder, named)
-        except NoResults as error:
+        except FileNotFoundError as error:
             empty.append(f"{name} is left out: {error}")
     if not variants:
         none = ["no folder among the arguments: give run or results folders."]
-        raise NoResults("nothing to compare.\n  " + "\n  ".join(empty or none))
+        raise FileNotFoundError("nothing to compare.\n  " + "\n  ".join(empty or none))
     for sentence in empty:
         tell(sentence)
-    places: dict[str, list[str]] = {}
-    for variant in variants:
-        places.setdefault(variant.name, []).append(str(variant.folder))
-    for name, folders in places.items():
-        if len(folders) > 1:
-            where = ", ".join(folders)
+    for name, count in Counter(variant.name for variant in variants).items():
+        if count > 1:
+            where = ", ".join(str(variant.folder) for variant in variants if variant.name == name)
             raise ValueError(f"two variants are called {name!r} ({where}): name them, NAME=DIR.")
     return variants
 
 
-def _folder_name(folder: Path) -> str:
-    path = folder.resolve()
-    while path.name in _NOT_NAMES and path.parent.name:
-        path = path.parent
-    return path.name
-
-
 def _of_folder(name: str, folder: Path, named: bool) -> list[Variant]:
-    files = _found(folder)
-    if only := _of_one_model(name, folder, files):
-        return [only]
-    parts: dict[str, list[Record]] = {}
-    for path, record in files:
-        parts.setdefault(path.relative_to(folder).parts[0], []).append((path, record))
-    each = {part: _of_one_model(part, folder / part, inside) for part, inside in parts.items()}
-    mixed = [folder] if named else [folder / part for part, found in each.items() if not found]
-    if mixed:
-        models = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
-        several = f"{mixed[0]} holds results of several models ({', '.join(sorted(models))})"
-        raise ValueError(f"{several}: give the folder of each one, NAME=DIR.")
-    return list(each.values())
-
-
-def _found(folder: Path) -> list[Record]:
-    """Results files below a folder, oldest first."""
     files = [(path, load_results(path)) for path in results_files(folder)]
     if not files:
         student = folder if (folder / "student").is_dir() else "..."
@@ -265,16 +220,28 @@ def _found(folder: Path) -> list[Record]:
         if samples := next(folder.rglob("*_samples_*.jsonl"), None):
             hint = f"There are samples ({samples.name}) without it: that evaluation did not finish."
         kind = "holds no lmms-eval results" if folder.is_dir() else "is no folder with results"
-        raise NoResults(f"{folder} {kind} (*{_RESULTS}). {hint}")
-    return sorted(files, key=lambda item: (item[0].name, str(item[0])))
+        raise FileNotFoundError(f"{folder} {kind} (*{_RESULTS}). {hint}")
+    files.sort(key=lambda item: (item[0].name, str(item[0])))  # oldest first
+    if only := _of_one_model(name, folder, files):
+        return [only]
+    each: dict[Path, Variant | None] = {}
+    for place in dict.fromkeys(folder / path.relative_to(folder).parts[0] for path, _ in files):
+        inside = [(path, record) for path, record in files if path.is_relative_to(place)]
+        each[place] = _of_one_model(place.name, place, inside)
+    mixed = [folder] if named else [place for place, found in each.items() if not found]
+    if mixed:
+        models = {_model_of(record) for path, record in files if path.is_relative_to(mixed[0])}
+        several = f"{mixed[0]} holds results of several models ({', '.join(sorted(models))})"
+        raise ValueError(f"{several}: give the folder of each one, NAME=DIR.")
+    return list(each.values())
 
 
 def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | None:
     """The variant whose results these are; None where they are of several models."""
     taken, notes = _of_run(folder, files)
-    taken = taken or files
-    if taken is files and len({_model_of(record) for _, record in files}) > 1:
+    if not taken and len({_model_of(record) for _, record in files}) > 1:
         return None
+    taken = taken or files
     tasks: dict[str, TaskResult] = {}
     again: set[str] = set()
     for path, record in taken:
@@ -284,8 +251,8 @@ def _of_one_model(name: str, folder: Path, files: list[Record]) -> Variant | Non
     if again:
         listed = ", ".join(sorted(again))
         notes.append(f"{listed} evaluated more than once; the newest results are used.")
-    told = tuple(f"{name}: {note}" for note in notes)
-    return Variant(name, folder, _model_of(taken[-1][1]), tasks, told)
+    notes = tuple(f"{name}: {note}" for note in notes)
+    return Variant(name, folder, _model_of(taken[-1][1]), tasks, notes)
 
 
 def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]:
@@ -294,19 +261,16 @@ def _of_run(folder: Path, files: list[Record]) -> tuple[list[Record], list[str]]
     ``folder`` is the run's or its ``eval``. Where there are steps, what lies outside of them and
     is of one model is the student's, wherever the run lay at that time.
     """
-    steps: dict[int, list[Record]] = {}
-    outside = []
+    steps: dict[int, list[Record]] = defaultdict(list)
     for path, record in files:
         step = _STEP.match(path.relative_to(folder).as_posix())
-        (steps.setdefault(int(step[1]), []) if step else outside).append((path, record))
+        steps[int(step[1]) if step else -1].append((path, record))
+    outside = steps.pop(-1, [])
     places = [folder, folder.parent] if steps else [folder]
     students = {(place / "student").resolve() for place in places}
 
-    def own(record: dict[str, Any]) -> bool:
-        model = _model_of(record)
-        return bool(model) and Path(model).expanduser().resolve() in students
-
-    final = [(path, record) for path, record in files if own(record)]
+    models = [Path(_model_of(record)).expanduser().resolve() for _, record in files]
+    final = [file for file, model in zip(files, models, strict=True) if model in students]
     if steps and not final and len({_model_of(record) for _, record in outside}) == 1:
         final = outside
     if final and (left := len(files) - len(final)):

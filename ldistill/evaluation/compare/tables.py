@@ -1,18 +1,12 @@
 """Score tables in the layout of the paper's Table 3: tasks in groups, a column per variant.
 
-Plain data in, text out; the scores may come from anywhere and from several seeds:
-
-    table = score_table(
-        {"nanovlm-full": {"arc_easy": 0.540}, "lingudistill": {"arc_easy": [0.62, 0.63]}},
-        rows("paper"), baseline="nanovlm-full",
-    )
-    table.markdown();  table.latex();  table.csv()
+    scores = {"nanovlm-full": {"arc_easy": 0.540}, "lingudistill": {"arc_easy": [0.62, 0.63]}}
+    score_table(scores, suite("paper").rows, baseline="nanovlm-full").markdown()
 
 The best of a row is bold (not counting the original, which is what is to be recovered), the change
 to the baseline stands in brackets. A score that is not there reads "missing", with a footnote.
 
-Of a table with a baseline and an original, the share of what the baseline lost that a variant has
-back is (variant - baseline) / (original - baseline): 1 is all of it, 0 is as bad as the baseline. A
+The share recovered is (variant - baseline) / (original - baseline): 1 is all that was lost. A
 group's share is the ratio of sums over its tasks, each score divided by its row's highest possible
 one (so that MME's points weigh like accuracies); a task that one of the three lacks is left out and
 named. Where the baseline lost less than `LEAST_LOSS` there is nothing to recover, and no share.
@@ -24,41 +18,26 @@ import csv
 import io
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from ldistill.evaluation.suites import Row, group_title
 
-Scores = Mapping[str, Mapping[str, float | Sequence[float] | None]]
-"""Variant → row id (``Row.id``) → score, or one score per seed."""
-Notes = Mapping[tuple[str, str], str]
-"""(variant, row id) → what there is to say about that score."""
-
 MISSING = "missing"
-NO_RESULT = "No result for this task and variant."
-
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Fine-tuning": ("nanovlm", "nanovlm-full", "nanovlm-lang"),
     "Uniform KD": ("distill-full", "distill-lang"),
     "Selective KD": ("lingudistill", "lingudistill-highkd", "lingudistill-lowkd"),
 }
 """The paper's columns, in its order."""
-
-
-LEAST_LOSS = 0.005
-"""Smallest loss, in shares of the highest score, that can be recovered in a meaningful way."""
+LEAST_LOSS = 0.005  # that can be recovered in a meaningful way, in shares of the highest score
 _COLOURS = dict(zip((*FAMILIES, ""), ("#8a8f98", "#d98b3a", "#2f6fb5", "#6aa56a"), strict=True))
-_FLOOR, _CEILING = -1.5, 1.75  # of a bar
 
 # How spread, best, change and note of a score are written.
 _MARKDOWN = (" ± {}", "**{}**", " ({})", " <sup>{}</sup>")
-_LATEX = (
-    r"\,{{\scriptsize$\pm${}}}",
-    r"\textbf{{{}}}",
-    r" {{\scriptsize(${}$)}}",
-    r"\textsuperscript{{{}}}",
-)
+_LATEX = (r"\,{{\scriptsize$\pm${}}}", r"\textbf{{{}}}", r" {{\scriptsize(${}$)}}")
+_LATEX += (r"\textsuperscript{{{}}}",)
 
 
 @dataclass(frozen=True)
@@ -77,28 +56,23 @@ class ScoreTable:
     rows: tuple[Row, ...]
     variants: tuple[str, ...]
     cells: Mapping[tuple[str, str], Cell]
-    baseline: str | None = None
-    original: str | None = None
-    notes: Notes = field(default_factory=dict)
+    baseline: str | None
+    original: str | None
+    notes: Mapping[tuple[str, str], str]  # (variant, row id) → what to say about that score
 
     @property
     def groups(self) -> dict[str, list[Row]]:
         """Group key → its rows, in table order."""
-        groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault(row.group, []).append(row)
-        return groups
+        keys = dict.fromkeys(row.group for row in self.rows)
+        return {key: [row for row in self.rows if row.group == key] for key in keys}
 
     def cell(self, variant: str | None, row: Row) -> Cell | None:
         return self.cells.get((variant, row.id))
 
     def best(self, row: Row) -> set[str]:
         """Variants whose printed score is the highest, the original not counted."""
-        scores = {
-            v: round(cell.mean, row.digits)
-            for v in self.variants
-            if v != self.original and (cell := self.cell(v, row)) is not None
-        }
+        cells = {v: self.cell(v, row) for v in self.variants if v != self.original}
+        scores = {v: round(cell.mean, row.digits) for v, cell in cells.items() if cell}
         return {v for v, score in scores.items() if score == max(scores.values())}
 
     def footnotes(self) -> dict[str, int]:
@@ -107,22 +81,20 @@ class ScoreTable:
         return {note: i for i, note in enumerate(dict.fromkeys(filter(None, found)), 1)}
 
     def caption(self) -> str:
-        """What the columns and the emphasis mean."""
         parts = ["Best of a row in bold"]
         if self.original:
             parts[0] += f" ({self.original}, the original, not counted)"
         if self.baseline:
             parts.append(f"in brackets the change to {self.baseline}")
-        if self._seeds:
+        if self.seeds:
             parts.append("± is the standard deviation over seeds")
         return "; ".join(parts) + "."
 
     def markdown(self) -> str:
-        """GitHub Markdown, with caption and footnotes."""
         notes = self.footnotes()
         roles = {self.baseline: " (baseline)", self.original: " (original)"}
         head = ["Task", *(v + roles.get(v, "") for v in self.variants)]
-        lines: list[list[str]] = []
+        lines = []
         for group, rows in self.groups.items():
             lines.append([f"**{group_title(group)}**"] + [""] * len(self.variants))
             lines += [[row.name, *self._texts(row, _MARKDOWN, notes)] for row in rows]
@@ -131,16 +103,15 @@ class ScoreTable:
         return text + ("\n" + footnotes if footnotes else "")
 
     def csv(self) -> str:
-        """One line per task; per variant a score, and its deviation where there are seeds."""
-        seeds = self._seeds
-        columns = [name for v in self.variants for name in ([v, f"{v} std"] if seeds else [v])]
+        parts = 2 if self.seeds else 1
+        columns = [name for v in self.variants for name in (v, f"{v} std")[:parts]]
         lines = []
         for row in self.rows:
-            line: list[object] = [group_title(row.group), row.name, row.metric]
+            line = [group_title(row.group), row.name, row.metric]
             for cell in (self.cell(v, row) for v in self.variants):
-                line.append(MISSING if cell is None else f"{cell.mean:.6g}")
-                if seeds:
-                    line.append("" if cell is None or cell.std is None else f"{cell.std:.6g}")
+                mean = MISSING if cell is None else f"{cell.mean:.6g}"
+                std = "" if cell is None or cell.std is None else f"{cell.std:.6g}"
+                line += (mean, std)[:parts]
             notes = [f"{v}: {note}" for v in self.variants if (note := self._note(v, row))]
             lines.append([*line, " ".join(notes)])
         return csv_text(["group", "task", "metric", *columns, "notes"], lines)
@@ -150,32 +121,26 @@ class ScoreTable:
         notes = self.footnotes()
         lines = [r"\begin{table*}", r"\centering", r"\small"]
         lines += [rf"\begin{{tabular}}{{l{'r' * len(self.variants)}}}", r"\toprule"]
-        lines += self._latex_families()
+        spans = [(name, len(list(columns))) for name, columns in groupby(self.variants, key=family)]
+        if any(name for name, _ in spans):  # the paper's families stand above the names
+            parts, rules, column = [], "", 2
+            for name, span in spans:
+                parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
+                rules += rf"\cmidrule(lr){{{column}-{column + span - 1}}}" if name else ""
+                column += span
+            lines += [_latex_line(["", *parts]), rules]
         lines.append(_latex_line(["Task", *map(_tex, self.variants)]))
         for group, rows in self.groups.items():
             title = rf"\textit{{{_tex(group_title(group))}}}"
-            lines.append(r"\midrule")
-            lines.append(rf"\multicolumn{{{len(self.variants) + 1}}}{{l}}{{{title}}} \\")
+            whole = rf"\multicolumn{{{len(self.variants) + 1}}}{{l}}{{{title}}}"
+            lines += [r"\midrule", _latex_line([whole])]
             lines += [_latex_line([_tex(r.name), *self._texts(r, _LATEX, notes)]) for r in rows]
         lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{_tex(self.caption())}}}"]
         for note, number in notes.items():
             lines.append(rf"\par\footnotesize\textsuperscript{{{number}}} {_tex(note)}")
         return "\n".join([*lines, r"\end{table*}"]) + "\n"
 
-    def _latex_families(self) -> list[str]:
-        """The line above the names, where the paper's families stand side by side."""
-        spans = [(name, len(list(columns))) for name, columns in groupby(self.variants, key=family)]
-        if not any(name for name, _ in spans):
-            return []
-        parts, rules, column = [], [], 2
-        for name, span in spans:
-            parts.append(rf"\multicolumn{{{span}}}{{c}}{{{name}}}")
-            rules += [rf"\cmidrule(lr){{{column}-{column + span - 1}}}"] if name else []
-            column += span
-        return [_latex_line(["", *parts]), "".join(rules)]
-
     def _texts(self, row: Row, style: Sequence[str], notes: Mapping[str, int]) -> list[str]:
-        """Every variant's score in a row, with all that is said about it."""
         spread, bold, changed, footnote = style
         best, base, texts = self.best(row), self.cell(self.baseline, row), []
         for variant in self.variants:
@@ -195,29 +160,26 @@ class ScoreTable:
 
     def _note(self, variant: str, row: Row) -> str | None:
         note = self.notes.get((variant, row.id))
-        return note or (NO_RESULT if self.cell(variant, row) is None else None)
+        missing = self.cell(variant, row) is None
+        return note or ("No result for this task and variant." if missing else None)
 
     @property
-    def _seeds(self) -> bool:
+    def seeds(self) -> bool:
+        """Whether some score is of several."""
         return any(cell.std is not None for cell in self.cells.values())
 
 
 def score_table(
-    scores: Scores,
+    scores: Mapping[str, Mapping[str, float | Sequence[float] | None]],
     rows: Iterable[Row],
     *,
     baseline: str | None = None,
     original: str | None = None,
-    notes: Notes | None = None,
+    notes: Mapping[tuple[str, str], str] | None = None,
 ) -> ScoreTable:
     """A table of plain scores, columns in the paper's order as far as it knows them.
 
-    Args:
-        scores: a None is missing.
-        rows: the table's; see ``suites.rows``.
-        baseline: variant that changes refer to, one of `scores`.
-        original: the student before training (or the teacher), what is to be recovered; likewise.
-        notes: footnotes.
+    ``scores``: variant → row id (``Row.id``) → score, or one per seed; a None is missing.
     """
     rows = tuple(rows)
     cells = {}
@@ -234,27 +196,22 @@ def score_table(
 def order(variants: Iterable[str], original: str | None = None) -> tuple[str, ...]:
     """Original first, the paper's variants in its order, then the others as they came."""
     known = [name for names in FAMILIES.values() for name in names]
-    place = {name: i for i, name in enumerate(known)}
-    return tuple(sorted(variants, key=lambda v: (v != original, place.get(v, len(known)))))
+    return tuple(sorted(variants, key=lambda v: (v != original, [*known, v].index(v))))
 
 
 def family(variant: str) -> str:
-    """The paper's heading above a variant, or nothing."""
     return next((title for title, names in FAMILIES.items() if variant in names), "")
 
 
 def markdown_table(head: Sequence[str], lines: Iterable[Sequence[object]], left: int = 1) -> str:
     """A plain Markdown table whose first ``left`` columns are left-aligned."""
     align = ["---"] * left + ["---:"] * (len(head) - left)
-    table = (
-        [str(value).replace("|", r"\|").replace("\n", " ") for value in line]
-        for line in (head, align, *lines)
-    )
+    escapes = str.maketrans({"|": r"\|", "\n": " "})
+    table = ([str(v).translate(escapes) for v in line] for line in (head, align, *lines))
     return "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def csv_text(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """Lines as CSV with a header."""
+def csv_text(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([head, *lines])
     return out.getvalue()
@@ -294,7 +251,6 @@ class Share:
 
 
 def share(table: ScoreTable, variant: str, rows: Sequence[Row]) -> Share:
-    """Share recovered over ``rows``."""
     names = (variant, table.baseline, table.original)
     full = [row for row in rows if all(table.cell(name, row) for name in names)]
     left_out = tuple(row.name for row in rows if row not in full)
@@ -317,52 +273,40 @@ def recovery(table: ScoreTable) -> dict[str, dict[str, Share]]:
 def recovery_markdown(table: ScoreTable, remarks: Sequence[str] = ()) -> str:
     """Shares by group and by task, with what was left out and further ``remarks``."""
     found = recovery(table)
-    lines: list[list[str]] = []
-    gaps = [f"- {remark}" for remark in remarks]
+    lines, gaps = [], [f"- {remark}" for remark in remarks]
     for group, rows in table.groups.items():
         shares = {v: of[group] for v, of in found.items()}
         lines.append([f"**{group_title(group)}**", *(f"**{s.text}**" for s in shares.values())])
         lines += [[row.name, *(share(table, v, [row]).text for v in found)] for row in rows]
-        gaps += [
-            f"- {v}, {group_title(group)}: without {', '.join(s.left_out)} (missing)."
-            for v, s in shares.items()
-            if s.left_out
-        ]
+        for v, s in shares.items():
+            if s.left_out:
+                missing = ", ".join(s.left_out)
+                gaps.append(f"- {v}, {group_title(group)}: without {missing} (missing).")
     text = markdown_table(["Share recovered", *found], lines)
     text += (
         f"\n({table.baseline} = 0%, {table.original} = 100%. A group is the ratio of its tasks' "
         f'summed scores, each on a scale of 0 to 1. "nothing lost": {table.baseline} is less '
         f"than {LEAST_LOSS:.1%} of the scale below {table.original}.)\n"
     )
-    return text + ("\n" + "\n".join(gaps) + "\n" if gaps else "")
+    return text + "".join(["\n", *(f"{gap}\n" for gap in gaps)] if gaps else [])
 
 
 def plot_recovery(table: ScoreTable, target: Path) -> bool:
-    """Bars: share recovered, a panel per group, a bar per variant.
-
-    Bars beyond the axis are cut, with their true value written beside them.
-
-    Returns:
-        False when no group of any variant has a share to draw (no file is written).
-    """
+    """Bars of the share recovered, a panel per group; False, and no file, without any share."""
     found, groups = recovery(table), table.groups
     if not any(s.value is not None for of in found.values() for s in of.values()):
         return False
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (1.6 + 3.1 * len(groups), 1.3 + 0.42 * len(found))
-    figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+    figure = Figure(figsize=(1.6 + 3.1 * len(groups), 1.3 + 0.42 * len(found)))
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)
     for axis, group in zip(axes[0], groups, strict=True):
         shares = [of[group] for of in found.values()]
-        lengths = [min(max(s.value or 0.0, _FLOOR), _CEILING) for s in shares]
-        bars = axis.barh(
-            list(found), lengths, color=[_COLOURS[family(v)] for v in found], height=0.66
-        )
-        cut = [s.value not in (None, length) for s, length in zip(shares, lengths, strict=True)]
-        labels = [f"{s.text} (cut)" if c else s.text for s, c in zip(shares, cut, strict=True)]
+        lengths = [min(max(s.value or 0.0, -1.5), 1.75) for s in shares]
+        colours = [_COLOURS[family(v)] for v in found]
+        bars = axis.barh(list(found), lengths, color=colours, height=0.66)
+        cut = (s.value not in (None, length) for s, length in zip(shares, lengths, strict=True))
+        labels = [s.text + " (cut)" * c for s, c in zip(shares, cut, strict=True)]
         axis.bar_label(bars, labels, padding=4, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
@@ -378,5 +322,4 @@ def plot_recovery(table: ScoreTable, target: Path) -> bool:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout()
     figure.savefig(target, dpi=150, bbox_inches="tight")  # a title may be wider than the panels
-    plt.close(figure)
     return True

@@ -16,8 +16,8 @@ import io
 import json
 import shutil
 import subprocess
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -42,7 +42,7 @@ class TaskData:
 
     documents: Sequence[Mapping[str, Any]] | None  # by `doc_id`; None: they could not be loaded
     reason: str = ""  # why not, as a clause
-    read: bool = True  # whether tesseract reads pictures where the data holds no text
+    read: bool = False  # whether tesseract reads pictures where the data holds no text
     folder: Path = Path()  # of pictures that it names by their files
     _read: dict[str, str] = field(default_factory=dict, repr=False)  # by the picture's hash
 
@@ -57,17 +57,11 @@ class TaskData:
         return document if any(text in sample.question for text in known) else None
 
     def pictures(self, sample: Sample) -> list[bytes]:
-        """Encoded pictures of a sample's document; empty without any."""
         document = self.document(sample)
         return [] if document is None else list(_pictures(document, self.folder))
 
     def text(self, sample: Sample, samples: Mapping[int, Sample]) -> PictureText:
-        """What is known of the text in a sample's picture.
-
-        Args:
-            sample: whose picture.
-            samples: all of the task, for what was asked about the same picture.
-        """
+        """What is known of the text in a sample's picture, also by the task's other ``samples``."""
         document = self.document(sample)
         if document is None:
             return PictureText()
@@ -91,71 +85,53 @@ class TaskData:
     @cached_property
     def _same_picture(self) -> dict[int, list[int]]:
         """Document → all documents of its picture, which is known by its id or its bytes."""
-        same: dict[str, list[int]] = {}
-        for doc_id in range(len(self.documents or ())):
-            document = self.documents[doc_id]
+        same: dict[str, list[int]] = defaultdict(list)
+        for doc_id, document in enumerate(self.documents or ()):
             ids = ([document.get(column) for column in columns] for columns in _PICTURE_IDS)
             whole = (own for own in ids if all(value not in (None, "") for value in own))
             key = next(("\n".join(map(str, own)) for own in whole), None)
             if key is None and (picture := next(_pictures(document, self.folder), None)):
                 key = hashlib.sha1(picture).hexdigest()
             if key:
-                same.setdefault(key, []).append(doc_id)
+                same[key].append(doc_id)
         return {doc_id: documents for documents in same.values() for doc_id in documents}
 
 
 def load_task_data(result: TaskResult, *, read: bool = True) -> TaskData:
-    """The documents that a result's configuration names, if this machine has them.
-
-    Args:
-        result: of any variant.
-        read: see `TaskData`.
-    """
+    """The documents that a result's configuration names, if this machine has them."""
     import datasets
+    import huggingface_hub.constants as hub
 
     config = result.config
     path, name = config.get("dataset_path"), config.get("dataset_name")
     split = config.get("test_split") or config.get("validation_split")
     if not path or not split:
-        return TaskData(None, "the results file names no data set", read=read)
+        return TaskData(None, "the results file names no data set")
     kwargs = config.get("dataset_kwargs") or {}
     options = {key: kwargs[key] for key in _LOADER_KEYS if key in kwargs}
+    # No look at the hub: data of a benchmark can be hundreds of gigabytes.
+    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
+    datasets.utils.logging.disable_progress_bar()
     try:
-        with _offline():
-            if kwargs.get("load_from_disk"):
-                documents = datasets.load_from_disk(path)[split]
-            else:
-                documents = datasets.load_dataset(path, name, split=split, **options)
+        if kwargs.get("load_from_disk"):
+            documents = datasets.load_from_disk(path)[split]
+        else:
+            documents = datasets.load_dataset(path, name, split=split, **options)
         for column, feature in documents.features.items():
             if isinstance(feature, datasets.Image):
                 documents = documents.cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # whatever a loader raises, the comparison goes on without pictures
         line = (str(error).splitlines() or [""])[0]
         where = f"data set {path}{f' ({name})' if name else ''}, split {split},"
-        return TaskData(None, f"{where} is not on this machine ({line})", read=read)
-    return TaskData(documents, read=read, folder=_folder(kwargs.get("data_files")))
-
-
-def _folder(files: Any) -> Path:
-    """Of the first local data file."""
-    while isinstance(files, (Mapping, list)):
-        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
-    return Path(files).parent if isinstance(files, str) else Path()
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """No look at the hub: data of a benchmark can be hundreds of gigabytes."""
-    import datasets
-    import huggingface_hub.constants as hub
-
-    before = datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = True
-    datasets.utils.logging.disable_progress_bar()
-    try:
-        yield
+        return TaskData(None, f"{where} is not on this machine ({line})")
     finally:
         datasets.config.HF_HUB_OFFLINE, hub.HF_HUB_OFFLINE = before
+    files = kwargs.get("data_files")  # pictures lie beside the first
+    while isinstance(files, (Mapping, list)):
+        files = next(iter(files.values() if isinstance(files, Mapping) else files), None)
+    folder = Path(files).parent if isinstance(files, str) else Path()
+    return TaskData(documents, read=read, folder=folder)
 
 
 def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
@@ -172,10 +148,9 @@ def _pictures(document: Mapping[str, Any], folder: Path) -> Iterator[bytes]:
             yield base64.b64decode(value.partition(",")[2])
         else:
             name = value.get("path") if isinstance(value, Mapping) else value
-            if isinstance(name, str) and name.lower().endswith(_ENDINGS):
-                path = folder / name
-                if path.is_file():
-                    yield path.read_bytes()
+            named = isinstance(name, str) and name.lower().endswith(_ENDINGS)
+            if named and (folder / name).is_file():
+                yield (folder / name).read_bytes()
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -190,8 +165,7 @@ def _texts(value: Any) -> Iterator[str]:
         as_json = [text for v in value if _json(v) is not None for text in _texts(v)]
         yield from as_json or [" ".join(value)]
     elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
+        yield from chain.from_iterable(map(_texts, value))
     elif isinstance(value, Mapping):
         for key, part in value.items():
             if isinstance(part, (Mapping, list)) or key.lower() in ("text", "word", "words"):

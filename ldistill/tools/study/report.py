@@ -20,7 +20,7 @@ from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.run_files import METRICS
 from ldistill.evaluation.compare import tables
 from ldistill.evaluation.compare.report import p_value
-from ldistill.evaluation.suites import rows
+from ldistill.evaluation.suites import suite
 from ldistill.tools.study.files import Run, Study
 from ldistill.tools.study.running import Workplace, cost
 from ldistill.tools.study.scores import Scores, paired_tests, summary
@@ -76,7 +76,7 @@ def write_report(place: Workplace, problems: Sequence[str], out: Path, command: 
 
 def _parts(study: Study, scores: ByArm, results: Results, drawn: dict[str, str]) -> Iterator[str]:
     found = [row for of in scores.values() for run in of for row in run.rows]
-    listed = dict.fromkeys([*(rows(study.suite) if study.suite else ()), *found])
+    listed = dict.fromkeys([*(suite(study.suite).rows if study.suite else ()), *found])
     values = {}
     for name, of in scores.items():
         values[name] = {row.id: [run.of(row) for run in of if row in run.rows] for row in listed}

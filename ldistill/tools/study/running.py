@@ -25,8 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common.locate import resolve
 from ldistill.common.run_files import METRICS, STUDENT
-from ldistill.evaluation.lmms_results import read_evaluation
-from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate
+from ldistill.evaluation.lmms_run import LOG, Evaluation, evaluate, read_evaluation
 from ldistill.evaluation.suites import SUITES
 from ldistill.recipe import load_recipe
 from ldistill.tools.study.files import Arm, Run, Study, filled

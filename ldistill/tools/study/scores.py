@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ldistill.evaluation.compare.comparison import paired, sample_score
 from ldistill.evaluation.compare.results import read_variants
-from ldistill.evaluation.compare.samples import paired, sample_score
-from ldistill.evaluation.lmms_results import read_evaluation
+from ldistill.evaluation.lmms_run import read_evaluation
 from ldistill.evaluation.suites import OTHER, ROWS, Row
 from ldistill.tools.study.files import Run, Study
 

@@ -16,7 +16,6 @@ from pairs import write_pair
 from PIL import Image
 
 from ldistill.evaluation.items import (
-    Answer,
     Item,
     answers,
     evaluate,
@@ -107,28 +106,24 @@ def test_answers_are_those_of_a_direct_computation(pair, batch_size):
     items = some_items(images=True)
     expected = [direct_answer(student.eval(), processor, item, 6) for item in items]
     got = answers(student, processor, items, batch_size, max_new_tokens=6)
-    assert [answer.text for answer in got] == expected
+    assert got == expected
     assert len(set(expected)) > 6  # a model that says one thing would pass by accident
 
 
 def test_a_bare_language_model_answers_text_items(pair):
     _, processor, lm = pair
     items = some_items(images=False)
-    one = [a.text for a in answers(lm, processor, items, 1, max_new_tokens=6)]
-    many = [a.text for a in answers(lm, processor, items, 64, max_new_tokens=6)]
-    assert one == many
+    one = answers(lm, processor, items, 1, max_new_tokens=6)
+    assert answers(lm, processor, items, 64, max_new_tokens=6) == one
     with pytest.raises(ValueError, match="cannot see"):
         evaluate(lm, processor, some_items(images=True))
 
 
 def test_scores_are_means_of_tasks():
-    def answered(task: str, group: str, right: int, wrong: int) -> list[Answer]:
-        item = Item(task, group, "q", "a")
-        return [Answer(item, " a\n")] * right + [Answer(item, "b")] * wrong
-
-    scores = score(answered("x", "language", 3, 1) + answered("y", "language", 1, 3))
+    items = [Item(task, "language", "q", "a") for task in "xxxxyyyy"]
+    scores = score(items, [" a\n", "a", "a ", "b", "a", "b", "b", "b"])
     assert scores == {"x": 0.75, "y": 0.25, "language": 0.5}
-    assert score(answered("z", "reading", 1, 0))["reading"] == 1.0
+    assert score([Item("z", "reading", "q", "a")], ["a"])["reading"] == 1.0
 
 
 def test_progress_counts_every_item(pair):
@@ -259,4 +254,4 @@ def test_eval_and_a_run_give_the_same_answers(pair, pair_root, tmp_path, monkeyp
             found[task].append(document["choices"][own.index(min(own))])
     assert len(found) == 6
     for task, texts in found.items():
-        assert texts == [answer.text for answer in expected if answer.item.task == task]
+        assert texts == [text for item, text in zip(items, expected) if item.task == task]

@@ -9,8 +9,7 @@ from eval_results import ocrbench_sample, sample, write_results
 
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.commands import show
-from ldistill.evaluation.lmms_results import merge, read_evaluation, read_results, scores_of
-from ldistill.evaluation.lmms_run import Evaluation
+from ldistill.evaluation.lmms_run import Evaluation, merge, read_evaluation, read_results
 
 
 def choices(count: int) -> list[dict]:
@@ -43,11 +42,14 @@ def test_only_lmms_evals_own_files_are_results(tmp_path):
     other.parent.mkdir()
     other.write_text(json.dumps([{"image_id": 1, "caption": "a"}]))
     found = read_results(tmp_path, ("arc_easy",))
-    assert (found["file"], found["missing"]) == (None, {"arc_easy": "lmms-eval wrote no results"})
+    assert (found["results"], found["missing"]) == (
+        None,
+        {"arc_easy": "lmms-eval wrote no results"},
+    )
     path = write_results(tmp_path, {"arc_easy": {"acc,none": 1.0}}, {"arc_easy": choices(2)})
     other.write_text("[]")  # the newest
     found = read_results(tmp_path, ("arc_easy",))
-    assert (found["file"], found["missing"]) == (path, {})
+    assert (found["results"], found["missing"]) == (str(path.relative_to(tmp_path)), {})
 
 
 @pytest.mark.parametrize("asked", ["own", "mc_*", "o?n", "both", "mc_a"])
@@ -62,7 +64,7 @@ def test_groups_tags_and_wildcards_are_their_tasks(tmp_path, asked):
     path.write_text(json.dumps(record))
     found = read_results(tmp_path, (asked,))
     assert found["missing"] == {}
-    assert set(found["complete"]) == ({"mc_a"} if asked == "mc_a" else set(tasks))
+    assert set(found["scores"]) == ({"mc_a"} if asked == "mc_a" else set(tasks))
     path.with_name(path.name.replace("results.json", "samples_mc_a.jsonl")).unlink()
     found = read_results(tmp_path, (asked, "nothing"))
     assert found["missing"][asked].endswith("0 samples of 2 in 20261101_120000_samples_mc_a.jsonl")
@@ -76,7 +78,7 @@ def test_a_part_of_mme_may_be_of_one_kind(tmp_path):
     write_results(tmp_path, score, samples, available={"mme": 2374})
     found = read_results(tmp_path, ("mme",))
     assert found["missing"] == {}
-    assert list(scores_of(found["complete"].values())) == ["mme:mme_cognition_score"]
+    assert list(found["scores"]) == ["mme:mme_cognition_score"]
     write_results(tmp_path, score, samples)
     found = read_results(tmp_path, ("mme",))
     assert found["missing"] == {"mme": "no score mme_perception_score,none"}

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ldistill.evaluation.commands import model_options
-from ldistill.evaluation.loading import kind_of, load_scorer
-from ldistill.evaluation.scorer import Question, StudentScorer, cut
+from ldistill.evaluation.scorer import Question, StudentScorer, cut, kind_of, load_scorer
 from ldistill.models import formats, zoo
 from ldistill.models.formats import load_processor, load_student
 

@@ -16,7 +16,7 @@ from runs import REPO
 from typer.testing import CliRunner
 
 from ldistill.cli import app
-from ldistill.evaluation.suites import rows
+from ldistill.evaluation.suites import suite
 from ldistill.recipe import parse
 from ldistill.tools.study import cluster, running, scores
 from ldistill.tools.study.files import Arm, Run, load_study
@@ -244,7 +244,7 @@ def test_a_study_of_tasks_alone_is_submitted_with_them(tmp_path, monkeypatch):
 
 def made(**scores: float) -> Scores:
     """An evaluation in which each task has two documents of the same score."""
-    of = {row.task: row for row in rows("tiny")}
+    of = {row.task: row for row in suite("tiny").rows}
     return Scores({of[task]: {0: score, 1: score} for task, score in scores.items()}, {})
 
 
@@ -346,7 +346,7 @@ def test_arms_with_fewer_seeds_are_reported_too(finished, tmp_path):
 
 
 def test_the_setting_that_is_best_on_the_validation_part_is_chosen(monkeypatch):
-    words, facts = (row for row in rows("tiny") if row.task in ("tiny_words", "tiny_facts"))
+    words, facts = (row for row in suite("tiny").rows if row.task in ("tiny_words", "tiny_facts"))
     arm = Arm("a", grid={"alpha": [0.1, 0.2]})
     study = replace(TABLE3, arms=(arm,), baseline="a", main="", validation=0.5)
     best_reported = Scores({words: {0: 1.0}}, {words: {1: 0.2}, facts: {1: 0.5}})
@@ -363,7 +363,7 @@ def test_holm_corrects_the_smallest_p_by_all_tests():
 
 
 def test_a_document_counts_once_however_many_seeds():
-    words = next(row for row in rows("tiny") if row.task == "tiny_words")
+    words = next(row for row in suite("tiny").rows if row.task == "tiny_words")
     base = [Scores({words: dict.fromkeys(range(10), 0.0)}, {}) for _ in range(3)]
     better = [Scores({words: {n: float(n < 8) for n in range(10)} | {WHOLE: 1.0}}, {})] * 3
     arms = {BASELINE: base, MAIN: better, "same": base}

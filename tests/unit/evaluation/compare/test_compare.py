@@ -93,6 +93,7 @@ def test_everything(results):
     found = json.loads((results / "report" / "comparison.json").read_text())
     assert found["recovered"]["lingudistill"]["language"]["value"] == pytest.approx(0.5)
     assert found["ocrbench"]["lingudistill"]["Doc-oriented VQA"] == {"right": 90, "of": 200}
+    assert {pair["variant"] for pair in found["paired"]} == {"nanovlm", "lingudistill"}
 
 
 def test_won_and_lost_by_task_and_category(results):

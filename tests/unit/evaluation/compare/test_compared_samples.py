@@ -9,15 +9,15 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ldistill.evaluation.compare import samples
-from ldistill.evaluation.compare.samples import bootstrap_interval, mcnemar, paired
+from ldistill.evaluation.compare import comparison
+from ldistill.evaluation.compare.comparison import bootstrap_interval, mcnemar, paired
 
 
 def test_counts_by_hand():
     result = paired([1, 1, 0, 0, 1], [1, 0, 1, 1, 1])
     assert (result.won, result.lost, result.samples) == (2, 1, 5)
     assert result.baseline == pytest.approx(0.6)
-    assert result.variant == pytest.approx(0.8)
+    assert result.score == pytest.approx(0.8)
     assert result.difference == pytest.approx(0.2)
     assert result.p == 1.0  # 2 against 1: every outcome is as extreme
 
@@ -79,7 +79,7 @@ def test_graded_scores_are_drawn_in_parts(monkeypatch):
     """As many distinct values as samples: the same interval from a fraction of the memory."""
     values = np.random.default_rng(1).random(1000)
     whole = bootstrap_interval(values, resamples=1001)
-    monkeypatch.setattr(samples, "DRAWN_AT_ONCE", 1 << 16)
+    monkeypatch.setattr(comparison, "DRAWN_AT_ONCE", 1 << 16)
     tracemalloc.start()
     parts = bootstrap_interval(values, resamples=1001)
     peak = tracemalloc.get_traced_memory()[1]

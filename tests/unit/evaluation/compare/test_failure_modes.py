@@ -147,7 +147,7 @@ def test_not_shortened(expected, answer):
 
 def test_the_nearest_accepted_answer_counts():
     verdict = judge("5", ["five and a bit", "5.04"], lambda: UNKNOWN, LEXICON)
-    assert (verdict.mode, verdict.expected) == ("shortened", "5.04")
+    assert verdict == ("shortened", "number cut", "5 is 5.04 cut off")
 
 
 def test_pictures_are_read_only_when_they_decide():

@@ -8,8 +8,8 @@ import json
 import pytest
 from eval_results import ocrbench_sample, sample, write_results
 
+from ldistill.evaluation.compare.comparison import sample_categories, sample_score
 from ldistill.evaluation.compare.results import read_variants
-from ldistill.evaluation.compare.samples import sample_categories, sample_score
 from ldistill.evaluation.suites import ROWS, Row
 
 ROW = {row.id: row for row in ROWS}

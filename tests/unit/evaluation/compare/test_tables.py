@@ -19,9 +19,9 @@ from ldistill.evaluation.compare.tables import (
     score_table,
     share,
 )
-from ldistill.evaluation.suites import rows
+from ldistill.evaluation.suites import suite
 
-ROWS = {row.id: row for row in rows("paper")}
+ROWS = {row.id: row for row in suite("paper").rows}
 ARC, HELLA, DOC = ROWS["arc_easy"], ROWS["hellaswag"], ROWS["docvqa_val"]
 MME = ROWS["mme:mme_perception_score"]
 SCORES = {
