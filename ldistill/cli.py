@@ -99,9 +99,9 @@ def push(
     ] = None,
 ) -> None:
     """Upload the student of a run with its model card and curves to the Hugging Face hub."""
-    from ldistill.training import hub
+    from ldistill.training.export import push as upload
 
-    typer.echo(hub.push(run, repo, private))
+    typer.echo(upload(run, repo, private))
 
 
 @app.command()

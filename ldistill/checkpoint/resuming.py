@@ -152,11 +152,8 @@ class Start:
     """Where a run begins: at step 0, or from a checkpoint that may have been converted for it."""
 
     checkpoint: Path | None = None
+    step: int = 0
     converted: bool = False
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
 
 
 def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
@@ -173,11 +170,11 @@ def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) 
     """
     if checkpoint is None:
         return Start()
-    found = checkpoint_folder.read_manifest(checkpoint).about
-    own = {"run": run_id(checkpoint.parent)}
-    check_belongs(checkpoint, found, about | own)
+    manifest = checkpoint_folder.read_manifest(checkpoint)
+    found, step = manifest.about, manifest.step
+    check_belongs(checkpoint, found, about | {"run": run_id(checkpoint.parent)})
     if found["layout"] == about["layout"]:
-        return Start(checkpoint)
+        return Start(checkpoint, step)
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
 
     def convert() -> str:
@@ -187,12 +184,7 @@ def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) 
     target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Start(Path(target), converted=True)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The step a checkpoint's name tells; 0 without one."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    return Start(Path(target), step, converted=True)
 
 
 def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:

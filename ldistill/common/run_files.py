@@ -15,7 +15,8 @@ CURVES = "loss_curves.png"
 EVALUATION = "evaluation.json"
 STUDENT = "student"
 SAMPLES = "samples"
-OF_A_START = (RECIPE, ENVIRONMENT, ORDER, ORIGINS, METRICS, RUN)
+WANDB_RUN = "wandb_run_id"
+OF_A_START = (WANDB_RUN, RECIPE, ENVIRONMENT, ORDER, ORIGINS, METRICS, RUN)
 """What lies there before the first step is done."""
 JOB = "slurm_job"
 """Which job writes here: slurm/common.sh puts it down before the run starts."""

@@ -41,7 +41,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from ldistill.common.documents import Pictures, Size
 from ldistill.common.locate import resolve
-from ldistill.common.partition import partitioned_by, partitioned_by_the_run
+from ldistill.common.ranks import partitioned_by, partitioned_by_the_run
 from ldistill.common.samples import BadImage, Turn
 from ldistill.models.hf_vlm import FAMILIES, HFVLM, bare_model
 from ldistill.models.lora import LowRank, updated

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import secrets
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ldistill.checkpoint.logs import StepLog, read_metrics, rewrite_records
 from ldistill.common import ranks
-from ldistill.common.run_files import SAMPLES
+from ldistill.common.run_files import SAMPLES, WANDB_RUN
 from ldistill.common.telling import Telling
 from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
@@ -160,6 +163,66 @@ def read_samples(run: Path) -> dict[int, list[list[str]]]:
             steps[record["step"]].append(record["packs"])
     # Rank r of R takes packs r, r + R, ...: reading them in turns restores the order.
     return {s: [p for turn in zip(*of) for p in turn] for s, of in sorted(steps.items())}
+
+
+# ---- Weights & Biases: one run there, however often this one stops ----
+
+
+def keep_wandb_run(folder: Path, report_to: Sequence[str]) -> None:
+    """Have wandb go on in the run whose id the run's folder keeps; made at the first start.
+
+    `$WANDB_RUN_ID`, where set, is taken instead and kept. Call it on rank 0, before training.
+    """
+    if "wandb" not in report_to:
+        return
+    file = folder / WANDB_RUN
+    kept = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    run_id = os.environ.get("WANDB_RUN_ID") or kept or secrets.token_hex(4)
+    if run_id != kept:
+        file.write_text(run_id + "\n", encoding="utf-8")
+    os.environ["WANDB_RUN_ID"] = run_id
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+class PatientWandb(WandbCallback):
+    """The Trainer's wandb callback, whose failures are told and do not end the run.
+
+    wandb sends through a process of its own. A scheduler that signals a whole job ends that
+    process first, and the next record would raise, just before the checkpoint is saved.
+    """
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_save, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def _try(self, report: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._wandb is not None and not _reported(report, *args, **kwargs):
+            self._wandb = None
+
+
+def close_wandb() -> None:
+    """Have everything sent, if this process has a wandb run: a launcher may end it any moment."""
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        _reported(wandb.finish)
+
+
+def _reported(report: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+    try:
+        report(*args, **kwargs)
+    except Exception as error:  # of wandb's sockets or its own, whatever they are
+        told = f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl has every record."
+        print(told, file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:

@@ -1,6 +1,6 @@
 """The model card of an export: where it comes from, how it was trained, its scores, how to load it.
 
-    write_card(run, student, out)      # out/README.md
+    (out / "README.md").write_text(card(run, student))
 
 Everything comes from the run's folder, so a card can be made at any later time and place. Nothing
 is asked of the hub, and no path of this machine is told.
@@ -81,11 +81,6 @@ def _model(name: str, folder: Path) -> dict[str, str]:
     elif Path(name).expanduser().exists():
         found = {"name": folder.resolve().name}
     return found | readme.origin(readme.head(folder))
-
-
-def write_card(run: Path, student: Path, out: Path) -> None:
-    """Write ``out/README.md``; one that lies there is replaced. See :func:`card`."""
-    (out / readme.NAME).write_text(card(run, student), encoding="utf-8")
 
 
 def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -> str:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldistill.checkpoint.folder import sync
-from ldistill.checkpoint.resuming import step_of
-from ldistill.common import run_files
+from ldistill.common import readme, run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first, say
 from ldistill.common.telling import telling
@@ -20,7 +19,7 @@ from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
 from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
-from ldistill.training.card import write_card
+from ldistill.training.card import card
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.validation import Best
 
@@ -37,11 +36,11 @@ def save_last(trainer: DistillTrainer, folder: Path) -> Path:
     return last
 
 
-def export_result(last: Path, folder: Path, best: Best | None) -> None:
+def export_result(last: Path, folder: Path, best: Best | None, step: int) -> None:
     """The run's result, in the format the student came in; every rank must call it.
 
     Args:
-        last: checkpoint of the last state.
+        last: checkpoint of the last state, of ``step``.
         folder: the run's.
         best: where the best evaluated student is asked for instead.
 
@@ -50,7 +49,7 @@ def export_result(last: Path, folder: Path, best: Best | None) -> None:
         TransientError: there is no room for it.
     """
     chosen = last
-    found = from_first(lambda: best and best.find(step_of(last)))
+    found = from_first(lambda: best and best.find(step))
     if found is not None:
         step, value = found
         say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
@@ -116,7 +115,7 @@ def report(recipe: Recipe, folder: Path, before: Scores, after: Scores) -> None:
         (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
         console.print(_table(recipe, before, after))
     student = folder / run_files.STUDENT
-    write_card(folder, student, student)
+    (student / readme.NAME).write_text(card(folder, student), encoding="utf-8")
     lines = [f"student   {student}  (model card: README.md)"]
     lines += [f"metrics   {folder / run_files.METRICS}"]
     lines += [f"curves    {folder / run_files.CURVES}"] if drawn else []

@@ -23,7 +23,6 @@ from ldistill.common import run_files
 from ldistill.common.device import peak_flops
 from ldistill.common.ranks import everywhere, from_first, is_first, say
 from ldistill.data.loader import make_loader
-from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
@@ -34,8 +33,8 @@ from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
 from ldistill.recipe import Recipe, compute_dtype, zero_stage
 from ldistill.sources import SourceWeights
-from ldistill.training import hub, run_folder
-from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
+from ldistill.training import export, run_folder
+from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics, keep_wandb_run
 from ldistill.training.card import origins
 from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
@@ -46,7 +45,6 @@ from ldistill.training.stopping import StopRequest
 from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer, Parts
 from ldistill.training.validation import best_of, open_validation
-from ldistill.training.wandb_run import keep_wandb_run
 
 
 def run(recipe: Recipe) -> Path:
@@ -66,20 +64,27 @@ def run(recipe: Recipe) -> Path:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
-        repo = _settle_repo(recipe, folder)
+        repo, args = None, recipe.training
+        if args.push_to_hub:
+            args.push_to_hub = False  # with which the Trainer would upload its own checkpoints
+            asked = args.hub_model_id or folder.resolve().name
+            repo = from_first(lambda: export.make_repo(asked, args.hub_private_repo))
         trainer, before = _set_up(recipe, folder, resume)
         parts = trainer.parts
-        if left := parts.start.step < recipe.training.max_steps:
+        if left := parts.start.step < args.max_steps:
             with parts.stop.listening(folder), closing(parts.progress):
                 trainer.train(resume_from_checkpoint=resume and str(parts.start.checkpoint))
                 parts.stop.raise_if_stopped(trainer.state, folder)
     if not left:
         say(f"{resume} is the last step: nothing is left to train.")
-    export_result(save_last(trainer, folder) if left else resume, folder, parts.best)
+    last, step = resume, parts.start.step
+    if left:
+        last, step = save_last(trainer, folder), trainer.state.global_step
+    export_result(last, folder, parts.best, step)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
     if repo is not None:
-        say(f"on the hub: {from_first(lambda: hub.push(folder, repo))}")
+        say(f"on the hub: {from_first(lambda: export.push(folder, repo))}")
     return folder
 
 
@@ -97,24 +102,10 @@ def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
         raise
 
 
-def _settle_repo(recipe: Recipe, folder: Path) -> str | None:
-    """The repository that ``push_to_hub`` asks for, there before the first step; None: not asked.
-
-    Taken from the Trainer, which would upload its own checkpoints.
-    """
-    args = recipe.training
-    if not args.push_to_hub:
-        return None
-    args.push_to_hub = False
-    asked = args.hub_model_id or folder.resolve().name
-    return from_first(lambda: hub.make_repo(asked, args.hub_private_repo))
-
-
 def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     """Settle and claim the output folder; every rank gets the same one.
 
-    Returns:
-        The folder, the checkpoint to go on from, and the id of the run if one begins here.
+    Returns the folder, the checkpoint to go on from, and the id of the run if one begins here.
     """
     args, overwrite = recipe.training, recipe.run.overwrite
     asked = args.resume_from_checkpoint
@@ -164,10 +155,20 @@ def _set_up(
     data.index.check(pair.processor)
     if data.index.store.remote:
         say(settle_reads(data.index, data.order, recipe.training.world_size))
-    _settle_steps(recipe, data.order)
+    args, options = recipe.training, recipe.pair
+    if args.max_steps <= 0:  # the Trainer counts steps, since the stream of packs has no end
+        packs = len(data.order.epoch(0)) * args.num_train_epochs
+        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
+        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
     _check_disk(recipe, pair, folder)
     if is_first():
-        _write_down(recipe, pair, data, folder)
+        summary = data.order.summary()
+        say(f"data: {summary}")
+        for name, value in {
+            run_files.ORDER: dataclasses.asdict(summary),
+            run_files.ORIGINS: origins(pair, options.student, options.teacher, data.index),
+        }.items():
+            (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
     before = evaluate_student(recipe, pair.student_folder, "before training")
     return build_trainer(recipe, pair, data, folder, resume), before
 
@@ -293,27 +294,6 @@ def build_trainer(
         health_steps=recipe.run.health_steps,
     )
     return DistillTrainer(args, parts)
-
-
-def _write_down(recipe: Recipe, pair: Pair, data: Data, folder: Path) -> None:
-    """What an epoch reads and leaves out; what the model card says of pair and data."""
-    summary = data.order.summary()
-    say(f"data: {summary}")
-    found = origins(pair, recipe.pair.student, recipe.pair.teacher, data.index)
-    for name, value in {
-        run_files.ORDER: dataclasses.asdict(summary),
-        run_files.ORIGINS: found,
-    }.items():
-        (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def _settle_steps(recipe: Recipe, order: Order) -> None:
-    """The Trainer counts steps, since the stream of packs has no end; epochs become steps."""
-    args = recipe.training
-    if args.max_steps <= 0:
-        packs = len(order.epoch(0)) * args.num_train_epochs
-        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
-        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
 
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:

@@ -29,7 +29,6 @@ import yaml
 from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, survey, write_durably
 from ldistill.common import run_files
 from ldistill.common.run_files import run_id
-from ldistill.training.wandb_run import RUN_ID
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 _IDENTITY = """
@@ -156,7 +155,7 @@ def release(folder: Path, run: str) -> None:
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RUN_ID, *run_files.OF_A_START):
+        for name in run_files.OF_A_START:
             (folder / name).unlink(missing_ok=True)
         for name in (run_files.SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -24,8 +24,8 @@ from transformers import TrainerCallback, TrainerState
 
 from ldistill.common import ranks
 from ldistill.data.worker_signals import STOP_SIGNALS
+from ldistill.training.callbacks import close_wandb
 from ldistill.training.launch import leave_code
-from ldistill.training.wandb_run import close_wandb
 
 STOPPED_EXIT_CODE = 85
 STOPPED = "stopped.json"
