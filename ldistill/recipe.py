@@ -186,25 +186,15 @@ def load_recipe(name: str) -> dict[str, Any]:
     """Fields of a recipe, shipped or a user's own, over the shared ones.
 
     Raises:
-        ValueError: no such recipe, not a mapping, a field that no dataclass has, or a value that
-            its field cannot have.
+        ValueError: no such recipe, not a mapping, an unknown field, or a value it cannot have.
     """
-    shipped = shipped_recipes()
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
-        raise ValueError(
-            f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
-            "or give a YAML file's path."
-        )
-    shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), _read_yaml(path)
+    shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), recipe_differences(name)
     if "num_train_epochs" in own:
         shared.pop("max_steps", None)  # which the Trainer would heed instead
     values = shared | own
     known = _known_fields()
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
+    for key in sorted(map(str, values.keys() - known)):
+        raise ValueError(f"recipe {name!r}: unknown field {key!r}.{did_you_mean(key, known)}")
     for f in dataclasses.fields(TrainingArguments):
         if values.get(f.name, "") is None and f.default is not None:
             raise ValueError(f"recipe {name!r}: {f.name} is empty: leave it out.")
@@ -212,11 +202,15 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_differences(name: str) -> dict[str, Any]:
-    """What a shipped recipe alone says, without the shared fields. Raises ValueError: none such."""
+    """What a recipe alone says, without the shared fields. Raises ValueError: none such."""
     shipped = shipped_recipes()
-    if name not in shipped:
-        raise ValueError(f"no recipe {name!r}. Shipped: {', '.join(shipped)}.")
-    return _read_yaml(shipped[name])
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ValueError(
+            f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
+            "or give a YAML file's path."
+        )
+    return _read_yaml(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

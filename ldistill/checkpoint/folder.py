@@ -67,17 +67,17 @@ def begin(root: Path, step: int) -> Path:
 
 def clear(root: Path) -> None:
     """Remove what an earlier, killed process left half written, half deleted or half loaded."""
-    for name in (WRITING, RETIRED, ADAPTED):
-        if (root / name).exists():
-            shutil.rmtree(root / name)
+    remove(*(root / name for name in (WRITING, RETIRED, ADAPTED)))
+
+
+def remove(*folders: Path) -> None:
+    """Delete those of the folders that are there."""
+    for folder in filter(Path.exists, folders):
+        shutil.rmtree(folder)
 
 
 def seal(folder: Path, part: int = 0, parts: int = 1) -> Files:
-    """Make files of a folder durable and hash them: every ``parts``-th of them, from ``part`` on.
-
-    Raises:
-        OSError: a file cannot be read or synced.
-    """
+    """Make files of a folder durable, and hash them: every ``parts``-th, from ``part`` on."""
     files = {}
     for name in _names(folder)[part::parts]:
         path = folder / name
@@ -110,28 +110,25 @@ def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Pat
 
 def retire(
     root: Path, keep: int | None, best: Callable[[int], tuple[int, float] | None] | None = None
-) -> list[Path]:
+) -> None:
     """Delete the oldest complete checkpoints beyond ``keep``, never the last one; None keeps all.
 
     What was ``best`` up to the oldest that is kept is kept as well: a run may go on from there.
     Folders that are not complete checkpoints of this format are left alone.
     """
-    good = [found for found in survey(root) if found.problem is None]
+    good = complete(root)
     kept = good[: max(keep, 1)] if keep else good
     spared = best(kept[-1].step) if best and kept else None
     gone = [f.path for f in good[len(kept) :] if spared is None or f.step != spared[0]]
     for path in reversed(gone):
         _set_aside(path)
-    if (root / RETIRED).exists():
-        shutil.rmtree(root / RETIRED)
-    return gone
+    remove(root / RETIRED)
 
 
 def _set_aside(path: Path) -> None:
     """Rename first, so that a half-deleted checkpoint is never seen under its name."""
     place = path.parent / RETIRED / path.name
-    if place.exists():
-        shutil.rmtree(place)
+    remove(place)
     place.parent.mkdir(exist_ok=True)
     path.rename(place)
 
@@ -146,6 +143,11 @@ def survey(root: Path) -> list[Found]:
         if (match := _NAME.fullmatch(path.name)) and path.is_dir():
             found.append(Found(path, int(match[1]), problem(path)))
     return sorted(found, key=lambda f: f.step, reverse=True)
+
+
+def complete(root: Path) -> list[Found]:
+    """Those of them that can be used."""
+    return [found for found in survey(root) if found.problem is None]
 
 
 def problem(folder: Path) -> str | None:
@@ -173,9 +175,7 @@ def problem(folder: Path) -> str | None:
 def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Files whose bytes are not those that were written: every ``parts``-th, from ``part`` on.
 
-    Raises:
-        FileNotFoundError: a file is missing.
-        OSError: a file cannot be read for now, however often it is tried.
+    Raises OSError: a file is missing, or cannot be read, however often it is tried.
     """
     manifest = read_manifest(folder)
     return [

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,11 +194,10 @@ def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
     """
     step = checkpoint_folder.read_manifest(checkpoint).step
     moved = []
-    for found in checkpoint_folder.survey(folder):
-        if found.step > step and found.problem is None:
+    for found in checkpoint_folder.complete(folder):
+        if found.step > step:
             target = folder / f"given-up-{found.path.name}"
-            if target.exists():
-                shutil.rmtree(target)
+            checkpoint_folder.remove(target)
             moved.append(found.path.rename(target))
             ranks.say(f"{found.path.name} is later than {checkpoint.name}: now {target.name}.")
     return moved
@@ -250,11 +248,7 @@ def data_fingerprint(index: ShardIndex, order: Order) -> str:
 
 
 def check_belongs(checkpoint: Path, found: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Refuse a checkpoint that another run, pair or data set made.
-
-    Raises:
-        ValueError: saying which of them differs.
-    """
+    """Raise ValueError for a checkpoint that another run, pair or data set made."""
     for key, text in _WHAT.items():
         if found.get(key) != mine[key]:
             raise ValueError(

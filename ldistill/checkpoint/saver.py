@@ -100,11 +100,7 @@ class Saver:
         return path
 
     def sync_logs(self) -> None:
-        """Make this rank's logs durable.
-
-        Raises:
-            TransientError: one of them could not be written.
-        """
+        """Make this rank's logs durable. Raises TransientError: one could not be written."""
         for log in self.logs:
             log.sync()
 
@@ -137,7 +133,7 @@ class Saver:
                     checkpoint_folder.clear(self.folder)  # make room
             last = "earlier ones are untouched"
             with suppress(OSError):
-                good = [f for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+                good = checkpoint_folder.complete(self.folder)
                 last = "there is no earlier one"
                 if good:
                     last = f"{good[0].path.name} is complete and untouched"

@@ -34,11 +34,8 @@ _SHOWN = (
 def short_line(
     step: int, steps: int, logs: dict[str, float], kd_scales: Mapping[str, float]
 ) -> str:
-    """One line of a logged step: the few numbers one watches.
-
-    Args:
-        kd_scales: by source, of the KL, whose mean is logged, in the loss.
-    """
+    """The few numbers of a logged step that one watches; KD is the KL as scaled, by source, in the
+    loss."""
     if logs.get("kd_rows"):
         kds = {n: logs.get(f"source/{n}/kd", 0) * logs[f"source/{n}/kd_rows"] for n in kd_scales}
         total = sum(kd_scales[name] * kd for name, kd in kds.items())
@@ -48,10 +45,7 @@ def short_line(
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bar, with one short line instead of all of a step's metrics.
-
-    The bar is for terminals: in a job's log it would be a line a step.
-    """
+    """The Trainer's bar (on a terminal), one short line instead of all of a step's metrics."""
 
     def __init__(self, kd_scales: Mapping[str, float]) -> None:
         super().__init__()
@@ -108,8 +102,7 @@ class WriteMetrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         told = any(name == "loss" or name.startswith("eval_") for name in logs or {})
         if state.is_world_process_zero and told:
-            odd = {k for k, v in logs.items() if isinstance(v, float) and not math.isfinite(v)}
-            finite = {k: v for k, v in logs.items() if k not in odd}
+            finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
             self.file.append({"step": state.global_step} | finite)
 
 
@@ -117,14 +110,8 @@ class SampleLog(TrainerCallback):
     """Which samples every step trained on, where ``--log_samples`` asks for it.
 
     ``samples/rank-N.jsonl`` in the run folder has one line a step of that rank, with the packed
-    rows it took: ``{"step": 3, "packs": [["vqav2-000000012", "docvqa-000000003"], ...]}``. A
-    resumed run cuts every rank's file back to its checkpoint's step, so the files always tell of
-    one history.
-
-    Args:
-        run: the run's folder.
-        index: names the samples.
-        resume_step: later lines are cut away.
+    rows it took: ``{"step": 3, "packs": [["vqav2-000000012", "docvqa-000000003"], ...]}``. Later
+    lines than a resumed run's checkpoint are cut away: the files always tell of one history.
     """
 
     def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
@@ -226,10 +213,7 @@ def _reported(report: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
 
 
 def plot_curves(metrics: Path, target: Path) -> bool:
-    """Picture of CE and KD by source category over steps; False when there is nothing to draw.
-
-    Validation is dashed.
-    """
+    """Picture of CE and KD by category over steps, validation dashed; False: nothing to draw."""
     records = [r for r in read_metrics(metrics) if "ce" in r or "eval_ce" in r]
     if not records:
         return False

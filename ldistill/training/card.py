@@ -107,7 +107,11 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
         pipeline_tag="image-text-to-text",
         tags=["ldistill", "distillation", "vision-language-model", "arxiv:2604.00829"],
         model_name=title,
-        eval_results=list(_eval_results(scores)) or None,
+        eval_results=[
+            EvalResult("image-text-to-text", task, f"{task} ({by})", "score", round(after, 4))
+            for task, _, after, by in scores
+        ]
+        or None,
     )
     taught = f"its own language model, {lm['name']}, as the teacher" if lm else "labels alone"
     table = "| task | before | after | measured by |\n|---|---|---|---|"
@@ -168,17 +172,6 @@ def _scores(run: Path) -> list[Score]:
         by = "lmms-eval" + (f", first {result['limit']}" if result["limit"] else "")
         found += [(s["name"], None, s["value"], by) for s in result["scores"].values()]
     return found
-
-
-def _eval_results(scores: list[Score]) -> Iterator[EvalResult]:
-    for task, _, after, by in scores:
-        yield EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=task,
-            dataset_name=f"{task} ({by})",
-            metric_type="score",
-            metric_value=round(after, 4),
-        )
 
 
 def _training(

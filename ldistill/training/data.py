@@ -25,11 +25,8 @@ class Data:
 
 
 def open_data(recipe: Recipe) -> Data:
-    """Shards, order and source weights of a recipe.
-
-    Raises:
-        ValueError, FileNotFoundError: no shards, unknown sources, nothing within the limit.
-    """
+    """What a recipe says. Raises ValueError or FileNotFoundError: no shards, unknown sources,
+    nothing within the limit."""
     options = recipe.data
     if options.shards is None:
         raise ValueError(
@@ -38,9 +35,8 @@ def open_data(recipe: Recipe) -> Data:
     reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
     declared_here = parse_extra(options.extra_sources)
     everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
-    declared = dict(zip(everything.sources, everything.categories, strict=True))
-    extra = {n: c for n, c in declared.items() if n not in known_sources()}
-    extra |= declared_here
+    declared = zip(everything.sources, everything.categories, strict=True)
+    extra = {n: c for n, c in declared if n not in known_sources()} | declared_here
     found = names = everything.sources
     if options.sources != ALL:
         names = resolve_sources(options.sources, extra)
@@ -51,11 +47,10 @@ def open_data(recipe: Recipe) -> Data:
             f"{ALL}, or build the others with `ldistill shards build`."
         )
     index = ShardIndex.load(options.shards, names, reading)
-    args = recipe.training
+    args, held, chosen = recipe.training, None, None
     order_of = partial(
         Order, limit=options.max_length, over_long=options.on_long, packing=options.packing
     )
-    held, chosen = None, None
     if options.validation:
         mask = held_out(index, parse_share(options.validation))
         other, chosen = ShardIndex.load(options.shards, names, reading), ~mask

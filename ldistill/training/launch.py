@@ -32,13 +32,7 @@ PATIENCE = 10.0
 
 
 def check_launch() -> None:
-    """Refuse a launch that cannot work.
-
-    Raises:
-        ValueError: GPUs asked for and not there, or not as many as ranks; one that PyTorch
-            cannot use.
-        OSError: rank 0's port is taken.
-    """
+    """Refuse a launch that cannot work, before anything is loaded."""
     asked = os.environ.get("LDISTILL_GPUS_PER_NODE") or 0  # set by slurm/common.sh
     check_gpus(int(asked), torch.cuda.device_count())
     if reason := unusable_gpu():
@@ -69,10 +63,7 @@ def check_gpus(asked: int, seen: int) -> None:
 
 
 def check_launcher(driven: int) -> None:
-    """Raise ValueError where one process drives several GPUs (``TrainingArguments.n_gpu``).
-
-    transformers would split batches by threads.
-    """
+    """Refuse one process for several GPUs: transformers would split batches by threads."""
     if driven > 1:
         raise ValueError(
             f"no launcher started this, and PyTorch sees {driven} GPUs: start it with `deepspeed "
@@ -96,11 +87,7 @@ def check_port(port: int) -> None:
 
 
 def check_clocks() -> None:
-    """Compare the machines' clocks; every rank calls it once, after the process group is there.
-
-    Raises:
-        ValueError: on every rank, when two clocks are further apart than `CLOCK_TOLERANCE`.
-    """
+    """Raise ValueError on every rank, when two clocks are `CLOCK_TOLERANCE` apart."""
     ranks.wait()
     clocks = sorted((now, host) for host, now in ranks.gather((socket.gethostname(), time.time())))
     (first, behind), (last, ahead) = clocks[0], clocks[-1]
@@ -121,14 +108,13 @@ def announce_compiling() -> None:
     load = OpBuilder.jit_load
 
     def told(self: Any, verbose: bool = True) -> Any:
-        if is_compiled(self.name):
-            return load(self, verbose)
-        if compiler() is None:
+        compiled = is_compiled(self.name)
+        if not compiled and compiler() is None:
             raise OSError(
                 f"no C++ compiler to build DeepSpeed's {self.name} with: apt install g++ (or conda "
                 "install gxx)."
             )
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if compiled or os.environ.get("LOCAL_RANK", "0") != "0":
             return load(self, verbose)
         note = "once on this machine; one to three minutes"
         with telling(f"compiling DeepSpeed's {self.name}", note=note):
@@ -138,7 +124,7 @@ def announce_compiling() -> None:
 
 
 def is_compiled(op: str) -> bool:
-    """Whether DeepSpeed's op of this name was compiled on this machine, for this PyTorch."""
+    """Whether DeepSpeed's op was compiled on this machine, for this PyTorch."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(op, verbose=False), f"{op}.so").exists()
@@ -153,8 +139,7 @@ def compiler() -> str | None:
 def leave_code(code: int) -> None:
     """Write the exit code of a run that ends early where the job's script asked for it.
 
-    Whoever starts many ranks learns the highest of their codes, and ranks that it kills because
-    another one has left count as 128 and more: the code that says why is lost.
+    A launcher tells the highest code of its ranks, and those that it kills have 128 and more.
     """
     if file := os.environ.get("LDISTILL_EXIT_FILE"):  # set by slurm/common.sh
         Path(file).write_text(f"{code}\n", encoding="utf-8")

@@ -25,9 +25,8 @@ def parameter_groups(student: Student, rates: Rates, weight_decay: float) -> lis
     """AdamW groups: vision, projector, decoder with rates of their own; no decay on norms."""
     groups = []
     known: set[int] = set()
-    # The projector first: a tower may hold it.
-    parts = (student.projector, rates.projector), (student.vision, rates.vision)
-    for part, rate in (*parts, (student, rates.decoder)):
+    parts = (student.projector, student.vision, student)  # a tower may hold the projector
+    for part, rate in zip(parts, (rates.projector, rates.vision, rates.decoder)):
         trained = [p for p in part.parameters() if p.requires_grad and id(p) not in known]
         known.update(map(id, trained))
         matrices = [p for p in trained if len(_shape(p)) > 1 and _shape(p).numel()]

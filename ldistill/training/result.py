@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldistill.checkpoint.folder import sync
+from ldistill.checkpoint.folder import remove, sync
 from ldistill.common import readme, run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first, say
@@ -73,8 +73,7 @@ def copy_student(source: Path, target: Path) -> None:
     """
     part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
     with writing(target):
-        for leftover in filter(Path.exists, (part, old)):
-            shutil.rmtree(leftover)
+        remove(part, old)
         part.mkdir()
         for path in sorted(source.rglob("*")):  # copytree hides which error it was
             copy = part / path.relative_to(source)
@@ -86,8 +85,7 @@ def copy_student(source: Path, target: Path) -> None:
         if target.exists():
             target.rename(old)
         part.rename(target)
-        if old.exists():
-            shutil.rmtree(old)
+        remove(old)
 
 
 def evaluate_student(recipe: Recipe, student: Path, when: str) -> Scores:

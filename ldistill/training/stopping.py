@@ -34,13 +34,6 @@ STOPPED = "stopped.json"
 class Stopped(Exception):
     """The run was asked to stop and its checkpoint is saved."""
 
-    def __init__(self, why: str, checkpoint: Path) -> None:
-        self.why = why
-        super().__init__(
-            f"stopped on request ({why}); {checkpoint} is saved. Go on with the same command and "
-            "--resume_from_checkpoint auto."
-        )
-
 
 class StopRequest(TrainerCallback):
     """Whether the ranks of a run were asked to stop, and whether they all know.
@@ -71,10 +64,7 @@ class StopRequest(TrainerCallback):
 
     @contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
-        """While training runs, signals are requests; before and after they do what they always do.
-
-        The run's `stopped.json` of an earlier stop goes.
-        """
+        """While training runs, signals are requests. `stopped.json` of an earlier stop goes."""
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
         if threading.current_thread() is not threading.main_thread():
@@ -107,9 +97,12 @@ class StopRequest(TrainerCallback):
         if not self.agreed or state.global_step >= state.max_steps:
             return
         why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone
-        stopped = Stopped(why, folder / f"checkpoint-{state.global_step}")
+        stopped = Stopped(
+            f"stopped on request ({why}); {folder / f'checkpoint-{state.global_step}'} is saved. "
+            "Go on with the same command and --resume_from_checkpoint auto."
+        )
         if ranks.is_first():
-            record = {"step": state.global_step, "of": state.max_steps, "why": stopped.why}
+            record = {"step": state.global_step, "of": state.max_steps, "why": why}
             (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if self.stop_file is not None:
                 self.stop_file.unlink(missing_ok=True)  # answered; the next start is a new one

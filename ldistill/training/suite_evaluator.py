@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ldistill.models.pair import Pair
     from ldistill.recipe import Recipe
 
-FAILED = "failed"
-
 
 @dataclass
 class SuiteEvaluator:
@@ -44,12 +42,7 @@ class SuiteEvaluator:
     give_up: Callable[[], bool] = lambda: False
 
     def __call__(self, step: int, updates: WeightUpdates) -> dict[str, float]:
-        """Scores by row and by group, on every rank.
-
-        Args:
-            step: of the training.
-            updates: what training made of the student; only the first rank's are read.
-        """
+        """Scores by row and by group, on every rank, of what the first rank's updates make."""
         return ranks.from_first(lambda: self._evaluate(step, updates))
 
     def _evaluate(self, step: int, updates: WeightUpdates) -> dict[str, float]:
@@ -63,12 +56,12 @@ class SuiteEvaluator:
             with telling(f"evaluating step {step} on suite {self.asked.suite}"):
                 asked = replace(self.asked, student=str(student), out=out)
                 result = evaluate(asked, self.give_up)
-        except InterruptedError:
-            print(f"the evaluation of step {step} was given up: the run is to stop", flush=True)
-            return {FAILED: 1.0}
         except (ValueError, OSError) as error:
-            print(f"the evaluation of step {step} failed, training goes on: {error}", flush=True)
-            return {FAILED: 1.0}
+            why = f"failed, training goes on: {error}"
+            if isinstance(error, InterruptedError):
+                why = "was given up: the run is to stop"
+            print(f"the evaluation of step {step} {why}", flush=True)
+            return {"failed": 1.0}
         finally:
             shutil.rmtree(student, ignore_errors=True)
         means = ", ".join(f"{group} {value:.3f}" for group, value in result["groups"].items())
@@ -88,7 +81,7 @@ def visible_device(device: torch.device) -> str:
 def evaluator_of(
     recipe: Recipe, pair: Pair, folder: Path, give_up: Callable[[], bool]
 ) -> SuiteEvaluator | None:
-    """What a recipe's ``eval_suite`` and ``eval_steps`` ask for, on the first rank's device.
+    """What a recipe's ``eval_suite`` asks for, on the first rank's device.
 
     Raises:
         ValueError: the suite cannot run here (unknown, lmms-eval or Java missing).

@@ -26,7 +26,7 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ldistill.checkpoint import universal
+from ldistill.checkpoint.folder import ADAPTED, remove
 from ldistill.checkpoint.resuming import Start
 from ldistill.checkpoint.saver import LATEST, Saver
 from ldistill.common import ranks
@@ -225,7 +225,7 @@ class DistillTrainer(Trainer):
         self._globalstep_last_logged = states[0]["logged"]
         if self.parts.start.converted:
             ranks.wait()
-            ranks.from_first(lambda: universal.discard(self.parts.saver.folder))
+            ranks.from_first(lambda: remove(self.parts.saver.folder / ADAPTED))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.args.device

@@ -1,8 +1,7 @@
 """CE and KD of documents that are not trained on, and the best student by any evaluated metric.
 
-Validation reads ``--validation 1%`` of the documents, or ``--eval_shards``, in an order of its own
-that never changes. Every rank runs equally many passes, for under ZeRO-3 a forward is a collective:
-what some lack is filled up with rows that count nothing.
+They are read in an order that never changes. Every rank runs equally many passes, for under ZeRO-3
+a forward is a collective: what some lack is filled up with rows that count nothing.
 """
 
 from __future__ import annotations
@@ -77,11 +76,9 @@ class Validation:
 
 @dataclass
 class Best:
-    """The best evaluation so far, as ``metrics.jsonl`` tells: a resumed run needs no other state.
+    """The best evaluation so far by a metric as it is logged; `greater`: more of it is better.
 
-    file:     ``metrics.jsonl``; rank 0 reads it.
-    metric:   as logged.
-    greater:  whether more of it is better.
+    ``metrics.jsonl`` tells, which rank 0 reads: a resumed run needs no other state.
     """
 
     file: Path
@@ -103,11 +100,7 @@ def open_validation(
     weights: SourceWeights,
     load: partial[PackLoader],
 ) -> Validation | None:
-    """What a recipe validates on, checked against its processor.
-
-    Raises:
-        ValueError: the shards were built for another student.
-    """
+    """What a recipe validates on. Raises ValueError: built for another student."""
     if held is None:
         return None
     args, (index, order) = recipe.training, held
@@ -121,11 +114,7 @@ def open_validation(
 
 
 def best_of(recipe: Recipe, metrics: Path, validation: Validation | None) -> Best | None:
-    """By which metric the best student is known, if it is asked for.
-
-    Raises:
-        ValueError: a metric that nothing evaluates.
-    """
+    """By which metric the best student is known, if it is asked for; ValueError: by none."""
     args = recipe.training
     if not args.load_best_model_at_end:
         return None
