@@ -53,9 +53,8 @@ class BadImage(ValueError):
     """A picture that cannot be used. `reason` is the short name that drops are counted under."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.reason, self.detail)
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -69,13 +69,7 @@ class _Bar(Progress):
 
 @contextmanager
 def telling(what: str, total: int | None = None, note: str = "") -> Iterator[Telling | _Bar]:
-    """Show that something goes on, and how far it is if `total` and ``advance`` say.
-
-    Args:
-        what: it is.
-        total: how many there are to do.
-        note: what else is worth knowing as it begins.
-    """
+    """Show that something goes on, and how far it is if `total` and ``advance`` say."""
     if sys.stdout.isatty():
         of = () if total is None else (BarColumn(), MofNCompleteColumn())
         with _Bar(TextColumn("{task.description}"), *of, TimeElapsedColumn()) as bar:
