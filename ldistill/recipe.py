@@ -184,9 +184,7 @@ def shipped_recipes() -> dict[str, Path]:
 
 def load_recipe(name: str) -> dict[str, Any]:
     """Fields of a recipe, shipped or a user's own, over the shared ones.
-
-    Raises:
-        ValueError: no such recipe, not a mapping, an unknown field, or a value it cannot have.
+    Raises ValueError: no such recipe, not a mapping, an unknown field, or a value it cannot have.
     """
     shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), recipe_differences(name)
     if "num_train_epochs" in own:
@@ -228,15 +226,12 @@ def _known_fields() -> set[str]:
 
 
 def parse(argv: list[str]) -> Recipe:
-    """Recipe of a command line.
-
-    Args:
-        argv: without the program's name; ``--local_rank`` of a launcher is ignored.
+    """Recipe of a command line, which is without the program's name.
 
     Raises:
         ValueError: unknown recipe, field or flag, or values that contradict each other.
     """
-    argv = [a for a in argv if not a.startswith("--local_rank=")]
+    argv = [a for a in argv if not a.startswith("--local_rank=")]  # of a launcher
     first = _Parser([], add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
     name = first.parse_known_args(argv)[0].recipe

@@ -36,11 +36,7 @@ _KINDS: dict[Any, str] = {
 
 
 def settle_values(values: dict[str, Any], groups: tuple[type, ...], recipe: str) -> dict[str, Any]:
-    """The values of a recipe in the types of the dataclasses' fields.
-
-    Raises:
-        ValueError: empty, or of another type; the field is named.
-    """
+    """The values of a recipe in the types of the dataclasses' fields, or a ValueError."""
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     try:
         own = {name: _settled(name, values[name], hints[name]) for name in hints.keys() & values}
@@ -179,11 +175,8 @@ _UNUSED = {
 
 
 def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
-    """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed.
-
-    Raises:
-        ValueError: such a field is not what it is by default; it is named, with the reason.
-    """
+    """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed, where it is
+    not what it is by default: ValueError with the reason."""
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(asked, name) not in ("steps", "no"):
             raise ValueError(
@@ -208,11 +201,8 @@ def settle_evaluation(
     eval_suite: str | None,
     given: Container[str],
 ) -> None:
-    """Settle in ``args`` when to evaluate, and what makes one student better than another.
-
-    ``given`` are the fields that the recipe or the command line set. Raises ValueError: nothing to
-    evaluate on, or twice.
-    """
+    """Settle in ``args`` when to evaluate, and what makes one student better than another, by the
+    fields that were ``given``. Raises ValueError: nothing to evaluate on, or twice."""
     evaluates = validation or eval_shards or eval_suite
     best = args.load_best_model_at_end
     cases = {
@@ -237,11 +227,7 @@ def settle_evaluation(
 
 
 def check_deepspeed(config: str | dict[str, Any] | None) -> None:
-    """Refuse a DeepSpeed configuration that cannot be read or would replace this program's rates.
-
-    Raises:
-        ValueError: no JSON, or with sections of its own for optimizer and schedule.
-    """
+    """Refuse a DeepSpeed configuration that is no JSON or would replace this program's rates."""
     where = "of the recipe"
     if isinstance(config, str):
         written_out = config.startswith("{")  # as transformers takes it too

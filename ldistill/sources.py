@@ -57,11 +57,8 @@ def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
 
 
 def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[str]:
-    """Source ids of ``full``, ``lang`` or a comma-separated list.
-
-    ``full`` and ``lang`` stand for the paper's subsets together with the declared extra sources
-    of the same categories.
-    """
+    """Source ids of a comma-separated list; of ``full`` or ``lang``, the paper's subsets together
+    with the extra sources of the same categories."""
     if spec in SUBSETS:
         return [n for n, category in known_sources(extra).items() if category in SUBSETS[spec]]
     names = [normalise(part) for part in split_names(spec)]
@@ -75,11 +72,7 @@ def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[s
 
 
 def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
-    """``["receipts=document"]`` → ``{"receipts": "document"}``.
-
-    Raises:
-        ValueError: not of the form name=category, or a category other than the two.
-    """
+    """``["receipts=document"]`` → ``{"receipts": "document"}``, or a ValueError."""
     extra: dict[str, str] = {}
     for spec in specs or ():
         name, _, category = spec.partition("=")
@@ -98,13 +91,8 @@ def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
 def by_source(name: str, value: float | str, others: float) -> float | dict[str, float]:
     """α or τ of all sources, or by source: ``0.7`` is 0.7, ``0.7,vsr=0.9`` a dict.
 
-    Args:
-        name: ``alpha`` or ``temperature``.
-        value: a number, ``source=number``, or several between commas.
-        others: what sources have that ``value`` says nothing of; stands under ``others``.
-
-    Raises:
-        ValueError: something else, or out of bounds.
+    ``name`` is ``alpha`` or ``temperature``; ``others`` is what sources have that ``value`` says
+    nothing of. Raises ValueError: it says something else, or what is out of bounds.
     """
     numbers: dict[str, float] = {}
     for part in split_names(str(value)) or [""]:

@@ -88,10 +88,7 @@ def seal(folder: Path, part: int = 0, parts: int = 1) -> Files:
 
 def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Path:
     """Write the manifest and give a sealed folder its name; returns where the checkpoint lies.
-
-    Raises:
-        OSError: what was sealed is not all there is, or the disk failed.
-    """
+    Raises OSError: what was sealed is not all there is, or the disk failed."""
     if set(files) != set(_names(folder)):
         odd = sorted(set(files) ^ set(_names(folder)))[:3]
         raise OSError(f"{folder} changed while it was sealed ({', '.join(odd)}).")
@@ -152,10 +149,7 @@ def complete(root: Path) -> list[Found]:
 
 def problem(folder: Path) -> str | None:
     """Why a folder is no complete checkpoint, by manifest and sizes; None if it is one.
-
-    Raises:
-        OSError: it cannot be read for now, so that nobody knows.
-    """
+    Raises OSError: it cannot be read for now, so that nobody knows."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -174,9 +168,7 @@ def problem(folder: Path) -> str | None:
 
 def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Files whose bytes are not those that were written: every ``parts``-th, from ``part`` on.
-
-    Raises OSError: a file is missing, or cannot be read, however often it is tried.
-    """
+    Raises OSError: a file is missing, or cannot be read, however often it is tried."""
     manifest = read_manifest(folder)
     return [
         name
@@ -186,12 +178,7 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        ValueError: there is none, or it is not one.
-        OSError: it cannot be read for now.
-    """
+    """Raises ValueError: there is none, or it is not one; OSError: it cannot be read for now."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}: it was never finished, or another program's")
     text = patiently((folder / MANIFEST).read_bytes)

@@ -95,14 +95,11 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
 
 def _bytes_problem(path: Path) -> str | None:
     """What is wrong inside the files; the ranks read a share each and all get the answer.
-
-    Raises:
-        TransientError: on every rank, when one of them could not read its share.
-    """
+    Raises TransientError on every rank, when one of them could not read its share."""
     own, unread = None, None
     try:
-        for name in checkpoint_folder.damaged(path, ranks.index(), ranks.count()):
-            own = own or f"{name} is not what was written (SHA-256 differs)"
+        if names := checkpoint_folder.damaged(path, ranks.index(), ranks.count()):
+            own = f"{names[0]} is not what was written (SHA-256 differs)"
     except (FileNotFoundError, ValueError) as error:
         own = str(error)
     except OSError as error:
@@ -125,9 +122,7 @@ def foreign_code(checkpoint: Path) -> str | None:
 
     Reads the opcodes alone: nothing is unpickled. DeepSpeed itself loads without torch's
     ``weights_only``, so this check is what stands between a downloaded checkpoint and its code.
-
-    Raises:
-        TransientError: the disk does not let a file be read.
+    Raises TransientError: the disk does not let a file be read.
     """
     for path in sorted(checkpoint.rglob("*")):
         if path.suffix not in (".pt", ".pth", ".bin", ".pkl"):
@@ -156,13 +151,8 @@ class Start:
 
 
 def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
-    """Where a run begins: the checkpoint as this run can load it.
-
-    Args:
-        checkpoint: found by :func:`find_checkpoint`.
-        about: what this run is (see :func:`describe`).
-        run: this run's folder.
-        plugin: accelerate's DeepSpeed plugin; told to load the universal format where needed.
+    """Where the run of this folder, as :func:`describe` tells it, begins: the checkpoint as it can
+    load it. accelerate's DeepSpeed plugin is told to load the universal format where needed.
 
     Raises:
         ValueError: it belongs to another run, pair or data set, or cannot be converted.

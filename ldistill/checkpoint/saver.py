@@ -9,7 +9,6 @@ for it: what fails is noted, all go on to the end, tell one another, and raise t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -36,7 +35,7 @@ class Saver:
 
     Args:
         folder: the run's.
-        about: what the manifest says of the run: its id, pair, data, layout.
+        about: what the manifest says of the run (see `describe`).
         keep: complete checkpoints to keep; None for all.
         logs: this rank's, which a checkpoint is cut back to: durable before it is.
         best: step and value of the best evaluation up to a step, whose checkpoint is kept besides.
@@ -72,10 +71,9 @@ class Saver:
             self._failures.append(f"{type(error).__name__}: {first}")
 
     def save(self, step: int, write: Callable[[], None]) -> Path:
-        """Write, seal and publish the checkpoint of a step. Every rank must call it.
+        """Write, seal and publish the checkpoint of a step; every rank must call it.
 
-        Raises:
-            CheckpointError: on every rank, when any of them could not write.
+        Raises CheckpointError on every rank, when any of them could not write.
         """
         self._failures.clear()
         target = self.root / f"checkpoint-{step}"
@@ -156,7 +154,7 @@ class Saver:
 
             def makedirs(self, path: str, exist_ok: bool = False) -> None:
                 with attempt():
-                    os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
+                    Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
             def save(self, state_dict: Any, path: str) -> None:
                 with attempt():

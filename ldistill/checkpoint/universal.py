@@ -28,10 +28,8 @@ _STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def layout(plugin: Any, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How this run cuts its optimizer states; equal layouts read each other's checkpoints.
-
-    ``plugin`` is accelerate's for DeepSpeed (None without it), ``dtype`` the forward's.
-    """
+    """How a run cuts its optimizer states, by accelerate's plugin for DeepSpeed and the type of its
+    forward; equal layouts read each other's checkpoints."""
     if plugin is None:
         return {"engine": "none"}
     zero = plugin.deepspeed_config.get("zero_optimization", {})
@@ -62,10 +60,8 @@ def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]
 def convert(checkpoint: Path, run: Path) -> Path:
     """Write a checkpoint in the universal format; returns the folder to resume from.
 
-    It lies beside the run's checkpoints until it has been loaded. Call it on one rank.
-
-    Raises:
-        OSError: the conversion failed; the end of what it said is in the message.
+    It lies beside the run's checkpoints until it has been loaded. Call it on one rank. Raises
+    OSError: the conversion failed; the end of what it said is in the message.
     """
     checkpoint_folder.remove(run / ADAPTED)
     target = run / ADAPTED / checkpoint.name

@@ -33,10 +33,8 @@ def has_fast_bf16() -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak rate of a device, FLOP/s, and where the number comes from.
-
-    A GPU's datasheet where it is listed; otherwise the best of ten matrix products now.
-    """
+    """Peak rate of a device, FLOP/s, and where the number comes from: a GPU's datasheet where it is
+    listed, otherwise the best of ten matrix products now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if rate := listed_peak(name):

@@ -1,8 +1,4 @@
-"""What the data path and the models share of tokenised samples.
-
-Data never imports models: what it needs of a student's tokenizer, template and image settings is
-the protocol `Processor`, which `ldistill.models.processor` implements.
-"""
+"""What the data path and the models share of tokenised samples."""
 
 from __future__ import annotations
 
@@ -49,7 +45,10 @@ class Document:
 
 
 class Processor(Protocol):
-    """Tokenizer, chat template and image settings of one student, as the data path sees them."""
+    """Tokenizer, chat template and image settings of one student, as the data path sees them.
+
+    Data never imports models: `ldistill.models.processor` implements it.
+    """
 
     images: Any
     """A dataclass: at least `tiling`, `max_images`, `tokens_per_tile`."""
@@ -68,8 +67,7 @@ class Processor(Protocol):
     def encode(
         self, turns: Sequence[Turn], sizes: Sequence[Size] = (), system: str = ""
     ) -> Document:
-        """Tokenise a conversation about pictures of these sizes. Raises BadImage for one that the
-        student cannot take."""
+        """Tokenise a conversation about pictures of these sizes. Raises BadImage for any."""
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB. Raises BadImage."""

@@ -49,10 +49,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "{!r}") -> str:
-    """A question that follows "no such ...", a space before it; empty where nothing known is alike.
-
-    ``form`` says how the suggestion is written.
-    """
+    """A question behind "no such ...", a space before it; empty where nothing known is alike."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {form.format(close[0])}?" if close else ""
 

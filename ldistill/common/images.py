@@ -88,10 +88,8 @@ def open_header(data: bytes) -> Image.Image:
 
 @contextmanager
 def _undecodable() -> Iterator[None]:
-    """What PIL and its plug-ins raise on broken data, whatever it is, as BadImage.
-
-    What is cut off is broken, though a library loaded beside us told PIL to let it pass.
-    """
+    """What PIL and its plug-ins raise on broken data, whatever it is, as BadImage; what is cut off
+    is broken, though a library loaded beside us told PIL to let it pass."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -134,10 +132,9 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def check_image(data: bytes) -> tuple[int, int, str]:
-    """(width, height, format), as shown, of a picture whose pixels really decode.
+    """(width, height, format), as shown, of a picture whose pixels really decode, else BadImage.
 
-    JPEG is decoded at reduced size: every byte of the file is still read, at a fraction of the
-    time. Raises BadImage.
+    JPEG is decoded at reduced size: every byte is still read, at a fraction of the time.
     """
     image = open_header(data)
     width, height = image.size

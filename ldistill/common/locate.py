@@ -24,12 +24,8 @@ def default_cache() -> Path:
 def resolve(name: str | os.PathLike[str], weights: bool = True) -> Path:
     """Folder of a checkpoint, fetched from the hub when it is a hub id.
 
-    Args:
-        name: folder, ``pkg://`` or hub id.
-        weights: fetch them too; False where configuration, tokenizer and templates are enough.
-
-    Raises:
-        FileNotFoundError: neither a folder nor something the hub (or its local cache) has.
+    Without ``weights``, its configuration, tokenizer and templates alone. Raises FileNotFoundError:
+    neither a folder nor something the hub (or its local cache) has.
     """
     text = str(name)
     path = Path(text).expanduser()

@@ -149,9 +149,8 @@ def everywhere(make: Callable[[], T]) -> T:
 def relay(own: T | None, told: Callable[[dict[int, T]], BaseException]) -> None:
     """Raise on every rank what any of them has met; nothing where none has. Every rank calls it.
 
-    Args:
-        own: what this rank has met (picklable); None or empty for nothing.
-        told: makes the error of what was met, by rank.
+    ``own`` is what this one has met (picklable), None or empty for nothing; ``told`` makes the error
+    of what was met, by rank.
     """
     if found := {rank: met for rank, met in enumerate(gather(own)) if met}:
         raise shared(told(found))

@@ -51,13 +51,7 @@ processor = AutoProcessor.from_pretrained("{name}")""",
 
 
 def origins(pair: Pair, student: str, teacher: str, index: ShardIndex) -> dict[str, Any]:
-    """What cards say of a run's pair and data, to be kept in its folder.
-
-    Args:
-        pair: loaded, so that its folders are here.
-        student, teacher: as the recipe names them.
-        index: of the shards.
-    """
+    """What cards say of a run's pair, as its recipe names it, and data; kept in its folder."""
     sources = [
         {
             "source": name,
@@ -86,11 +80,8 @@ def _model(name: str, folder: Path) -> dict[str, str]:
 def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -> str:
     """The card's text.
 
-    Args:
-        run: the run's folder, with its recipe.
-        student: folder of the student in it.
-        name: what a reader loads: a hub id, or a folder.
-        curves: whether the picture of the run's curves lies beside the card.
+    Of the run and the student in these folders; ``name`` is what a reader loads, ``curves`` whether
+    the picture of the run's curves lies beside the card.
     """
     recipe = yaml.safe_load((run / run_files.RECIPE).read_text(encoding="utf-8"))
     recipe["recipe"] = Path(recipe.get("recipe") or "run").stem  # a path may be its author's own

@@ -21,10 +21,8 @@ from ldistill.training.card import card
 
 
 def find_student(run: Path) -> tuple[Path, Path]:
-    """Folder of the newest student of a run, its result, else its newest checkpoint's; and the run.
-
-    Args:
-        run: the run's folder, or one of its checkpoints.
+    """Folder of the newest student of a run (or of one of its checkpoints): its result, else its
+    newest checkpoint's; and the run's.
 
     Raises:
         FileNotFoundError: no such folder, nothing trained in it, or no run's.
@@ -51,13 +49,8 @@ def find_student(run: Path) -> tuple[Path, Path]:
 def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     """Copy the newest student of a run to ``out``, with its card; returns where it came from.
 
-    Args:
-        run: as for :func:`find_student`, whose errors it raises.
-        out: where to; an earlier export there is replaced.
-        also: names in ``out`` that the caller writes anew.
-
-    Raises:
-        ValueError: ``out`` holds other files.
+    An earlier export there is replaced; ``also`` are names that the caller writes anew. Raises
+    ValueError: ``out`` holds other files; else as :func:`find_student`.
     """
     source, home = find_student(run)
     names = {path.name for path in source.iterdir()}
@@ -94,6 +87,8 @@ def export_decoder(student: Path, out: Path, tokenizer: str | None = None) -> No
 def make_repo(name: str, private: bool | None) -> str:
     """A model repository on the hub, new or the one there; its whole id, ``owner/name``.
 
+    ``name`` may be without the owner; ``private`` None: as the owner's repositories are.
+
     Raises:
         ValueError: no token, or one that may not write there; a bad name.
         TransientError: the hub does not answer.
@@ -108,15 +103,9 @@ def make_repo(name: str, private: bool | None) -> str:
 
 
 def push(run: Path, name: str, private: bool | None = None) -> str:
-    """Upload the newest student of a run with its card and curves, in one commit.
+    """Upload the newest student of a run with its card and curves, in one commit; its address.
 
-    Args:
-        run: as for :func:`find_student`, whose errors it raises, and those of :func:`make_repo`.
-        name: ``owner/name``, or the name of one's own.
-        private: of a new repository; None: as the owner's repositories are.
-
-    Returns:
-        Address of the commit.
+    Args and errors as of :func:`find_student` and :func:`make_repo`.
     """
     student, home = find_student(run)
     repo = make_repo(name, private)

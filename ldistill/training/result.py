@@ -39,14 +39,9 @@ def save_last(trainer: DistillTrainer, folder: Path) -> Path:
 def export_result(last: Path, folder: Path, best: Best | None, step: int) -> None:
     """The run's result, in the format the student came in; every rank must call it.
 
-    Args:
-        last: checkpoint of the last state, of ``step``.
-        folder: the run's.
-        best: where the best evaluated student is asked for instead.
-
-    Raises:
-        FileNotFoundError: the best is no longer there.
-        TransientError: there is no room for it.
+    ``last`` is the checkpoint of the last state, of ``step``; with ``best`` the best evaluated
+    student is asked for instead. Raises FileNotFoundError: the best is no longer there;
+    TransientError: there is no room for it.
     """
     chosen = last
     found = from_first(lambda: best and best.find(step))
@@ -64,13 +59,8 @@ def export_result(last: Path, folder: Path, best: Best | None, step: int) -> Non
 
 
 def copy_student(source: Path, target: Path) -> None:
-    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
-
-    An earlier result stays until the new one is on the disk.
-
-    Raises:
-        TransientError: there is no room for it.
-    """
+    """Copy a student, whole or not at all: an earlier one stays until the new one is on the disk.
+    Raises TransientError: there is no room for it."""
     part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
     with writing(target):
         remove(part, old)

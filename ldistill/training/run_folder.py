@@ -70,12 +70,8 @@ def claim(
 ) -> bool:
     """Make the folder this run's; whether a run begins here, rather than goes on or begins again.
 
-    Args:
-        folder: the run's.
-        recipe: resolved.
-        resume: checkpoint to go on from.
-        overwrite: begin a new run; one that lies there is renamed, ``FOLDER.old-1``.
-        restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
+    With ``overwrite`` a run that lies there is renamed, ``FOLDER.old-1``; with ``restart`` one of
+    the same recipe, without a checkpoint yet, begins again; ``resume`` is a checkpoint.
 
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
@@ -203,14 +199,8 @@ def environment() -> dict[str, Any]:
 
 
 def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None:
-    """Raise OSError where checkpoints and export will not fit beside what the run has written.
-
-    Args:
-        folder: the run's folder, made already.
-        trained: parameters that have an optimizer state.
-        total: parameters of the student.
-        checkpoints: how many are kept, one more while the next is written.
-    """
+    """Raise OSError where so many checkpoints, the next one and the export will not fit beside what
+    the run has written; `total` are the student's parameters, `trained` have an optimizer state."""
     # fp32 student, fp32 master weight and two moments, 16-bit weights
     each = 4 * total + 14 * trained
     needed = (checkpoints + 1) * each + 4 * total

@@ -39,9 +39,6 @@ class StopRequest(TrainerCallback):
     """Whether the ranks of a run were asked to stop, and whether they all know.
 
     The Trainer's loop ends after the step in which they agreed, with a checkpoint.
-
-    Args:
-        stop_file: its appearance is a request; default the environment's, if any. Rank 0 looks.
     """
 
     def __init__(self, stop_file: str | Path | None = None) -> None:
@@ -89,11 +86,8 @@ class StopRequest(TrainerCallback):
             control.should_evaluate = False  # it may take longer than there is
 
     def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
-        """End a run that was stopped before its last step; every rank calls it.
-
-        Raises:
-            Stopped: on every rank, after rank 0 has closed everything that a killed process loses.
-        """
+        """Raise Stopped on every rank, if before the last step, after rank 0 has closed everything
+        that a killed process loses; every rank calls it."""
         if not self.agreed or state.global_step >= state.max_steps:
             return
         why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone

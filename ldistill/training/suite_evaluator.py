@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ldistill.common import ranks
 from ldistill.common.telling import telling
 from ldistill.evaluation.lmms_run import Evaluation, check, evaluate
 from ldistill.models.formats import export_like
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SuiteEvaluator:
-    """A suite on the weights of a running training; every rank must call it.
+    """A suite on the weights of a running training; rank 0 alone calls it.
 
     asked:    what is evaluated; results go to ``step-N`` below its folder.
     base:     folder of the student the training began from.
@@ -42,10 +41,7 @@ class SuiteEvaluator:
     give_up: Callable[[], bool] = lambda: False
 
     def __call__(self, step: int, updates: WeightUpdates) -> dict[str, float]:
-        """Scores by row and by group, on every rank, of what the first rank's updates make."""
-        return ranks.from_first(lambda: self._evaluate(step, updates))
-
-    def _evaluate(self, step: int, updates: WeightUpdates) -> dict[str, float]:
+        """Scores by row and by group."""
         out = self.asked.out / f"step-{step}"
         student = out / "student"
         shutil.rmtree(out, ignore_errors=True)  # of a run that was resumed before this step
@@ -82,10 +78,7 @@ def evaluator_of(
     recipe: Recipe, pair: Pair, folder: Path, give_up: Callable[[], bool]
 ) -> SuiteEvaluator | None:
     """What a recipe's ``eval_suite`` asks for, on the first rank's device.
-
-    Raises:
-        ValueError: the suite cannot run here (unknown, lmms-eval or Java missing).
-    """
+    Raises ValueError: the suite cannot run here (unknown, lmms-eval or Java missing)."""
     args, suite = recipe.training, recipe.run.eval_suite
     if suite is None:
         return None

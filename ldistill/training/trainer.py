@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,8 @@ class DistillTrainer(Trainer):
     ) -> list[dict[str, Any]]:
         """So many micro-batches, each as what :meth:`Distiller.forward` takes.
 
-        Args:
-            batches: of this rank (see `collate`).
-            count: micro-batches of a step.
-            problem: what has failed on this rank already.
-
-        Raises:
-            FloatingPointError, ValueError, TransientError: on every rank, what one of them met.
+        ``problem`` is what has failed on this rank already. Raises FloatingPointError, ValueError
+        or TransientError on every rank, for what one of them met.
         """
         read, distiller, stop = [], self.distiller, self.parts.stop
         try:
@@ -155,8 +151,7 @@ class DistillTrainer(Trainer):
             problem = problem or error
         plans = [distiller.supervise(batch) for batch in read]
         own = [len(plan.queries) for plan in plans] or [0] * count
-        flags = [float(stop.asked), float(problem is not None)]
-        counts = [*flags, sum(len(plan.targets) for plan in plans), *own]
+        counts = [stop.asked, problem is not None, sum(len(plan.targets) for plan in plans), *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite[:1].double()])
         stops, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
@@ -299,14 +294,14 @@ class DistillTrainer(Trainer):
             if self.parts.evaluator is not None:
                 trained = gather_trained(self.distiller.student, keep=ranks.is_first())
                 updates = weight_updates(self.distiller.student, trained)
-                scores = self.parts.evaluator(self.state.global_step, updates)
-                logs |= self._log_evaluation(scores)
+                evaluate = partial(self.parts.evaluator, self.state.global_step, updates)
+                logs |= self._log_evaluation(ranks.from_first(evaluate))
                 self._save_if_due()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def _log_evaluation(self, scores: dict[str, float]) -> dict[str, float]:
-        """Log scores; the best so far is to be saved, and so are those after it."""
+        """Log scores; the best so far is to be saved."""
         logs = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(logs))
         step, best = self.state.global_step, self.parts.best
@@ -339,10 +334,10 @@ class DistillTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, *args: Any) -> None:
         self._check_finite()
         write = super()._save_checkpoint
-        self.parts.saver.save(self.state.global_step, lambda: write(model, trial))
+        self.parts.saver.save(self.state.global_step, lambda: write(*args))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.parts.saver.root)  # checkpoints are written aside, then renamed

@@ -32,19 +32,13 @@ from ldistill.training.metrics import of_sources
 
 @dataclass
 class Validation:
-    """What a run is validated on.
-
-    index, order: of the documents; the order's first epoch is read.
-    weights: of the run, which has every source of the index.
-    batch_size: packs of a pass on a rank.
-    load: ``make_loader`` for this rank, but for index, order, batch size and packs.
-    """
+    """What a run is validated on: the first epoch of an order."""
 
     index: ShardIndex
     order: Order
-    weights: SourceWeights
-    batch_size: int
-    load: partial[PackLoader]
+    weights: SourceWeights  # of the run, which has every source of the index
+    batch_size: int  # packs of a pass on a rank
+    load: partial[PackLoader]  # ``make_loader`` of this rank, but for what stands here
 
     @property
     def passes(self) -> int:
