@@ -1,9 +1,8 @@
 """What a run is made of: dataclasses with a line for every field, YAML recipes, overrides.
 
-Values come, each overriding the one before, from the dataclasses' defaults,
-``recipes/_shared.yaml``, the recipe and the command line. Every field below and every flag of
-transformers' ``TrainingArguments`` is a command-line flag of ``train.py``. A recipe is a YAML file
-of such fields; ``--recipe`` takes the name of a shipped one or a path.
+Values come, each overriding the one before, from the dataclasses' defaults, ``_shared.yaml``, the
+recipe and the command line. Every field below and of transformers' ``TrainingArguments`` is a flag
+of ``train.py``. A recipe is a YAML file of such fields, by the name of a shipped one or a path.
 """
 
 from __future__ import annotations

@@ -201,21 +201,21 @@ def describe(
 ) -> dict[str, Any]:
     """The ``about`` of a run's manifests; rank-independent."""
     teacher = pair.teacher_folder
+    # All that decides which documents come in which order.
+    shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
+    data = json.dumps([index.sources, shards, order.identity])
     return {
         "run": run_id,
         "student": model_fingerprint(pair.student_folder),
         "teacher": model_fingerprint(teacher) if teacher is not None else None,
-        "data": data_fingerprint(index, order),
+        "data": hashlib.sha256(data.encode()).hexdigest(),
         "layout": layout,
     }
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash of a model's configuration and of its weights' headers and samples.
-
-    64 pieces of 4 KiB from every weights file tell any two trainings apart, and cost nothing for
-    weights of many gigabytes.
-    """
+    """Hash of a model's configuration and of 64 pieces of 4 KiB from every file of weights, which
+    tell any two trainings apart and cost nothing for many gigabytes."""
     digest = hashlib.sha256()
     weights = list(folder.glob("*.safetensors")) or folder.glob("pytorch_model*.bin")
     for path in sorted(weights):
@@ -228,13 +228,6 @@ def model_fingerprint(folder: Path) -> str:
     config = folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
     return digest.hexdigest()
-
-
-def data_fingerprint(index: ShardIndex, order: Order) -> str:
-    """Hash of everything that decides which documents come in which order."""
-    shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
-    facts = [index.sources, shards, order.identity]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def check_belongs(checkpoint: Path, found: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
     saver = Saver(folder, about, keep=2)
     saver.save(step, write)      # every rank; write() puts this rank's files into saver.root
 
-A rank whose disk is full does not raise in the middle of a collective, where the others would wait
+A rank whose disk is full does not raise in the midst of a collective, where the others would wait
 for it: what fails is noted, all go on to the end, tell one another, and raise the same sentence.
 """
 
@@ -50,13 +50,9 @@ class Saver:
         best: Callable[[int], tuple[int, float] | None] | None = None,
     ) -> None:
         self.folder, self.about, self.keep, self.logs, self._best = folder, about, keep, logs, best
+        self.root = folder / checkpoint_folder.WRITING  # where the Trainer puts `checkpoint-N`
         self._failures: list[str] = []
         self._checked = False
-
-    @property
-    def root(self) -> Path:
-        """Where the Trainer puts ``checkpoint-N`` while it is written."""
-        return self.folder / checkpoint_folder.WRITING
 
     @contextmanager
     def attempt(self) -> Iterator[None]:

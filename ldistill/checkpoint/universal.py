@@ -1,10 +1,9 @@
 """A checkpoint of one layout, made loadable by another: other ranks, another ZeRO stage.
 
 DeepSpeed cuts optimizer states by rank and stage. Its universal format has one file per parameter
-and state instead; ``ds_to_universal`` makes it and ``load_universal`` reads it. Between the two
-this module adds what one stage writes and the other wants: each parameter's step, the optimizer's
-step where ZeRO-3 looks for it, and the model file under both stages' names. Frozen parameters and
-buffers are not in the format: they come from the original student, as they do in every run.
+and state instead, to which this adds what one stage writes and the other wants: each parameter's
+step, the optimizer's step where ZeRO-3 looks for it, and the model file under both stages' names.
+What is frozen is not in the format: it comes from the original student, as in every run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Pictures: safe decoding, and the tiles the vision encoder sees.
 
-Pixel values are RGB in [0, 1] with no mean or standard deviation, as nanoVLM feeds them. A picture
-becomes one square tile, or (with tiling) a whole view followed by tiles row by row. Nothing is
+Pixel values are RGB in [0, 1] with no mean or standard deviation, as nanoVLM feeds them. Nothing is
 decoded before its header has been checked, so that a decompression bomb costs no memory.
 
     image = open_image(data); pixels, grid = cut_tiles(image, ImageSettings())

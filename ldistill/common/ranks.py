@@ -149,7 +149,7 @@ def everywhere(make: Callable[[], T]) -> T:
 def relay(own: T | None, told: Callable[[dict[int, T]], BaseException]) -> None:
     """Raise on every rank what any of them has met; nothing where none has. Every rank calls it.
 
-    ``own`` is what this one has met (picklable), None or empty for nothing; ``told`` makes the error
+    ``own`` is what this one has met (picklable), None or empty for nothing; ``told`` makes an error
     of what was met, by rank.
     """
     if found := {rank: met for rank, met in enumerate(gather(own)) if met}:

@@ -1,7 +1,6 @@
 """The types every part of the data path shares: a turn, a sample, and a counted loss.
 
-Readers turn each record of any data set into exactly one `Sample` or one `Drop`, so that
-samples in = samples kept + samples dropped holds from the first step on.
+Readers turn each record of any data set into exactly one `Sample` or one `Drop`:
 
     sample = Sample("42", "docvqa", (Turn("What is the date?", "3 May"),), (png_bytes,))
 """

@@ -1,7 +1,5 @@
 """The model card of an export: where it comes from, how it was trained, its scores, how to load it.
 
-    (out / "README.md").write_text(card(run, student))
-
 Everything comes from the run's folder, so a card can be made at any later time and place. Nothing
 is asked of the hub, and no path of this machine is told.
 """

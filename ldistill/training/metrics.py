@@ -1,9 +1,8 @@
 """What a run logs: sums by source on the device, reduced over ranks only when logged.
 
-One flat dict per logged step goes to ``metrics.jsonl`` and to whatever ``--report_to`` names:
-``loss``, ``ce``, ``kd`` and the agreements overall, by category (``language/ce``) and by source
-(``source/vqav2/ce``), each with its supervised ``rows`` and those with a teacher, ``kd_rows``;
-throughput, packing, memory, samples and drops.
+One flat dict per logged step: ``loss``, ``ce``, ``kd`` and the agreements overall, by category
+(``language/ce``) and by source (``source/vqav2/ce``), each with its supervised ``rows`` and those
+with a teacher, ``kd_rows``; throughput, packing, memory, samples and drops.
 """
 
 from __future__ import annotations

@@ -104,18 +104,19 @@ def report(recipe: Recipe, folder: Path, before: Scores, after: Scores) -> None:
         console.print(_table(recipe, before, after))
     student = folder / run_files.STUDENT
     (student / readme.NAME).write_text(card(folder, student), encoding="utf-8")
-    lines = [f"student   {student}  (model card: README.md)"]
-    lines += [f"metrics   {folder / run_files.METRICS}"]
-    lines += [f"curves    {folder / run_files.CURVES}"] if drawn else []
     # Commands, to be changed and typed: see inside, measure or train on one's own, share.
     look = '--image cat.jpg --prompt "What is this?" --answer "A cat."'
-    lines += [f"next      ldistill look --student {folder} {look}"]
     steps = [f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}"]
     if recipe.data.prepare:  # data for a try
         build = "--dataset mine.json --extra-sources mine=language --out shards/"
         steps = [f"ldistill shards build {build}", "ldistill train --recipe mine --shards shards/"]
-    lines += [" " * 10 + step for step in (*steps, f"ldistill push {folder} --repo NAME")]
-    for line in lines:
+    for line in (
+        f"student   {student}  (model card: README.md)",
+        f"metrics   {folder / run_files.METRICS}",
+        *([f"curves    {folder / run_files.CURVES}"] if drawn else []),
+        f"next      ldistill look --student {folder} {look}",
+        *(" " * 10 + step for step in (*steps, f"ldistill push {folder} --repo NAME")),
+    ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

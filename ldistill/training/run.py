@@ -42,9 +42,8 @@ from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
 from ldistill.training.result import evaluate_student, export_result, report, save_last
 from ldistill.training.stopping import StopRequest
-from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer, Parts
-from ldistill.training.validation import best_of, open_validation
+from ldistill.training.validation import best_of, evaluator_of, open_validation
 
 
 def run(recipe: Recipe) -> Path:
@@ -288,7 +287,7 @@ def build_trainer(
         start=start,
         stop=stop,
         validation=validation,
-        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
+        evaluator=evaluator_of(recipe, pair, folder, lambda: bool(stop.asked)),
         best=best,
         samples=samples,
         health_steps=recipe.run.health_steps,

@@ -1,11 +1,9 @@
 """Stopping a run on request so that it can go on later as if it had never stopped.
 
-A run is asked by SIGTERM or SIGUSR1 to any of its ranks, or by a file that appears
-(`--stop_file`, `$LDISTILL_STOP_FILE`). The request travels in the one reduction that every step
-begins with, so all ranks learn of it at the same step and at no cost; after that step a checkpoint
-is saved, `stopped.json` in the run's folder says so, and `train.py` exits with
-`STOPPED_EXIT_CODE`: a scheduler can tell it from success and from failure. SIGINT and SIGKILL end
-a run at once.
+A run is asked by SIGTERM or SIGUSR1 to any of its ranks, or by a file that appears (`--stop_file`,
+`$LDISTILL_STOP_FILE`). The request travels in the one reduction that every step begins with; after
+that step a checkpoint is saved, `stopped.json` in the run's folder says so, and `train.py` exits
+with `STOPPED_EXIT_CODE`. SIGINT and SIGKILL end a run at once.
 """
 
 from __future__ import annotations
@@ -48,16 +46,11 @@ class StopRequest(TrainerCallback):
         self._signal: str | None = None
 
     @property
-    def why(self) -> str | None:
+    def asked(self) -> str | None:
         """What asked this rank, in words."""
         if self._signal is None and self.stop_file and ranks.is_first() and self.stop_file.exists():
             return f"the file {self.stop_file}"
         return self._signal
-
-    @property
-    def asked(self) -> bool:
-        """Whether this rank knows of a request."""
-        return self.why is not None
 
     @contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
@@ -90,7 +83,7 @@ class StopRequest(TrainerCallback):
         that a killed process loses; every rank calls it."""
         if not self.agreed or state.global_step >= state.max_steps:
             return
-        why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone
+        why = next(filter(None, ranks.gather(self.asked)), "the stop file")  # which may be gone
         stopped = Stopped(
             f"stopped on request ({why}); {folder / f'checkpoint-{state.global_step}'} is saved. "
             "Go on with the same command and --resume_from_checkpoint auto."

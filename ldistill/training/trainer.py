@@ -101,12 +101,6 @@ class DistillTrainer(Trainer):
 
     # ---- data ----
 
-    def packs_done(self) -> int:
-        """The data's whole state: packs consumed by all ranks since the run began."""
-        args, steps = self.args, self.state.global_step - self._begun["step"]
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return self._begun["packs"] + steps * rows * args.world_size
-
     def get_train_dataloader(self) -> Any:
         """Micro-batches of this rank, from the pack where the run stands."""
         return self.parts.load(start_pack=self._begun["packs"])
@@ -151,7 +145,12 @@ class DistillTrainer(Trainer):
             problem = problem or error
         plans = [distiller.supervise(batch) for batch in read]
         own = [len(plan.queries) for plan in plans] or [0] * count
-        counts = [stop.asked, problem is not None, sum(len(plan.targets) for plan in plans), *own]
+        counts = [
+            bool(stop.asked),
+            problem is not None,
+            sum(len(plan.targets) for plan in plans),
+            *own,
+        ]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite[:1].double()])
         stops, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
@@ -363,7 +362,11 @@ class DistillTrainer(Trainer):
             )
 
         ranks.relay([n for n, tensor in trained.items() if not tensor.isfinite().all()], told)
-        state: dict[str, Any] = {"packs": self.packs_done(), "step": step}
+        # The data's whole state: packs consumed by all ranks since the run began.
+        args, packs = self.args, self._begun["packs"]
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        packs += (step - self._begun["step"]) * rows * args.world_size
+        state: dict[str, Any] = {"packs": packs, "step": step}
         own = {"loss": float(self._tr_loss), "logged": self._globalstep_last_logged}
         state["ranks"] = ranks.gather({"meter": self.parts.meter.state()} | own)
 
