@@ -6,7 +6,6 @@ is asked of the hub, and no path of this machine is told.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import readme, run_files
 from ldistill.common.locate import PACKAGE_SCHEME
+from ldistill.common.run_files import read_json
 from ldistill.data.index import ShardIndex
 from ldistill.evaluation.lmms_results import EVALUATION
 from ldistill.evaluation.loading import kind_of
@@ -83,7 +83,7 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
     """
     recipe = yaml.safe_load((run / run_files.RECIPE).read_text(encoding="utf-8"))
     recipe["recipe"] = Path(recipe.get("recipe") or "run").stem  # a path may be its author's own
-    about = _read(run / run_files.ORIGINS)
+    about = read_json(run / run_files.ORIGINS)
     base = about.get("student", {"name": Path(str(recipe["student"])).name})
     lm = about.get("teacher")
     scores = _scores(run)
@@ -137,10 +137,6 @@ def _row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _named(model: dict[str, str]) -> str:
     name = model["name"]
     shown = f"[{name}](https://huggingface.co/{name})" if "hub" in model else f"`{name}`"
@@ -153,11 +149,11 @@ Score = tuple[str, float | None, float, str]
 
 def _scores(run: Path) -> list[Score]:
     """On the recipe's items, before and after; by `ldistill eval`, where its results lie here."""
-    items = _read(run / run_files.EVALUATION)
+    items = read_json(run / run_files.EVALUATION)
     before, after = items.get("before", {}), items.get("after", {})
     found: list[Score] = [(k, before.get(k), v, "held-out items") for k, v in after.items()]
     for file in sorted(run.glob(f"*/{EVALUATION}")):
-        result = _read(file)
+        result = read_json(file)
         by = "lmms-eval" + (f", first {result['limit']}" if result["limit"] else "")
         found += [(s["name"], None, s["value"], by) for s in result["scores"].values()]
     return found
@@ -175,7 +171,7 @@ def _training(
     for label, key in _TRAINING:
         if taught or key not in ("distil", "alpha", "temperature", "combine"):
             yield label, recipe.get(key)
-    environment = _read(run / run_files.ENVIRONMENT)
+    environment = read_json(run / run_files.ENVIRONMENT)
     if git := environment.get("git"):
         yield "commit of ldistill", git["commit"] + (", changed" if git["changed"] else "")
     packages = environment.get("packages", {})

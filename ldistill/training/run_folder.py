@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, complete, survey, write_durably
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
 from ldistill.common.run_files import RECIPE, run_id
 
@@ -137,9 +138,8 @@ def release(folder: Path, run: str) -> None:
     nothing: there is an error to tell already.
     """
     with suppress(OSError, ValueError):
-        record = json.loads((folder / run_files.RUN).read_text(encoding="utf-8"))
-        metrics = folder / run_files.METRICS
-        if record["id"] != run or survey(folder) or (metrics.exists() and metrics.stat().st_size):
+        record = run_files.read_json(folder / run_files.RUN)
+        if record.get("id") != run or survey(folder) or read_metrics(folder / run_files.METRICS):
             return
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))

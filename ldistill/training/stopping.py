@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,9 +56,6 @@ class StopRequest(TrainerCallback):
         """While training runs, signals are requests. `stopped.json` of an earlier stop goes."""
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may handle signals; the file still works
-            return
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         try:
             yield

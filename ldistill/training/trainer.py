@@ -139,18 +139,15 @@ class DistillTrainer(Trainer):
             read = [next(batches) for _ in range(count)]
         except (ConnectionError, EOFError, RuntimeError) as error:  # of a worker, or of its queue
             lost = TransientError(f"a data worker failed ({type(error).__name__}: {error})")
+            lost = worker_died(error) or lost
             lost.__cause__ = error  # LDISTILL_DEBUG shows where
-            problem = problem or worker_died(error) or lost
+            problem = problem or lost
         except (ValueError, OSError) as error:
             problem = problem or error
         plans = [distiller.supervise(batch) for batch in read]
         own = [len(plan.queries) for plan in plans] or [0] * count
-        counts = [
-            bool(stop.asked),
-            problem is not None,
-            sum(len(plan.targets) for plan in plans),
-            *own,
-        ]
+        rows = sum(len(plan.targets) for plan in plans)
+        counts = [bool(stop.asked), problem is not None, rows, *own]
         vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
         vector = torch.cat([vector, 1 - self._finite[:1].double()])
         stops, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
