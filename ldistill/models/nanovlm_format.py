@@ -21,11 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ldistill.common.documents import Pictures, Size
 from ldistill.common.errors import refuse
 from ldistill.common.images import ImageSettings, cut_tiles
 from ldistill.common.locate import resolve
-from ldistill.common.samples import Turn
+from ldistill.common.samples import Pictures, Size, Turn
 from ldistill.models.lora import LowRank, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig

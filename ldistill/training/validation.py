@@ -20,8 +20,8 @@ import torch
 
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import ranks
-from ldistill.common.documents import IGNORE
 from ldistill.common.errors import did_you_mean
+from ldistill.common.samples import IGNORE
 from ldistill.common.telling import telling
 from ldistill.data.index import ShardIndex
 from ldistill.data.loader import PackLoader

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ldistill.common.documents import Processor
+from ldistill.common.samples import Processor
 from ldistill.data.build import builder
 from ldistill.data.build.build_types import BuildOptions, SourceInput, SourceReport, SourcesFailed
 from ldistill.data.build.readers import LOW_RATING
