@@ -132,6 +132,7 @@ class RunArguments:
 
 
 OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
+_KNOWN = {f.name for cls in (*OWN, TrainingArguments) for f in dataclasses.fields(cls)}
 
 
 @dataclass
@@ -172,9 +173,8 @@ def load_recipe(name: str) -> dict[str, Any]:
     if "num_train_epochs" in own:
         shared.pop("max_steps", None)  # which the Trainer would heed instead
     values = shared | own
-    known = _known_fields()
-    for key in sorted(map(str, values.keys() - known)):
-        raise ValueError(f"recipe {name!r}: unknown field {key!r}.{did_you_mean(key, known)}")
+    for key in sorted(map(str, values.keys() - _KNOWN)):
+        raise ValueError(f"recipe {name!r}: unknown field {key!r}.{did_you_mean(key, _KNOWN)}")
     for f in dataclasses.fields(TrainingArguments):
         if values.get(f.name, "") is None and f.default is not None:
             raise ValueError(f"recipe {name!r}: {f.name} is empty: leave it out.")
@@ -203,10 +203,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _known_fields() -> set[str]:
-    return {f.name for cls in (*OWN, TrainingArguments) for f in dataclasses.fields(cls)}
-
-
 def parse(argv: list[str]) -> Recipe:
     """Recipe of a command line, which is without the program's name.
 
@@ -223,9 +219,8 @@ def parse(argv: list[str]) -> Recipe:
         values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
     notes: list[str] = []
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-    known = _known_fields()
-    for flag in sorted(given - known - {f"no_{k}" for k in known}):
-        hint = did_you_mean(flag, known, "--{}")
+    for flag in sorted(given - _KNOWN - {f"no_{k}" for k in _KNOWN}):
+        hint = did_you_mean(flag, _KNOWN, "--{}")
         raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
     if values.get("bf16") and "bf16" not in given and not has_fast_bf16():
         values["bf16"] = False

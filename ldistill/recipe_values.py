@@ -85,13 +85,10 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
 
     The global batch decides, unless accumulation was typed and it was not. Rows of a pass shrink
     to the largest divisor of a rank's share of it; a global batch that the ranks do not divide
-    becomes the next best.
+    becomes the next best; then `notes` get a line.
 
-    Args:
-        asked: the recipe with the command line over it.
-        given: flags that were typed; ValueError where they contradict each other.
-        ranks: of the run.
-        notes: gets a line where the recipe gave way.
+    Raises:
+        ValueError: no rows in a pass, or typed sizes (`given`) that contradict each other.
     """
     sizes = {name: getattr(asked, name) for name in BATCH}
     rows, steps, total = sizes.values()

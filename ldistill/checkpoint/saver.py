@@ -23,8 +23,6 @@ from ldistill.checkpoint.resuming import foreign_code
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError
 
-LATEST = "latest"
-
 
 class CheckpointError(TransientError):
     """A checkpoint could not be written; the ones before it are untouched."""

@@ -53,11 +53,8 @@ def hold_options(
     Unchanged ones are the same to the bit. DeepSpeed's ZeRO-3, which gives all groups the options
     of the first when it loads the universal format, is put right by the same.
 
-    Args:
-        optimizer: with the checkpoint's state.
-        schedule: of its rates; those that are no function of the step keep the checkpoint's.
-        groups: of :func:`parameter_groups`, as this start asks for them.
-        options: that all groups share, such as ``betas``.
+    ``groups`` are those of :func:`parameter_groups` as this start asks for them, ``options`` what
+    all of them share, such as ``betas``. Schedules that are no function of the step keep their own.
     """
     if isinstance(schedule, LambdaLR):
         schedule.base_lrs = [group["lr"] for group in groups]

@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ldistill.checkpoint.folder import ADAPTED, remove
 from ldistill.checkpoint.resuming import Start
-from ldistill.checkpoint.saver import LATEST, Saver
+from ldistill.checkpoint.saver import Saver
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError, may_pass, worker_died, writing
 from ldistill.common.run_files import STUDENT
@@ -344,7 +344,7 @@ class DistillTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.is_deepspeed_enabled and self.args.should_save:
             [parts] = Path(output_dir).glob("global_step*")
-            (Path(output_dir) / LATEST).write_text(parts.name, encoding="utf-8")
+            (Path(output_dir) / "latest").write_text(parts.name, encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student in its own format, trained weights in full precision, the data's state."""
