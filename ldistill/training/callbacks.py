@@ -19,7 +19,6 @@ from ldistill.checkpoint.logs import StepLog, read_metrics, rewrite_records
 from ldistill.common import ranks
 from ldistill.common.run_files import SAMPLES, WANDB_RUN
 from ldistill.common.telling import Telling
-from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
 
 _SHOWN = (
@@ -117,7 +116,6 @@ class SampleLog(TrainerCallback):
     def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
         self.folder, self.index, self.resume_step = run / SAMPLES, index, resume_step
         self.file = StepLog(self.folder / f"rank-{ranks.index()}.jsonl")
-        self._rows = index.column("row")
         self._pending: list[list[str]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -129,11 +127,9 @@ class SampleLog(TrainerCallback):
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Note a micro-batch (see `collate`) of the step under way."""
-        samples = batch["doc_sample"].numpy()
         packs: list[list[str]] = [[] for _ in batch["input_ids"]]
-        found = zip(self.index.source_of(samples), self._rows[samples], batch["doc_batch"].tolist())
-        for source, row, pack in found:
-            packs[pack].append(sample_key(self.index.sources[source], int(row)))
+        for sample, pack in zip(batch["doc_sample"].tolist(), batch["doc_batch"].tolist()):
+            packs[pack].append(self.index.locate(sample)[2])
         self._pending += packs
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
