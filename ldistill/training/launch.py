@@ -41,8 +41,19 @@ def check_launch() -> None:
             "build for its driver (https://pytorch.org/get-started/locally), or train on the CPU "
             "with CUDA_VISIBLE_DEVICES=''."
         )
-    if os.environ.get("RANK") == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        check_port(int(os.environ.get("MASTER_PORT", "29500")))
+    if os.environ.get("RANK") != "0" or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        return
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))  # without listening: another rank may be trying already
+        except OSError as error:
+            raise OSError(
+                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
+                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
+                "before sbatch, or deepspeed --master_port N."
+            ) from error
 
 
 def check_gpus(asked: int, seen: int) -> None:
@@ -70,20 +81,6 @@ def check_launcher(driven: int) -> None:
             f"ldistill/train.py ...` or `torchrun --nproc_per_node {driven} ldistill/train.py "
             "...` for one rank a GPU, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
         )
-
-
-def check_port(port: int) -> None:
-    """Raise OSError when another process of this machine listens on ``port``."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))  # without listening: another rank may be trying already
-        except OSError as error:
-            raise OSError(
-                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
-                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
-                "before sbatch, or deepspeed --master_port N."
-            ) from error
 
 
 def check_clocks() -> None:

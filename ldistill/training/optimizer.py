@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
@@ -65,11 +65,3 @@ def hold_options(
         group |= {name: value for name, value in options.items() if name in group}
         group["weight_decay"] = wanted["weight_decay"]
         group["initial_lr"], group["lr"] = wanted["lr"], rate
-
-
-def part_step_counters(optimizer: torch.optim.Optimizer) -> None:
-    """Give each state its own step: DeepSpeed's universal format makes them one tensor, which each
-    would then count up."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()

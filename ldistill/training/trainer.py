@@ -41,7 +41,7 @@ from ldistill.models.pair import Pair
 from ldistill.models.weights import gather_trained
 from ldistill.training.callbacks import PatientWandb, SampleLog, ShortProgress, WriteMetrics
 from ldistill.training.metrics import Meter, of_sources
-from ldistill.training.optimizer import Rates, hold_options, parameter_groups, part_step_counters
+from ldistill.training.optimizer import Rates, hold_options, parameter_groups
 from ldistill.training.stopping import StopRequest
 from ldistill.training.validation import Best, Validation
 
@@ -261,8 +261,10 @@ class DistillTrainer(Trainer):
         if self.parts.start.checkpoint is not None:
             _, groups, options = self._optimizer_of_run()
             hold_options(self.optimizer, self.lr_scheduler, groups, options)
-            if self.parts.start.converted:
-                part_step_counters(self.optimizer)
+            # DeepSpeed's universal format makes all steps one tensor, which each would count up.
+            for state in self.optimizer.state.values() if self.parts.start.converted else ():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
         return prepared
 
     # ---- logs and evaluation ----
