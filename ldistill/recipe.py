@@ -152,9 +152,8 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Every own field, and the training flags that the recipe or the command line set."""
-        own: dict[str, Any] = {}
-        for group in (self.pair, self.data, self.distil, self.run):
-            own |= dataclasses.asdict(group)
+        groups = (self.pair, self.data, self.distil, self.run)
+        own = {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
         named = set(self.given) | {"optim"}  # a checkpoint holds the optimizer's state
         own |= {k: getattr(self.training, k) for k in sorted(named) if k not in own}
         return own

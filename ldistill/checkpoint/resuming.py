@@ -27,7 +27,6 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.order import Order
 from ldistill.models.pair import Pair
 
-AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
 _PLAIN = """
 collections.OrderedDict collections.defaultdict builtins.dict builtins.list builtins.int
@@ -50,7 +49,7 @@ _WHAT = {
 
 def wants_newest(asked: str | None) -> bool:
     """Whether the newest checkpoint of the run folder is asked for."""
-    return asked is not None and str(asked).lower() in AUTO
+    return str(asked).lower() in ("true", "auto")
 
 
 def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
@@ -151,8 +150,10 @@ class Start:
 
 
 def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
-    """Where the run of this folder, as :func:`describe` tells it, begins: the checkpoint as it can
-    load it. accelerate's DeepSpeed plugin is told to load the universal format where needed.
+    """Where a run begins: the checkpoint as it can load it, converted where it was cut otherwise.
+
+    ``about`` is what the run is (see :func:`describe`), ``run`` its folder; accelerate's DeepSpeed
+    ``plugin`` is told of a conversion.
 
     Raises:
         ValueError: it belongs to another run, pair or data set, or cannot be converted.
@@ -166,14 +167,13 @@ def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) 
         return Start(checkpoint, step)
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
 
-    def convert() -> str:
+    def convert() -> Path:
         with telling(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"):
-            return str(universal.convert(checkpoint, run))
+            return universal.convert(checkpoint, run)
 
-    target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Start(Path(target), step, converted=True)
+    return Start(ranks.from_first(convert), step, converted=True)
 
 
 def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:

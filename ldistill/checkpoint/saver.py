@@ -96,11 +96,6 @@ class Saver:
         for log in self.logs:
             log.sync()
 
-    @property
-    def log_problem(self) -> TransientError | None:
-        """Why one of this rank's logs lacks what was given to it."""
-        return next((log.problem for log in self.logs if log.problem), None)
-
     def _tidy(self, path: Path) -> None:
         """What may fail without harm to the checkpoint that was just published."""
         try:

@@ -112,7 +112,8 @@ class DistillTrainer(Trainer):
         if not self._restored:
             self._restore()
         parts, step, student = self.parts, self.state.global_step, self.distiller.student
-        read = self._read(epoch_iterator, num_batches, parts.saver.log_problem)
+        problem = next((log.problem for log in parts.saver.logs if log.problem), None)
+        read = self._read(epoch_iterator, num_batches, problem)
         for inputs in read:
             batch = inputs["batch"]
             counts = count_step(student, batch, inputs["supervision"])
