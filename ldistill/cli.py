@@ -82,9 +82,9 @@ def push(
     private: Annotated[bool | None, Option(help="If new. Default: as the owner's are.")] = None,
 ) -> None:
     """Upload the student of a run with its model card and curves to the Hugging Face hub."""
-    from ldistill.training import hub
+    from ldistill.training.export import push as upload
 
-    typer.echo(hub.push(run, repo, private))
+    typer.echo(upload(run, repo, private))
 
 
 @app.command()

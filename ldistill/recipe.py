@@ -1,9 +1,8 @@
 """What a run is made of: dataclasses with a line for every field, YAML recipes, overrides.
 
-Values come, each overriding the one before, from the dataclasses' defaults,
-``recipes/_shared.yaml``, the recipe and the command line. Every field below and every flag of
-transformers' ``TrainingArguments`` is a command-line flag of ``train.py``. A recipe is a YAML file
-of such fields; ``--recipe`` takes the name of a shipped one or a path.
+Values come, each overriding the one before, from the dataclasses' defaults, ``_shared.yaml``, the
+recipe and the command line. Every field below and of transformers' ``TrainingArguments`` is a flag
+of ``train.py``. A recipe is a YAML file of such fields, by the name of a shipped one or a path.
 """
 
 from __future__ import annotations
@@ -56,15 +55,11 @@ class PairArguments:
     """Student and teacher."""
 
     student: str = _doc("Student checkpoint: folder or hub id.", "lusxvr/nanoVLM-460M-8k")
-    teacher: str = _doc(
-        "The LM the student was built on: folder or hub id.", "HuggingFaceTB/SmolLM2-360M-Instruct"
-    )
+    teacher: str = _doc("The LM it was built on, likewise.", "HuggingFaceTB/SmolLM2-360M-Instruct")
     tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
     teacher_engine: Engine = _doc("auto: zero3 with ZeRO-3, else replicated.", "auto")
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
-    teacher_rope: Rope = _doc(
-        "lm: refuse a student of another rotary base than its LM's; student: use its base.", "lm"
-    )
+    teacher_rope: Rope = _doc("Where rotary bases differ, lm: refuse; student: use its own.", "lm")
     attention: Backend = _doc("Student attention.", "sdpa")
     kernels: Literal["auto", "triton", "reference"] = _doc("auto: Triton on CUDA.", "auto")
     compile_blocks: bool = _doc("torch.compile the decoder's blocks; as --torch_compile.", False)
@@ -77,15 +72,12 @@ class DataArguments:
     """Shards, order and packing."""
 
     shards: str | None = _doc("Folder or URL of shards made by `ldistill shards build`.")
-    sources: str = _doc(
-        "full (17 sources), lang (the 8), all (those of the shards) or names by commas.", "full"
-    )
+    sources: str = _doc("full (17), lang (8), all (of the shards) or names by commas.", "full")
     extra_sources: list[str] = field(
         default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
     )
     mix: str | None = _doc(
-        "How often sources come in an epoch: a=2 (times), b=0.5 (half of it), c=25% (of its "
-        "tokens); those not named once."
+        "How often sources come in an epoch, else once: a=2 (times), b=0.5, c=25% (of its tokens)."
     )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
@@ -98,9 +90,7 @@ class DataArguments:
     shard_reads: Reads = _doc("Remote shards: whole ones are fetched and cached.", "auto")
     validation: str | None = _doc("Share of documents to hold out, by source, and validate on: 1%.")
     eval_shards: str | None = _doc("Folder or URL of shards to validate on instead.")
-    prepare: str | None = _doc(
-        "package.module:function that makes shards before the run and returns their folders.", None
-    )
+    prepare: str | None = _doc("package.module:function that makes shards and tells their folders.")
 
 
 @dataclass
@@ -109,18 +99,14 @@ class DistilArguments:
 
     distil: str = _doc("Sources that distil: none | language | all | names by commas.", "language")
     # Once parsed, these two are a number, or {"others": number, SOURCE: number, ...}.
-    alpha: str = _doc(
-        "Weight of the KD term on distilling sources, and of named ones: 0.7 or 0.7,vqav2=0.9.", 0.7
-    )
+    alpha: str = _doc("Weight of the KD term on distilling sources: 0.7 or 0.7,vqav2=0.9.", 0.7)
     temperature: str = _doc("Softmax temperature of the KD term, as alpha by source.", 4.0)
     combine: Combination = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
     kl: Divergence = _doc("Divergence of the KD term.", "forward")
     gate: Gate = _doc("Scales a by token where it doubts the teacher.", "none")
     kv_scope: Scope = _doc("Memory the teacher reads.", "full")
-    kv_grad: Literal["detached", "through"] = _doc(
-        "Whether the KL reaches the student's K/V.", "detached"
-    )
+    kv_grad: Literal["detached", "through"] = _doc("Whether KL reaches student K/V.", "detached")
 
 
 @dataclass
@@ -128,9 +114,7 @@ class RunArguments:
     """The run around the training loop."""
 
     recipe: str | None = _doc("Name of a shipped recipe or path of a YAML file.")
-    global_batch_size: int | None = _doc(
-        "Packed rows per step over all ranks; sets gradient accumulation.", 128
-    )
+    global_batch_size: int | None = _doc("Packed rows per step, all ranks; sets accumulation.", 128)
     projector_lr: float | None = _doc("Learning rate of the projector; default --learning_rate.")
     decoder_lr: float | None = _doc("Learning rate of the decoder; default --learning_rate.")
     vision_lr: float | None = _doc("Learning rate of the vision tower; default --learning_rate.")
@@ -140,9 +124,7 @@ class RunArguments:
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     evaluate: bool = _doc("Evaluate on the items before and after training.", True)
-    eval_suite: str | None = _doc(
-        "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
-    )
+    eval_suite: str | None = _doc("Suite of `ldistill eval`, every --eval_steps (--save_steps).")
     eval_limit: int | None = _doc("Items of every task, of either evaluation; default all.")
     log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
     overwrite: bool = _doc("Begin anew; a run that is there becomes FOLDER.old-1.", False)
@@ -150,6 +132,7 @@ class RunArguments:
 
 
 OWN: tuple[type, ...] = (PairArguments, DataArguments, DistilArguments, RunArguments)
+_KNOWN = {f.name for cls in (*OWN, TrainingArguments) for f in dataclasses.fields(cls)}
 
 
 @dataclass
@@ -169,9 +152,8 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Every own field, and the training flags that the recipe or the command line set."""
-        own: dict[str, Any] = {}
-        for group in (self.pair, self.data, self.distil, self.run):
-            own |= dataclasses.asdict(group)
+        groups = (self.pair, self.data, self.distil, self.run)
+        own = {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
         named = set(self.given) | {"optim"}  # a checkpoint holds the optimizer's state
         own |= {k: getattr(self.training, k) for k in sorted(named) if k not in own}
         return own
@@ -184,27 +166,14 @@ def shipped_recipes() -> dict[str, Path]:
 
 def load_recipe(name: str) -> dict[str, Any]:
     """Fields of a recipe, shipped or a user's own, over the shared ones.
-
-    Raises:
-        ValueError: no such recipe, not a mapping, a field that no dataclass has, or a value that
-            its field cannot have.
+    Raises ValueError: no such recipe, not a mapping, an unknown field, or a value it cannot have.
     """
-    shipped = shipped_recipes()
-    path = shipped.get(name, Path(name))
-    if not path.is_file():
-        raise ValueError(
-            f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
-            "or give a YAML file's path."
-        )
-    shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), _read_yaml(path)
+    shared, own = _read_yaml(_FOLDER / f"{SHARED}.yaml"), recipe_differences(name)
     if "num_train_epochs" in own:
         shared.pop("max_steps", None)  # which the Trainer would heed instead
     values = shared | own
-    known = _known_fields()
-    for key in values:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise ValueError(f"recipe {name!r}: unknown field {key!r}.{hint}")
+    for key in sorted(map(str, values.keys() - _KNOWN)):
+        raise ValueError(f"recipe {name!r}: unknown field {key!r}.{did_you_mean(key, _KNOWN)}")
     for f in dataclasses.fields(TrainingArguments):
         if values.get(f.name, "") is None and f.default is not None:
             raise ValueError(f"recipe {name!r}: {f.name} is empty: leave it out.")
@@ -212,11 +181,15 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_differences(name: str) -> dict[str, Any]:
-    """What a shipped recipe alone says, without the shared fields. Raises ValueError: none such."""
+    """What a recipe alone says, without the shared fields. Raises ValueError: none such."""
     shipped = shipped_recipes()
-    if name not in shipped:
-        raise ValueError(f"no recipe {name!r}. Shipped: {', '.join(shipped)}.")
-    return _read_yaml(shipped[name])
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise ValueError(
+            f"no recipe {name!r}.{did_you_mean(name, shipped)} Shipped: {', '.join(shipped)}; "
+            "or give a YAML file's path."
+        )
+    return _read_yaml(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -229,20 +202,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _known_fields() -> set[str]:
-    return {f.name for cls in (*OWN, TrainingArguments) for f in dataclasses.fields(cls)}
-
-
 def parse(argv: list[str]) -> Recipe:
-    """Recipe of a command line.
-
-    Args:
-        argv: without the program's name; ``--local_rank`` of a launcher is ignored.
+    """Recipe of a command line, which is without the program's name.
 
     Raises:
         ValueError: unknown recipe, field or flag, or values that contradict each other.
     """
-    argv = [a for a in argv if not a.startswith("--local_rank=")]
+    argv = [a for a in argv if not a.startswith("--local_rank=")]  # of a launcher
     first = _Parser([], add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", default=DEFAULT_RECIPE)
     name = first.parse_known_args(argv)[0].recipe
@@ -252,9 +218,8 @@ def parse(argv: list[str]) -> Recipe:
         values["use_cpu"] = True  # transformers refuses bf16 on a CPU unless told that it is meant
     notes: list[str] = []
     given = {a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--")}
-    known = _known_fields()
-    for flag in sorted(given - known - {f"no_{k}" for k in known}):
-        hint = did_you_mean(flag, known, "--{}")
+    for flag in sorted(given - _KNOWN - {f"no_{k}" for k in _KNOWN}):
+        hint = did_you_mean(flag, _KNOWN, "--{}")
         raise ValueError(f"unknown flag --{flag}.{hint} See --help.")
     if values.get("bf16") and "bf16" not in given and not has_fast_bf16():
         values["bf16"] = False

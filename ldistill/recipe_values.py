@@ -36,11 +36,7 @@ _KINDS: dict[Any, str] = {
 
 
 def settle_values(values: dict[str, Any], groups: tuple[type, ...], recipe: str) -> dict[str, Any]:
-    """The values of a recipe in the types of the dataclasses' fields.
-
-    Raises:
-        ValueError: empty, or of another type; the field is named.
-    """
+    """The values of a recipe in the types of the dataclasses' fields, or a ValueError."""
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
     try:
         own = {name: _settled(name, values[name], hints[name]) for name in hints.keys() & values}
@@ -52,17 +48,16 @@ def settle_values(values: dict[str, Any], groups: tuple[type, ...], recipe: str)
 def _settled(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:  # which of its choices is the parser's to check
         hint = str
-    kinds = (hint,) if hint in _KINDS else get_args(hint)
-    [kind] = [k for k in kinds if k is not NoneType]
+    kind = next(k for k in (hint, *get_args(hint)) if k in _KINDS)
     if value is None:
-        if NoneType in kinds:
+        if NoneType in get_args(hint):
             return None
         raise ValueError(f"{name} is empty: give it {_KINDS[kind]}, or leave it out.")
-    texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
     if name in BY_SOURCE:
         return _by_source(name, value)
     if kind == list[str] and isinstance(value, str):
         return [value]
+    texts = isinstance(value, list) and all(isinstance(part, str) for part in value)
     if name in LISTS and texts:
         return ",".join(value)
     fits = texts if kind == list[str] else isinstance(value, (kind, str))
@@ -74,14 +69,14 @@ def _settled(name: str, value: Any, hint: Any) -> Any:
 
 
 def _by_source(name: str, value: Any) -> Any:
-    values = list(value.values()) if isinstance(value, dict) else [value]
-    whole = () if isinstance(value, dict) or name != "mix" else (str,)
-    if not all(type(v) in (whole or (int, float, str)) for v in values):
+    by = isinstance(value, dict)
+    kinds = (int, float, str) if by or name != "mix" else (str,)
+    if not all(type(v) in kinds for v in (value.values() if by else [value])):
         raise ValueError(f"{name} must be {BY_SOURCE[name]} by source, got {value!r}.")
-    return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+    return ",".join(f"{k}={v}" for k, v in value.items()) if by else value
 
 
-# Sizes of a step: rows of a pass on a rank, passes, rows over all ranks.
+# Rows of a pass on a rank, passes, rows of a step over all ranks.
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
 
@@ -90,16 +85,10 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
 
     The global batch decides, unless accumulation was typed and it was not. Rows of a pass shrink
     to the largest divisor of a rank's share of it; a global batch that the ranks do not divide
-    becomes the next best.
-
-    Args:
-        asked: the recipe with the command line over it.
-        given: flags that were typed.
-        ranks: of the run.
-        notes: gets a line where the recipe gave way.
+    becomes the next best; then `notes` get a line.
 
     Raises:
-        ValueError: no rows in a pass, or typed sizes that contradict each other.
+        ValueError: no rows in a pass, or typed sizes (`given`) that contradict each other.
     """
     sizes = {name: getattr(asked, name) for name in BATCH}
     rows, steps, total = sizes.values()
@@ -107,8 +96,7 @@ def settle_batch(asked: Namespace, given: set[str], ranks: int, notes: list[str]
         raise ValueError(f"per_device_train_batch_size must be at least 1, got {rows}.")
     typed = [name in given for name in BATCH]
     if total is None or (typed[1] and not typed[2]):
-        total = rows * steps * ranks
-        return dict(zip(BATCH, (rows, steps, total), strict=True))
+        return dict(zip(BATCH, (rows, steps, rows * steps * ranks), strict=True))
     share = total / ranks
     if typed[0]:
         steps = max(1, round(share / rows))
@@ -184,15 +172,8 @@ _UNUSED = {
 
 
 def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
-    """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed.
-
-    Args:
-        asked: the recipe with the command line over it.
-        defaults: of the same parser.
-
-    Raises:
-        ValueError: such a field is not what it is by default; it is named, with the reason.
-    """
+    """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed, where it is
+    not what it is by default: ValueError with the reason."""
     for name in ("save_strategy", "eval_strategy", "logging_strategy"):
         if getattr(asked, name) not in ("steps", "no"):
             raise ValueError(
@@ -202,8 +183,8 @@ def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
     for name in sorted(vars(asked)):
         trainers = name in TrainingArguments.__dataclass_fields__ and name not in HEEDED
         if trainers and getattr(asked, name) != getattr(defaults, name):
-            found = [why for names, why in _UNUSED.items() if name.startswith(tuple(names.split()))]
-            why = found[0] if found else "nothing here reads it"
+            found = (why for names, why in _UNUSED.items() if name.startswith(tuple(names.split())))
+            why = next(found, "nothing here reads it")
             raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
 
 
@@ -217,16 +198,8 @@ def settle_evaluation(
     eval_suite: str | None,
     given: Container[str],
 ) -> None:
-    """When to evaluate, and what makes one student better than another.
-
-    Args:
-        args: are settled.
-        validation, eval_shards, eval_suite: what to evaluate on.
-        given: fields that the recipe or the command line set.
-
-    Raises:
-        ValueError: nothing to evaluate on, or twice.
-    """
+    """Settle in ``args`` when to evaluate, and what makes one student better than another, by the
+    fields that were ``given``. Raises ValueError: nothing to evaluate on, or twice."""
     evaluates = validation or eval_shards or eval_suite
     best = args.load_best_model_at_end
     cases = {
@@ -251,31 +224,22 @@ def settle_evaluation(
 
 
 def check_deepspeed(config: str | dict[str, Any] | None) -> None:
-    """Refuse a DeepSpeed configuration that cannot be read or would replace this program's rates.
-
-    Raises:
-        ValueError: no JSON, or with sections of its own for optimizer and schedule.
-    """
-    where, text = "of the recipe", config
+    """Refuse a DeepSpeed configuration that is no JSON or would replace this program's rates."""
+    where = "of the recipe"
     if isinstance(config, str):
-        where = config
-        if config.startswith("{"):  # written out, as transformers takes it too
-            where = "on the command line"
-        elif Path(config).is_file():
-            text = Path(config).read_text(encoding="utf-8")
-        else:
+        written_out = config.startswith("{")  # as transformers takes it too
+        if not written_out and not Path(config).is_file():
             return  # transformers says so
+        where = "on the command line" if written_out else config
         try:
-            config = json.loads(text)
+            config = json.loads(config if written_out else Path(config).read_text(encoding="utf-8"))
         except ValueError as error:
-            config = error
+            raise ValueError(
+                f"the DeepSpeed configuration {where} is not valid JSON: {error}."
+            ) from error
         if not isinstance(config, dict):
-            why = "must be a JSON object"
-            if isinstance(config, ValueError):
-                why = f"is not valid JSON: {config}"
-            raise ValueError(f"the DeepSpeed configuration {where} {why}.")
-    own = [name for name in ("optimizer", "scheduler") if name in (config or {})]
-    if own:
+            raise ValueError(f"the DeepSpeed configuration {where} must be a JSON object.")
+    if own := [name for name in ("optimizer", "scheduler") if name in (config or {})]:
         raise ValueError(
             f"the DeepSpeed configuration {where} has its own {' and '.join(own)}, which would "
             "train projector and decoder at one rate: take it out, and say the same with --optim, "

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ldistill.common.errors import did_you_mean, refuse
+from ldistill.common.errors import did_you_mean
 
 LANGUAGE = ("aokvqa", "figureqa", "iconqa", "robut_sqa", "scienceqa", "visual7w", "vqav2", "vsr")
 DOCUMENT = (
@@ -24,7 +24,8 @@ ALL = "all"
 """As a run's sources: whatever its shards hold."""
 OTHERS = "others"
 """As a key: the sources that are not named."""
-SUBSETS: dict[str, tuple[str, ...]] = {"full": LANGUAGE + DOCUMENT, "lang": LANGUAGE}
+SUBSETS: dict[str, tuple[str, ...]] = {"full": CATEGORIES, "lang": ("language",)}
+"""The paper's, by the categories that they have."""
 
 
 def normalise(name: str) -> str:
@@ -44,11 +45,7 @@ def known_sources(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
-    """``"language"`` or ``"document"``.
-
-    Raises:
-        ValueError: the source is neither one of the 17 nor declared in ``extra``.
-    """
+    """Of one of the 17, or of those declared in ``extra``; else ValueError."""
     known = known_sources(extra)
     if name not in known:
         raise ValueError(
@@ -60,14 +57,10 @@ def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
 
 
 def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[str]:
-    """Source ids of ``full``, ``lang`` or a comma-separated list.
-
-    ``full`` and ``lang`` stand for the paper's subsets together with the declared extra sources
-    of the same categories.
-    """
+    """Source ids of a comma-separated list; of ``full`` or ``lang``, the paper's subsets together
+    with the extra sources of the same categories."""
     if spec in SUBSETS:
-        wanted = set(CATEGORIES) if spec == "full" else {"language"}
-        return list(SUBSETS[spec]) + [n for n, c in (extra or {}).items() if c in wanted]
+        return [n for n, category in known_sources(extra).items() if category in SUBSETS[spec]]
     names = [normalise(part) for part in split_names(spec)]
     if not names:
         raise ValueError(
@@ -79,25 +72,18 @@ def resolve_sources(spec: str, extra: Mapping[str, str] | None = None) -> list[s
 
 
 def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
-    """``["receipts=document"]`` → ``{"receipts": "document"}``.
-
-    Raises:
-        ValueError: not of the form name=category, or a category other than the two.
-    """
+    """``["receipts=document"]`` → ``{"receipts": "document"}``, or a ValueError."""
     extra: dict[str, str] = {}
     for spec in specs or ():
         name, _, category = spec.partition("=")
         name, category = normalise(name), category.strip().lower()
-        cases = {
-            f"extra source {spec!r}: write name=language or name=document (language: the "
-            "teacher's word counts; document: labels alone).": (
-                not name or category not in CATEGORIES
-            ),
-            f"extra source {name!r} is one of the 17 and has its category.": (
-                name in known_sources()
-            ),
-        }
-        refuse(cases)
+        if not name or category not in CATEGORIES:
+            raise ValueError(
+                f"extra source {spec!r}: write name=language or name=document (language: the "
+                "teacher's word counts; document: labels alone)."
+            )
+        if name in known_sources():
+            raise ValueError(f"extra source {name!r} is one of the 17 and has its category.")
         extra[name] = category
     return extra
 
@@ -105,13 +91,8 @@ def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
 def by_source(name: str, value: float | str, others: float) -> float | dict[str, float]:
     """α or τ of all sources, or by source: ``0.7`` is 0.7, ``0.7,vsr=0.9`` a dict.
 
-    Args:
-        name: ``alpha`` or ``temperature``.
-        value: a number, ``source=number``, or several between commas.
-        others: what sources have that ``value`` says nothing of; stands under ``others``.
-
-    Raises:
-        ValueError: something else, or out of bounds.
+    ``name`` is ``alpha`` or ``temperature``; ``others`` is what sources have that ``value`` says
+    nothing of. Raises ValueError: it says something else, or what is out of bounds.
     """
     numbers: dict[str, float] = {}
     for part in split_names(str(value)) or [""]:
@@ -122,13 +103,10 @@ def by_source(name: str, value: float | str, others: float) -> float | dict[str,
             raise ValueError(
                 f"{name} {part!r}: write a number, source=number, or several between commas."
             ) from None
-        cases = {
-            f"alpha must lie in [0, 1], got {part}.": name == "alpha" and not 0 <= number <= 1,
-            f"temperature must be above 0, got {part}.": (
-                name == "temperature" and not 0 < number < math.inf
-            ),
-        }
-        refuse(cases)
+        if name == "alpha" and not 0 <= number <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {part}.")
+        if name == "temperature" and not 0 < number < math.inf:
+            raise ValueError(f"temperature must be above 0, got {part}.")
         numbers[normalise(source) or OTHERS] = number
     return numbers[OTHERS] if numbers.keys() == {OTHERS} else {OTHERS: others} | numbers
 
@@ -170,7 +148,12 @@ class SourceWeights:
         """
         names = tuple(names)
         categories = tuple(category_of(name, extra) for name in names)
-        chosen = _distilling(distil, names, extra)
+        kinds = SUBSETS | {"none": (), "all": CATEGORIES} | {c: (c,) for c in CATEGORIES}
+        if distil in kinds:
+            chosen = {name for name, c in zip(names, categories) if c in kinds[distil]}
+        else:
+            chosen = set(resolve_sources(distil, extra))
+            _check_named("distil", chosen, names)
         settled = []
         for field, value in (("alpha", alpha), ("temperature", temperature)):
             named = dict(value) if isinstance(value, Mapping) else {OTHERS: value}
@@ -185,20 +168,6 @@ class SourceWeights:
     def distils(self) -> bool:
         """Whether any source meets the teacher."""
         return any(a > 0 for a in self.alpha)
-
-
-def _distilling(distil: str, names: tuple[str, ...], extra: Mapping[str, str] | None) -> set[str]:
-    known = known_sources(extra)
-    if distil == "none":
-        return set()
-    if distil == "all":
-        return set(known)
-    if distil in CATEGORIES:
-        return {name for name, category in known.items() if category == distil}
-    chosen = resolve_sources(distil, extra)
-    if distil not in SUBSETS:
-        _check_named("distil", chosen, names)
-    return set(chosen)
 
 
 def _check_named(field: str, named: Iterable[str], names: tuple[str, ...]) -> None:

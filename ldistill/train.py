@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         print("loading PyTorch, transformers and DeepSpeed ...", flush=True)
     _quieten()
     import ldistill.tiny.suite  # noqa: F401 - --eval_suite tiny
-    from ldistill.common.errors import exit_code, ignore_dead_workers, worker_died
+    from ldistill.common.errors import exit_code, worker_died
     from ldistill.recipe import DEFAULT_RECIPE, parse, print_help
     from ldistill.training.launch import check_launch, tell
     from ldistill.training.run import run
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped:
         return STOPPED_EXIT_CODE
     except (ValueError, OSError, FloatingPointError, RuntimeError) as raised:
-        ignore_dead_workers()
         error = worker_died(raised) or raised
         if isinstance(error, RuntimeError) or os.environ.get("LDISTILL_DEBUG") == "1":
             raise

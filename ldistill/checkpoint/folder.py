@@ -67,17 +67,17 @@ def begin(root: Path, step: int) -> Path:
 
 def clear(root: Path) -> None:
     """Remove what an earlier, killed process left half written, half deleted or half loaded."""
-    for name in (WRITING, RETIRED, ADAPTED):
-        if (root / name).exists():
-            shutil.rmtree(root / name)
+    remove(*(root / name for name in (WRITING, RETIRED, ADAPTED)))
+
+
+def remove(*folders: Path) -> None:
+    """Delete those of the folders that are there."""
+    for folder in filter(Path.exists, folders):
+        shutil.rmtree(folder)
 
 
 def seal(folder: Path, part: int = 0, parts: int = 1) -> Files:
-    """Make files of a folder durable and hash them: every ``parts``-th of them, from ``part`` on.
-
-    Raises:
-        OSError: a file cannot be read or synced.
-    """
+    """Make files of a folder durable, and hash them: every ``parts``-th, from ``part`` on."""
     files = {}
     for name in _names(folder)[part::parts]:
         path = folder / name
@@ -88,10 +88,7 @@ def seal(folder: Path, part: int = 0, parts: int = 1) -> Files:
 
 def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Path:
     """Write the manifest and give a sealed folder its name; returns where the checkpoint lies.
-
-    Raises:
-        OSError: what was sealed is not all there is, or the disk failed.
-    """
+    Raises OSError: what was sealed is not all there is, or the disk failed."""
     if set(files) != set(_names(folder)):
         odd = sorted(set(files) ^ set(_names(folder)))[:3]
         raise OSError(f"{folder} changed while it was sealed ({', '.join(odd)}).")
@@ -110,28 +107,25 @@ def publish(folder: Path, step: int, files: Files, about: dict[str, Any]) -> Pat
 
 def retire(
     root: Path, keep: int | None, best: Callable[[int], tuple[int, float] | None] | None = None
-) -> list[Path]:
+) -> None:
     """Delete the oldest complete checkpoints beyond ``keep``, never the last one; None keeps all.
 
     What was ``best`` up to the oldest that is kept is kept as well: a run may go on from there.
     Folders that are not complete checkpoints of this format are left alone.
     """
-    good = [found for found in survey(root) if found.problem is None]
+    good = complete(root)
     kept = good[: max(keep, 1)] if keep else good
     spared = best(kept[-1].step) if best and kept else None
     gone = [f.path for f in good[len(kept) :] if spared is None or f.step != spared[0]]
     for path in reversed(gone):
         _set_aside(path)
-    if (root / RETIRED).exists():
-        shutil.rmtree(root / RETIRED)
-    return gone
+    remove(root / RETIRED)
 
 
 def _set_aside(path: Path) -> None:
     """Rename first, so that a half-deleted checkpoint is never seen under its name."""
     place = path.parent / RETIRED / path.name
-    if place.exists():
-        shutil.rmtree(place)
+    remove(place)
     place.parent.mkdir(exist_ok=True)
     path.rename(place)
 
@@ -148,12 +142,14 @@ def survey(root: Path) -> list[Found]:
     return sorted(found, key=lambda f: f.step, reverse=True)
 
 
+def complete(root: Path) -> list[Found]:
+    """Those of them that can be used."""
+    return [found for found in survey(root) if found.problem is None]
+
+
 def problem(folder: Path) -> str | None:
     """Why a folder is no complete checkpoint, by manifest and sizes; None if it is one.
-
-    Raises:
-        OSError: it cannot be read for now, so that nobody knows.
-    """
+    Raises OSError: it cannot be read for now, so that nobody knows."""
     try:
         manifest = read_manifest(folder)
     except ValueError as error:
@@ -172,11 +168,7 @@ def problem(folder: Path) -> str | None:
 
 def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Files whose bytes are not those that were written: every ``parts``-th, from ``part`` on.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        OSError: a file cannot be read for now, however often it is tried.
-    """
+    Raises OSError: a file is missing, or cannot be read, however often it is tried."""
     manifest = read_manifest(folder)
     return [
         name
@@ -186,12 +178,7 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a checkpoint.
-
-    Raises:
-        ValueError: there is none, or it is not one.
-        OSError: it cannot be read for now.
-    """
+    """Raises ValueError: there is none, or it is not one; OSError: it cannot be read for now."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}: it was never finished, or another program's")
     text = patiently((folder / MANIFEST).read_bytes)

@@ -35,11 +35,7 @@ class StepLog:
             self.problem = error
 
     def sync(self) -> None:
-        """Make what was appended durable.
-
-        Raises:
-            TransientError: some of it could not be written.
-        """
+        """Make what was appended durable. Raises TransientError: some could not be written."""
         if self.problem is not None:
             raise self.problem
         if self._unsynced:

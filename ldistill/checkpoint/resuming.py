@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from ldistill.data.index import ShardIndex
 from ldistill.data.order import Order
 from ldistill.models.pair import Pair
 
-AUTO = ("true", "auto")
 # Classes that DeepSpeed and transformers pickle into their own checkpoints; each is plain data.
 _PLAIN = """
 collections.OrderedDict collections.defaultdict builtins.dict builtins.list builtins.int
@@ -51,7 +49,7 @@ _WHAT = {
 
 def wants_newest(asked: str | None) -> bool:
     """Whether the newest checkpoint of the run folder is asked for."""
-    return asked is not None and str(asked).lower() in AUTO
+    return str(asked).lower() in ("true", "auto")
 
 
 def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
@@ -96,14 +94,11 @@ def find_checkpoint(asked: str | None, folder: Path) -> Path | None:
 
 def _bytes_problem(path: Path) -> str | None:
     """What is wrong inside the files; the ranks read a share each and all get the answer.
-
-    Raises:
-        TransientError: on every rank, when one of them could not read its share.
-    """
+    Raises TransientError on every rank, when one of them could not read its share."""
     own, unread = None, None
     try:
-        for name in checkpoint_folder.damaged(path, ranks.index(), ranks.count()):
-            own = own or f"{name} is not what was written (SHA-256 differs)"
+        if names := checkpoint_folder.damaged(path, ranks.index(), ranks.count()):
+            own = f"{names[0]} is not what was written (SHA-256 differs)"
     except (FileNotFoundError, ValueError) as error:
         own = str(error)
     except OSError as error:
@@ -126,9 +121,7 @@ def foreign_code(checkpoint: Path) -> str | None:
 
     Reads the opcodes alone: nothing is unpickled. DeepSpeed itself loads without torch's
     ``weights_only``, so this check is what stands between a downloaded checkpoint and its code.
-
-    Raises:
-        TransientError: the disk does not let a file be read.
+    Raises TransientError: the disk does not let a file be read.
     """
     for path in sorted(checkpoint.rglob("*")):
         if path.suffix not in (".pt", ".pth", ".bin", ".pkl"):
@@ -152,47 +145,35 @@ class Start:
     """Where a run begins: at step 0, or from a checkpoint that may have been converted for it."""
 
     checkpoint: Path | None = None
+    step: int = 0
     converted: bool = False
-
-    @property
-    def step(self) -> int:
-        return step_of(self.checkpoint)
 
 
 def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
-    """Where a run begins: the checkpoint as this run can load it.
+    """Where a run begins: the checkpoint as it can load it, converted where it was cut otherwise.
 
-    Args:
-        checkpoint: found by :func:`find_checkpoint`.
-        about: what this run is (see :func:`describe`).
-        run: this run's folder.
-        plugin: accelerate's DeepSpeed plugin; told to load the universal format where needed.
+    ``about`` is what the run is (see :func:`describe`), ``run`` its folder; accelerate's DeepSpeed
+    ``plugin`` is told of a conversion.
 
     Raises:
         ValueError: it belongs to another run, pair or data set, or cannot be converted.
     """
     if checkpoint is None:
         return Start()
-    found = checkpoint_folder.read_manifest(checkpoint).about
-    own = {"run": run_id(checkpoint.parent)}
-    check_belongs(checkpoint, found, about | own)
+    manifest = checkpoint_folder.read_manifest(checkpoint)
+    found, step = manifest.about, manifest.step
+    check_belongs(checkpoint, found, about | {"run": run_id(checkpoint.parent)})
     if found["layout"] == about["layout"]:
-        return Start(checkpoint)
+        return Start(checkpoint, step)
     universal.check_convertible(checkpoint, found["layout"], about["layout"])
 
-    def convert() -> str:
+    def convert() -> Path:
         with telling(f"{checkpoint.name} was cut otherwise ({found['layout']}): converting it"):
-            return str(universal.convert(checkpoint, run))
+            return universal.convert(checkpoint, run)
 
-    target = ranks.from_first(convert)
     config = plugin.deepspeed_config
     config["checkpoint"] = config.get("checkpoint", {}) | {"load_universal": True}
-    return Start(Path(target), converted=True)
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """The step a checkpoint's name tells; 0 without one."""
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    return Start(ranks.from_first(convert), step, converted=True)
 
 
 def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
@@ -203,11 +184,10 @@ def give_up_later(folder: Path, checkpoint: Path) -> list[Path]:
     """
     step = checkpoint_folder.read_manifest(checkpoint).step
     moved = []
-    for found in checkpoint_folder.survey(folder):
-        if found.step > step and found.problem is None:
+    for found in checkpoint_folder.complete(folder):
+        if found.step > step:
             target = folder / f"given-up-{found.path.name}"
-            if target.exists():
-                shutil.rmtree(target)
+            checkpoint_folder.remove(target)
             moved.append(found.path.rename(target))
             ranks.say(f"{found.path.name} is later than {checkpoint.name}: now {target.name}.")
     return moved
@@ -221,21 +201,21 @@ def describe(
 ) -> dict[str, Any]:
     """The ``about`` of a run's manifests; rank-independent."""
     teacher = pair.teacher_folder
+    # All that decides which documents come in which order.
+    shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
+    data = json.dumps([index.sources, shards, order.identity])
     return {
         "run": run_id,
         "student": model_fingerprint(pair.student_folder),
         "teacher": model_fingerprint(teacher) if teacher is not None else None,
-        "data": data_fingerprint(index, order),
+        "data": hashlib.sha256(data.encode()).hexdigest(),
         "layout": layout,
     }
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash of a model's configuration and of its weights' headers and samples.
-
-    64 pieces of 4 KiB from every weights file tell any two trainings apart, and cost nothing for
-    weights of many gigabytes.
-    """
+    """Hash of a model's configuration and of 64 pieces of 4 KiB from every file of weights, which
+    tell any two trainings apart and cost nothing for many gigabytes."""
     digest = hashlib.sha256()
     weights = list(folder.glob("*.safetensors")) or folder.glob("pytorch_model*.bin")
     for path in sorted(weights):
@@ -250,19 +230,8 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def data_fingerprint(index: ShardIndex, order: Order) -> str:
-    """Hash of everything that decides which documents come in which order."""
-    shards = [(s.source, s.samples, s.bytes, s.sha256) for s in index.shards]
-    facts = [index.sources, shards, order.identity]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
 def check_belongs(checkpoint: Path, found: dict[str, Any], mine: dict[str, Any]) -> None:
-    """Refuse a checkpoint that another run, pair or data set made.
-
-    Raises:
-        ValueError: saying which of them differs.
-    """
+    """Raise ValueError for a checkpoint that another run, pair or data set made."""
     for key, text in _WHAT.items():
         if found.get(key) != mine[key]:
             raise ValueError(

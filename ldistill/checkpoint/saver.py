@@ -3,13 +3,12 @@
     saver = Saver(folder, about, keep=2)
     saver.save(step, write)      # every rank; write() puts this rank's files into saver.root
 
-A rank whose disk is full does not raise in the middle of a collective, where the others would wait
+A rank whose disk is full does not raise in the midst of a collective, where the others would wait
 for it: what fails is noted, all go on to the end, tell one another, and raise the same sentence.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -24,8 +23,6 @@ from ldistill.checkpoint.resuming import foreign_code
 from ldistill.common import ranks
 from ldistill.common.errors import TransientError
 
-LATEST = "latest"
-
 
 class CheckpointError(TransientError):
     """A checkpoint could not be written; the ones before it are untouched."""
@@ -36,7 +33,7 @@ class Saver:
 
     Args:
         folder: the run's.
-        about: what the manifest says of the run: its id, pair, data, layout.
+        about: what the manifest says of the run (see `describe`).
         keep: complete checkpoints to keep; None for all.
         logs: this rank's, which a checkpoint is cut back to: durable before it is.
         best: step and value of the best evaluation up to a step, whose checkpoint is kept besides.
@@ -51,13 +48,9 @@ class Saver:
         best: Callable[[int], tuple[int, float] | None] | None = None,
     ) -> None:
         self.folder, self.about, self.keep, self.logs, self._best = folder, about, keep, logs, best
+        self.root = folder / checkpoint_folder.WRITING  # where the Trainer puts `checkpoint-N`
         self._failures: list[str] = []
         self._checked = False
-
-    @property
-    def root(self) -> Path:
-        """Where the Trainer puts ``checkpoint-N`` while it is written."""
-        return self.folder / checkpoint_folder.WRITING
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -72,10 +65,9 @@ class Saver:
             self._failures.append(f"{type(error).__name__}: {first}")
 
     def save(self, step: int, write: Callable[[], None]) -> Path:
-        """Write, seal and publish the checkpoint of a step. Every rank must call it.
+        """Write, seal and publish the checkpoint of a step; every rank must call it.
 
-        Raises:
-            CheckpointError: on every rank, when any of them could not write.
+        Raises CheckpointError on every rank, when any of them could not write.
         """
         self._failures.clear()
         target = self.root / f"checkpoint-{step}"
@@ -100,18 +92,9 @@ class Saver:
         return path
 
     def sync_logs(self) -> None:
-        """Make this rank's logs durable.
-
-        Raises:
-            TransientError: one of them could not be written.
-        """
+        """Make this rank's logs durable. Raises TransientError: one could not be written."""
         for log in self.logs:
             log.sync()
-
-    @property
-    def log_problem(self) -> TransientError | None:
-        """Why one of this rank's logs lacks what was given to it."""
-        return next((log.problem for log in self.logs if log.problem), None)
 
     def _tidy(self, path: Path) -> None:
         """What may fail without harm to the checkpoint that was just published."""
@@ -137,7 +120,7 @@ class Saver:
                     checkpoint_folder.clear(self.folder)  # make room
             last = "earlier ones are untouched"
             with suppress(OSError):
-                good = [f for f in checkpoint_folder.survey(self.folder) if f.problem is None]
+                good = checkpoint_folder.complete(self.folder)
                 last = "there is no earlier one"
                 if good:
                     last = f"{good[0].path.name} is complete and untouched"
@@ -160,7 +143,7 @@ class Saver:
 
             def makedirs(self, path: str, exist_ok: bool = False) -> None:
                 with attempt():
-                    os.makedirs(path, exist_ok=exist_ok)  # noqa: PTH103
+                    Path(path).mkdir(parents=True, exist_ok=exist_ok)
 
             def save(self, state_dict: Any, path: str) -> None:
                 with attempt():

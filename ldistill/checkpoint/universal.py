@@ -1,10 +1,9 @@
 """A checkpoint of one layout, made loadable by another: other ranks, another ZeRO stage.
 
 DeepSpeed cuts optimizer states by rank and stage. Its universal format has one file per parameter
-and state instead; ``ds_to_universal`` makes it and ``load_universal`` reads it. Between the two
-this module adds what one stage writes and the other wants: each parameter's step, the optimizer's
-step where ZeRO-3 looks for it, and the model file under both stages' names. Frozen parameters and
-buffers are not in the format: they come from the original student, as they do in every run.
+and state instead, to which this adds what one stage writes and the other wants: each parameter's
+step, the optimizer's step where ZeRO-3 looks for it, and the model file under both stages' names.
+What is frozen is not in the format: it comes from the original student, as in every run.
 """
 
 from __future__ import annotations
@@ -28,13 +27,8 @@ _STAGE3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
 def layout(plugin: Any, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """How this run cuts its optimizer states; equal layouts read each other's checkpoints.
-
-    Args:
-        plugin: accelerate's DeepSpeed plugin; None without DeepSpeed.
-        world_size: ranks.
-        dtype: of the forward.
-    """
+    """How a run cuts its optimizer states, by accelerate's plugin for DeepSpeed and the type of its
+    forward; equal layouts read each other's checkpoints."""
     if plugin is None:
         return {"engine": "none"}
     zero = plugin.deepspeed_config.get("zero_optimization", {})
@@ -48,11 +42,7 @@ def layout(plugin: Any, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse what no conversion exists for.
-
-    Raises:
-        ValueError: one of the two runs without ZeRO.
-    """
+    """Raise ValueError where one of the two is a run without ZeRO: no conversion exists for it."""
     names = {"none": "no DeepSpeed", "zero0": "ZeRO stage 0"}
     had, has = (names.get(of["engine"], of["engine"]) for of in (old, new))
     differing = [f"{k}: then {old.get(k)}, now {v}" for k, v in new.items() if old.get(k) != v]
@@ -69,12 +59,10 @@ def check_convertible(checkpoint: Path, old: dict[str, Any], new: dict[str, Any]
 def convert(checkpoint: Path, run: Path) -> Path:
     """Write a checkpoint in the universal format; returns the folder to resume from.
 
-    It lies beside the run's checkpoints until it has been loaded. Call it on one rank.
-
-    Raises:
-        OSError: the conversion failed; the end of what it said is in the message.
+    It lies beside the run's checkpoints until it has been loaded. Call it on one rank. Raises
+    OSError: the conversion failed; the end of what it said is in the message.
     """
-    discard(run)
+    checkpoint_folder.remove(run / ADAPTED)
     target = run / ADAPTED / checkpoint.name
     large = shutil.ignore_patterns("global_step*", "student", "latest")
     shutil.copytree(checkpoint, target, ignore=large)
@@ -83,8 +71,8 @@ def convert(checkpoint: Path, run: Path) -> Path:
     workers = str(min(8, os.cpu_count() or 1))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(source), "--output_folder", str(made)]
-    command += ["--inject_missing_state", "--num_extract_workers", workers]
-    command += ["--num_merge_workers", workers]
+    command += ["--num_extract_workers", workers, "--num_merge_workers", workers]
+    command += ["--inject_missing_state"]
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     own = {k: v for k, v in os.environ.items() if k not in launcher}
     done = subprocess.run(command, capture_output=True, text=True, env=own, check=False)
@@ -96,12 +84,6 @@ def convert(checkpoint: Path, run: Path) -> Path:
     _complete(made)
     checkpoint_folder.write_durably(target / "latest_universal", made.name)
     return target
-
-
-def discard(run: Path) -> None:
-    """Delete a converted checkpoint."""
-    if (run / ADAPTED).exists():
-        shutil.rmtree(run / ADAPTED)
 
 
 def _complete(folder: Path) -> None:

@@ -11,9 +11,6 @@ import torch
 
 from ldistill.common.cards import CARDS
 
-# Behind a name in that table these make another card of it.
-_OTHERS = "Ti|D|SUPER|Laptop|Max-Q"
-
 
 def unusable_gpu() -> str | None:
     """Why PyTorch cannot use the GPU that a driver shows here; None: it can, or none is meant."""
@@ -36,30 +33,12 @@ def has_fast_bf16() -> bool:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak rate of a device and where the number comes from.
-
-    A GPU's datasheet where it is listed; otherwise a matrix product measured now.
-    """
+    """Peak rate of a device, FLOP/s, and where the number comes from: a GPU's datasheet where it is
+    listed, otherwise the best of ten matrix products now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if rate := listed_peak(name):
             return rate, f"{name}, dense bf16 by datasheet"
-    return measured_flops(device, dtype), "matrix product measured at start"
-
-
-def listed_peak(name: str) -> float | None:
-    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed, or
-    a slice of one."""
-    if re.search(r"\bMIG\b", name):
-        return None
-    for key, card in CARDS.items():
-        if re.search(rf"\b{re.escape(key)}\b(?! (?:{_OTHERS})\b)", name, re.IGNORECASE):
-            return card.flops
-    return None
-
-
-def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Best of ten matrix products, FLOP/s."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, dtype=dtype, device=device)
     best = float("inf")
@@ -69,7 +48,17 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
         a @ a
         synchronise(device)
         best = min(best, seconds(device) - start)
-    return 2 * size**3 / best
+    return 2 * size**3 / best, "matrix product measured at start"
+
+
+def listed_peak(name: str) -> float | None:
+    """Rate of a card by the name that its driver gives it, whole words alone; None: not listed, or
+    a slice of one, or what another word behind the name makes another card."""
+    for key, card in CARDS.items():
+        whole = rf"\b{re.escape(key)}\b(?! (?:Ti|D|SUPER|Laptop|Max-Q)\b)(?!.*\bMIG\b)"
+        if re.search(whole, name, re.IGNORECASE):
+            return card.flops
+    return None
 
 
 def seconds(device: torch.device) -> float:

@@ -13,11 +13,7 @@ from packaging.requirements import Requirement
 
 
 def check_versions() -> None:
-    """Refuse what is too old or not there, before an import of it fails somewhere.
-
-    Raises:
-        ValueError: a requirement of this package is not met; it is named, with what mends it.
-    """
+    """Raise ValueError for what is too old or not there, before an import of it fails somewhere."""
     try:
         wanted = metadata.requires("ldistill") or []
     except metadata.PackageNotFoundError:  # run from its folder, without being installed
@@ -39,9 +35,8 @@ def check_versions() -> None:
 def settle_environment() -> None:
     """Defaults for threads, of which the user's own settings win; call it before torch is loaded.
 
-    Threads of OpenMP that wait for one another spin, as if the cores were theirs: on a machine that
-    others use as well, the one that they wait for does not get to run meanwhile, and a training
-    came down to a tenth of its speed. Ranks on one machine share its cores out.
+    Threads of OpenMP that wait for one another spin: on a machine that others use as well, the one
+    that they wait for does not get to run, and a training came down to a tenth of its speed.
     """
     settings = {"TOKENIZERS_PARALLELISM": "false"}
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -27,11 +27,7 @@ def disk_failed(error: BaseException) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name what was being written when the disk failed, as something that may pass.
-
-    Raises:
-        TransientError: see `disk_failed`; other errors stay what they are.
-    """
+    """Raise TransientError with the path where the disk failed; other errors stay what they are."""
     try:
         yield
     except OSError as error:
@@ -53,13 +49,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def did_you_mean(name: str, known: Iterable[str], form: str = "{!r}") -> str:
-    """A question that follows "no such ...", a space before it; empty where nothing known is alike.
-
-    Args:
-        name: what was given.
-        known: what could have been meant.
-        form: how the suggestion is written.
-    """
+    """A question behind "no such ...", a space before it; empty where nothing known is alike."""
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {form.format(close[0])}?" if close else ""
 
@@ -70,19 +60,13 @@ def refuse(cases: Mapping[str, object]) -> None:
         raise ValueError(found[0])
 
 
-def ignore_dead_workers() -> None:
-    """Let the death of further data workers interrupt nothing, for the run ends anyway.
-
-    PyTorch's handler would raise in the midst of what tells the first failure to ranks and user.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
 def worker_died(error: BaseException) -> TransientError | None:
     """The error for a data worker that was killed, if that is what PyTorch's error says.
 
-    PyTorch raises it from a signal handler, wherever the program just stands.
+    PyTorch raises it from a signal handler, wherever the program just stands. The run ends anyway:
+    further deaths no longer interrupt what tells the first one to ranks and user.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     text = str(error)
     if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
         return None

@@ -1,7 +1,6 @@
 """Pictures: safe decoding, and the tiles the vision encoder sees.
 
-Pixel values are RGB in [0, 1] with no mean or standard deviation, as nanoVLM feeds them. A picture
-becomes one square tile, or (with tiling) a whole view followed by tiles row by row. Nothing is
+Pixel values are RGB in [0, 1] with no mean or standard deviation, as nanoVLM feeds them. Nothing is
 decoded before its header has been checked, so that a decompression bomb costs no memory.
 
     image = open_image(data); pixels, grid = cut_tiles(image, ImageSettings())
@@ -56,20 +55,15 @@ class ImageSettings:
                 "tile_size"
             )
 
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a tiled picture: whole tiles, never smaller than asked."""
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """(rows, cols) of a picture's tiles, whole ones that hold it; (1, 1) without tiling."""
+        if not self.tiling:
+            return 1, 1
         side, long, short = self.tile_size, max(width, height), min(width, height)
         whole = math.ceil(long / side) * side
         new_long = self.max_side if self.resize_to_max_side else min(self.max_side, whole)
-        new_short = max(side, math.ceil(short * (new_long / long) / side) * side)
-        return (new_long, new_short) if width >= height else (new_short, new_long)
-
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """(rows, cols) of the tiles of a picture; (1, 1) without tiling."""
-        if not self.tiling:
-            return 1, 1
-        new_width, new_height = self.resized(width, height)
-        return new_height // self.tile_size, new_width // self.tile_size
+        along, across = new_long // side, max(1, math.ceil(short * (new_long / long) / side))
+        return (across, along) if width >= height else (along, across)
 
     @staticmethod
     def tiles(grid: tuple[int, int]) -> int:
@@ -79,10 +73,7 @@ class ImageSettings:
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Open encoded bytes without decoding pixels.
-
-    Raises BadImage("decompression bomb") above `MAX_PIXELS` and BadImage("undecodable image").
-    """
+    """Open encoded bytes without decoding pixels. Raises BadImage, also above `MAX_PIXELS`."""
     with _undecodable(), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image = Image.open(io.BytesIO(data))
@@ -96,10 +87,8 @@ def open_header(data: bytes) -> Image.Image:
 
 @contextmanager
 def _undecodable() -> Iterator[None]:
-    """What PIL and its plug-ins raise on broken data, whatever it is, as BadImage.
-
-    What is cut off is broken, though a library loaded beside us told PIL to let it pass.
-    """
+    """What PIL and its plug-ins raise on broken data, whatever it is, as BadImage; what is cut off
+    is broken, though a library loaded beside us told PIL to let it pass."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -114,30 +103,24 @@ def _undecodable() -> Iterator[None]:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Decode to what a viewer shows, in RGB (see `shown`). Raises BadImage."""
-    image = open_header(data)
-    with _undecodable():
-        image.load()
-        return shown(image)
-
-
-def shown(image: Image.Image) -> Image.Image:
-    """A loaded picture as a viewer shows it, in RGB.
+    """Decode to what a viewer shows, in RGB. Raises BadImage.
 
     Turned as its EXIF orientation says, as `datasets` and so lmms-eval turn it; what is clear is
     laid on white; more than 8 bits are scaled to 8: greys of 16 bits by their range, floats from 0
     to 1 by that, others from the least to the greatest value in the picture.
     """
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:  # most alpha channels say nothing
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
+    image = open_header(data)
+    with _undecodable():
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_to_8_bits(np.asarray(image)))
+        elif "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            image = image.convert("RGBA")
+            if image.getchannel("A").getextrema()[0] < 255:  # most alpha channels say nothing
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy RGB
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
@@ -148,10 +131,9 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
 
 
 def check_image(data: bytes) -> tuple[int, int, str]:
-    """(width, height, format), as shown, of a picture whose pixels really decode.
+    """(width, height, format), as shown, of a picture whose pixels really decode, else BadImage.
 
-    JPEG is decoded at reduced size: every byte of the file is still read, at a fraction of the
-    time. Raises BadImage.
+    JPEG is decoded at reduced size: every byte is still read, at a fraction of the time.
     """
     image = open_header(data)
     width, height = image.size

@@ -24,44 +24,34 @@ def default_cache() -> Path:
 def resolve(name: str | os.PathLike[str], weights: bool = True) -> Path:
     """Folder of a checkpoint, fetched from the hub when it is a hub id.
 
-    Args:
-        name: folder, ``pkg://`` or hub id.
-        weights: fetch them too; False where configuration, tokenizer and templates are enough.
-
-    Raises:
-        FileNotFoundError: neither a folder nor something the hub (or its local cache) has.
+    Without ``weights``, its configuration, tokenizer and templates alone. Raises FileNotFoundError:
+    neither a folder nor something the hub (or its local cache) has.
     """
     text = str(name)
-    path, hub = Path(text).expanduser(), False
+    path = Path(text).expanduser()
     if text.startswith(PACKAGE_SCHEME):
         package, _, inner = text.removeprefix(PACKAGE_SCHEME).partition("/")
         try:
             path = Path(str(importlib.resources.files(package))) / inner
         except ModuleNotFoundError as error:
             raise FileNotFoundError(f"{text!r}: no package {package!r} is installed.") from error
-    else:
-        hub = not text.startswith((".", "/", "~")) and text.count("/") == 1
     if path.is_dir():
         return path
-    if hub:
-        return _hub_folder(text, weights)
-    raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
-
-
-def _hub_folder(repo_id: str, weights: bool) -> Path:
+    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise FileNotFoundError(f"checkpoint folder {text!r} does not exist.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # the last for its licence
     patterns += ["*.safetensors"] if weights else []
     try:
-        folder = Path(snapshot_download(repo_id, allow_patterns=patterns))
+        folder = Path(snapshot_download(text, allow_patterns=patterns))
         if weights and not any(folder.glob("*.safetensors")):  # such as lmsys/vicuna-7b-v1.5
-            snapshot_download(repo_id, allow_patterns=["pytorch_model*"])
+            snapshot_download(text, allow_patterns=["pytorch_model*"])
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"{repo_id!r} is neither a folder here nor a model the hub gave us "
+            f"{text!r} is neither a folder here nor a model the hub gave us "
             f"({type(error).__name__}): check the name and the network (`ldistill doctor`), log in "
             "for a gated one (`hf auth login`), or give a local folder."
         ) from error

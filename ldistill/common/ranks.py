@@ -7,7 +7,8 @@ import itertools
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -15,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldistill.common.errors import TransientError, may_pass
-from ldistill.common.partition import partitioned_by
 
 T = TypeVar("T")
 _rounds = itertools.count()
@@ -38,7 +38,7 @@ def index() -> int:
 
 def is_first() -> bool:
     """Whether this is rank 0."""
-    return not distributed() or dist.get_rank() == 0
+    return index() == 0
 
 
 def say(text: str) -> None:
@@ -99,8 +99,7 @@ def from_first(make: Callable[[], T]) -> T:
     """``make()`` on rank 0, its result on every rank; an error there is an error everywhere.
 
     ``make`` must not wait for other ranks. They wait as long as it takes, and what it loads is
-    whole: while the configuration of a ZeRO-3 run is alive, transformers would partition it, and
-    let every ``generate`` ask all ranks whether they are done.
+    whole: under ZeRO-3 ``generate``, too, would else ask all ranks whether they are done.
     """
     if not distributed():
         return make()
@@ -128,7 +127,7 @@ def everywhere(make: Callable[[], T]) -> T:
         ValueError, OSError: the error, with the names of its machines where others have it not;
             a TransientError where all that failed may pass by itself.
     """
-    error: ValueError | OSError | None = None
+    result, error = None, None
     try:
         result = make()
     except (ValueError, OSError) as caught:
@@ -150,9 +149,8 @@ def everywhere(make: Callable[[], T]) -> T:
 def relay(own: T | None, told: Callable[[dict[int, T]], BaseException]) -> None:
     """Raise on every rank what any of them has met; nothing where none has. Every rank calls it.
 
-    Args:
-        own: what this rank has met (picklable); None or empty for nothing.
-        told: makes the error of what was met, by rank.
+    ``own`` is what this one has met (picklable), None or empty for nothing; ``told`` makes an error
+    of what was met, by rank.
     """
     if found := {rank: met for rank, met in enumerate(gather(own)) if met}:
         raise shared(told(found))
@@ -162,3 +160,32 @@ def shared(error: T) -> T:
     """Mark an error as one that every rank raises, so that only rank 0 need tell it."""
     error.of_all_ranks = True  # type: ignore[attr-defined]
     return error
+
+
+@contextmanager
+def partitioned_by(config: dict[str, Any] | None) -> Iterator[None]:
+    """Partition what transformers loads within over the ranks, by a DeepSpeed configuration; None
+    keeps it whole, also while a ZeRO-3 run's own is alive, by which all would be partitioned."""
+    from transformers.integrations import deepspeed as integration
+
+    outer = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    kept = integration.HfDeepSpeedConfig(config) if config is not None else None
+    try:
+        yield
+    finally:
+        del kept
+        integration._hf_deepspeed_config_weak_ref = outer
+
+
+@contextmanager
+def partitioned_by_the_run() -> Iterator[None]:
+    """Partition what is loaded within as the run's own configuration says (whole below stage 3)."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        # Partitioning counts the ranks by DeepSpeed's own communication, which starts later else.
+        deepspeed.init_distributed()
+    yield

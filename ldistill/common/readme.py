@@ -7,31 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard import metadata_load
 
 NAME = "README.md"
 
 
 def head(folder: Path) -> dict[str, Any]:
     """YAML between the first lines of a folder's README.md; empty where there is none."""
-    path = folder / NAME
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    before, mark, rest = text.partition("---\n")
-    if before.strip() or not mark:
-        return {}
     try:
-        values = yaml.safe_load(rest.partition("\n---")[0])
-    except yaml.YAMLError:  # somebody else's file, of which nothing depends
+        return metadata_load(folder / NAME) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # somebody else's file, of which nothing depends
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def origin(values: Mapping[str, Any]) -> dict[str, str]:
-    """``licence`` and ``homepage`` of such values, those that they have.
-
-    Args:
-        values: with ``license`` (a name, several, or ``other`` beside a ``license_name``) and
-            ``homepage``.
-    """
+    """``licence`` and ``homepage`` of such values, those that they have: ``license`` is a name,
+    several, or ``other`` beside a ``license_name``."""
     licence = values.get("license")
     if licence == "other":
         licence = values.get("license_name") or licence

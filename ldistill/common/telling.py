@@ -1,9 +1,7 @@
 """What a longer step of work shows while it goes on: a bar on a terminal, lines in a log.
 
     with telling("evaluating", total=len(items)) as told:
-        for item in items:
-            ...
-            told.advance()
+        told.advance()      # after each
 
 Nobody should have to wonder whether a run hangs: in a log a line comes when the step begins and
 every eight seconds; after some minutes ever more rarely, for a log is read later.
@@ -36,7 +34,6 @@ class Telling:
         self._clock.start()
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
         self.done += count
 
     def line(self, text: str) -> None:
@@ -45,7 +42,6 @@ class Telling:
         print(text, flush=True)
 
     def end(self) -> None:
-        """Nothing more is said."""
         self._over.set()
         self._clock.join()
 
@@ -69,13 +65,7 @@ class _Bar(Progress):
 
 @contextmanager
 def telling(what: str, total: int | None = None, note: str = "") -> Iterator[Telling | _Bar]:
-    """Show that something goes on, and how far it is if `total` and ``advance`` say.
-
-    Args:
-        what: it is.
-        total: how many there are to do.
-        note: what else is worth knowing as it begins.
-    """
+    """Show that something goes on, and how far it is if `total` and ``advance`` say."""
     if sys.stdout.isatty():
         of = () if total is None else (BarColumn(), MofNCompleteColumn())
         with _Bar(TextColumn("{task.description}"), *of, TimeElapsedColumn()) as bar:

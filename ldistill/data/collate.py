@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ldistill.common.documents import IGNORE, Document, Pictures
+from ldistill.common.samples import IGNORE, Document, Pictures
 from ldistill.data.archive import BadSample
 
 Batch = dict[str, Any]

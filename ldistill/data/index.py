@@ -19,8 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ldistill.common.documents import Processor
-from ldistill.common.samples import Sample
+from ldistill.common.samples import Processor, Sample
 from ldistill.data.archive import (
     INDEX_NAME,
     SAMPLE_DTYPE,

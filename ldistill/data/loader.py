@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ldistill.common.documents import IGNORE, Document, Processor
-from ldistill.common.samples import BadImage
+from ldistill.common.samples import IGNORE, BadImage, Document, Processor
 from ldistill.data.archive import BadSample
 from ldistill.data.collate import Batch, Collate, LoadedDocument, LoadedPack
 from ldistill.data.index import ShardIndex

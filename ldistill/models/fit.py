@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModel, PretrainedConfig
 
-from ldistill.common.partition import partitioned_by
+from ldistill.common.ranks import partitioned_by
 from ldistill.models.flops import head_dim
 
 Rope = Literal["lm", "student"]

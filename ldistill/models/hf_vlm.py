@@ -24,8 +24,8 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from ldistill.common.documents import Pictures
-from ldistill.common.partition import partitioned_by
+from ldistill.common.ranks import partitioned_by
+from ldistill.common.samples import Pictures
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
 
 

@@ -33,11 +33,10 @@ from transformers import (
 from transformers import core_model_loading as loading
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from ldistill.common.documents import Pictures, Size
 from ldistill.common.errors import refuse
 from ldistill.common.locate import resolve
-from ldistill.common.partition import partitioned_by, partitioned_by_the_run
-from ldistill.common.samples import BadImage, Turn
+from ldistill.common.ranks import partitioned_by, partitioned_by_the_run
+from ldistill.common.samples import BadImage, Pictures, Size, Turn
 from ldistill.models.hf_vlm import FAMILIES, HFVLM, bare_model
 from ldistill.models.lora import WeightUpdates, updated
 from ldistill.models.processor import Processor, check_token

@@ -17,7 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from ldistill.common.documents import Pictures
+from ldistill.common.samples import Pictures
 from ldistill.models.nanovlm_config import NanoVLMConfig
 from ldistill.models.student import LMHead, Student, keep_rotary_float32
 

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ldistill.common.documents import Pictures, Size
 from ldistill.common.errors import refuse
 from ldistill.common.images import ImageSettings, cut_tiles
 from ldistill.common.locate import resolve
+from ldistill.common.samples import Pictures, Size
 from ldistill.models.lora import WeightUpdates, updated
 from ldistill.models.nanovlm import NanoVLM
 from ldistill.models.nanovlm_config import NanoVLMConfig

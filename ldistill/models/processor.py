@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ldistill.common.documents import IGNORE, Document, Pictures, Size
 from ldistill.common.errors import refuse
 from ldistill.common.images import open_image
-from ldistill.common.samples import Turn
+from ldistill.common.samples import IGNORE, Document, Pictures, Size, Turn
 
 if TYPE_CHECKING:
     from pathlib import Path

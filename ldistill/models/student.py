@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ldistill.common.documents import Pictures
+from ldistill.common.samples import Pictures
 
 
 class LMHead(nn.Linear):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig
 
-from ldistill.common.documents import Pictures
+from ldistill.common.samples import Pictures
 from ldistill.models.hf_vlm import bare_model, cut_tiles
 
 PICTURE = (640, 480)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ldistill.common.partition import partitioned_by
+from ldistill.common.ranks import partitioned_by
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are computed in float32
 

@@ -17,9 +17,8 @@ from jinja2 import Environment
 from torch import Tensor
 from transformers.utils import logging
 
-from ldistill.common.documents import IGNORE
 from ldistill.common.run_files import RECIPE
-from ldistill.common.samples import Turn
+from ldistill.common.samples import IGNORE, Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.teacher import Teacher

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+import os
+import secrets
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ldistill.checkpoint.logs import StepLog, read_metrics, rewrite_records
 from ldistill.common import ranks
-from ldistill.common.run_files import SAMPLES
+from ldistill.common.run_files import SAMPLES, WANDB_RUN
 from ldistill.common.telling import Telling
-from ldistill.data.archive import sample_key
 from ldistill.data.index import ShardIndex
 
 _SHOWN = (
@@ -31,11 +33,8 @@ _SHOWN = (
 def short_line(
     step: int, steps: int, logs: dict[str, float], kd_scales: Mapping[str, float]
 ) -> str:
-    """One line of a logged step: the few numbers one watches.
-
-    Args:
-        kd_scales: by source, of the KL, whose mean is logged, in the loss.
-    """
+    """The few numbers of a logged step that one watches; KD is the KL as scaled, by source, in the
+    loss."""
     if logs.get("kd_rows"):
         kds = {n: logs.get(f"source/{n}/kd", 0) * logs[f"source/{n}/kd_rows"] for n in kd_scales}
         total = sum(kd_scales[name] * kd for name, kd in kds.items())
@@ -45,10 +44,7 @@ def short_line(
 
 
 class ShortProgress(ProgressCallback):
-    """The Trainer's bar, with one short line instead of all of a step's metrics.
-
-    The bar is for terminals: in a job's log it would be a line a step.
-    """
+    """The Trainer's bar (on a terminal), one short line instead of all of a step's metrics."""
 
     def __init__(self, kd_scales: Mapping[str, float]) -> None:
         super().__init__()
@@ -105,8 +101,7 @@ class WriteMetrics(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         told = any(name == "loss" or name.startswith("eval_") for name in logs or {})
         if state.is_world_process_zero and told:
-            odd = {k for k, v in logs.items() if isinstance(v, float) and not math.isfinite(v)}
-            finite = {k: v for k, v in logs.items() if k not in odd}
+            finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
             self.file.append({"step": state.global_step} | finite)
 
 
@@ -114,20 +109,13 @@ class SampleLog(TrainerCallback):
     """Which samples every step trained on, where ``--log_samples`` asks for it.
 
     ``samples/rank-N.jsonl`` in the run folder has one line a step of that rank, with the packed
-    rows it took: ``{"step": 3, "packs": [["vqav2-000000012", "docvqa-000000003"], ...]}``. A
-    resumed run cuts every rank's file back to its checkpoint's step, so the files always tell of
-    one history.
-
-    Args:
-        run: the run's folder.
-        index: names the samples.
-        resume_step: later lines are cut away.
+    rows it took: ``{"step": 3, "packs": [["vqav2-000000012", "docvqa-000000003"], ...]}``. Later
+    lines than a resumed run's checkpoint are cut away: the files always tell of one history.
     """
 
     def __init__(self, run: Path, index: ShardIndex, resume_step: int) -> None:
         self.folder, self.index, self.resume_step = run / SAMPLES, index, resume_step
         self.file = StepLog(self.folder / f"rank-{ranks.index()}.jsonl")
-        self._rows = index.column("row")
         self._pending: list[list[str]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -139,11 +127,9 @@ class SampleLog(TrainerCallback):
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Note a micro-batch (see `collate`) of the step under way."""
-        samples = batch["doc_sample"].numpy()
         packs: list[list[str]] = [[] for _ in batch["input_ids"]]
-        found = zip(self.index.source_of(samples), self._rows[samples], batch["doc_batch"].tolist())
-        for source, row, pack in found:
-            packs[pack].append(sample_key(self.index.sources[source], int(row)))
+        for sample, pack in zip(batch["doc_sample"].tolist(), batch["doc_batch"].tolist()):
+            packs[pack].append(self.index.locate(sample)[2])
         self._pending += packs
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -162,11 +148,68 @@ def read_samples(run: Path) -> dict[int, list[list[str]]]:
     return {s: [p for turn in zip(*of) for p in turn] for s, of in sorted(steps.items())}
 
 
-def plot_curves(metrics: Path, target: Path) -> bool:
-    """Picture of CE and KD by source category over steps; False when there is nothing to draw.
+# ---- Weights & Biases: one run there, however often this one stops ----
 
-    Validation is dashed.
+
+def keep_wandb_run(folder: Path, report_to: Sequence[str]) -> None:
+    """Have wandb go on in the run whose id the run's folder keeps; made at the first start.
+
+    `$WANDB_RUN_ID`, where set, is taken instead and kept. Call it on rank 0, before training.
     """
+    if "wandb" not in report_to:
+        return
+    file = folder / WANDB_RUN
+    kept = file.read_text(encoding="utf-8").strip() if file.is_file() else None
+    run_id = os.environ.get("WANDB_RUN_ID") or kept or secrets.token_hex(4)
+    if run_id != kept:
+        file.write_text(run_id + "\n", encoding="utf-8")
+    os.environ["WANDB_RUN_ID"] = run_id
+    os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+class PatientWandb(WandbCallback):
+    """The Trainer's wandb callback, whose failures are told and do not end the run.
+
+    wandb sends through a process of its own. A scheduler that signals a whole job ends that
+    process first, and the next record would raise, just before the checkpoint is saved.
+    """
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_save, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def _try(self, report: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._wandb is not None and not _reported(report, *args, **kwargs):
+            self._wandb = None
+
+
+def close_wandb() -> None:
+    """Have everything sent, if this process has a wandb run: a launcher may end it any moment."""
+    wandb = sys.modules.get("wandb")
+    if getattr(wandb, "run", None) is not None:
+        _reported(wandb.finish)
+
+
+def _reported(report: Callable[..., None], *args: Any, **kwargs: Any) -> bool:
+    try:
+        report(*args, **kwargs)
+    except Exception as error:  # of wandb's sockets or its own, whatever they are
+        told = f"wandb is lost ({type(error).__name__}: {error}); metrics.jsonl has every record."
+        print(told, file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def plot_curves(metrics: Path, target: Path) -> bool:
+    """Picture of CE and KD by category over steps, validation dashed; False: nothing to draw."""
     records = [r for r in read_metrics(metrics) if "ce" in r or "eval_ce" in r]
     if not records:
         return False

@@ -1,14 +1,11 @@
 """The model card of an export: where it comes from, how it was trained, its scores, how to load it.
 
-    write_card(run, student, out)      # out/README.md
-
 Everything comes from the run's folder, so a card can be made at any later time and place. Nothing
 is asked of the hub, and no path of this machine is told.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import readme, run_files
 from ldistill.common.locate import PACKAGE_SCHEME
+from ldistill.common.run_files import read_json
 from ldistill.data.index import ShardIndex
 from ldistill.evaluation.lmms_run import EVALUATION
 from ldistill.evaluation.scorer import kind_of
@@ -51,13 +49,7 @@ processor = AutoProcessor.from_pretrained("{name}")""",
 
 
 def origins(pair: Pair, student: str, teacher: str, index: ShardIndex) -> dict[str, Any]:
-    """What cards say of a run's pair and data, to be kept in its folder.
-
-    Args:
-        pair: loaded, so that its folders are here.
-        student, teacher: as the recipe names them.
-        index: of the shards.
-    """
+    """What cards say of a run's pair, as its recipe names it, and data; kept in its folder."""
     sources = [
         {
             "source": name,
@@ -83,23 +75,15 @@ def _model(name: str, folder: Path) -> dict[str, str]:
     return found | readme.origin(readme.head(folder))
 
 
-def write_card(run: Path, student: Path, out: Path) -> None:
-    """Write ``out/README.md``; one that lies there is replaced. See :func:`card`."""
-    (out / readme.NAME).write_text(card(run, student), encoding="utf-8")
-
-
 def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -> str:
     """The card's text.
 
-    Args:
-        run: the run's folder, with its recipe.
-        student: folder of the student in it.
-        name: what a reader loads: a hub id, or a folder.
-        curves: whether the picture of the run's curves lies beside the card.
+    Of the run and the student in these folders; ``name`` is what a reader loads, ``curves`` whether
+    the picture of the run's curves lies beside the card.
     """
     recipe = yaml.safe_load((run / run_files.RECIPE).read_text(encoding="utf-8"))
     recipe["recipe"] = Path(recipe.get("recipe") or "run").stem  # a path may be its author's own
-    about = _read(run / run_files.ORIGINS)
+    about = read_json(run / run_files.ORIGINS)
     base = about.get("student", {"name": Path(str(recipe["student"])).name})
     lm = about.get("teacher")
     scores = _scores(run)
@@ -112,7 +96,11 @@ def card(run: Path, student: Path, name: str = "FOLDER", curves: bool = False) -
         pipeline_tag="image-text-to-text",
         tags=["ldistill", "distillation", "vision-language-model", "arxiv:2604.00829"],
         model_name=title,
-        eval_results=list(_eval_results(scores)) or None,
+        eval_results=[
+            EvalResult("image-text-to-text", task, f"{task} ({by})", "score", round(after, 4))
+            for task, _, after, by in scores
+        ]
+        or None,
     )
     taught = f"its own language model, {lm['name']}, as the teacher" if lm else "labels alone"
     table = "| task | before | after | measured by |\n|---|---|---|---|"
@@ -149,10 +137,6 @@ def _row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
 def _named(model: dict[str, str]) -> str:
     name = model["name"]
     shown = f"[{name}](https://huggingface.co/{name})" if "hub" in model else f"`{name}`"
@@ -165,25 +149,14 @@ Score = tuple[str, float | None, float, str]
 
 def _scores(run: Path) -> list[Score]:
     """On the recipe's items, before and after; by `ldistill eval`, where its results lie here."""
-    items = _read(run / run_files.EVALUATION)
+    items = read_json(run / run_files.EVALUATION)
     before, after = items.get("before", {}), items.get("after", {})
     found: list[Score] = [(k, before.get(k), v, "held-out items") for k, v in after.items()]
     for file in sorted(run.glob(f"*/{EVALUATION}")):
-        result = _read(file)
+        result = read_json(file)
         by = "lmms-eval" + (f", first {result['limit']}" if result["limit"] else "")
         found += [(s["name"], None, s["value"], by) for s in result["scores"].values()]
     return found
-
-
-def _eval_results(scores: list[Score]) -> Iterator[EvalResult]:
-    for task, _, after, by in scores:
-        yield EvalResult(
-            task_type="image-text-to-text",
-            dataset_type=task,
-            dataset_name=f"{task} ({by})",
-            metric_type="score",
-            metric_value=round(after, 4),
-        )
 
 
 def _training(
@@ -198,7 +171,7 @@ def _training(
     for label, key in _TRAINING:
         if taught or key not in ("distil", "alpha", "temperature", "combine"):
             yield label, recipe.get(key)
-    environment = _read(run / run_files.ENVIRONMENT)
+    environment = read_json(run / run_files.ENVIRONMENT)
     if git := environment.get("git"):
         yield "commit of ldistill", git["commit"] + (", changed" if git["changed"] else "")
     packages = environment.get("packages", {})

@@ -32,13 +32,7 @@ PATIENCE = 10.0
 
 
 def check_launch() -> None:
-    """Refuse a launch that cannot work.
-
-    Raises:
-        ValueError: GPUs asked for and not there, or not as many as ranks; one that PyTorch
-            cannot use.
-        OSError: rank 0's port is taken.
-    """
+    """Refuse a launch that cannot work, before anything is loaded."""
     asked = os.environ.get("LDISTILL_GPUS_PER_NODE") or 0  # set by slurm/common.sh
     check_gpus(int(asked), torch.cuda.device_count())
     if reason := unusable_gpu():
@@ -47,8 +41,19 @@ def check_launch() -> None:
             "build for its driver (https://pytorch.org/get-started/locally), or train on the CPU "
             "with CUDA_VISIBLE_DEVICES=''."
         )
-    if os.environ.get("RANK") == "0" and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ:
-        check_port(int(os.environ.get("MASTER_PORT", "29500")))
+    if os.environ.get("RANK") != "0" or "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
+        return
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))  # without listening: another rank may be trying already
+        except OSError as error:
+            raise OSError(
+                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
+                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
+                "before sbatch, or deepspeed --master_port N."
+            ) from error
 
 
 def check_gpus(asked: int, seen: int) -> None:
@@ -69,10 +74,7 @@ def check_gpus(asked: int, seen: int) -> None:
 
 
 def check_launcher(driven: int) -> None:
-    """Raise ValueError where one process drives several GPUs (``TrainingArguments.n_gpu``).
-
-    transformers would split batches by threads.
-    """
+    """Refuse one process for several GPUs: transformers would split batches by threads."""
     if driven > 1:
         raise ValueError(
             f"no launcher started this, and PyTorch sees {driven} GPUs: start it with `deepspeed "
@@ -81,26 +83,8 @@ def check_launcher(driven: int) -> None:
         )
 
 
-def check_port(port: int) -> None:
-    """Raise OSError when another process of this machine listens on ``port``."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))  # without listening: another rank may be trying already
-        except OSError as error:
-            raise OSError(
-                f"port {port} of {socket.gethostname()}, where rank 0 would listen, is in use "
-                f"({error.strerror}), probably by another run. Choose another: MASTER_PORT=N "
-                "before sbatch, or deepspeed --master_port N."
-            ) from error
-
-
 def check_clocks() -> None:
-    """Compare the machines' clocks; every rank calls it once, after the process group is there.
-
-    Raises:
-        ValueError: on every rank, when two clocks are further apart than `CLOCK_TOLERANCE`.
-    """
+    """Raise ValueError on every rank, when two clocks are `CLOCK_TOLERANCE` apart."""
     ranks.wait()
     clocks = sorted((now, host) for host, now in ranks.gather((socket.gethostname(), time.time())))
     (first, behind), (last, ahead) = clocks[0], clocks[-1]
@@ -121,14 +105,13 @@ def announce_compiling() -> None:
     load = OpBuilder.jit_load
 
     def told(self: Any, verbose: bool = True) -> Any:
-        if is_compiled(self.name):
-            return load(self, verbose)
-        if compiler() is None:
+        compiled = is_compiled(self.name)
+        if not compiled and compiler() is None:
             raise OSError(
                 f"no C++ compiler to build DeepSpeed's {self.name} with: apt install g++ (or conda "
                 "install gxx)."
             )
-        if os.environ.get("LOCAL_RANK", "0") != "0":
+        if compiled or os.environ.get("LOCAL_RANK", "0") != "0":
             return load(self, verbose)
         note = "once on this machine; one to three minutes"
         with telling(f"compiling DeepSpeed's {self.name}", note=note):
@@ -138,7 +121,7 @@ def announce_compiling() -> None:
 
 
 def is_compiled(op: str) -> bool:
-    """Whether DeepSpeed's op of this name was compiled on this machine, for this PyTorch."""
+    """Whether DeepSpeed's op was compiled on this machine, for this PyTorch."""
     from torch.utils.cpp_extension import _get_build_directory
 
     return Path(_get_build_directory(op, verbose=False), f"{op}.so").exists()
@@ -153,8 +136,7 @@ def compiler() -> str | None:
 def leave_code(code: int) -> None:
     """Write the exit code of a run that ends early where the job's script asked for it.
 
-    Whoever starts many ranks learns the highest of their codes, and ranks that it kills because
-    another one has left count as 128 and more: the code that says why is lost.
+    A launcher tells the highest code of its ranks, and those that it kills have 128 and more.
     """
     if file := os.environ.get("LDISTILL_EXIT_FILE"):  # set by slurm/common.sh
         Path(file).write_text(f"{code}\n", encoding="utf-8")

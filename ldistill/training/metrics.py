@@ -1,9 +1,8 @@
 """What a run logs: sums by source on the device, reduced over ranks only when logged.
 
-One flat dict per logged step goes to ``metrics.jsonl`` and to whatever ``--report_to`` names:
-``loss``, ``ce``, ``kd`` and the agreements overall, by category (``language/ce``) and by source
-(``source/vqav2/ce``), each with its supervised ``rows`` and those with a teacher, ``kd_rows``;
-throughput, packing, memory, samples and drops.
+One flat dict per logged step: ``loss``, ``ce``, ``kd`` and the agreements overall, by category
+(``language/ce``) and by source (``source/vqav2/ce``), each with its supervised ``rows`` and those
+with a teacher, ``kd_rows``; throughput, packing, memory, samples and drops.
 """
 
 from __future__ import annotations
@@ -40,10 +39,7 @@ _COUNTS = ("tokens", "positions", "documents", "tiles", "teacher_rows", "flops")
 class Meter:
     """Accumulates between two logged steps; ``flush`` reduces over ranks and starts anew.
 
-    Args:
-        weights: names and categories of the sources.
-        device: where the metrics matrix lies.
-        peak: FLOP/s of one device, for MFU.
+    The metrics matrix lies on ``device``; ``peak`` are FLOP/s of one, for MFU.
     """
 
     def __init__(self, weights: SourceWeights, device: torch.device, peak: float) -> None:
@@ -53,7 +49,7 @@ class Meter:
     def start(self) -> None:
         """Begin a new interval now: what came before does not count."""
         self.sums = torch.zeros(len(self.weights.names), len(COLUMNS), device=self.device)
-        self.counts = dict.fromkeys(_COUNTS, 0.0)
+        self.counts = Counter(dict.fromkeys(_COUNTS, 0.0))
         self.health = torch.zeros(2, device=self.device)
         self._drops: Counter[str] = Counter()
         self._since = time.perf_counter()
@@ -96,8 +92,7 @@ class Meter:
         self.sums += torch.tensor(state["sums"], device=self.device)
         self.health += torch.tensor(state["health"], device=self.device)
         self._drops.update(state["drops"])
-        for name, value in state["counts"].items():
-            self.counts[name] += value
+        self.counts.update(state["counts"])
         self._since -= state["seconds"]
 
     def flush(self) -> dict[str, float]:

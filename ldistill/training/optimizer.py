@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ def parameter_groups(student: Student, rates: Rates, weight_decay: float) -> lis
     """AdamW groups: vision, projector, decoder with rates of their own; no decay on norms."""
     groups = []
     known: set[int] = set()
-    # The projector first: a tower may hold it.
-    parts = (student.projector, rates.projector), (student.vision, rates.vision)
-    for part, rate in (*parts, (student, rates.decoder)):
+    parts = (student.projector, student.vision, student)  # a tower may hold the projector
+    for part, rate in zip(parts, (rates.projector, rates.vision, rates.decoder)):
         trained = [p for p in part.parameters() if p.requires_grad and id(p) not in known]
         known.update(map(id, trained))
         matrices = [p for p in trained if len(_shape(p)) > 1 and _shape(p).numel()]
@@ -54,11 +53,8 @@ def hold_options(
     Unchanged ones are the same to the bit. DeepSpeed's ZeRO-3, which gives all groups the options
     of the first when it loads the universal format, is put right by the same.
 
-    Args:
-        optimizer: with the checkpoint's state.
-        schedule: of its rates; those that are no function of the step keep the checkpoint's.
-        groups: of :func:`parameter_groups`, as this start asks for them.
-        options: that all groups share, such as ``betas``.
+    ``groups`` are those of :func:`parameter_groups` as this start asks for them, ``options`` what
+    all of them share, such as ``betas``. Schedules that are no function of the step keep their own.
     """
     if isinstance(schedule, LambdaLR):
         schedule.base_lrs = [group["lr"] for group in groups]
@@ -69,11 +65,3 @@ def hold_options(
         group |= {name: value for name, value in options.items() if name in group}
         group["weight_decay"] = wanted["weight_decay"]
         group["initial_lr"], group["lr"] = wanted["lr"], rate
-
-
-def part_step_counters(optimizer: torch.optim.Optimizer) -> None:
-    """Give each state its own step: DeepSpeed's universal format makes them one tensor, which each
-    would then count up."""
-    for state in optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone()

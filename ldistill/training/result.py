@@ -10,9 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ldistill.checkpoint.folder import sync
-from ldistill.checkpoint.resuming import step_of
-from ldistill.common import run_files
+from ldistill.checkpoint.folder import remove, sync
+from ldistill.common import readme, run_files
 from ldistill.common.errors import writing
 from ldistill.common.ranks import everywhere, from_first, say
 from ldistill.common.telling import telling
@@ -20,7 +19,7 @@ from ldistill.evaluation.items import evaluate, first_of_each, load_items
 from ldistill.models.formats import load_processor, load_student
 from ldistill.recipe import Recipe, compute_dtype
 from ldistill.training.callbacks import plot_curves
-from ldistill.training.card import write_card
+from ldistill.training.card import card
 from ldistill.training.trainer import DistillTrainer
 from ldistill.training.validation import Best
 
@@ -37,20 +36,15 @@ def save_last(trainer: DistillTrainer, folder: Path) -> Path:
     return last
 
 
-def export_result(last: Path, folder: Path, best: Best | None) -> None:
+def export_result(last: Path, folder: Path, best: Best | None, step: int) -> None:
     """The run's result, in the format the student came in; every rank must call it.
 
-    Args:
-        last: checkpoint of the last state.
-        folder: the run's.
-        best: where the best evaluated student is asked for instead.
-
-    Raises:
-        FileNotFoundError: the best is no longer there.
-        TransientError: there is no room for it.
+    ``last`` is the checkpoint of the last state, of ``step``; with ``best`` the best evaluated
+    student is asked for instead. Raises FileNotFoundError: the best is no longer there;
+    TransientError: there is no room for it.
     """
     chosen = last
-    found = from_first(lambda: best and best.find(step_of(last)))
+    found = from_first(lambda: best and best.find(step))
     if found is not None:
         step, value = found
         say(f"the best student is of step {step}: {best.metric} {value:.4g}.")
@@ -65,17 +59,11 @@ def export_result(last: Path, folder: Path, best: Best | None) -> None:
 
 
 def copy_student(source: Path, target: Path) -> None:
-    """Copy a checkpoint's student to where the run leaves its result, whole or not at all.
-
-    An earlier result stays until the new one is on the disk.
-
-    Raises:
-        TransientError: there is no room for it.
-    """
+    """Copy a student, whole or not at all: an earlier one stays until the new one is on the disk.
+    Raises TransientError: there is no room for it."""
     part, old = (target.with_name(f".{target.name}.{name}") for name in ("part", "old"))
     with writing(target):
-        for leftover in filter(Path.exists, (part, old)):
-            shutil.rmtree(leftover)
+        remove(part, old)
         part.mkdir()
         for path in sorted(source.rglob("*")):  # copytree hides which error it was
             copy = part / path.relative_to(source)
@@ -87,8 +75,7 @@ def copy_student(source: Path, target: Path) -> None:
         if target.exists():
             target.rename(old)
         part.rename(target)
-        if old.exists():
-            shutil.rmtree(old)
+        remove(old)
 
 
 def evaluate_student(recipe: Recipe, student: Path, when: str) -> Scores:
@@ -116,19 +103,20 @@ def report(recipe: Recipe, folder: Path, before: Scores, after: Scores) -> None:
         (folder / run_files.EVALUATION).write_text(result, encoding="utf-8")
         console.print(_table(recipe, before, after))
     student = folder / run_files.STUDENT
-    write_card(folder, student, student)
-    lines = [f"student   {student}  (model card: README.md)"]
-    lines += [f"metrics   {folder / run_files.METRICS}"]
-    lines += [f"curves    {folder / run_files.CURVES}"] if drawn else []
+    (student / readme.NAME).write_text(card(folder, student), encoding="utf-8")
     # Commands, to be changed and typed: see inside, measure or train on one's own, share.
     look = '--image cat.jpg --prompt "What is this?" --answer "A cat."'
-    lines += [f"next      ldistill look --student {folder} {look}"]
     steps = [f"ldistill eval --student {folder} --suite paper --out {folder / 'eval'}"]
     if recipe.data.prepare:  # data for a try
         build = "--dataset mine.json --extra-sources mine=language --out shards/"
         steps = [f"ldistill shards build {build}", "ldistill train --recipe mine --shards shards/"]
-    lines += [" " * 10 + step for step in (*steps, f"ldistill push {folder} --repo NAME")]
-    for line in lines:
+    for line in (
+        f"student   {student}  (model card: README.md)",
+        f"metrics   {folder / run_files.METRICS}",
+        *([f"curves    {folder / run_files.CURVES}"] if drawn else []),
+        f"next      ldistill look --student {folder} {look}",
+        *(" " * 10 + step for step in (*steps, f"ldistill push {folder} --repo NAME")),
+    ):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 

@@ -22,9 +22,12 @@ from ldistill.checkpoint.saver import Saver
 from ldistill.common import run_files
 from ldistill.common.device import peak_flops
 from ldistill.common.ranks import everywhere, from_first, is_first, say
+from ldistill.data.held_out import held_out, parse_share
+from ldistill.data.index import ShardIndex
 from ldistill.data.loader import make_loader
 from ldistill.data.order import Order
 from ldistill.data.remote.read_ahead import settle_reads
+from ldistill.data.store import Reading
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
 from ldistill.distill.objective import Objective
@@ -33,20 +36,17 @@ from ldistill.models.lora import add_lora
 from ldistill.models.pair import Pair, load_pair
 from ldistill.models.parts import train_only
 from ldistill.recipe import Recipe, compute_dtype, zero_stage
-from ldistill.sources import SourceWeights
-from ldistill.training import hub, run_folder
-from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
+from ldistill.sources import ALL, SourceWeights, known_sources, parse_extra, resolve_sources
+from ldistill.training import export, run_folder
+from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics, keep_wandb_run
 from ldistill.training.card import origins
-from ldistill.training.data import Data, open_data
 from ldistill.training.launch import announce_compiling, check_clocks, check_launcher
 from ldistill.training.metrics import Meter
 from ldistill.training.optimizer import Rates
 from ldistill.training.result import evaluate_student, export_result, report, save_last
 from ldistill.training.stopping import StopRequest
-from ldistill.training.suite_evaluator import evaluator_of
 from ldistill.training.trainer import DistillTrainer, Parts
-from ldistill.training.validation import best_of, open_validation
-from ldistill.training.wandb_run import keep_wandb_run
+from ldistill.training.validation import best_of, evaluator_of, open_validation
 
 
 def run(recipe: Recipe) -> Path:
@@ -66,20 +66,27 @@ def run(recipe: Recipe) -> Path:
         say(note)
     folder, resume, begun = _claim_folder(recipe)
     with _released_on_failure(folder, begun):
-        repo = _settle_repo(recipe, folder)
+        repo, args = None, recipe.training
+        if args.push_to_hub:
+            args.push_to_hub = False  # with which the Trainer would upload its own checkpoints
+            asked = args.hub_model_id or folder.resolve().name
+            repo = from_first(lambda: export.make_repo(asked, args.hub_private_repo))
         trainer, before = _set_up(recipe, folder, resume)
         parts = trainer.parts
-        if left := parts.start.step < recipe.training.max_steps:
+        if left := parts.start.step < args.max_steps:
             with parts.stop.listening(folder), closing(parts.progress):
                 trainer.train(resume_from_checkpoint=resume and str(parts.start.checkpoint))
                 parts.stop.raise_if_stopped(trainer.state, folder)
     if not left:
         say(f"{resume} is the last step: nothing is left to train.")
-    export_result(save_last(trainer, folder) if left else resume, folder, parts.best)
+    last, step = resume, parts.start.step
+    if left:
+        last, step = save_last(trainer, folder), trainer.state.global_step
+    export_result(last, folder, parts.best, step)
     after = evaluate_student(recipe, folder / run_files.STUDENT, "after training")
     from_first(lambda: report(recipe, folder, before, after))
     if repo is not None:
-        say(f"on the hub: {from_first(lambda: hub.push(folder, repo))}")
+        say(f"on the hub: {from_first(lambda: export.push(folder, repo))}")
     return folder
 
 
@@ -97,24 +104,10 @@ def _released_on_failure(folder: Path, begun: str | None) -> Iterator[None]:
         raise
 
 
-def _settle_repo(recipe: Recipe, folder: Path) -> str | None:
-    """The repository that ``push_to_hub`` asks for, there before the first step; None: not asked.
-
-    Taken from the Trainer, which would upload its own checkpoints.
-    """
-    args = recipe.training
-    if not args.push_to_hub:
-        return None
-    args.push_to_hub = False
-    asked = args.hub_model_id or folder.resolve().name
-    return from_first(lambda: hub.make_repo(asked, args.hub_private_repo))
-
-
 def _claim_folder(recipe: Recipe) -> tuple[Path, Path | None, str | None]:
     """Settle and claim the output folder; every rank gets the same one.
 
-    Returns:
-        The folder, the checkpoint to go on from, and the id of the run if one begins here.
+    Returns the folder, the checkpoint to go on from, and the id of the run if one begins here.
     """
     args, overwrite = recipe.training, recipe.run.overwrite
     asked = args.resume_from_checkpoint
@@ -164,10 +157,20 @@ def _set_up(
     data.index.check(pair.processor)
     if data.index.store.remote:
         say(settle_reads(data.index, data.order, recipe.training.world_size))
-    _settle_steps(recipe, data.order)
+    args, options = recipe.training, recipe.pair
+    if args.max_steps <= 0:  # the Trainer counts steps, since the stream of packs has no end
+        packs = len(data.order.epoch(0)) * args.num_train_epochs
+        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
+        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
     _check_disk(recipe, pair, folder)
     if is_first():
-        _write_down(recipe, pair, data, folder)
+        summary = data.order.summary()
+        say(f"data: {summary}")
+        for name, value in {
+            run_files.ORDER: dataclasses.asdict(summary),
+            run_files.ORIGINS: origins(pair, options.student, options.teacher, data.index),
+        }.items():
+            (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
     before = evaluate_student(recipe, pair.student_folder, "before training")
     return build_trainer(recipe, pair, data, folder, resume), before
 
@@ -188,6 +191,83 @@ def _prepare(recipe: Recipe) -> None:
     made = from_first(prepare)
     recipe.data.shards = recipe.data.shards or str(made.shards)
     recipe.run.eval_items = recipe.run.eval_items or str(made.items)
+
+
+@dataclasses.dataclass
+class Data:
+    """Shards, their order, the weights of their sources; what is held out to validate on."""
+
+    index: ShardIndex
+    order: Order
+    weights: SourceWeights
+    held: tuple[ShardIndex, Order] | None = None
+
+
+def open_data(recipe: Recipe) -> Data:
+    """What a recipe says. Raises ValueError or FileNotFoundError: no shards, unknown sources,
+    nothing within the limit."""
+    options = recipe.data
+    if options.shards is None:
+        raise ValueError(
+            "no shards: make some with `ldistill shards build` and name them with --shards."
+        )
+    reading = Reading(options.shard_cache, options.shard_cache_gb, options.shard_reads)
+    declared_here = parse_extra(options.extra_sources)
+    everything = ShardIndex.load(options.shards, reading=reading, also=declared_here)
+    declared = zip(everything.sources, everything.categories, strict=True)
+    extra = {n: c for n, c in declared if n not in known_sources()} | declared_here
+    found = names = everything.sources
+    if options.sources != ALL:
+        names = resolve_sources(options.sources, extra)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(
+            f"{options.shards} has no finished shards of {', '.join(missing)} (--sources "
+            f"{options.sources}); it has {', '.join(found)}. Train on what is there with --sources "
+            f"{ALL}, or build the others with `ldistill shards build`."
+        )
+    index = ShardIndex.load(options.shards, names, reading)
+    args, held, chosen = recipe.training, None, None
+    order_of = partial(
+        Order, limit=options.max_length, over_long=options.on_long, packing=options.packing
+    )
+    if options.validation:
+        mask = held_out(index, parse_share(options.validation))
+        other, chosen = ShardIndex.load(options.shards, names, reading), ~mask
+        held = other, order_of(other, chosen=mask)
+    elif options.eval_shards:
+        other = _open_eval_shards(options.eval_shards, names, reading)
+        held = other, order_of(other)
+    order = order_of(
+        index,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle_window=options.shuffle_window,
+        mix=options.mix,
+        chosen=chosen,
+    )
+    weights = SourceWeights.build(
+        index.sources,
+        distil=recipe.distil.distil,
+        alpha=recipe.distil.alpha,
+        temperature=recipe.distil.temperature,
+        extra=extra,
+    )
+    for opened in (index, *(held or ())[:1]):
+        opened.check_files()
+    return Data(index, order, weights, held)
+
+
+def _open_eval_shards(shards: str, names: list[str], reading: Reading) -> ShardIndex:
+    """The run's sources among those of `--eval_shards`."""
+    found = ShardIndex.load(shards, reading=reading, also=names).sources
+    common = [name for name in names if name in found]
+    if not common:
+        raise ValueError(
+            f"--eval_shards {shards} has {', '.join(found)}, none of the run's sources "
+            f"({', '.join(names)})."
+        )
+    if left := sorted(set(found) - set(common)):
+        say(f"validation leaves out {', '.join(left)}: this run does not train on them.")
+    return ShardIndex.load(shards, common, reading)
 
 
 def open_pair(recipe: Recipe, weights: SourceWeights) -> Pair:
@@ -287,33 +367,12 @@ def build_trainer(
         start=start,
         stop=stop,
         validation=validation,
-        evaluator=evaluator_of(recipe, pair, folder, lambda: stop.asked),
+        evaluator=evaluator_of(recipe, pair, folder, lambda: bool(stop.asked)),
         best=best,
         samples=samples,
         health_steps=recipe.run.health_steps,
     )
     return DistillTrainer(args, parts)
-
-
-def _write_down(recipe: Recipe, pair: Pair, data: Data, folder: Path) -> None:
-    """What an epoch reads and leaves out; what the model card says of pair and data."""
-    summary = data.order.summary()
-    say(f"data: {summary}")
-    found = origins(pair, recipe.pair.student, recipe.pair.teacher, data.index)
-    for name, value in {
-        run_files.ORDER: dataclasses.asdict(summary),
-        run_files.ORIGINS: found,
-    }.items():
-        (folder / name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-
-
-def _settle_steps(recipe: Recipe, order: Order) -> None:
-    """The Trainer counts steps, since the stream of packs has no end; epochs become steps."""
-    args = recipe.training
-    if args.max_steps <= 0:
-        packs = len(order.epoch(0)) * args.num_train_epochs
-        args.max_steps = math.ceil(packs / recipe.run.global_batch_size)
-        say(f"num_train_epochs {args.num_train_epochs:g}: {args.max_steps} steps.")
 
 
 def _check_disk(recipe: Recipe, pair: Pair, folder: Path) -> None:

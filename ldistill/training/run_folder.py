@@ -21,15 +21,16 @@ import subprocess
 import uuid
 from contextlib import suppress
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, survey, write_durably
+from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, complete, survey, write_durably
+from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
-from ldistill.common.run_files import run_id
-from ldistill.training.wandb_run import RUN_ID
+from ldistill.common.run_files import RECIPE, run_id
 
 # A run is resumed only with the recipe it began with; how long, how fast and how often may change.
 _IDENTITY = """
@@ -43,20 +44,15 @@ _PACKAGES = "ldistill torch deepspeed transformers triton accelerate datasets we
 def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
     """``runs/<recipe>``, or with a number behind it when that is taken."""
     name = Path(recipe).stem
-    candidate, number = root / name, 1
-    while candidate.exists():
-        number += 1
-        candidate = root / f"{name}-{number}"
-    return candidate
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(root / name for name in names if not (root / name).exists())
 
 
 def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:
     """The folder among those of :func:`default_folder` whose run was started last."""
     name = Path(recipe).stem
     named = re.compile(re.escape(name) + r"(-\d+)?")
-    runs = [
-        path for path in root.glob(f"*/{run_files.RECIPE}") if named.fullmatch(path.parent.name)
-    ]
+    runs = [path for path in root.glob(f"*/{RECIPE}") if named.fullmatch(path.parent.name)]
     own = [path for path in runs if Path(_read(path).get("recipe") or "run").stem == name]
     newest = max(own, key=lambda path: path.stat().st_mtime, default=None)
     return newest and newest.parent
@@ -73,25 +69,18 @@ def claim(
     overwrite: bool,
     restart: bool = False,
 ) -> bool:
-    """Make the folder this run's, or say why it cannot be.
+    """Make the folder this run's; whether a run begins here, rather than goes on or begins again.
 
-    Args:
-        folder: the run's.
-        recipe: resolved.
-        resume: checkpoint to go on from.
-        overwrite: begin a new run; one that lies there is renamed, ``FOLDER.old-1``.
-        restart: a run of the same recipe that lies there, without a checkpoint yet, begins again.
-
-    Returns:
-        Whether a run begins here, rather than goes on or begins again.
+    With ``overwrite`` a run that lies there is renamed, ``FOLDER.old-1``; with ``restart`` one of
+    the same recipe, without a checkpoint yet, begins again; ``resume`` is a checkpoint.
 
     Raises:
         ValueError: it holds another run, or the run to resume began with another recipe.
     """
-    old = folder / run_files.RECIPE
+    old = folder / RECIPE
     there, aside = old.exists(), None
     if resume is not None:
-        _check_same_run(resume.parent / run_files.RECIPE, recipe)
+        _check_same_run(resume.parent / RECIPE, recipe)
         if overwrite and folder.resolve() in resume.resolve().parents:
             raise ValueError(
                 f"--overwrite would rename {resume}, from which the run is to go on: leave one of "
@@ -125,9 +114,9 @@ def claim(
 
 def _set_aside(folder: Path) -> Path:
     """Rename a folder, or what it links to, and leave an empty one; where the old one is now."""
-    real, number = folder.resolve(), 1
-    while (aside := real.with_name(f"{real.name}.old-{number}")).exists():
-        number += 1
+    real = folder.resolve()
+    asides = (real.with_name(f"{real.name}.old-{number}") for number in count(1))
+    aside = next(path for path in asides if not path.exists())
     real.rename(aside)
     real.mkdir()
     if (aside / run_files.JOB).exists():  # by the script that starts this run
@@ -149,14 +138,13 @@ def release(folder: Path, run: str) -> None:
     nothing: there is an error to tell already.
     """
     with suppress(OSError, ValueError):
-        record = json.loads((folder / run_files.RUN).read_text(encoding="utf-8"))
-        metrics = folder / run_files.METRICS
-        if record["id"] != run or survey(folder) or (metrics.exists() and metrics.stat().st_size):
+        record = run_files.read_json(folder / run_files.RUN)
+        if record.get("id") != run or survey(folder) or read_metrics(folder / run_files.METRICS):
             return
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))
             return
-        for name in (RUN_ID, *run_files.OF_A_START):
+        for name in run_files.OF_A_START:
             (folder / name).unlink(missing_ok=True)
         for name in (run_files.SAMPLES, WRITING):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -164,11 +152,7 @@ def release(folder: Path, run: str) -> None:
 
 
 def check_shared(folder: Path, expected: str | None) -> None:
-    """Refuse a run folder that this rank's node does not share with rank 0's.
-
-    Raises:
-        OSError: another run, or none, lies there on this node.
-    """
+    """Raise OSError where this rank's node does not see the run that rank 0 sees in the folder."""
     if run_id(folder) != expected:
         raise OSError(
             f"{folder} is not the folder that rank 0 sees: --output_dir must lie on a file system "
@@ -178,7 +162,7 @@ def check_shared(folder: Path, expected: str | None) -> None:
 
 def _check_same_run(path: Path, recipe: dict[str, Any]) -> None:
     if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {run_files.RECIPE}: not a run of this program.")
+        raise ValueError(f"{path.parent} holds no {RECIPE}: not a run of this program.")
     old, new = _read(path), plain(recipe)
     differing = [
         f"{k}: then {old[k]!r}, now {new.get(k)!r}"
@@ -203,39 +187,24 @@ def environment() -> dict[str, Any]:
     for name in versions:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    return {"python": platform.python_version(), "packages": versions, "git": _git_state()}
-
-
-def _git_state() -> dict[str, Any] | None:
-    folder = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(folder), *words]
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    state = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        state = {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))}
+    return {"python": platform.python_version(), "packages": versions, "git": state}
 
 
 def check_disk(folder: Path, trained: int, total: int, checkpoints: int) -> None:
-    """Refuse a run whose checkpoints and export will not fit beside what it has written already.
-
-    Args:
-        folder: the run's folder, made already.
-        trained: parameters that have an optimizer state.
-        total: parameters of the student.
-        checkpoints: how many are kept, one more while the next is written.
-
-    Raises:
-        OSError: not enough room.
-    """
+    """Raise OSError where so many checkpoints, the next one and the export will not fit beside what
+    the run has written; `total` are the student's parameters, `trained` have an optimizer state."""
     # fp32 student, fp32 master weight and two moments, 16-bit weights
     each = 4 * total + 14 * trained
     needed = (checkpoints + 1) * each + 4 * total
-    kept = [found.path for found in survey(folder) if found.problem is None][:checkpoints]
-    there = sum(min(_bytes(path), each) for path in kept)
+    there = sum(min(_bytes(found.path), each) for found in complete(folder)[:checkpoints])
     there += min(_bytes(folder / run_files.STUDENT), 4 * total)
     # What a killed run left half done goes before the next checkpoint.
     there += sum(_bytes(folder / name) for name in (WRITING, RETIRED, ADAPTED))

@@ -1,11 +1,9 @@
 """Stopping a run on request so that it can go on later as if it had never stopped.
 
-A run is asked by SIGTERM or SIGUSR1 to any of its ranks, or by a file that appears
-(`--stop_file`, `$LDISTILL_STOP_FILE`). The request travels in the one reduction that every step
-begins with, so all ranks learn of it at the same step and at no cost; after that step a checkpoint
-is saved, `stopped.json` in the run's folder says so, and `train.py` exits with
-`STOPPED_EXIT_CODE`: a scheduler can tell it from success and from failure. SIGINT and SIGKILL end
-a run at once.
+A run is asked by SIGTERM or SIGUSR1 to any of its ranks, or by a file that appears (`--stop_file`,
+`$LDISTILL_STOP_FILE`). The request travels in the one reduction that every step begins with; after
+that step a checkpoint is saved, `stopped.json` in the run's folder says so, and `train.py` exits
+with `STOPPED_EXIT_CODE`. SIGINT and SIGKILL end a run at once.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +21,8 @@ from transformers import TrainerCallback, TrainerState
 
 from ldistill.common import ranks
 from ldistill.data.worker_signals import STOP_SIGNALS
+from ldistill.training.callbacks import close_wandb
 from ldistill.training.launch import leave_code
-from ldistill.training.wandb_run import close_wandb
 
 STOPPED_EXIT_CODE = 85
 STOPPED = "stopped.json"
@@ -34,21 +31,11 @@ STOPPED = "stopped.json"
 class Stopped(Exception):
     """The run was asked to stop and its checkpoint is saved."""
 
-    def __init__(self, why: str, checkpoint: Path) -> None:
-        self.why = why
-        super().__init__(
-            f"stopped on request ({why}); {checkpoint} is saved. Go on with the same command and "
-            "--resume_from_checkpoint auto."
-        )
-
 
 class StopRequest(TrainerCallback):
     """Whether the ranks of a run were asked to stop, and whether they all know.
 
     The Trainer's loop ends after the step in which they agreed, with a checkpoint.
-
-    Args:
-        stop_file: its appearance is a request; default the environment's, if any. Rank 0 looks.
     """
 
     def __init__(self, stop_file: str | Path | None = None) -> None:
@@ -58,28 +45,17 @@ class StopRequest(TrainerCallback):
         self._signal: str | None = None
 
     @property
-    def why(self) -> str | None:
+    def asked(self) -> str | None:
         """What asked this rank, in words."""
         if self._signal is None and self.stop_file and ranks.is_first() and self.stop_file.exists():
             return f"the file {self.stop_file}"
         return self._signal
 
-    @property
-    def asked(self) -> bool:
-        """Whether this rank knows of a request."""
-        return self.why is not None
-
     @contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
-        """While training runs, signals are requests; before and after they do what they always do.
-
-        The run's `stopped.json` of an earlier stop goes.
-        """
+        """While training runs, signals are requests. `stopped.json` of an earlier stop goes."""
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may handle signals; the file still works
-            return
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         try:
             yield
@@ -99,17 +75,17 @@ class StopRequest(TrainerCallback):
             control.should_evaluate = False  # it may take longer than there is
 
     def raise_if_stopped(self, state: TrainerState, folder: Path) -> None:
-        """End a run that was stopped before its last step; every rank calls it.
-
-        Raises:
-            Stopped: on every rank, after rank 0 has closed everything that a killed process loses.
-        """
+        """Raise Stopped on every rank, if before the last step, after rank 0 has closed everything
+        that a killed process loses; every rank calls it."""
         if not self.agreed or state.global_step >= state.max_steps:
             return
-        why = next(filter(None, ranks.gather(self.why)), "the stop file")  # which may be gone
-        stopped = Stopped(why, folder / f"checkpoint-{state.global_step}")
+        why = next(filter(None, ranks.gather(self.asked)), "the stop file")  # which may be gone
+        stopped = Stopped(
+            f"stopped on request ({why}); {folder / f'checkpoint-{state.global_step}'} is saved. "
+            "Go on with the same command and --resume_from_checkpoint auto."
+        )
         if ranks.is_first():
-            record = {"step": state.global_step, "of": state.max_steps, "why": stopped.why}
+            record = {"step": state.global_step, "of": state.max_steps, "why": why}
             (folder / STOPPED).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             if self.stop_file is not None:
                 self.stop_file.unlink(missing_ok=True)  # answered; the next start is a new one

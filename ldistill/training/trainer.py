@@ -4,6 +4,10 @@ What differs from the stock Trainer, and all that it overrides: the loader is ou
 position are one counter), a step's rows are counted over all ranks before it runs, the loss is
 divided by that count, metrics are kept by source, and what is saved is the student alone, in its
 own format.
+
+One reduction a step tells all ranks its rows, who teaches, whether all was finite and readable, and
+whether to stop: what one rank alone could not read stops all of them there, instead of leaving the
+others in a collective.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,11 @@ from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ldistill.checkpoint import universal
+from ldistill.checkpoint.folder import ADAPTED, remove
 from ldistill.checkpoint.resuming import Start
-from ldistill.checkpoint.saver import LATEST, Saver
+from ldistill.checkpoint.saver import Saver
 from ldistill.common import ranks
-from ldistill.common.errors import writing
+from ldistill.common.errors import TransientError, may_pass, worker_died, writing
 from ldistill.common.run_files import STUDENT
 from ldistill.data.collate import to_device
 from ldistill.distill.distiller import Distiller
@@ -34,13 +39,11 @@ from ldistill.models.flops import count_step, student_flops
 from ldistill.models.lora import WeightUpdates, weight_updates
 from ldistill.models.pair import Pair
 from ldistill.models.weights import gather_trained
-from ldistill.training.callbacks import SampleLog, ShortProgress, WriteMetrics
+from ldistill.training.callbacks import PatientWandb, SampleLog, ShortProgress, WriteMetrics
 from ldistill.training.metrics import Meter, of_sources
-from ldistill.training.optimizer import Rates, hold_options, parameter_groups, part_step_counters
-from ldistill.training.steps import Steps
+from ldistill.training.optimizer import Rates, hold_options, parameter_groups
 from ldistill.training.stopping import StopRequest
 from ldistill.training.validation import Best, Validation
-from ldistill.training.wandb_run import PatientWandb
 
 DATA_STATE = "data.json"
 WEIGHTS = "trained.safetensors"
@@ -82,8 +85,11 @@ class DistillTrainer(Trainer):
         # Our loss is already normalised over the global batch: never divide by accumulation again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
         self.parts, self.distiller = parts, parts.distiller
-        self.steps = Steps(parts.distiller, parts.stop, args.device)
-        self._begun = _read_data_state(parts.start.checkpoint)
+        # [1 + sources]: whether everything was finite so far, the loss before what each source has.
+        self._finite = torch.ones(1 + len(self.distiller.weights.names), device=args.device)
+        self._begun: dict[str, Any] = {"packs": 0, "step": 0, "ranks": []}
+        if (checkpoint := parts.start.checkpoint) is not None:
+            self._begun = json.loads((checkpoint / DATA_STATE).read_text(encoding="utf-8"))
         self._restored = False
         for stock in (ProgressCallback, PrinterCallback):
             self.remove_callback(stock)
@@ -94,12 +100,6 @@ class DistillTrainer(Trainer):
                 self.add_callback(callback)
 
     # ---- data ----
-
-    def packs_done(self) -> int:
-        """The data's whole state: packs consumed by all ranks since the run began."""
-        args, steps = self.args, self.state.global_step - self._begun["step"]
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        return self._begun["packs"] + steps * rows * args.world_size
 
     def get_train_dataloader(self) -> Any:
         """Micro-batches of this rank, from the pack where the run stands."""
@@ -112,7 +112,8 @@ class DistillTrainer(Trainer):
         if not self._restored:
             self._restore()
         parts, step, student = self.parts, self.state.global_step, self.distiller.student
-        read = self.steps.read(epoch_iterator, num_batches, step, parts.saver.log_problem)
+        problem = next((log.problem for log in parts.saver.logs if log.problem), None)
+        read = self._read(epoch_iterator, num_batches, problem)
         for inputs in read:
             batch = inputs["batch"]
             counts = count_step(student, batch, inputs["supervision"])
@@ -125,6 +126,77 @@ class DistillTrainer(Trainer):
             asked = first["batch"], first["supervision"]
             first["own_queries"] = self.distiller.own_queries(*asked)
         return read, None
+
+    def _read(
+        self, batches: Iterator, count: int, problem: Exception | None = None
+    ) -> list[dict[str, Any]]:
+        """So many micro-batches, each as what :meth:`Distiller.forward` takes.
+
+        ``problem`` is what has failed on this rank already. Raises FloatingPointError, ValueError
+        or TransientError on every rank, for what one of them met.
+        """
+        read, distiller, stop = [], self.distiller, self.parts.stop
+        try:
+            read = [next(batches) for _ in range(count)]
+        except (ConnectionError, EOFError, RuntimeError) as error:  # of a worker, or of its queue
+            lost = TransientError(f"a data worker failed ({type(error).__name__}: {error})")
+            lost = worker_died(error) or lost
+            lost.__cause__ = error  # LDISTILL_DEBUG shows where
+            problem = problem or lost
+        except (ValueError, OSError) as error:
+            problem = problem or error
+        plans = [distiller.supervise(batch) for batch in read]
+        own = [len(plan.queries) for plan in plans] or [0] * count
+        rows = sum(len(plan.targets) for plan in plans)
+        counts = [bool(stop.asked), problem is not None, rows, *own]
+        vector = torch.tensor(counts, dtype=torch.float64, device=self.args.device)
+        vector = torch.cat([vector, 1 - self._finite[:1].double()])
+        stops, unread, total, *teachers, broken = ranks.sum_over(vector).tolist()
+        stop.agreed |= stops > 0
+        if broken:
+            self._check_finite()
+        if unread:
+            self._stop_unreadable(problem)
+        teacher = distiller.teacher
+        taught = teachers if teacher is not None and teacher.collective else own
+        return [
+            {"batch": batch, "supervision": plan, "total": max(total, 1.0), "run_teacher": n > 0}
+            for batch, plan, n in zip(read, plans, taught, strict=True)
+        ]
+
+    def _stop_unreadable(self, problem: Exception | None) -> None:
+        """Raise, on every rank, what one of them could not read; rather what must be mended."""
+
+        def told(found: dict[int, tuple[str, bool]]) -> Exception:
+            rank, (text, passing) = min(found.items(), key=lambda one: one[1][1])
+            step = self.state.global_step + 1
+            what = f"{text} (step {step}, rank {rank}). Nothing was trained on it"
+            again = "go on with --resume_from_checkpoint auto"
+            error: Exception = ValueError(
+                f"{what}: mend the shards (`ldistill shards verify` names all that is damaged) and "
+                f"{again}, or let bad samples be dropped and counted with --on_bad_sample drop."
+            )
+            if passing:
+                error = TransientError(f"{what}: {again}.")
+            error.__cause__ = problem
+            return error
+
+        ranks.relay(problem and (str(problem), may_pass(problem)), told)
+
+    def _check_finite(self) -> None:
+        """Raise FloatingPointError on every rank, when the loss of one was not finite."""
+        loss, *sources = self._finite.tolist()
+        names = [n for n, fine in zip(self.distiller.weights.names, sources) if not fine]
+
+        def told(found: dict[int, list[str]]) -> FloatingPointError:
+            return FloatingPointError(
+                f"the loss of step {self.state.global_step} is not finite (sources: "
+                f"{', '.join(sorted(set().union(*found.values())))}). Nothing was saved since; the "
+                "last checkpoint is good. Lower the learning rate, or go on from it with "
+                "--log_samples true and look at what that step read."
+            )
+
+        ranks.relay(None if loss else names or ["unknown"], told)
 
     def _restore(self) -> None:
         """What is restored, or let go, when everything is set up, before the first batch."""
@@ -145,7 +217,7 @@ class DistillTrainer(Trainer):
         self._globalstep_last_logged = states[0]["logged"]
         if self.parts.start.converted:
             ranks.wait()
-            ranks.from_first(lambda: universal.discard(self.parts.saver.folder))
+            ranks.from_first(lambda: remove(self.parts.saver.folder / ADAPTED))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device = self.args.device
@@ -163,7 +235,8 @@ class DistillTrainer(Trainer):
             self.parts.meter.health += judged
         outputs = model(**inputs)
         self.parts.meter.add_sums(outputs["metrics"])
-        self.steps.note_finite(outputs)
+        finite = [outputs["loss"].detach()[None], outputs["metrics"].sum(1)]
+        self._finite *= torch.isfinite(torch.cat(finite)).float()  # no synchronisation
         return outputs["loss"] * self.args.world_size
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
@@ -189,8 +262,10 @@ class DistillTrainer(Trainer):
         if self.parts.start.checkpoint is not None:
             _, groups, options = self._optimizer_of_run()
             hold_options(self.optimizer, self.lr_scheduler, groups, options)
-            if self.parts.start.converted:
-                part_step_counters(self.optimizer)
+            # DeepSpeed's universal format makes all steps one tensor, which each would count up.
+            for state in self.optimizer.state.values() if self.parts.start.converted else ():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()
         return prepared
 
     # ---- logs and evaluation ----
@@ -218,14 +293,14 @@ class DistillTrainer(Trainer):
             if self.parts.evaluator is not None:
                 trained = gather_trained(self.distiller.student, keep=ranks.is_first())
                 updates = weight_updates(self.distiller.student, trained)
-                scores = self.parts.evaluator(self.state.global_step, updates)
-                logs |= self._log_evaluation(scores)
+                evaluate = partial(self.parts.evaluator, self.state.global_step, updates)
+                logs |= self._log_evaluation(ranks.from_first(evaluate))
                 self._save_if_due()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
 
     def _log_evaluation(self, scores: dict[str, float]) -> dict[str, float]:
-        """Log scores; the best so far is to be saved, and so are those after it."""
+        """Log scores; the best so far is to be saved."""
         logs = {f"eval_{name}": value for name, value in scores.items()}
         self.log(dict(logs))
         step, best = self.state.global_step, self.parts.best
@@ -248,7 +323,7 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             batches = iter(self.parts.validation.batches())
             for _ in range(self.parts.validation.passes):
-                [inputs] = self.steps.read(batches, 1, self.state.global_step)
+                [inputs] = self._read(batches, 1)
                 sums += self.model_wrapped(**self._prepare_inputs(inputs))["metrics"]
         self.model_wrapped.train()
         return of_sources(ranks.sum_over(sums).cpu(), self.distiller.weights)
@@ -258,10 +333,10 @@ class DistillTrainer(Trainer):
 
     # ---- checkpoints ----
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.steps.check_finite(self.state.global_step)
+    def _save_checkpoint(self, *args: Any) -> None:
+        self._check_finite()
         write = super()._save_checkpoint
-        self.parts.saver.save(self.state.global_step, lambda: write(model, trial))
+        self.parts.saver.save(self.state.global_step, lambda: write(*args))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.parts.saver.root)  # checkpoints are written aside, then renamed
@@ -272,7 +347,7 @@ class DistillTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.is_deepspeed_enabled and self.args.should_save:
             [parts] = Path(output_dir).glob("global_step*")
-            (Path(output_dir) / LATEST).write_text(parts.name, encoding="utf-8")
+            (Path(output_dir) / "latest").write_text(parts.name, encoding="utf-8")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The student in its own format, trained weights in full precision, the data's state."""
@@ -287,7 +362,11 @@ class DistillTrainer(Trainer):
             )
 
         ranks.relay([n for n, tensor in trained.items() if not tensor.isfinite().all()], told)
-        state: dict[str, Any] = {"packs": self.packs_done(), "step": step}
+        # The data's whole state: packs consumed by all ranks since the run began.
+        args, packs = self.args, self._begun["packs"]
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        packs += (step - self._begun["step"]) * rows * args.world_size
+        state: dict[str, Any] = {"packs": packs, "step": step}
         own = {"loss": float(self._tr_loss), "logged": self._globalstep_last_logged}
         state["ranks"] = ranks.gather({"meter": self.parts.meter.state()} | own)
 
@@ -306,9 +385,3 @@ class DistillTrainer(Trainer):
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         # The rest was never trained.
         self.distiller.student.load_state_dict(weights, strict=False)
-
-
-def _read_data_state(resume: Path | None) -> dict[str, Any]:
-    if resume is None:
-        return {"packs": 0, "step": 0, "ranks": []}
-    return json.loads((resume / DATA_STATE).read_text(encoding="utf-8"))

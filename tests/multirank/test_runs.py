@@ -273,13 +273,12 @@ def test_frozen_is_frozen(world):
     """Contract 10, on the live modules: teacher and vision are bit-identical after training."""
     from ldistill.recipe import parse
     from ldistill.training import run as runs
-    from ldistill.training.data import open_data
 
     folder = world / "frozen"
     recipe = parse(
         ["--recipe", str(world / "recipe.yaml"), "--output_dir", str(folder), "--max_steps", "3"]
     )
-    data = open_data(recipe)
+    data = runs.open_data(recipe)
     pair = runs.open_pair(recipe, data.weights)
     frozen = {
         **dict(pair.lm.named_parameters()),

@@ -17,7 +17,7 @@ from upload_hub import UploadHub
 from ldistill.checkpoint.folder import begin, publish, seal
 from ldistill.recipe import parse
 from ldistill.train import main
-from ldistill.training.data import open_data
+from ldistill.training.run import open_data
 
 
 @pytest.fixture(scope="module")

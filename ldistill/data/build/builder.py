@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ldistill import sources as known_sources
-from ldistill.common.documents import Processor
 from ldistill.common.errors import writing
-from ldistill.common.samples import Drop, Sample
+from ldistill.common.samples import Drop, Processor, Sample
 from ldistill.data.archive import (
     INDEX_NAME,
     SAMPLE_DTYPE,

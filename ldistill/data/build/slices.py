@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from ldistill.common.documents import Processor
+from ldistill.common.samples import Processor
 from ldistill.data.archive import INDEX_NAME, SAMPLES_NAME, hash_file, read_range
 from ldistill.data.build.build_types import Advance, BuildOptions, SourceInput, SourceReport
 from ldistill.data.build.builder import SourceWriter, build, check_room

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from ldistill.common.documents import Processor
 from ldistill.common.images import storable
-from ldistill.common.samples import BadImage, Drop, Sample
+from ldistill.common.samples import BadImage, Drop, Processor, Sample
 from ldistill.data.archive import MOST_TILES, pack_sample, sample_key
 
 Convert = Callable[[int, Any], list[Sample | Drop]]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldistill.common.documents import IGNORE, Document
+from ldistill.common.samples import IGNORE, Document
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack
 from ldistill.models.flops import StepCounts
 from ldistill.models.named_pairs import base_vocabulary

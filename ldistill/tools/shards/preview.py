@@ -17,8 +17,7 @@ from jinja2 import Environment
 from PIL import Image
 from torch import Tensor
 
-from ldistill.common.documents import IGNORE, Document
-from ldistill.common.samples import Sample
+from ldistill.common.samples import IGNORE, Document, Sample
 from ldistill.data.archive import sample_key, unpack_sample
 from ldistill.data.build.build_types import SourceInput
 from ldistill.data.build.workers import prepare

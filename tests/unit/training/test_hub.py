@@ -20,7 +20,7 @@ from upload_hub import UploadHub
 from ldistill.cli import app
 from ldistill.common.errors import exit_code
 from ldistill.training.card import card
-from ldistill.training.hub import push
+from ldistill.training.export import push
 
 PNG = b"\x89PNG curves"
 

@@ -18,10 +18,10 @@ from ldistill.checkpoint.logs import read_metrics
 from ldistill.evaluation import lmms_run
 from ldistill.evaluation.lmms_run import Evaluation, metadata
 from ldistill.models.formats import load_student
-from ldistill.training import suite_evaluator
+from ldistill.training import validation
 from ldistill.training.metrics import Meter
 from ldistill.training.stopping import STOPPED_EXIT_CODE
-from ldistill.training.suite_evaluator import SuiteEvaluator, evaluator_of, visible_device
+from ldistill.training.validation import SuiteEvaluator, evaluator_of, visible_device
 
 CPU = torch.device("cpu")
 installed = any(ep.name == "ldistill" for ep in metadata.entry_points(group="lmms_eval.models"))
@@ -109,7 +109,7 @@ def test_the_weights_of_that_moment_are_evaluated(evaluator, monkeypatch, pair_r
         seen["asked"] = asked
         return {"scores": {"tiny_facts": {"value": 0.5}}, "groups": {"tiny_language": 0.25}}
 
-    monkeypatch.setattr(suite_evaluator, "evaluate", fake)
+    monkeypatch.setattr(validation, "evaluate", fake)
     assert evaluator(7, trained) == {"tiny_facts": 0.5, "tiny_language": 0.25}
     assert torch.equal(seen["projector"], trained["projector.proj.weight"])
     assert torch.equal(seen["decoder"], student.decoder.model.norm.weight)
@@ -125,7 +125,7 @@ def test_a_failed_evaluation_is_a_message_and_the_run_goes_on(
     def fail(asked, give_up):
         raise error
 
-    monkeypatch.setattr(suite_evaluator, "evaluate", fail)
+    monkeypatch.setattr(validation, "evaluate", fail)
     assert evaluator(1, {}) == {"failed": 1.0}
     assert f"training goes on: {error}" in capsys.readouterr().out
 
@@ -164,7 +164,7 @@ def test_the_evaluation_runs_on_the_first_ranks_device(monkeypatch):
 
 def test_what_a_recipe_asks_for(pair_root, tmp_path, monkeypatch):
     pair = SimpleNamespace(student_folder=pair_root / "student")
-    monkeypatch.setattr(suite_evaluator, "check", lambda asked: None)
+    monkeypatch.setattr(validation, "check", lambda asked: None)
     assert evaluator_of(recipe(None), pair, tmp_path, bool) is None
     made = evaluator_of(recipe("tiny"), pair, tmp_path, bool).asked
     assert (made.limit, made.batch_size, made.options["tiling"]) == (3, None, True)
