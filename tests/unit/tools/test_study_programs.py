@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ldistill.tools.study.warm import Warm
 def test_a_module_runs_as_a_program_and_its_libraries_are_there(tmp_path, monkeypatch):
     """Each in a process of its own: what one does to its modules the next one does not see."""
     pytest.importorskip("lmms_eval", reason="is one of these libraries")
+    forkserver._forkserver._stop()  # what a torture test before may have started
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "a_program.py").write_text(
