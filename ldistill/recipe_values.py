@@ -174,18 +174,18 @@ _UNUSED = {
 def check_trainer_flags(asked: Namespace, defaults: Namespace) -> None:
     """Refuse what transformers' ``TrainingArguments`` has and nothing here would heed, where it is
     not what it is by default: ValueError with the reason."""
-    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
-        if getattr(asked, name) not in ("steps", "no"):
-            raise ValueError(
-                f"{name} must be steps or no, got {getattr(asked, name)!r}: the stream of rows "
-                "has no epochs."
-            )
-    for name in sorted(vars(asked)):
-        trainers = name in TrainingArguments.__dataclass_fields__ and name not in HEEDED
-        if trainers and getattr(asked, name) != getattr(defaults, name):
-            found = (why for names, why in _UNUSED.items() if name.startswith(tuple(names.split())))
-            why = next(found, "nothing here reads it")
-            raise ValueError(f"{name} cannot be used here ({why}): leave it out.")
+    strategies = ("save_strategy", "eval_strategy", "logging_strategy")
+    cases = {
+        f"{name} must be steps or no, got {getattr(asked, name)!r}: the stream of rows has no "
+        "epochs.": getattr(asked, name) not in ("steps", "no")
+        for name in strategies
+    }
+    for name in sorted(TrainingArguments.__dataclass_fields__.keys() - HEEDED):
+        found = (why for names, why in _UNUSED.items() if name.startswith(tuple(names.split())))
+        why = next(found, "nothing here reads it")
+        differs = getattr(asked, name, None) != getattr(defaults, name, None)
+        cases[f"{name} cannot be used here ({why}): leave it out."] = differs
+    refuse(cases)
 
 
 LOWER_IS_BETTER = ("loss", "ce", "kd", "extra_vocabulary_mass")

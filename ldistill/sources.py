@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ldistill.common.errors import did_you_mean
+from ldistill.common.errors import did_you_mean, refuse
 
 LANGUAGE = ("aokvqa", "figureqa", "iconqa", "robut_sqa", "scienceqa", "visual7w", "vqav2", "vsr")
 DOCUMENT = (
@@ -77,13 +77,14 @@ def parse_extra(specs: Iterable[str] | None) -> dict[str, str]:
     for spec in specs or ():
         name, _, category = spec.partition("=")
         name, category = normalise(name), category.strip().lower()
-        if not name or category not in CATEGORIES:
-            raise ValueError(
-                f"extra source {spec!r}: write name=language or name=document (language: the "
-                "teacher's word counts; document: labels alone)."
-            )
-        if name in known_sources():
-            raise ValueError(f"extra source {name!r} is one of the 17 and has its category.")
+        cases = {
+            f"extra source {spec!r}: write name=language or name=document (language: the teacher's "
+            "word counts; document: labels alone).": not name or category not in CATEGORIES,
+            f"extra source {name!r} is one of the 17 and has its category.": (
+                name in known_sources()
+            ),
+        }
+        refuse(cases)
         extra[name] = category
     return extra
 
@@ -103,10 +104,13 @@ def by_source(name: str, value: float | str, others: float) -> float | dict[str,
             raise ValueError(
                 f"{name} {part!r}: write a number, source=number, or several between commas."
             ) from None
-        if name == "alpha" and not 0 <= number <= 1:
-            raise ValueError(f"alpha must lie in [0, 1], got {part}.")
-        if name == "temperature" and not 0 < number < math.inf:
-            raise ValueError(f"temperature must be above 0, got {part}.")
+        cases = {
+            f"alpha must lie in [0, 1], got {part}.": name == "alpha" and not 0 <= number <= 1,
+            f"temperature must be above 0, got {part}.": (
+                name == "temperature" and not 0 < number < math.inf
+            ),
+        }
+        refuse(cases)
         numbers[normalise(source) or OTHERS] = number
     return numbers[OTHERS] if numbers.keys() == {OTHERS} else {OTHERS: others} | numbers
 

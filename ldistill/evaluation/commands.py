@@ -12,6 +12,7 @@ from rich.progress import track
 from rich.table import Table
 from typer import Argument, Option
 
+from ldistill.common.errors import refuse
 from ldistill.common.images import open_image
 from ldistill.evaluation.compare import comparison
 from ldistill.evaluation.compare.failure_modes import Lexicon, english
@@ -84,10 +85,14 @@ def model_options(
     from ldistill.evaluation.scorer import kind_of, model_folder, tiled_in_training
 
     kind = kind_of(model_folder(student))
-    if tiling and kind == "lm":
-        raise ValueError(f"--tiling is for a model that sees; {student} is a bare LM.")
-    if drop_pictures and kind != "lm":
-        raise ValueError(f"--drop-pictures is for a bare LM; {student} holds a {kind} student.")
+    blind = kind == "lm"
+    cases = {
+        f"--tiling is for a model that sees; {student} is a bare LM.": tiling and blind,
+        f"--drop-pictures is for a bare LM; {student} holds a {kind} student.": (
+            drop_pictures and not blind
+        ),
+    }
+    refuse(cases)
     trained = tiled_in_training(student)
     options: dict[str, Any] = {"dtype": dtype}
     if tiling or trained:

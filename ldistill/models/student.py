@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def keep_rotary_float32(model: nn.Module) -> None:
             module.__class__ = type(f"Float32{cls.__name__}", (_Float32Buffers, cls), {})
 
 
-class Student(nn.Module):
+class Student(nn.Module, ABC):
     """The model that trains. ``forward`` gives hidden states: the objective applies the head.
 
     A subclass offers, as modules or properties:
@@ -92,6 +93,7 @@ class Student(nn.Module):
         """Tokens at whose places stand pictures, or what the student alone has for them."""
         return (self.image_token_id,)
 
+    @abstractmethod
     def forward(
         self,
         input_ids: Tensor,
@@ -119,7 +121,6 @@ class Student(nn.Module):
             answers: bool [batch, seq], True from a document's first answer on; None: nowhere.
             packed: of :func:`ldistill.distill.attention.document_boundaries`.
         """
-        raise NotImplementedError
 
     def tiles(self, pictures: Pictures) -> int:
         """What the vision tower runs on: tiles, or patches where pictures are of any size."""
@@ -137,11 +138,11 @@ class Student(nn.Module):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self._generate(input_ids, pictures, mask, options)
 
+    @abstractmethod
     def _generate(
         self, input_ids: Tensor, pictures: Pictures | None, mask: Tensor, options: dict[str, Any]
-    ) -> Tensor:
-        raise NotImplementedError
+    ) -> Tensor: ...
 
+    @abstractmethod
     def causal_lm(self) -> PreTrainedModel:
         """Decoder and head as transformers' ``...ForCausalLM``, sharing this student's modules."""
-        raise NotImplementedError

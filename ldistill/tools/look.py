@@ -17,6 +17,7 @@ from jinja2 import Environment
 from torch import Tensor
 from transformers.utils import logging
 
+from ldistill.common.errors import refuse
 from ldistill.common.run_files import RECIPE
 from ldistill.common.samples import IGNORE, Turn
 from ldistill.data.collate import Collate, LoadedDocument, LoadedPack, to_device
@@ -158,10 +159,11 @@ def look(
     """
     processor, student = pair.processor, pair.student
     count, most = len(images), processor.images.max_images
-    if pair.lm is None:
-        raise ValueError("the pair was loaded without its LM: give load_pair a teacher.")
-    if count > most:
-        raise ValueError(f"{count} pictures, the processor takes {most}: load with max_images.")
+    cases = {
+        "the pair was loaded without its LM: give load_pair a teacher.": pair.lm is None,
+        f"{count} pictures, the processor takes {most}: load with max_images.": count > most,
+    }
+    refuse(cases)
     seen = [processor.load_image(image) for image in images]
     document = processor.encode([Turn(prompt, answer)], [image.size for image in seen])
     if not document.supervised:

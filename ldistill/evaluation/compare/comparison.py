@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldistill.common.errors import refuse
 from ldistill.evaluation.compare import ocrbench
 from ldistill.evaluation.compare.ocrbench import row_score
 from ldistill.evaluation.compare.results import Sample, TaskResult, Variant, other_rows
@@ -243,10 +244,12 @@ def choose_roles(
     names: Sequence[str], baseline: str | None, original: str | None
 ) -> tuple[str | None, str | None]:
     """Baseline and original: as asked, else by their usual names; ValueError: absent, or one."""
-    for role, name in (("baseline", baseline), ("original", original)):
-        if name is not None and name not in names:
-            there = ", ".join(names)
-            raise ValueError(f"{role} {name!r} is none of the variants; there are: {there}.")
+    there = ", ".join(names)
+    cases = {
+        f"{role} {name!r} is none of the variants; there are: {there}.": name not in (None, *names)
+        for role, name in (("baseline", baseline), ("original", original))
+    }
+    refuse(cases)
     baseline = baseline or next((name for name in names if name == BASELINE), None)
     usual = (name for name in ORIGINALS if name in names and name != baseline)
     original = original or next(usual, None)

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.modeling_utils import local_torch_dtype
 
 from ldistill.common.device import peak_flops, seconds, synchronise
+from ldistill.common.errors import refuse
 from ldistill.data.collate import to_device
 from ldistill.distill.attention import choose_attention
 from ldistill.distill.distiller import Distiller
@@ -87,10 +88,15 @@ class StepOptions:
         self.pair = self.pair or DEFAULT_RECIPE
         recipe = load_recipe(recipe_of(self.pair) or MAIN_RECIPE)
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but torch sees no GPU: see `ldistill doctor`.")
-        if self.device == "cpu" and self.attention == "flex_attention":
-            raise ValueError("PyTorch has no backward for flex_attention on a CPU: choose sdpa.")
+        cases = {
+            "device is cuda, but torch sees no GPU: see `ldistill doctor`.": (
+                self.device == "cuda" and not torch.cuda.is_available()
+            ),
+            "PyTorch has no backward for flex_attention on a CPU: choose sdpa.": (
+                self.device == "cpu" and self.attention == "flex_attention"
+            ),
+        }
+        refuse(cases)
         self.dtype = self.dtype or ("bf16" if self.device == "cuda" else "fp32")
         self.length = self.length or recipe["max_length"]
         self.modes = tuple(mode for mode in MODES if mode in self.modes)
