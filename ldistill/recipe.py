@@ -55,11 +55,15 @@ class PairArguments:
     """Student and teacher."""
 
     student: str = _doc("Student checkpoint: folder or hub id.", "lusxvr/nanoVLM-460M-8k")
-    teacher: str = _doc("The LM it was built on, likewise.", "HuggingFaceTB/SmolLM2-360M-Instruct")
+    teacher: str = _doc(
+        "The LM the student was built on: folder or hub id.", "HuggingFaceTB/SmolLM2-360M-Instruct"
+    )
     tokenizer: str | None = _doc("Tokenizer; default the one the student's configuration names.")
     teacher_engine: Engine = _doc("auto: zero3 with ZeRO-3, else replicated.", "auto")
     teacher_offload: bool = _doc("Keep a zero3 teacher's partitions in CPU memory.", False)
-    teacher_rope: Rope = _doc("Where rotary bases differ, lm: refuse; student: use its own.", "lm")
+    teacher_rope: Rope = _doc(
+        "lm: refuse a student of another rotary base than its LM's; student: use its base.", "lm"
+    )
     attention: Backend = _doc("Student attention.", "sdpa")
     kernels: Literal["auto", "triton", "reference"] = _doc("auto: Triton on CUDA.", "auto")
     compile_blocks: bool = _doc("torch.compile the decoder's blocks; as --torch_compile.", False)
@@ -72,12 +76,15 @@ class DataArguments:
     """Shards, order and packing."""
 
     shards: str | None = _doc("Folder or URL of shards made by `ldistill shards build`.")
-    sources: str = _doc("full (17), lang (8), all (of the shards) or names by commas.", "full")
+    sources: str = _doc(
+        "full (17 sources), lang (the 8), all (those of the shards) or names by commas.", "full"
+    )
     extra_sources: list[str] = field(
         default_factory=list, metadata={"help": "Own sources: name=language or name=document."}
     )
     mix: str | None = _doc(
-        "How often sources come in an epoch, else once: a=2 (times), b=0.5, c=25% (of its tokens)."
+        "How often sources come in an epoch, else once: a=2 (times), b=0.5 (half of it), c=25% (of "
+        "its tokens)."
     )
     max_length: int = _doc("Tokens in a packed row, image tokens included.", 1024)
     packing: bool = _doc("Pack documents into rows; false: one document a row.", True)
@@ -99,14 +106,18 @@ class DistilArguments:
 
     distil: str = _doc("Sources that distil: none | language | all | names by commas.", "language")
     # Once parsed, these two are a number, or {"others": number, SOURCE: number, ...}.
-    alpha: str = _doc("Weight of the KD term on distilling sources: 0.7 or 0.7,vqav2=0.9.", 0.7)
+    alpha: str = _doc(
+        "Weight of the KD term on distilling sources, and of named ones: 0.7 or 0.7,vqav2=0.9.", 0.7
+    )
     temperature: str = _doc("Softmax temperature of the KD term, as alpha by source.", 4.0)
     combine: Combination = _doc("convex: (1-a)CE + a KD; additive: CE + a KD.", "convex")
     t_squared: bool = _doc("Multiply KL by the squared temperature.", True)
     kl: Divergence = _doc("Divergence of the KD term.", "forward")
     gate: Gate = _doc("Scales a by token where it doubts the teacher.", "none")
     kv_scope: Scope = _doc("Memory the teacher reads.", "full")
-    kv_grad: Literal["detached", "through"] = _doc("Whether KL reaches student K/V.", "detached")
+    kv_grad: Literal["detached", "through"] = _doc(
+        "Whether the KL reaches the student's K/V.", "detached"
+    )
 
 
 @dataclass
@@ -124,7 +135,9 @@ class RunArguments:
     health_steps: int = _doc("Every so many steps, the teacher with its own memory; 0: never.", 100)
     eval_items: str | None = _doc("JSONL of items to evaluate on before and after training.")
     evaluate: bool = _doc("Evaluate on the items before and after training.", True)
-    eval_suite: str | None = _doc("Suite of `ldistill eval`, every --eval_steps (--save_steps).")
+    eval_suite: str | None = _doc(
+        "Suite of `ldistill eval` to run every --eval_steps steps (default: every --save_steps)."
+    )
     eval_limit: int | None = _doc("Items of every task, of either evaluation; default all.")
     log_samples: bool = _doc("Write which samples each step trained on: samples/.", False)
     overwrite: bool = _doc("Begin anew; a run that is there becomes FOLDER.old-1.", False)

@@ -25,7 +25,7 @@ ALL = "all"
 OTHERS = "others"
 """As a key: the sources that are not named."""
 SUBSETS: dict[str, tuple[str, ...]] = {"full": CATEGORIES, "lang": ("language",)}
-"""The paper's, by the categories that they have."""
+"""The categories of the paper's; :func:`resolve_sources` gives their sources."""
 
 
 def normalise(name: str) -> str:
@@ -45,7 +45,7 @@ def known_sources(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def category_of(name: str, extra: Mapping[str, str] | None = None) -> str:
-    """Of one of the 17, or of those declared in ``extra``; else ValueError."""
+    """``language`` or ``document``, of the 17 and those in ``extra``; else ValueError."""
     known = known_sources(extra)
     if name not in known:
         raise ValueError(

@@ -27,8 +27,9 @@ elif ((SLURM_ARRAY_TASK_MIN + step * (tasks - 1) != SLURM_ARRAY_TASK_MAX)); then
   echo "error: --array is a list. To run some tasks of an array 0-63 again, submit with TASKS=64." >&2
   exit $MISTAKE
 fi
-names=$(on_one python -c 'import sys; from ldistill.sources import SUBSETS, split_names
-print(*SUBSETS.get(sys.argv[1], split_names(sys.argv[1])))' "${SOURCES:-full}") || exit
+names=$(on_one python -c 'import sys; from ldistill.sources import SUBSETS, resolve_sources, split_names
+asked = sys.argv[1]
+print(*(resolve_sources if asked in SUBSETS else split_names)(asked))' "${SOURCES:-full}") || exit
 units=()
 for source in $names; do
   for ((i = 1; i <= ${SLICES:-1}; i++)); do units+=("$source $i/${SLICES:-1}"); done

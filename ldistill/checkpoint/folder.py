@@ -143,7 +143,7 @@ def survey(root: Path) -> list[Found]:
 
 
 def complete(root: Path) -> list[Found]:
-    """Those of them that can be used."""
+    """The checkpoints of `survey` that can be used, the newest first."""
     return [found for found in survey(root) if found.problem is None]
 
 
@@ -178,7 +178,7 @@ def damaged(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ValueError: there is none, or it is not one; OSError: it cannot be read for now."""
+    """Of a checkpoint. Raises ValueError: none, or not one; OSError: not to be read for now."""
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"it has no {MANIFEST}: it was never finished, or another program's")
     text = patiently((folder / MANIFEST).read_bytes)

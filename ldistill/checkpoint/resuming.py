@@ -150,7 +150,7 @@ class Start:
 
 
 def fit(checkpoint: Path | None, about: dict[str, Any], run: Path, plugin: Any) -> Start:
-    """Where a run begins: the checkpoint as it can load it, converted where it was cut otherwise.
+    """Where a run begins: the checkpoint as the run can load it, converted if of other ranks.
 
     ``about`` is what the run is (see :func:`describe`), ``run`` its folder; accelerate's DeepSpeed
     ``plugin`` is told of a conversion.

@@ -63,8 +63,8 @@ def refuse(cases: Mapping[str, object]) -> None:
 def worker_died(error: BaseException) -> TransientError | None:
     """The error for a data worker that was killed, if that is what PyTorch's error says.
 
-    PyTorch raises it from a signal handler, wherever the program just stands. The run ends anyway:
-    further deaths no longer interrupt what tells the first one to ranks and user.
+    PyTorch raises it from a signal handler, wherever the program just stands. For where a run ends:
+    further deaths then no longer interrupt what tells the first one to ranks and user.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     text = str(error)

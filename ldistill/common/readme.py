@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 NAME = "README.md"
 
 
 def head(folder: Path) -> dict[str, Any]:
     """YAML between the first lines of a folder's README.md; empty where there is none."""
+    path = folder / NAME
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    found = REGEX_YAML_BLOCK.match(text)
     try:
-        return metadata_load(folder / NAME) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # somebody else's file, of which nothing depends
-        return {}
+        values = yaml.safe_load(found[2]) if found else {}
+    except yaml.YAMLError:  # somebody else's file, of which nothing depends
+        values = {}
+    return values if isinstance(values, dict) else {}
 
 
 def origin(values: Mapping[str, Any]) -> dict[str, str]:

@@ -119,7 +119,7 @@ class Processor(Protocol):
     def encode(
         self, turns: Sequence[Turn], sizes: Sequence[Size] = (), system: str = ""
     ) -> Document:
-        """Tokenise a conversation about pictures of these sizes. Raises BadImage for any."""
+        """Tokenise a conversation about pictures of these sizes; BadImage: one cannot be used."""
 
     def load_image(self, data: bytes) -> Image.Image:
         """Decode to RGB. Raises BadImage."""

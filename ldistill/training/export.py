@@ -57,7 +57,9 @@ def export_student(run: Path, out: Path, also: tuple[str, ...] = ()) -> Path:
     others = {p.name for p in out.iterdir()} if out.is_dir() else set()
     if others := sorted(others - {*names, *also, readme.NAME}):
         raise ValueError(f"{out} holds other files ({', '.join(others[:3])}): choose another.")
-    shutil.copytree(source, out, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, out / name)
     (out / readme.NAME).write_text(card(home, source), encoding="utf-8")
     return source
 

@@ -84,7 +84,8 @@ def check_launcher(driven: int) -> None:
 
 
 def check_clocks() -> None:
-    """Raise ValueError on every rank, when two clocks are `CLOCK_TOLERANCE` apart."""
+    """Raise ValueError on every rank where two clocks are more than `CLOCK_TOLERANCE` apart.
+    All ranks call it together."""
     ranks.wait()
     clocks = sorted((now, host) for host, now in ranks.gather((socket.gethostname(), time.time())))
     (first, behind), (last, ahead) = clocks[0], clocks[-1]

@@ -28,7 +28,6 @@ from typing import Any
 import yaml
 
 from ldistill.checkpoint.folder import ADAPTED, RETIRED, WRITING, complete, survey, write_durably
-from ldistill.checkpoint.logs import read_metrics
 from ldistill.common import run_files
 from ldistill.common.run_files import RECIPE, run_id
 
@@ -139,7 +138,9 @@ def release(folder: Path, run: str) -> None:
     """
     with suppress(OSError, ValueError):
         record = run_files.read_json(folder / run_files.RUN)
-        if record.get("id") != run or survey(folder) or read_metrics(folder / run_files.METRICS):
+        metrics = folder / run_files.METRICS
+        trained = metrics.exists() and metrics.stat().st_size
+        if record.get("id") != run or survey(folder) or trained:
             return
         if "replaced" in record:
             _put_back(folder, Path(record["replaced"]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,9 @@ class StopRequest(TrainerCallback):
         """While training runs, signals are requests. `stopped.json` of an earlier stop goes."""
         if ranks.is_first():
             (folder / STOPPED).unlink(missing_ok=True)
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        # Only the main thread may handle signals; the file works in any.
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:

@@ -102,7 +102,7 @@ def open_validation(
     weights: SourceWeights,
     load: partial[PackLoader],
 ) -> Validation | None:
-    """What a recipe validates on. Raises ValueError: built for another student."""
+    """What a recipe validates on. Raises ValueError: shards of another student."""
     if held is None:
         return None
     args, (index, order) = recipe.training, held
@@ -171,15 +171,15 @@ def evaluator_of(
 ) -> SuiteEvaluator | None:
     """What a recipe's ``eval_suite`` asks for, on the first rank's device.
     Raises ValueError: the suite cannot run here (unknown, lmms-eval or Java missing)."""
-    args, suite = recipe.training, recipe.run.eval_suite
-    if suite is None:
+    args, name = recipe.training, recipe.run.eval_suite
+    if name is None:
         return None
     given = "per_device_eval_batch_size" in recipe.given
     tiling = {"tiling": True} if recipe.data.tiling else {}
     asked = Evaluation(
         student=str(pair.student_folder),
         out=folder / "eval",
-        suite=suite,
+        suite=name,
         limit=recipe.run.eval_limit,
         batch_size=args.per_device_eval_batch_size if given else None,
         options={"tokenizer": recipe.pair.tokenizer} | tiling,
@@ -191,7 +191,7 @@ def evaluator_of(
 
 
 def best_of(recipe: Recipe, metrics: Path, validation: Validation | None) -> Best | None:
-    """By which metric the best student is known, if it is asked for; ValueError: by none."""
+    """By which metric the best student is known, if it is asked for, or a ValueError."""
     args = recipe.training
     if not args.load_best_model_at_end:
         return None

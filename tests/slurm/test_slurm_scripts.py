@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from runs import REPO
 
 from ldistill.checkpoint.folder import MANIFEST
 from ldistill.recipe import parse, shipped_recipes
+from ldistill.sources import DOCUMENT, LANGUAGE
 
 JOB = "4711"
 GOES_ON = "--resume_from_checkpoint auto --overwrite false"
@@ -226,6 +228,19 @@ def test_every_slice_is_built_once_whatever_the_numbers_of_the_array(tmp_path):
     everything = sorted(f"{source}, slice {n}/2" for source in "abc" for n in (1, 2))
     for ids, step in ([0, 1, 2], 1), ([0, 2, 4], 2), ([1, 4], 3), ([5], 1):
         assert sorted(built(job, ids, step, SLICES="2")) == everything, ids
+
+
+def test_units_are_the_sources_that_are_asked_for(tmp_path):
+    job = Job(tmp_path, "")
+    python = f'#!/usr/bin/env bash\nPYTHONPATH={REPO} exec {sys.executable} "$@"\n'
+    (tmp_path / "bin" / "python").write_text(python)
+    for asked, names in {
+        "full": [*LANGUAGE, *DOCUMENT],
+        "lang": LANGUAGE,
+        "a,b": ["a", "b"],
+    }.items():
+        units = built(job, [0, 1], SOURCES=asked)
+        assert sorted(units) == sorted(f"{name}, slice 1/1" for name in names), asked
 
 
 def test_some_tasks_again_need_the_number_of_all(tmp_path):

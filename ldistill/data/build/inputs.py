@@ -357,7 +357,10 @@ def _repository(name: str, options: InputOptions) -> dict[str, Table]:
     origin = readme.origin(about)
     if info is not None:
         origin |= {"dataset": name}
-    configs = datasets.get_dataset_config_names(name, revision=revision)
+    try:
+        configs = datasets.get_dataset_config_names(name, revision=revision)
+    except RuntimeError as error:  # it comes as a script, which would have to be run
+        raise ValueError(f"{name}: {error}") from error
     named = {known_sources.normalise(config): config for config in configs}
     wanted = options.sources if options.sources is not None else tuple(named)
     if not local and options.sources is None and len(named) > 1:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
 from multiprocessing import get_context
@@ -37,7 +38,10 @@ def verify_shards(index: ShardIndex, workers: int = 0) -> Iterator[list[str]]:
     pool = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else nullcontext()
     with pool as running:
         check = running.map if running else map
-        yield from check(partial(_check_shard, index), range(len(index.shards)))
+        try:
+            yield from check(partial(_check_shard, index), range(len(index.shards)))
+        except BrokenProcessPool as error:
+            raise OSError("a worker died, for want of memory perhaps: fewer --workers") from error
 
 
 def _check_shard(index: ShardIndex, number: int) -> list[str]:
