@@ -94,10 +94,11 @@ class Distiller(nn.Module):
         supervision = supervise(batch, self.weights, self.kv_scope, self.known)
         if self.teacher is not None:
             # Query heads that read the same key head are computed together, tile by tile.
-            of, config = supervision.queries, self.teacher.lm.config
+            queries, config = supervision.queries, self.teacher.lm.config
             group = config.num_attention_heads // config.num_key_value_heads
             memory = tuple(batch["input_ids"].shape)
-            of.tiles = plan_tiles(of.batch, of.start, of.index, group=group, memory=memory)
+            where = queries.batch, queries.start, queries.index
+            queries.tiles = plan_tiles(*where, group=group, memory=memory)
         return supervision
 
     def forward(

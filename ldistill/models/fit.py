@@ -175,7 +175,7 @@ _SIZES = {
 
 
 def small_sizes(config: PretrainedConfig) -> dict[str, int]:
-    """Of a small decoder of this kind, besides those that all have."""
+    """Those of `_SIZES` that decoders of this kind have, besides what all have."""
     values = config.to_dict()
     found = {name: size for name, size in _SIZES.items() if values.get(name) is not None}
     # Of DeepSeek's heads a part rotates.

@@ -19,7 +19,8 @@ from ldistill.models.weights import open_weights, weight_files, write_tensors
 
 FORMATS = (nanovlm_format, hf_vlm_format)
 """Each with ``NAME``, what users call it; ``reads``, whether a ``config.json`` is its; ``COPIED``,
-the files that an export has besides weights; and what the functions below call."""
+the files that an export has besides weights; ``load_student`` and ``load_processor`` as below; and
+``Revision(base, updates)``: called with a tensor's key and value, what training made of it."""
 
 
 def format_of(folder: Path) -> ModuleType:

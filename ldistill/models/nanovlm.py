@@ -40,7 +40,7 @@ class Projector(nn.Module):
 
 
 class NanoVLM(Student):
-    """As :class:`Student` says."""
+    """nanoVLM out of transformers' modules."""
 
     def __init__(self, config: NanoVLMConfig) -> None:
         super().__init__()

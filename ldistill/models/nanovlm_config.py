@@ -97,7 +97,9 @@ class NanoVLMConfig:
         path, known = folder / "config.json", {f.name for f in fields(cls)}
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if unknown := sorted(set(values) - known):
-            logger.warning("%s: keys kept but not understood: %s", path, ", ".join(unknown))
+            logger.warning(
+                "%s: keys kept by an export, not understood: %s", path, ", ".join(unknown)
+            )
         return cls(**{k: v for k, v in values.items() if k in known})
 
     def to_json(self) -> str:

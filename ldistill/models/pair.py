@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from ldistill.common.errors import refuse
 from ldistill.common.locate import resolve
 from ldistill.models.fit import borrow_rope, check_pair
-from ldistill.models.formats import export_like, load_processor, load_student
+from ldistill.models.formats import export_like, format_of, load_processor, load_student
 from ldistill.models.lora import weight_updates
 from ldistill.models.processor import Processor
 from ldistill.models.student import Student
@@ -75,6 +75,7 @@ def load_pair(
             is named), or a checkpoint with missing or unknown keys.
     """
     student_folder = resolve(student)
+    format_of(student_folder)  # what cannot train is refused before its LM is fetched
     teacher_folder = resolve(teacher) if teacher is not None else None
     config = _lm_config(teacher_folder) if teacher_folder else None
     processor = load_processor(student_folder, tokenizer, **image_settings)

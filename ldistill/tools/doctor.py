@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from subprocess import check_output
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
@@ -48,6 +48,11 @@ class Line(NamedTuple):
 
 def judged(good: bool, what: str, found: str, advice: str, otherwise: str = PROBLEM) -> Line:
     return Line(OK, what, found) if good else Line(otherwise, what, found, advice)
+
+
+def output(*command: str) -> str:
+    """What a quick command prints."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
 
 
 def run() -> int:
@@ -129,7 +134,7 @@ def compilers() -> Iterator[Line]:
     # Without a GPU DeepSpeed builds its communication op at once; with one, only offload builds.
     severity = WARNING if DRIVER.exists() else PROBLEM
     path = compiler()
-    found = check_output([path, "--version"], text=True).splitlines()[0] if path else "none in PATH"
+    found = output(path, "--version").partition("\n")[0] if path else "none in PATH"
     advice = "install one (apt install g++, or conda install gxx) for DeepSpeed's ops."
     yield judged(bool(path), "C++ compiler", found, advice, severity)
     path, own = shutil.which("ninja"), Path(sys.executable).parent
@@ -182,7 +187,7 @@ def hub() -> Iterator[Line]:
             get_session().head(address, timeout=_HUB_SECONDS)  # an HTTP error is an answer, too
             reasons.append("")
         except Exception as error:
-            reasons.append(str(error))
+            reasons.append(str(error) or type(error).__name__)
 
     # in a thread, for a name server may hang longer than any timeout
     asking = threading.Thread(target=ask, daemon=True)

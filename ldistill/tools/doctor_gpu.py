@@ -8,12 +8,11 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from importlib import metadata
-from subprocess import check_output
 
 import torch
 
 from ldistill.common.device import has_fast_bf16, unusable_gpu
-from ldistill.tools.doctor import DRIVER, OK, PROBLEM, WARNING, Line, judged
+from ldistill.tools.doctor import DRIVER, OK, PROBLEM, WARNING, Line, judged, output
 from ldistill.training.launch import is_compiled
 from ldistill_kernels import distill_loss, shared_kv_attention
 
@@ -53,7 +52,7 @@ def toolkit() -> Iterator[Line]:
         advice = "only the *_offload configs need it: install the CUDA toolkit, set CUDA_HOME."
         yield Line(WARNING, "CUDA toolkit", f"none (torch has CUDA {ours})", advice)
         return
-    found = re.search(r"release (\d+\.\d+)", check_output([nvcc, "--version"], text=True))[1]
+    found, *_ = re.findall(r"release (\d+\.\d+)", output(nvcc, "--version")) or ["unknown"]
     good = found.split(".")[0] == ours.split(".")[0]
     found += f" (torch has {ours})" if good else f", but torch has {ours}"
     advice = f"DeepSpeed builds no ops like that: point CUDA_HOME at a CUDA {ours} toolkit."

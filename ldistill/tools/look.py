@@ -72,7 +72,7 @@ _HTML = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_
 .look small{color:#666}
 </style>
 <div class="look">
-{% for data in pictures %}<img src="data:image/png;base64,{{ data }}" alt="">{% endfor %}
+{% for kind, own in pictures %}<img src="data:image/{{ kind }};base64,{{ own }}" alt="">{% endfor %}
 <p><b>{{ look.prompt }}</b></p>
 <p class="answer">
 {%- for token in look.tokens %}
@@ -121,7 +121,8 @@ class Look:
     def page(self, title: str) -> str:
         """A page that opens from the disk and fetches nothing; without a title, its inside."""
         most = max([_FAINT, *(token.kl or 0 for token in self.tokens)])
-        pictures = [base64.b64encode(image).decode() for image in self.images]
+        kinds = ["png" if image.startswith(b"\x89PNG") else "jpeg" for image in self.images]
+        pictures = zip(kinds, (base64.b64encode(image).decode() for image in self.images))
         return _HTML.render(look=self, title=title, most=most, least=_UNLIKELY, pictures=pictures)
 
     def _repr_html_(self) -> str:
@@ -148,7 +149,8 @@ def look(
 
     Args:
         pair: of ``load_pair``, with its LM, on one device.
-        prompt, answer: any; the end mark that the template puts behind the answer is judged, too.
+        prompt: any.
+        answer: any; the end mark that the template puts behind it is judged, too.
         images: encoded pictures, shown before the question.
         temperature: τ of the KL.
         top: so many guesses of each.

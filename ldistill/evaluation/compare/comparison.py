@@ -181,8 +181,10 @@ def paired(baseline: Sequence[float], variant: Sequence[float]) -> Paired:
 
 def mcnemar(won: int, lost: int) -> float:
     """Exact two-sided p value: how odd ``won`` against ``lost`` is if both were equally likely."""
-    n = won + lost
-    tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
+    n, term, tail = won + lost, 1, 0
+    for k in range(min(won, lost) + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)
     return min(1.0, 2 * tail / (1 << n))
 
 

@@ -100,7 +100,7 @@ class TaskResult:
 def _answer(responses: Any) -> str:
     """The text that was scored; for multiple choice the number of the likeliest choice."""
     if not isinstance(responses, list) or not responses:
-        return responses or ""
+        return responses if isinstance(responses, str) else ""
     if all(isinstance(response, list) and len(response) == 2 for response in responses):
         losses = [float(loss) for loss, _ in responses]
         return f"choice {losses.index(min(losses))}"

@@ -141,7 +141,7 @@ def _reduced_vision(whole: Config) -> Config:
 
 
 def _small_tower(vision: Config, **sizes: int) -> dict[str, Any]:
-    """Of the sizes of small towers, and ``sizes``, those that a tower of its kind has."""
+    """Those of `_TOWER` and ``sizes`` that towers of this kind have."""
     values, sizes = vision.to_dict(), _TOWER | sizes
     small = {name: size for name, size in sizes.items() if values.get(name) is not None}
     # Qwen2-VL calls the decoder's width hidden.

@@ -152,9 +152,11 @@ def load_study(name: str, **given: Any) -> Study:
 
 
 def _read(values: Any) -> Study:
-    made = _known(values, Study, "the file")
-    arms = []
-    for name, of in (made.get("arms") or {}).items():
+    made, arms = _known(values, Study, "the file"), []
+    made |= {part: tuple(made.get(part) or ()) for part in ("tasks", "include")}
+    if not made.get("arms"):
+        raise ValueError("it names no arms.")
+    for name, of in made["arms"].items():
         of = {"budget": made.get("budget", {})} | _known(of or {}, Arm, f"arm {name!r}")
         for kind, cls in (("merge", Merge), ("command", Command)):
             if kind in of:
@@ -180,8 +182,6 @@ def _known(values: Any, cls: type, where: str) -> dict[str, Any]:
 def _problems(study: Study) -> Iterator[str]:
     """Sentences on what cannot be."""
     names = [arm.name for arm in study.arms]
-    if not names:
-        yield "it names no arms."
     if study.launch not in ("here", "commands"):
         yield f"launch must be one of here, commands, got {study.launch!r}."
     for role in ("baseline", "main"):

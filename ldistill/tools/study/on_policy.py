@@ -25,10 +25,10 @@ from ldistill.training.export import export_decoder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for flag in ("student", "lm", "out"):
         parser.add_argument(f"--{flag}", required=True)
-    parser.add_argument("--prompts")
+    parser.add_argument("--prompts", help='lines of {"prompt": "..."}; default: the tiny world\'s')
     for flag, usual in {"steps": 100, "batch": 16, "length": 32, "rate": 1e-4, "seed": 1}.items():
         parser.add_argument(f"--{flag}", type=type(usual), default=usual)
     asked = parser.parse_args()

@@ -209,7 +209,7 @@ class History:
         """The history a run folder tells of. Raises RuntimeError for a step that is told twice."""
         told = [(record["step"], record["loss"]) for record in read_metrics(run / METRICS)]
         losses = dict(told)
-        check(len(losses) == len(told), f"{run / METRICS} has steps twice: {told}")
+        check(len(losses) == len(told), f"{run / METRICS} has steps twice: {[s for s, _ in told]}")
         return cls(losses, read_samples(run))
 
     def require(self, other: History, tolerance: float = 0.0) -> str:

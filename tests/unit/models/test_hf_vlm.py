@@ -519,7 +519,7 @@ def test_unsupported_models_are_named_with_the_reason(roots, tmp_path):
 
     teacher = str(roots["llava"] / "teacher")
     with pytest.raises(ValueError, match=r"'mllama' model, which is not.*Supported: nanoVLM"):
-        load_pair(with_config({"model_type": "mllama", "vision_config": {}}), teacher)
+        load_pair(with_config({"model_type": "mllama", "vision_config": {}}), "not/there")
     with pytest.raises(ValueError, match="'lfm2_vl' model, which is not supported"):
         load_pair(with_config({"model_type": "lfm2_vl", "vision_config": {}}), teacher)
     with pytest.raises(ValueError, match=r"no vision tower.*swapped"):
