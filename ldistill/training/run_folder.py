@@ -40,11 +40,11 @@ train lora_rank lora_alpha seed data_seed optim
 _PACKAGES = "ldistill torch deepspeed transformers triton accelerate datasets webdataset"
 
 
-def default_folder(recipe: str, root: Path = Path("runs")) -> Path:
+def default_folder(recipe: str) -> Path:
     """``runs/<recipe>``, or with a number behind it when that is taken."""
-    name = Path(recipe).stem
-    names = chain([name], (f"{name}-{number}" for number in count(2)))
-    return next(root / name for name in names if not (root / name).exists())
+    folder = Path("runs", Path(recipe).stem)
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(path for path in chain([folder], others) if not path.exists())
 
 
 def newest_folder(recipe: str, root: Path = Path("runs")) -> Path | None:

@@ -55,13 +55,18 @@ _TEXT = "{{ part['text'] }}"
 
 
 def chat(
-    turn: str, image: str, end: str, ask: str, *, start: str = "", text: str = _TEXT,
+    turn: str,
+    image: str,
+    end: str,
+    ask: str,
+    *,
+    start: str = "",
+    text: str = _TEXT,
     pictures_first: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """A template that writes the parts of a message in their order, or its pictures first:
     ``start`` before all, ``turn`` before each (itself a template of ``message``), ``image`` for a
-    picture, ``text`` for a part's text (as it is unless given), ``end`` behind a message, ``ask``
-    before an answer to generate."""
+    picture, ``text`` for a part's text, ``end`` behind a message, ``ask`` before an answer."""
     parts = (
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
         f"{image}{{% else %}}{text}{{% endif %}}{{% endfor %}}"

@@ -6,6 +6,7 @@ measured, or that there is nothing to compare with.
 
 from __future__ import annotations
 
+import csv
 import platform
 import re
 import statistics
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import torch
 from matplotlib.figure import Figure
 
@@ -106,13 +106,18 @@ def append_csv(path: Path, rows: list[Row], packages: tuple[str, ...]) -> None:
     versions = environment()
     made_with = {"python": versions["python"]} | {p: versions["packages"][p] for p in packages}
     made_with["commit"] = (versions["git"] or {}).get("commit")
-    frame = pandas.DataFrame(rows).assign(**made_with)
+    columns = [*rows[0], *made_with]
     header = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
-    if header and header.split(",") != [*frame]:
+    if header and header.split(",") != columns:
         raise ValueError(f"{path} has other columns than this measurement: choose a new file.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    style = {"index": False, "float_format": "%.6g", "lineterminator": "\r\n"}
-    frame.to_csv(path, mode="a", header=not header, **style)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        if not header:
+            writer.writeheader()
+        for row in rows:
+            short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+            writer.writerow(short | made_with)
 
 
 def draw_profile(rows: list[Row], title: str, path: Path) -> None:
